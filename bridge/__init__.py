@@ -1,0 +1,5 @@
+"""Ranks and frameworks: live Megatron models on one side, Hugging Face checkpoints on the other."""
+
+from bridge.auto import AutoBridge, ExportReport
+
+__all__ = ["AutoBridge", "ExportReport"]

@@ -1,0 +1,188 @@
+"""AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from bridge.hf_config import HFModel, read_hf_model
+from bridge.parameters import unwrap, walk_parameters, walk_quantizers
+from bridge.plan import BundlePlan, plan_export
+from bridge.quant_state import collect_quant_state
+from bridge.ranks import current_ranks
+from bridge.stream import stream_bundles
+from export.finalizer import Finalizer
+from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
+from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.quant_state import QuantState
+from export.schemes import scheme_named
+from export.writer import ShardWriter, StagedDirectory, check_output
+from mappings.errors import CheckpointError, listing
+from mappings.ranks import Axis, Ranks
+
+_log = logging.getLogger("amaxbridge")
+
+type Model = nn.Module | Sequence[nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export did, or with `dry_run` would do: the same on every rank."""
+
+    scheme: str
+    bundles: Sequence[BundlePlan]
+    layout: Layout
+    quantized: Sequence[str]
+    ignored: Sequence[str]
+    state: QuantState
+
+
+class AutoBridge:
+    """Translates between a live Megatron model and Hugging Face checkpoints.
+
+    Methods that take a model are collective: call them on every rank. `model` is the rank's model or list of
+    virtual-pipeline chunks, wrapped or not.
+    """
+
+    def __init__(self, hf: HFModel, ranks: Ranks | None = None) -> None:
+        self.hf = hf
+        self._given_ranks = ranks
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, *, ranks: Ranks | None = None) -> Self:
+        """A bridge for the architecture of a Hugging Face directory or hub name. No weights are read.
+
+        Args:
+            ranks: whom to talk to; default is Megatron's parallel state, or nobody where there is none.
+
+        Raises:
+            UsageError: not a model directory.
+            UnknownArchitectureError: no family for its architecture.
+        """
+        return cls(read_hf_model(path), ranks)
+
+    def collect_quant_state(self, model: Model) -> QuantState:
+        """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks."""
+        chunks = unwrap(model)
+        return collect_quant_state(
+            walk_quantizers(chunks), self.hf.family.registry, self._module_config(chunks), self._ranks()
+        )
+
+    def export_hf_weights(self, model: Model) -> Iterator[tuple[str, Tensor]]:
+        """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once."""
+        chunks = unwrap(model)
+        for tensors in self._stream(chunks, self._plan(chunks)):
+            yield from tensors.items()
+
+    def save_hf_pretrained(
+        self,
+        model: Model,
+        path: str | Path,
+        *,
+        scheme: str = "nvfp4",
+        overwrite: bool = False,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        dry_run: bool = False,
+    ) -> ExportReport:
+        """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
+
+        All ranks must see `path` on one file system. Every rank writes the tensors it owns; nothing appears at
+        `path` before all of it is written.
+
+        Raises:
+            UsageError: unknown scheme, no quantizers for it, or an output that is not empty.
+            MappingError: parameters that have no mapping or do not fit; all are named.
+            AmaxError: amax that are missing, zero, negative or not finite; all are named.
+        """
+        target = Path(path).absolute()
+        check_output(target, overwrite=overwrite)
+        chosen = None if scheme == "none" else scheme_named(scheme)
+        chunks = unwrap(model)
+        plan = self._plan(chunks)
+        state = self.collect_quant_state(chunks) if chosen else QuantState()
+        specs = {name: spec for bundle in plan for name, spec in bundle.tensors.items()}
+        finalizer = Finalizer(specs, chosen, state)
+        layout = plan_layout(finalizer.output_specs, max_shard_bytes)
+        self._warn(state)
+        if not dry_run:
+            self._write(chunks, plan, finalizer, layout, StagedDirectory(target))
+        return ExportReport(scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
+
+    def _write(
+        self,
+        chunks: Sequence[nn.Module],
+        plan: Sequence[BundlePlan],
+        finalizer: Finalizer,
+        layout: Layout,
+        staged: StagedDirectory,
+    ) -> None:
+        ranks = self._ranks()
+        first = ranks.rank(Axis.WORLD) == 0
+        try:
+            if first:
+                staged.create(layout)
+                self._write_small_files(staged, finalizer, layout)
+            _barrier(ranks)
+            writer = ShardWriter(staged.path, layout)
+            try:
+                for tensors in self._stream(chunks, plan):
+                    for name, tensor in finalizer.finalize(tensors):
+                        writer.write(name, tensor)
+            finally:
+                writer.close()
+            _barrier(ranks)
+            if first:
+                staged.commit(layout)
+            _barrier(ranks)
+        except BaseException:
+            if first:
+                staged.discard()
+            raise
+
+    def _write_small_files(self, staged: StagedDirectory, finalizer: Finalizer, layout: Layout) -> None:
+        for file in carried_files(self.hf.directory):
+            staged.write_file(file.name, file.read_bytes())
+        staged.write_file(CONFIG_FILE, config_json(self.hf.written, finalizer.quantization_config))
+        index = index_json(layout)
+        if index is not None:
+            staged.write_file(INDEX_FILE, index)
+
+    def _plan(self, chunks: Sequence[nn.Module]) -> list[BundlePlan]:
+        config = self._module_config(chunks)
+        tied = frozenset({"output_layer.weight"}) if self.hf.config.get("tie_word_embeddings") else frozenset[str]()
+        return plan_export(walk_parameters(chunks), self.hf.family.registry, config, self._ranks(), skip=tied)
+
+    def _stream(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> Iterator[dict[str, Tensor]]:
+        tensors = {parameter.name: parameter.tensor for parameter in walk_parameters(chunks)}
+        return stream_bundles(plan, tensors, self._module_config(chunks), self._ranks())
+
+    def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
+        """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""
+        expected = self.hf.family.transformer_config(self.hf.config)
+        config: Any = chunks[0].config
+        differ = [
+            f"{name}: the Megatron model has {getattr(config, name)}, config.json gives {value}"
+            for name, value in expected.items()
+            if getattr(config, name) != value
+        ]
+        if differ:
+            raise CheckpointError(
+                f"the Megatron model is not the one that {self.hf.directory} describes:{listing(differ)}"
+            )
+        return SimpleNamespace(**expected, vocab_size=self.hf.config["vocab_size"])
+
+    def _ranks(self) -> Ranks:
+        return self._given_ranks or current_ranks()
+
+    def _warn(self, state: QuantState) -> None:
+        if state.divergent and self._ranks().rank(Axis.WORLD) == 0:
+            rows = [f"{name}: {values}" for name, values in state.divergent.items()]
+            _log.warning("%d amax differ between ranks; the maximum is used:%s", len(rows), listing(rows))
+
+
+def _barrier(ranks: Ranks) -> None:
+    ranks.all_gather_object(Axis.WORLD, None)

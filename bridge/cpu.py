@@ -1,0 +1,108 @@
+"""Megatron-Core and ModelOpt on a machine without CUDA: for tests and the demo, never for a training run.
+
+Both frameworks run on gloo and a CPU but for three calls:
+
+- Megatron asks `torch.cuda.current_device` where to put rotary frequencies and gathered tensors; here the answer
+  is the CPU device.
+- ModelOpt calls `torch.cuda.synchronize` before it packs a module's extra state; here that does nothing.
+- ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has a Triton and a CUDA kernel and no
+  other. `nvfp4_fake_quantize` below replaces it. Its reference is ModelOpt's own `NVFP4QTensor` (quantize, then
+  dequantize), which the exporters use: the result is the same to the last bit, at ten times the speed, with
+  no packing and no search. ModelOpt's autograd function stays around it: gradients pass straight through.
+
+`enable_cpu` patches these and does nothing where CUDA is available. Megatron also needs
+`TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels are CUDA's. Transformer Engine layers and static-block NVFP4
+calibration stay impossible.
+"""
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+TRANSFORMER_CONFIG_FOR_CPU = MappingProxyType(
+    {
+        "use_cpu_initialization": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+)
+"""The `TransformerConfig` arguments that a CPU needs."""
+
+_NVFP4_BITS = (4, 2, 8, 4)  # e2m1 values with e4m3 block scales, as ModelOpt spells them: bits, exponent bits, twice
+_E2M1_MAX = 6.0
+_E4M3_MAX = 448.0
+_E4M3_TINY = 2.0**-9  # the smallest e4m3 number above zero; ModelOpt clamps block scales to it
+_FP32_EXPONENT = 0x7F800000
+
+
+def enable_cpu() -> None:
+    """Patch what Megatron and ModelOpt need on a CPU. A second call, or a machine with CUDA, changes nothing."""
+    if torch.cuda.is_available():
+        return
+    from modelopt.torch.quantization import tensor_quant
+
+    torch.cuda.current_device = _current_device
+    torch.cuda.synchronize = _synchronize
+    tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
+
+
+def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
+    """Round `values` `[..., in]` to NVFP4 and back, in the dtype they have.
+
+    `amax` is the quantizer's per-tensor amax, of any shape with one element. Equal to `NVFP4QTensor.quantize` and
+    `.dequantize` with `amax / 2688` as second scale, the +0.0 of small negative values included.
+
+    Raises ValueError when `in` is no multiple of `block_size`.
+    """
+    if values.shape[-1] % block_size:
+        raise ValueError(f"NVFP4 needs rows in blocks of {block_size}; got a tensor of shape {tuple(values.shape)}")
+    blocks = values.unflatten(-1, (-1, block_size))
+    global_scale = amax.float().reshape(()) / (_E2M1_MAX * _E4M3_MAX)
+    block_scale = blocks.abs().amax(dim=-1, keepdim=True).float() / (_E2M1_MAX * global_scale)
+    block_scale.masked_fill_(block_scale == 0, 1.0)
+    block_scale = block_scale.clamp_(_E4M3_TINY, _E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = block_scale.float() * global_scale
+
+    quantized = _round_to_e2m1(blocks / scale)
+    return quantized.mul_(scale).flatten(-2).to(values.dtype)
+
+
+def _round_to_e2m1(scaled: torch.Tensor) -> torch.Tensor:
+    """Round fp32 to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, half to even; in place.
+
+    Between powers of two the grid is even, so `round` does it: steps of 0.5 up to 2, of 1 up to 4, then of 2.
+    """
+    scaled.clamp_(-_E2M1_MAX, _E2M1_MAX)
+    power_of_two = (scaled.view(torch.int32) & _FP32_EXPONENT).view(torch.float32)
+    step = power_of_two.clamp_(1.0, 4.0).mul_(0.5)
+    return scaled.div_(step).round_().mul_(step).add_(0.0)  # -0.0 + 0.0 is 0.0
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _synchronize(device: Any = None) -> None:
+    del device
+
+
+def _dynamic_block_quantize(
+    inputs: torch.Tensor,
+    block_size: int,
+    amax: torch.Tensor | None,
+    num_bits: int,
+    exponent_bits: int,
+    scale_num_bits: int,
+    scale_exponent_bits: int,
+) -> torch.Tensor:
+    """ModelOpt's `dynamic_block_quantize_op`, for NVFP4 with a calibrated amax only."""
+    bits = (num_bits, exponent_bits, scale_num_bits, scale_exponent_bits)
+    if bits != _NVFP4_BITS or amax is None:
+        raise NotImplementedError(
+            f"on a CPU only NVFP4 with a calibrated amax can be fake-quantized, not bits {bits} with amax {amax}"
+        )
+    return nvfp4_fake_quantize(inputs, amax.amax(), block_size)

@@ -1,0 +1,55 @@
+"""A Hugging Face model directory: its configuration with every default filled in. The only user of transformers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from export.metadata import CONFIG_FILE
+from mappings.errors import UsageError
+from mappings.families import family_of
+from mappings.family import ModelFamily
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face model directory; it need not hold weights.
+
+    Args:
+        directory: where its files are.
+        written: config.json as it is on the disk; the output's config.json is made from it.
+        config: the same with the defaults of the architecture filled in.
+        family: the model family that `architectures` names.
+    """
+
+    directory: Path
+    written: Mapping[str, Any]
+    config: Mapping[str, Any]
+    family: ModelFamily
+
+
+def read_hf_model(path: str | Path) -> HFModel:
+    """Reads a local directory, or fetches everything but the weights of a model on the Hub.
+
+    Raises:
+        UsageError: no such directory or no config.json in it.
+        UnknownArchitectureError: no family claims the model.
+    """
+    directory = Path(path)
+    if not directory.exists() and not directory.is_absolute() and str(path).count("/") == 1:
+        directory = Path(snapshot_download(str(path), ignore_patterns=["*.safetensors", "*.bin", "*.pt", "*.gguf"]))
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    try:
+        written = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    family = family_of(written)
+
+    from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
+
+    return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)

@@ -1,0 +1,129 @@
+"""Megatron-Core and ModelOpt: process groups, building a model, loading a checkpoint. The only user of both.
+
+Megatron's model classes and module paths move between releases (GPTModel is announced as deprecated in favour of
+HybridModel); what has to follow is here.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+
+from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
+from bridge.hf_config import HFModel
+from bridge.ranks import ProcessRanks, process_group
+from mappings.errors import CheckpointError, UsageError, listing
+from mappings.ranks import Axis
+
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+def process_ranks() -> ProcessRanks:
+    """This process among the others, in the groups that Megatron's parallel state holds."""
+    return ProcessRanks(
+        {
+            Axis.TP: parallel_state.get_tensor_model_parallel_group(),
+            Axis.ETP: parallel_state.get_expert_tensor_parallel_group(),
+            Axis.EP: parallel_state.get_expert_model_parallel_group(),
+            Axis.PP: parallel_state.get_pipeline_model_parallel_group(),
+            Axis.DP: parallel_state.get_data_parallel_group(),
+        }
+    )
+
+
+@contextlib.contextmanager
+def distributed(*, tp: int, pp: int = 1, seed: int = 1234) -> Iterator[None]:
+    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in."""
+    enable_cpu()
+    with process_group():
+        parallel_state.initialize_model_parallel(tp, pp)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int) -> None:
+    """Raises UsageError when the model cannot be built at these sizes; names every reason."""
+    sizes = hf.family.transformer_config(hf.config)
+    heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
+    reasons = [
+        (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
+        (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
+        (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
+        (sizes["ffn_hidden_size"] % tp, f"TP={tp} does not divide the MLP width of {sizes['ffn_hidden_size']}"),
+        (layers % pp, f"PP={pp} does not divide {layers} layers"),
+    ]
+    found = [reason for wrong, reason in reasons if wrong]
+    if found:
+        raise UsageError(f"the model does not fit the parallel sizes:{listing(found)}\nSet parallel.tp and parallel.pp")
+
+
+def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
+    """A freshly initialized Megatron model of a Hugging Face configuration: this rank's shards.
+
+    Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does.
+    """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    arguments = hf.family.model_arguments(hf.config)
+    arguments["vocab_size"] += -arguments["vocab_size"] % tp
+    config = TransformerConfig(
+        **hf.family.transformer_config(hf.config),
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        **({} if torch.cuda.is_available() else TRANSFORMER_CONFIG_FOR_CPU),
+    )
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    model = GPTModel(
+        config,
+        spec,
+        position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **arguments,
+    )
+    return model.to(dtype)
+
+
+def checkpoint_iteration(path: Path) -> Path:
+    """The iteration directory of a Megatron checkpoint: `path` itself, or the latest one inside it.
+
+    Raises:
+        CheckpointError: there is no distributed checkpoint.
+    """
+    latest = path / _LATEST
+    directory = path / f"iter_{int(latest.read_text()):07d}" if latest.is_file() else path
+    if not (directory / ".metadata").is_file():
+        raise CheckpointError(f"{directory} is not a Megatron distributed checkpoint (torch_dist): no .metadata there")
+    return directory
+
+
+def load_checkpoint(model: GPTModel, path: Path) -> None:
+    """Loads weights and ModelOpt state of a Megatron distributed checkpoint into a freshly built model.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that does not fit the model.
+    """
+    directory = checkpoint_iteration(path)
+    with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
+        restore_sharded_modelopt_state([model], directory)
+    try:
+        state: dict[str, Any] = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory))
+        model.load_state_dict(state["model"])
+    except Exception as error:
+        raise CheckpointError(f"{directory} does not fit the model: {error}") from error

@@ -1,0 +1,104 @@
+"""Walking a live Megatron model: every parameter, buffer and quantizer under its global name.
+
+A rank's own names are local: layers count from the start of the pipeline (or virtual pipeline) stage, experts from
+the start of the expert-parallel block. Megatron writes the global numbers on its modules, `layer_number` on a layer
+and `local_expert_indices` on a mixture-of-experts layer, so they are read there rather than computed again.
+
+Nothing here imports Megatron or ModelOpt: modules are known by these attributes.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mappings.spelling import canonical
+
+_QUANTIZER = re.compile(r"_quantizer(\.|$)")
+_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter or persistent buffer of this rank: its global name in canonical spelling, and its shard."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """A ModelOpt TensorQuantizer of this rank: its global name in canonical spelling, and the module itself."""
+
+    name: str
+    module: Any
+
+
+def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The bare model chunks of this rank, without DDP or mixed-precision wrappers."""
+    chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
+    return [_unwrap_one(chunk) for chunk in chunks]
+
+
+def _unwrap_one(chunk: Any) -> nn.Module:
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module
+    assert isinstance(chunk, nn.Module)
+    return chunk
+
+
+def walk_parameters(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
+    """All parameters and persistent buffers of this rank, quantizer buffers left out."""
+    for chunk in chunks:
+        names = _GlobalNames(chunk)
+        for local_name, tensor in _persistent_tensors(chunk).items():
+            if not _QUANTIZER.search(local_name):
+                yield Parameter(canonical(names.of(local_name)), tensor)
+
+
+def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
+    """All enabled quantizers of this rank."""
+    for chunk in chunks:
+        names = _GlobalNames(chunk)
+        for local_name, module in chunk.named_modules():
+            if hasattr(module, "is_enabled") and _QUANTIZER.search(local_name) and module.is_enabled:
+                yield Quantizer(canonical(names.of(local_name)), module)
+
+
+def _persistent_tensors(chunk: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(chunk.named_parameters())
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}".lstrip(".")] = buffer
+    return tensors
+
+
+class _GlobalNames:
+    """Local → global names of one model chunk."""
+
+    def __init__(self, chunk: nn.Module) -> None:
+        self._modules: Mapping[str, nn.Module] = dict(chunk.named_modules())
+
+    def of(self, local_name: str) -> str:
+        path: list[str] = []
+        parts = local_name.split(".")
+        for index, part in enumerate(parts):
+            parent = parts[index - 1] if index else ""
+            if part.isdigit() and parent == "layers":
+                layer = self._modules[".".join(parts[: index + 1])]
+                part = str(int(getattr(layer, "layer_number", int(part) + 1)) - 1)
+            elif part.isdigit() and parent == "local_experts":
+                part = self._expert(".".join(parts[: index - 2]), int(part))
+            path.append(part)
+        name = ".".join(path)
+        grouped = _GROUPED_EXPERT.fullmatch(name)
+        if grouped:
+            layer_path = local_name.partition(".experts.")[0]
+            return grouped[1] + self._expert(layer_path, int(grouped[2]))
+        return name
+
+    def _expert(self, moe_layer: str, local: int) -> str:
+        return str(self._modules[moe_layer].local_expert_indices[local])  # type: ignore[index]

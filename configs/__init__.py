@@ -1,0 +1,1 @@
+"""Hydra configuration: the schema of every command as dataclasses, and the YAML groups beside it."""

@@ -1,0 +1,220 @@
+"""Quantizer amax: the same names as the weights, another suffix.
+
+An amax comes in three granularities. A per-tensor amax (one number) is replicated: the maximum over the ranks
+that share the module goes to every Hugging Face name made from the parameter. Upstream synchronization is never
+trusted: after training the ranks may differ. A per-channel (`[out, 1]`) or per-block (`[out, blocks]`) amax
+follows its weight, with the weight's own join and split; a dim that the reduction collapsed to 1 is not cut by
+the ranks, so there the maximum is taken.
+
+`convert_to_amax_map` derives amax mappings from weight mappings; the families never spell them out. A derived
+mapping remembers the weight mapping that it `follows`; one made by hand from names alone handles per-tensor amax.
+Import is the mirror: several Hugging Face values for one Megatron quantizer become their maximum.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from mappings.errors import MappingError
+from mappings.mapping import MegatronParamMapping, hf_name
+from mappings.names import pattern
+from mappings.ranks import Axis
+from mappings.tensors import max_of
+
+WEIGHT_QUANTIZER = ".weight_quantizer._amax"
+INPUT_QUANTIZER = ".input_quantizer._amax"
+
+
+@dataclass(frozen=True)
+class QuantizerMapping(MegatronParamMapping):
+    """What the amax mappings share: granularity. Not for direct use.
+
+    Args:
+        follows: the mapping of the weight, whose join and split a per-channel or per-block amax uses.
+    """
+
+    follows: MegatronParamMapping | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    @property
+    def shard_dim(self) -> int:
+        return 0  # reduced (per-tensor) or joined (per-channel): either way the shards of all ranks are needed
+
+    def resolve(self, captures: Sequence[str]) -> Self:
+        return replace(super().resolve(captures), follows=self.follows and self.follows.resolve(captures))
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        if all(shard.numel() == 1 for shard in shards):
+            return dict.fromkeys(self.targets, _max_scalar(shards))
+        weight = self._weight_mapping()
+        if weight.shard_dim is None or any(shard.shape[weight.shard_dim] == 1 for shard in shards):
+            shards = [max_of(shards)]
+        parts = weight.join([shard.float() for shard in shards], config)
+        return dict(zip(self.targets, parts.values(), strict=True))
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        values = [tensors[name] for name in self.targets]
+        if all(value.numel() == 1 for value in values):
+            return _max_scalar(values)
+        weight = self._weight_mapping()
+        if weight.shard_dim is not None and values[0].shape[weight.shard_dim] == 1:
+            rank, size = 0, 1
+        return weight.split(dict(zip(weight.targets, values, strict=True)), config, rank, size)
+
+    def _weight_mapping(self) -> MegatronParamMapping:
+        if self.follows is None:
+            raise ValueError(
+                "only a per-tensor amax can be mapped by names alone; "
+                "derive this mapping from its weight mapping with convert_to_amax_map"
+            )
+        return self.follows
+
+
+@dataclass(frozen=True)
+class AmaxMapping(QuantizerMapping):
+    """The amax of one Megatron quantizer under one Hugging Face name, or under several by role.
+
+    Args:
+        megatron_param: e.g. `decoder.layers.*.mlp.linear_fc2.weight_quantizer._amax`.
+        hf_param: e.g. `model.layers.*.mlp.down_proj.weight_quantizer._amax`.
+    """
+
+    hf_param: str | dict[str, str] = hf_name()
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return {"": self.hf_param} if isinstance(self.hf_param, str) else self.hf_param
+
+
+@dataclass(frozen=True)
+class AmaxFanoutMapping(QuantizerMapping):
+    """One Megatron amax under several Hugging Face names: q/k/v of a fused QKV, gate/up of a gated MLP.
+
+    Args:
+        megatron_param: e.g. `decoder.layers.*.self_attention.linear_qkv.weight_quantizer._amax`.
+        hf_params: e.g. the `weight_quantizer._amax` of q_proj, k_proj and v_proj.
+    """
+
+    hf_params: list[str] = hf_name()
+
+    @property
+    def hf_targets(self) -> list[str]:
+        """Every Hugging Face name that this amax is written to and read from."""
+        return list(self.hf_params)
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return {name: name for name in self.hf_params}
+
+
+@dataclass(frozen=True)
+class MoeAmaxFanoutMapping(QuantizerMapping):
+    """One quantizer for an expert-parallel rank's whole block of local experts, fanned out to each expert's name.
+
+    The ranks of EP hold consecutive equal blocks of experts: of 8 experts at EP=2 the first rank's amax goes to
+    experts 0 to 3. `join` takes one amax per EP rank, `split` gives a rank the maximum over its block.
+
+    Args:
+        megatron_param: e.g. `decoder.layers.*.mlp.experts.linear_fc1.weight_quantizer._amax`.
+        hf_patterns: names with one `*` more than `megatron_param`, the expert.
+        num_experts: of the whole model; default is the config's or module's `num_moe_experts`, `num_experts` or
+            `n_routed_experts`.
+    """
+
+    hf_patterns: list[str] = hf_name()
+    num_experts: int | None = None
+
+    _extra_wildcards: ClassVar[list[str]] = ["*"]
+
+    @property
+    def axis(self) -> Axis:
+        return Axis.EP
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return {name: name for name in self.hf_patterns}
+
+    def megatron_to_hf(self, megatron_weights: Tensor, megatron_module: Any) -> dict[str, Tensor]:
+        amax = self.ranks.all_reduce_max(Axis.ETP, megatron_weights.float())
+        return self.join(self.ranks.all_gather(Axis.EP, amax), self._with_experts(megatron_module))
+
+    def hf_to_megatron(self, hf_weights: Tensor | Mapping[str, Tensor], megatron_module: Any) -> Tensor:
+        if isinstance(hf_weights, Tensor):
+            return hf_weights
+        config = self._with_experts(megatron_module)
+        return self.split(hf_weights, config, self.ranks.rank(Axis.EP), self.ranks.size(Axis.EP))
+
+    def split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        experts = self.block(rank, size, config)
+        names = [pattern(target).resolve([str(expert)]) for expert in experts for target in self.hf_patterns]
+        mapping = AmaxFanoutMapping(self.megatron_param, names)
+        return mapping.split(tensors, config, 0, 1)
+
+    def block(self, rank: int, size: int, config: Any) -> range:
+        """The global numbers of the experts that share the quantizer of EP rank `rank` out of `size`.
+
+        Raises:
+            MappingError: the number of experts is unknown or does not divide by `size`.
+        """
+        experts = self.num_experts or _number_of_experts(config)
+        if not experts:
+            raise MappingError(f"{self.megatron_param}: unknown number of experts: give num_experts")
+        if experts % size:
+            raise MappingError(
+                f"{self.megatron_param}: {experts} experts do not divide into {size} equal blocks of EP; "
+                "a shared quantizer has no known experts there: give each expert its own"
+            )
+        return range(rank * experts // size, (rank + 1) * experts // size)
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        if any(shard.numel() != 1 for shard in shards):
+            raise ValueError("a quantizer shared by several experts must be per-tensor")
+        return {
+            pattern(target).resolve([str(expert)]): shard.float().reshape(())
+            for rank, shard in enumerate(shards)
+            for expert in self.block(rank, len(shards), config)
+            for target in self.hf_patterns
+        }
+
+    def _with_experts(self, module: Any) -> Any:
+        config = getattr(module, "config", None)
+        return config if _number_of_experts(config) else module
+
+
+def _number_of_experts(source: Any) -> int | None:
+    names = ("num_moe_experts", "num_experts", "n_routed_experts")
+    return next((count for name in names if (count := getattr(source, name, None))), None)
+
+
+def _max_scalar(tensors: Sequence[Tensor]) -> Tensor:
+    return max_of([tensor.reshape(()) for tensor in tensors])
+
+
+def convert_to_amax_map(
+    mappings: Iterable[MegatronParamMapping], mapped_name: str = WEIGHT_QUANTIZER
+) -> list[MegatronParamMapping]:
+    """The amax mappings that follow from weight mappings.
+
+    - A Megatron name that ends in `.weight` gives an `AmaxMapping`, or an `AmaxFanoutMapping` where the weight is
+      fused from several Hugging Face tensors.
+    - A Megatron name that ends in `.weight*` (grouped experts) gives a `MoeAmaxFanoutMapping`: one quantizer for
+      the local block of experts.
+    - Others (biases, norms spelled otherwise, buffers) have no quantizer and are skipped by this rule.
+
+    Args:
+        mapped_name: what replaces `.weight`, with its leading dot.
+    """
+    return [made for mapping in mappings if (made := _amax_mapping(mapping, mapped_name)) is not None]
+
+
+def _amax_mapping(mapping: MegatronParamMapping, mapped_name: str) -> QuantizerMapping | None:
+    stem, _, ending = mapping.megatron_param.rpartition(".")
+    names = [name.removesuffix(".weight") + mapped_name for name in mapping.targets if name.endswith(".weight")]
+    if not names or ending not in ("weight", "weight*"):
+        return None
+    if ending == "weight*":
+        return MoeAmaxFanoutMapping(stem + mapped_name, names)
+    if len(names) > 1:
+        return AmaxFanoutMapping(stem + mapped_name, names, follows=mapping)
+    return AmaxMapping(stem + mapped_name, names[0], follows=mapping)

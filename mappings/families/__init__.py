@@ -1,0 +1,31 @@
+"""The model families, and which one a Hugging Face config belongs to."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from mappings.errors import UnknownArchitectureError
+from mappings.families.qwen3 import QWEN3
+from mappings.family import ModelFamily
+
+FAMILIES: tuple[ModelFamily, ...] = (QWEN3,)
+
+_BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
+
+
+def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
+    """The family that claims the `architectures` of a Hugging Face config.
+
+    Raises:
+        UnknownArchitectureError: none does; the message names the nearest that are known.
+    """
+    names = hf_config.get("architectures") or []
+    for name in names:
+        if name in _BY_ARCHITECTURE:
+            return _BY_ARCHITECTURE[name]
+    near = [match for name in names for match in get_close_matches(name, _BY_ARCHITECTURE, n=3, cutoff=0.3)]
+    raise UnknownArchitectureError(
+        f"no model family for architecture {', '.join(names) or '(none given)'} of config.json; "
+        f"{'nearest' if near else 'known'}: {', '.join(near or _BY_ARCHITECTURE)}. "
+        "A family is one file in mappings/families/: see mappings/README.md"
+    )

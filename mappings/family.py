@@ -1,0 +1,61 @@
+"""A model family: its mappings, and its configuration in Megatron's words. One declarative file each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER, convert_to_amax_map
+from mappings.errors import UsageError
+from mappings.mapping import MegatronParamMapping
+from mappings.registry import MappingRegistry
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything the program knows of a family of models.
+
+    Args:
+        architectures: entries of `architectures` in config.json that belong to it.
+        mappings: the weights. Amax mappings and fused groups are derived.
+        transformer: Megatron `TransformerConfig` field → Hugging Face config field; a dot goes into a sub-dictionary.
+        model: Megatron `GPTModel` argument → Hugging Face config field.
+        constants: `TransformerConfig` fields that are the same for every member of the family.
+    """
+
+    architectures: tuple[str, ...]
+    mappings: tuple[MegatronParamMapping, ...]
+    transformer: Mapping[str, str]
+    model: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def registry(self) -> MappingRegistry:
+        """The weight mappings and the amax mappings derived from them."""
+        quantizers = [
+            made
+            for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER)
+            for made in convert_to_amax_map(self.mappings, suffix)
+        ]
+        return MappingRegistry(*self.mappings, *quantizers)
+
+    def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""
+        return {**_translate(self.transformer, hf_config), **self.constants}
+
+    def model_arguments(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for Megatron's GPTModel: vocabulary, rotary base, tied embeddings."""
+        return _translate(self.model, hf_config)
+
+
+def _translate(table: Mapping[str, str], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {megatron: _look_up(hf_config, path) for megatron, path in table.items()}
+
+
+def _look_up(hf_config: Mapping[str, Any], path: str) -> Any:
+    value: Any = hf_config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise UsageError(f"the Hugging Face config has no {path!r}, which {hf_config.get('architectures')} needs")
+        value = value[key]
+    return value

@@ -1,0 +1,179 @@
+"""The seam to the other ranks: everything that a conversion may ask of them.
+
+`Ranks` is a small protocol on the axes of a Megatron mesh. Three implementations keep the rest of the program
+free of torch.distributed: `LocalRanks` (one process), `ThreadRanks` (a rank is a thread: unit tests run real
+multi-rank code without processes) and `bridge.ranks.ProcessRanks` (torch.distributed process groups).
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Axis(StrEnum):
+    """An axis of the mesh that Megatron spreads a model over; WORLD is every rank."""
+
+    TP = "tp"
+    ETP = "etp"
+    EP = "ep"
+    PP = "pp"
+    DP = "dp"
+    WORLD = "world"
+
+
+class Ranks(Protocol):
+    """What one rank may ask of the others along an axis. Every call is collective over that axis' group."""
+
+    def members(self, axis: Axis) -> tuple[int, ...]:
+        """World ranks of this rank's group along `axis`, in rank order. Not collective."""
+
+    def rank(self, axis: Axis) -> int:
+        """Position of this rank in its group along `axis`. Not collective."""
+
+    def size(self, axis: Axis) -> int:
+        """Number of ranks in this rank's group along `axis`. Not collective."""
+
+    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
+        """The group's tensors in rank order on group position `dst`, None elsewhere. Shapes are equal."""
+
+    def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
+        """The group's tensors in rank order, on every rank of the group. Shapes are equal."""
+
+    def all_reduce_max(self, axis: Axis, tensor: Tensor) -> Tensor:
+        """The element-wise maximum over the group. `tensor` is left alone."""
+
+    def all_gather_object(self, axis: Axis, value: Any) -> list[Any]:
+        """The group's picklable objects in rank order, on every rank of the group."""
+
+
+class LocalRanks:
+    """One process, alone on every axis."""
+
+    def members(self, axis: Axis) -> tuple[int, ...]:
+        return (0,)
+
+    def rank(self, axis: Axis) -> int:
+        return 0
+
+    def size(self, axis: Axis) -> int:
+        return 1
+
+    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
+        return [tensor]
+
+    def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def all_reduce_max(self, axis: Axis, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def all_gather_object(self, axis: Axis, value: Any) -> list[Any]:
+        return [value]
+
+
+LOCAL = LocalRanks()
+
+
+class ThreadRanks:
+    """A rank that is a thread. `run_threads` starts a whole mesh of them in one process.
+
+    Args:
+        rank: this thread's world rank.
+        groups: for each axis the groups of world ranks, each in rank order. Axes left out have size 1.
+        exchange: shared by all threads of the run; see `run_threads`.
+    """
+
+    def __init__(self, rank: int, groups: Mapping[Axis, Sequence[Sequence[int]]], exchange: "_Exchange") -> None:
+        self._world_rank = rank
+        self._exchange = exchange
+        self._members = {
+            axis: next((tuple(group) for group in groups.get(axis, ()) if rank in group), (rank,)) for axis in Axis
+        }
+
+    def members(self, axis: Axis) -> tuple[int, ...]:
+        return self._members[axis]
+
+    def rank(self, axis: Axis) -> int:
+        return self._members[axis].index(self._world_rank)
+
+    def size(self, axis: Axis) -> int:
+        return len(self._members[axis])
+
+    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
+        gathered = self.all_gather(axis, tensor)
+        return gathered if self.rank(axis) == dst else None
+
+    def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
+        tensors: list[Tensor] = self.all_gather_object(axis, tensor)
+        shapes = {(tuple(t.shape), t.dtype) for t in tensors}
+        if len(shapes) != 1:
+            raise ValueError(f"ranks {self.members(axis)} gather tensors that differ: {shapes}")
+        return tensors
+
+    def all_reduce_max(self, axis: Axis, tensor: Tensor) -> Tensor:
+        result, *others = self.all_gather(axis, tensor)
+        for other in others:
+            result = result.maximum(other)
+        return result.clone()
+
+    def all_gather_object(self, axis: Axis, value: Any) -> list[Any]:
+        return self._exchange.all_gather(self._members[axis], self._world_rank, value)
+
+
+class _Exchange:
+    """Where the threads of one run meet: a barrier and a board for each group."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._meetings: dict[tuple[int, ...], tuple[threading.Barrier, dict[int, Any]]] = {}
+
+    def all_gather(self, group: tuple[int, ...], rank: int, value: Any) -> list[Any]:
+        with self._lock:
+            if group not in self._meetings:
+                self._meetings[group] = threading.Barrier(len(group), timeout=self._timeout), {}
+            barrier, board = self._meetings[group]
+        board[rank] = value
+        barrier.wait()
+        values = [board[member] for member in group]
+        barrier.wait()
+        return values
+
+    def abort(self) -> None:
+        with self._lock:
+            for barrier, _ in self._meetings.values():
+                barrier.abort()
+
+
+def run_threads[T](
+    world_size: int,
+    function: Callable[[ThreadRanks], T],
+    groups: Mapping[Axis, Sequence[Sequence[int]]],
+    *,
+    timeout: float = 60.0,
+) -> list[T]:
+    """Runs `function` once per rank, each in a thread, and returns the results in rank order.
+
+    A rank that raises releases the others from their collectives, and its exception is raised here. A collective
+    that some rank never joins fails after `timeout` seconds instead of hanging.
+    """
+    exchange = _Exchange(timeout)
+    meshes = {**groups, Axis.WORLD: [range(world_size)]}
+
+    def run(rank: int) -> T:
+        try:
+            return function(ThreadRanks(rank, meshes, exchange))
+        except BaseException:
+            exchange.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(world_size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+    return [future.result() for future in futures]

@@ -1,0 +1,84 @@
+"""A registry: all mappings of a family, found by name in either direction.
+
+A look-up is one dictionary access: the name with every number replaced by `*` is the key. Patterns with `**` are
+few and tried one by one. Overlapping patterns are refused when the registry is built, so the order of mappings
+never decides.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+
+from mappings.errors import AmbiguousMappingError, listing
+from mappings.mapping import MegatronParamMapping
+from mappings.names import overlap, pattern
+
+_NUMBERS = re.compile(r"\d+|\*")
+
+
+class MappingRegistry:
+    """Mappings by Megatron and by Hugging Face name.
+
+    Raises:
+        AmbiguousMappingError: two mappings could claim the same Megatron name, or write the same Hugging Face name.
+    """
+
+    def __init__(self, *mappings: MegatronParamMapping) -> None:
+        self._mappings = mappings
+        self._by_megatron = _Index((mapping.megatron_param, mapping) for mapping in mappings)
+        self._by_hf = _Index((target, mapping) for mapping in mappings for target in mapping.targets)
+
+    def megatron_to_hf_lookup(self, megatron_param_name: str) -> MegatronParamMapping | None:
+        """The resolved mapping that takes a global Megatron name, or None."""
+        found = self._by_megatron.find(megatron_param_name)
+        return found[1].resolve(found[2]) if found else None
+
+    def hf_to_megatron_lookup(self, hf_param_name: str) -> MegatronParamMapping | None:
+        """The resolved mapping that writes a Hugging Face name, or None."""
+        found = self._by_hf.find(hf_param_name)
+        if found is None:
+            return None
+        target, mapping, captures = found
+        megatron_name = pattern(target).translate(captures, mapping.pattern)
+        matched = mapping.pattern.match(megatron_name)
+        assert matched is not None, f"{mapping.megatron_param} does not match {megatron_name}"
+        return mapping.resolve(matched)
+
+    def get_all_mappings(self) -> list[MegatronParamMapping]:
+        """All mappings, unresolved, in the order given."""
+        return list(self._mappings)
+
+    def __iter__(self) -> Iterator[MegatronParamMapping]:
+        return iter(self._mappings)
+
+    def __len__(self) -> int:
+        return len(self._mappings)
+
+
+class _Index:
+    """Patterns of one side, each with its mapping."""
+
+    def __init__(self, entries: Iterable[tuple[str, MegatronParamMapping]]) -> None:
+        self._by_shape: dict[str, list[tuple[str, MegatronParamMapping]]] = {}
+        self._with_paths: list[tuple[str, MegatronParamMapping]] = []
+        entries = list(entries)
+        _refuse_overlaps([text for text, _ in entries])
+        for text, mapping in entries:
+            if "**" in text:
+                self._with_paths.append((text, mapping))
+            else:
+                self._by_shape.setdefault(_NUMBERS.sub("*", text), []).append((text, mapping))
+
+    def find(self, name: str) -> tuple[str, MegatronParamMapping, Sequence[str]] | None:
+        """The pattern that matches `name`, its mapping and its captures."""
+        for text, mapping in (*self._by_shape.get(_NUMBERS.sub("*", name), ()), *self._with_paths):
+            captures = pattern(text).match(name)
+            if captures is not None:
+                return text, mapping, captures
+        return None
+
+
+def _refuse_overlaps(patterns: Sequence[str]) -> None:
+    clashes = [f"{one!r} and {other!r}" for one, other in combinations(patterns, 2) if overlap(one, other)]
+    if clashes:
+        raise AmbiguousMappingError(f"mappings overlap, so a name would have two owners:{listing(clashes)}")

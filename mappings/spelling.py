@@ -1,0 +1,27 @@
+"""One spelling for each Megatron parameter.
+
+Megatron keeps the same tensor under different names, depending on the layer implementation: a norm beside its
+linear or fused into it, an expert as a module of its own or as one weight of a grouped linear. Mappings are
+written in one spelling, the one on the right; `canonical` brings the others to it.
+
+    …self_attention.linear_qkv.layer_norm_weight      …input_layernorm.weight
+    …mlp.linear_fc1.layer_norm_weight                 …pre_mlp_layernorm.weight
+    …experts.local_experts.3.linear_fc1.weight        …experts.linear_fc1.weight3
+    …local_experts.3.linear_fc1.weight_quantizer      …experts.linear_fc1.weight_quantizer.3
+"""
+
+import re
+
+_SPELLINGS = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"input_layernorm.\1"),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r"pre_mlp_layernorm.\1"),
+    (re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$"), r"experts.\2.\3\1"),
+    (re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.(\w+_quantizer)\b"), r"experts.\2.\3.\1"),
+)
+
+
+def canonical(megatron_name: str) -> str:
+    """The spelling that mappings use for a Megatron parameter or quantizer."""
+    for spelling, replacement in _SPELLINGS:
+        megatron_name = spelling.sub(replacement, megatron_name)
+    return megatron_name

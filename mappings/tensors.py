@@ -1,0 +1,61 @@
+"""The few tensor operations that mappings are made of: join shards, cut a shard, fold rows.
+
+They work on any device, on meta tensors too: the plan runs a mapping on meta tensors to learn the shapes of the
+Hugging Face side before a byte is read, so there is no second shape logic that could disagree.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype: what a plan knows of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype on the meta device, without storage."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def join_dim(shards: Sequence[Tensor], dim: int | None) -> Tensor:
+    """The tensor whose equal shards along `dim` are `shards`, in rank order; the first one where dim is None."""
+    if dim is None or len(shards) == 1:
+        return shards[0]
+    return torch.cat(tuple(shards), dim=dim)
+
+
+def shard_of(tensor: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
+    """Shard `rank` of `size` equal shards of `tensor` along `dim`, a view; all of it where dim is None.
+
+    Raises:
+        ValueError: the dimension does not divide by `size`.
+    """
+    if dim is None or size == 1:
+        return tensor
+    if dim >= tensor.ndim or tensor.shape[dim] % size:
+        raise ValueError(f"shape {tuple(tensor.shape)} does not divide into {size} shards along dim {dim}")
+    length = tensor.shape[dim] // size
+    return tensor.narrow(dim, rank * length, length)
+
+
+def max_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The element-wise maximum of tensors of one shape, in fp32. A NaN stays a NaN."""
+    return torch.stack([tensor.float() for tensor in tensors]).amax(dim=0)

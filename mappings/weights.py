@@ -1,0 +1,173 @@
+"""The weight mappings: how Megatron fuses and shards, written as join and split.
+
+Each handles tensors with any trailing dims (a weight `[out, in]`, a bias `[out]`, per-channel amax `[out, 1]`),
+because only rows are interleaved.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mappings.mapping import MegatronParamMapping, hf_name
+from mappings.tensors import join_dim, shard_of
+
+
+@dataclass(frozen=True)
+class DirectMapping(MegatronParamMapping):
+    """One to one, the same tensor on both sides, whole on every rank."""
+
+    hf_param: str = hf_name()
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"": self.hf_param}
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        return {self.hf_param: join_dim(shards, self.shard_dim)}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        return shard_of(tensors[self.hf_param], self.shard_dim, rank, size)
+
+
+@dataclass(frozen=True)
+class ReplicatedMapping(DirectMapping):
+    """One to one, replicated over the tensor-parallel ranks: norms, routers."""
+
+
+@dataclass(frozen=True)
+class ColumnParallelMapping(DirectMapping):
+    """One to one, output rows spread over the ranks: `[out/tp, in]`, biases `[out/tp]`."""
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class RowParallelMapping(DirectMapping):
+    """One to one, input columns spread over the ranks: `[out, in/tp]`."""
+
+    @property
+    def shard_dim(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class VocabParallelMapping(ColumnParallelMapping):
+    """Embedding or output layer, rows spread over the ranks and padded at the end: `[padded_vocab/tp, hidden]`.
+
+    Join drops the rows past `config.vocab_size`, split pads with zero rows up to `config.padded_vocab_size`; a
+    config without these attributes means no padding.
+    """
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        table = join_dim(shards, 0)
+        rows = getattr(config, "vocab_size", None) or table.shape[0]
+        if rows > table.shape[0]:
+            raise ValueError(f"{table.shape[0]} rows are fewer than the vocabulary of {rows}")
+        return {self.hf_param: table[:rows]}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        table = tensors[self.hf_param]
+        padding = (getattr(config, "padded_vocab_size", None) or table.shape[0]) - table.shape[0]
+        if padding:
+            table = torch.cat([table, table.new_zeros(padding, *table.shape[1:])])
+        return shard_of(table, 0, rank, size)
+
+
+_SHARD_DIMS = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
+    "linear_q_proj.weight": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc2.weight": 1,
+}
+
+
+@dataclass(frozen=True)
+class AutoMapping(DirectMapping):
+    """One to one; how it is sharded follows from the Megatron name, as Megatron-Core's own layers shard it."""
+
+    @property
+    def shard_dim(self) -> int | None:
+        name = self.megatron_param.rstrip("*0123456789")
+        return next((dim for suffix, dim in _SHARD_DIMS.items() if name.endswith(suffix)), None)
+
+
+@dataclass(frozen=True)
+class QKVMapping(MegatronParamMapping):
+    """Fused attention input, query heads interleaved with their key and value head, group after group.
+
+    Megatron: `[groups · (heads/groups + 2) · head_dim, …]`, each group `q q … k v`, rows spread over TP. With
+    `attention_output_gate` a group is `q q … g g … k v`, and the Hugging Face q_proj holds each head's query rows
+    and then its gate rows, `[heads · 2 · head_dim, …]`.
+    Layout: megatron.core.transformer.attention.SelfAttention.get_query_key_value_tensors.
+    """
+
+    q: str = hf_name()
+    k: str = hf_name()
+    v: str = hf_name()
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        groups, heads, gates = _attention_layout(config)
+        fused = join_dim(shards, 0)
+        blocks = fused.unflatten(0, (groups, gates * heads + 2, -1))
+        q, k, v = blocks.split([gates * heads, 1, 1], dim=1)
+        if gates == 2:
+            q = q.unflatten(1, (gates, heads)).transpose(1, 2)
+        return {name: part.flatten(0, -fused.ndim) for name, part in zip(self.targets, (q, k, v), strict=True)}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        groups, heads, gates = _attention_layout(config)
+        q, k, v = (tensors[name] for name in self.targets)
+        q = q.unflatten(0, (groups, heads, gates, -1)).transpose(1, 2).flatten(1, 2)
+        k, v = (part.unflatten(0, (groups, 1, -1)) for part in (k, v))
+        return shard_of(torch.cat([q, k, v], dim=1).flatten(0, 2), 0, rank, size)
+
+
+def _attention_layout(config: Any) -> tuple[int, int, int]:
+    """Query groups, query heads of a group, and 2 where each head has an output gate beside its query, else 1."""
+    groups = config.num_query_groups or config.num_attention_heads
+    if config.num_attention_heads % groups:
+        raise ValueError(f"{config.num_attention_heads} heads do not divide into {groups} query groups")
+    return groups, config.num_attention_heads // groups, 2 if getattr(config, "attention_output_gate", False) else 1
+
+
+@dataclass(frozen=True)
+class GatedMLPMapping(MegatronParamMapping):
+    """Fused gate and up projection: each rank holds its gate rows, then its up rows, `[2 · ffn/tp, …]`."""
+
+    gate: str = hf_name()
+    up: str = hf_name()
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"gate": self.gate, "up": self.up}
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        halves = [shard.unflatten(0, (2, -1)) for shard in shards]
+        return {name: join_dim([half[index] for half in halves], 0) for index, name in enumerate(self.targets)}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        return torch.cat([shard_of(tensors[name], 0, rank, size) for name in self.targets])

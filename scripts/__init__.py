@@ -1,0 +1,1 @@
+"""Command lines: thin Hydra mains, each about a screen."""

@@ -1,0 +1,73 @@
+"""What all command lines share: the way a command starts, logs, fails and exits.
+
+Exit status: 0 done, 1 the job failed, 2 wrong arguments. An error is one message on standard error, from one rank,
+without a traceback unless `debug=true`.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+
+from bridge.ranks import world_rank
+from configs.schema import register
+from mappings.errors import AmaxbridgeError, UsageError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def run(name: str, command: Callable[[Any], None]) -> None:
+    """Runs `command` with the Hydra configuration `name`, then exits.
+
+    Hydra itself exits with 1 for a misspelled option; before the command has started that becomes 2.
+    """
+    register()
+    started = False
+
+    @hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")
+    def main(config: DictConfig) -> None:
+        nonlocal started
+        started = True
+        sys.exit(_guarded(command, config))
+
+    try:
+        main()
+    except SystemExit as stop:
+        sys.exit(2 if stop.code == 1 and not started else stop.code)
+
+
+def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
+    _quiet_logging()
+    try:
+        options = OmegaConf.to_object(config)
+        command(options)
+    except MissingMandatoryValue as error:
+        return _fail(UsageError(f"{error.full_key}= is required; --help shows all options"), UsageError.exit_status)
+    except AmaxbridgeError as error:
+        if config.debug:
+            raise
+        return _fail(error, error.exit_status)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written at the output", 130)
+    return 0
+
+
+def _fail(message: object, status: int) -> int:
+    """Says why on standard error. Errors of all ranks are the same by construction; one rank says it."""
+    if world_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _quiet_logging() -> None:
+    """Our own log at INFO on rank 0, warnings with a rank prefix elsewhere; the frameworks' chatter not at all."""
+    rank = world_rank()
+    prefix = f"rank {rank}: " if rank else ""
+    logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("amaxbridge").setLevel(logging.WARNING if rank else logging.INFO)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,279 @@
+"""The training half of the demo: train, quantize and save a tiny model with real Megatron and ModelOpt, on CPUs.
+
+    torchrun --nproc-per-node 2 scripts/demo_training.py HF_DIR CKPT_DIR RESULTS_JSON
+
+Reads the architecture from HF_DIR/config.json and, on tensor-parallel ranks, trains it in fp32, rounds it to bf16, puts
+ModelOpt's NVFP4 quantizers in, calibrates them, trains on through the quantizers (QAT) and saves Megatron's
+distributed checkpoint under CKPT_DIR. RESULTS_JSON gets the loss curves, the held-back perplexity after every
+stage and the seconds it took; beside it, logits_bf16.pt and logits_nvfp4.pt hold the model's logits on the first
+held-back windows, to compare an exported model with.
+
+Calibration runs on the bf16 model, so that every amax is a bf16 number. QAT runs in fp32 because a CPU multiplies bf16
+ten times slower. The way there and back leaves every amax as it was; the perplexities are all of the bf16 model.
+"""
+
+# ruff: noqa: E402 - warnings are silenced before the imports that give them
+import warnings
+
+warnings.filterwarnings("ignore")
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import queue
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logging.disable(logging.WARNING)
+
+import modelopt.torch.quantization as mtq
+import torch
+import torch.distributed as dist
+from scripts.demo_text import CONTEXT, held_back_windows, training_tokens
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
+
+SEED = 1234
+BATCH = 8
+TRAINING_STEPS, TRAINING_LR = 400, 6e-3
+QAT_STEPS, QAT_LR = 40, 1e-3
+CALIBRATION_WINDOWS = 16
+LOGIT_WINDOWS = 8
+POSITIONS = torch.arange(CONTEXT)[None]
+CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True: must not see
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hf_dir", type=Path)
+    parser.add_argument("ckpt_dir", type=Path)
+    parser.add_argument("results_json", type=Path)
+    arguments = parser.parse_args()
+
+    enable_cpu()
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    tensor_parallel.model_parallel_cuda_manual_seed(SEED, inference_rng_tracker=True, force_reset_rng=True)
+    torch.manual_seed(SEED)
+    results = run(arguments.hf_dir, arguments.ckpt_dir, arguments.results_json.parent)
+    if dist.get_rank() == 0:
+        arguments.results_json.write_text(json.dumps(results, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
+    """All stages; returns what RESULTS_JSON says. The quantized model is the one in the checkpoint."""
+    hf_config = json.loads((hf_dir / "config.json").read_text())
+    model = build_model(hf_config)
+    tokens, held_back = training_tokens(), held_back_windows()
+    seconds: dict[str, float] = {}
+    perplexities: dict[str, float] = {"untrained": perplexity(model, held_back)}
+
+    with stage(f"train {TRAINING_STEPS} steps in fp32, TP={dist.get_world_size()}", seconds, "training"):
+        loss = train(model, tokens, steps=TRAINING_STEPS, peak_lr=TRAINING_LR, seed=SEED)
+    with stage("round to bf16", seconds, "bf16"):
+        model.to(torch.bfloat16)
+        perplexities["bf16"] = perplexity(model, held_back)
+        save_logits(model, held_back, logits_dir / "logits_bf16.pt")
+    with stage("put NVFP4 quantizers in and calibrate", seconds, "calibration"):
+        quantize(model, tokens)
+        perplexities["nvfp4_ptq"] = perplexity(model, held_back)
+    with stage(f"train {QAT_STEPS} steps through the quantizers", seconds, "qat"):
+        qat_loss = train(model.float(), tokens, steps=QAT_STEPS, peak_lr=QAT_LR, seed=SEED + 1)
+        model.to(torch.bfloat16)
+        perplexities["nvfp4_qat"] = perplexity(model, held_back)
+        save_logits(model, held_back, logits_dir / "logits_nvfp4.pt")
+    with stage("save the Megatron checkpoint", seconds, "checkpoint"):
+        save_checkpoint(model, ckpt_dir, iteration=TRAINING_STEPS + QAT_STEPS)
+
+    say("perplexity per byte: " + ", ".join(f"{name} {value:.3f}" for name, value in perplexities.items()))
+    return {
+        "perplexity": perplexities,
+        "loss": {"training": loss, "qat": qat_loss},
+        "seconds": seconds,
+        "parallel": {"tp": dist.get_world_size()},
+        "counts": {
+            "parameters": global_parameter_count(model),
+            "quantizers": sum(name.endswith("_quantizer._amax") for name, _ in model.named_buffers()),
+            "training_bytes": len(tokens),
+            "bytes_seen": (TRAINING_STEPS + QAT_STEPS) * BATCH * CONTEXT,
+            "held_back_bytes": held_back[:, 1:].numel(),
+        },
+    }
+
+
+def build_model(hf_config: dict[str, Any]) -> GPTModel:
+    """The Megatron model of a Qwen3ForCausalLM config, in fp32, this rank's shards, freshly initialized."""
+    config = TransformerConfig(
+        num_layers=hf_config["num_hidden_layers"],
+        hidden_size=hf_config["hidden_size"],
+        ffn_hidden_size=hf_config["intermediate_size"],
+        num_attention_heads=hf_config["num_attention_heads"],
+        num_query_groups=hf_config["num_key_value_heads"],
+        kv_channels=hf_config["head_dim"],
+        layernorm_epsilon=hf_config["rms_norm_eps"],
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        **TRANSFORMER_CONFIG_FOR_CPU,
+    )
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True),
+        vocab_size=hf_config["vocab_size"],
+        max_sequence_length=hf_config["max_position_embeddings"],
+        position_embedding_type="rope",
+        rotary_base=hf_config["rope_parameters"]["rope_theta"],
+        share_embeddings_and_output_weights=hf_config["tie_word_embeddings"],
+    )
+
+
+def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, seed: int) -> list[tuple[int, float]]:
+    """Train in place with Adam on random windows; returns a few (step, mean loss since the last one).
+
+    All ranks draw the same windows, so the replicated parameters stay the same on all of them.
+    """
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    curve: list[tuple[int, float]] = []
+    recent: list[float] = []
+    report_every = max(1, steps // 10)
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * learning_rate_factor(step / steps)
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=generator)
+        loss = token_losses(model, torch.stack([tokens[start : start + CONTEXT + 1] for start in starts])).mean()
+        loss.backward()
+        add_partial_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        if step % report_every == 0:
+            curve.append((step, sum(recent) / len(recent)))
+            recent.clear()
+            say(f"  step {step:4d}  loss {curve[-1][1]:.3f}")
+    require_equal_replicas(model)
+    return curve
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Up in the first 5 % of the steps, then down along a cosine to nothing. `progress` is in (0, 1]."""
+    return min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def token_losses(model: GPTModel, windows: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every token but the first of each window, `[windows, CONTEXT]`, fp32, over all vocab shards."""
+    return model(windows[:, :-1], POSITIONS.expand(len(windows), -1), CAUSAL_MASK, labels=windows[:, 1:])
+
+
+def add_partial_gradients(model: GPTModel) -> None:
+    """Sum the q and k norms' gradients over the tensor-parallel ranks: each rank has those of its own heads only.
+
+    The other replicated parameters have the whole gradient on every rank. Megatron does the same in
+    `finalize_model_grads`, for models in its DDP wrapper.
+    """
+    gradients = [p.grad for name, p in model.named_parameters() if "q_layernorm" in name or "k_layernorm" in name]
+    flat = torch.cat([gradient.view(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def require_equal_replicas(model: GPTModel) -> None:
+    """Raise if a parameter that every tensor-parallel rank has in full differs between them."""
+    replicas = torch.cat([p.detach().view(-1) for p in model.parameters() if not is_sharded(p)])
+    highest, lowest = replicas.clone(), replicas.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    if not torch.equal(highest, lowest):
+        raise RuntimeError(f"replicated parameters differ between ranks by {(highest - lowest).max().item()}")
+
+
+def is_sharded(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def global_parameter_count(model: GPTModel) -> int:
+    return sum(p.numel() * (dist.get_world_size() if is_sharded(p) else 1) for p in model.parameters())
+
+
+@torch.no_grad()
+def perplexity(model: GPTModel, windows: torch.Tensor) -> float:
+    """exp of the mean cross entropy, so the effective number of choices for the next byte."""
+    model.eval()
+    losses = torch.cat([token_losses(model, batch) for batch in windows.split(BATCH)])
+    return losses.double().mean().exp().item()
+
+
+@torch.no_grad()
+def save_logits(model: GPTModel, windows: torch.Tensor, path: Path) -> None:
+    """Save the first windows' logits over the whole vocabulary, `[LOGIT_WINDOWS, CONTEXT, vocab]`, in the model's dtype."""
+    model.eval()
+    inputs = windows[:LOGIT_WINDOWS, :-1]
+    logits = model(inputs, POSITIONS.expand(len(inputs), -1), CAUSAL_MASK, runtime_gather_output=True)
+    if dist.get_rank() == 0:
+        torch.save({"input_ids": inputs.clone(), "logits": logits}, path)
+
+
+def quantize(model: GPTModel, tokens: torch.Tensor) -> None:
+    """Put NVFP4 quantizers on the weight and the input of every linear layer of the decoder, and calibrate them."""
+
+    def calibrate(quantized: GPTModel) -> None:
+        windows = tokens[: CALIBRATION_WINDOWS * (CONTEXT + 1)].view(CALIBRATION_WINDOWS, CONTEXT + 1)
+        for batch in windows.split(BATCH):
+            token_losses(quantized, batch)
+
+    model.eval()
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # ModelOpt prints on every rank
+        mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
+
+
+def save_checkpoint(model: GPTModel, ckpt_dir: Path, *, iteration: int) -> None:
+    """Save Megatron's distributed checkpoint with ModelOpt's state, in the folders that Megatron's training makes."""
+    # Megatron hands write results over through a manager process, which starts by importing this script again, for
+    # many seconds. A synchronous save stays in this process: a plain queue does.
+    filesystem_async._results_queue = queue.Queue()
+    directory = ckpt_dir / f"iter_{iteration:07d}"
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    state = {"iteration": iteration, "checkpoint_version": 3.0, "model": model.sharded_state_dict()}
+    dist_checkpointing.save(state, str(directory))
+    save_sharded_modelopt_state([model], directory)
+    if dist.get_rank() == 0:
+        (ckpt_dir / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+@contextlib.contextmanager
+def stage(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Say what is done, and note under `name` how many seconds it took."""
+    say(title)
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
