@@ -9,12 +9,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from bridge.fill import fill_parameters
 from bridge.hf_config import HFModel, read_hf_model
 from bridge.parameters import unwrap, walk_parameters, walk_quantizers
 from bridge.plan import BundlePlan, plan_export
 from bridge.quant_state import collect_quant_state
 from bridge.ranks import current_ranks
 from bridge.stream import stream_bundles
+from export.checkpoint import SafetensorsCheckpoint
 from export.finalizer import Finalizer
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
@@ -77,6 +79,24 @@ class AutoBridge:
         chunks = unwrap(model)
         for tensors in self._stream(chunks, self._plan(chunks)):
             yield from tensors.items()
+
+    def load_hf_weights(self, model: Model) -> None:
+        """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.
+
+        Raises:
+            UnmappedParameterError: parameters without a mapping.
+            CheckpointError: a file or a tensor is missing.
+            MappingError: a tensor does not have the shape that the model needs.
+        """
+        chunks = unwrap(model)
+        with SafetensorsCheckpoint(self.hf.directory) as checkpoint:
+            fill_parameters(
+                walk_parameters(chunks),
+                checkpoint.read,
+                self.hf.family.registry,
+                self._module_config(chunks),
+                self._ranks(),
+            )
 
     def save_hf_pretrained(
         self,
@@ -173,7 +193,11 @@ class AutoBridge:
             raise CheckpointError(
                 f"the Megatron model is not the one that {self.hf.directory} describes:{listing(differ)}"
             )
-        return SimpleNamespace(**expected, vocab_size=self.hf.config["vocab_size"])
+        return SimpleNamespace(
+            **expected,
+            vocab_size=self.hf.config["vocab_size"],
+            padded_vocab_size=getattr(chunks[0], "vocab_size", None),
+        )
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from export.metadata import CONFIG_FILE
-from mappings.errors import UsageError
+from mappings.errors import UsageError, listing
 from mappings.families import family_of
 from mappings.family import ModelFamily
 
@@ -53,3 +53,19 @@ def read_hf_model(path: str | Path) -> HFModel:
     from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
 
     return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)
+
+
+def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int) -> None:
+    """Raises UsageError when the model cannot be built at these sizes; names every reason."""
+    sizes = hf.family.transformer_config(hf.config)
+    heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
+    reasons = [
+        (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
+        (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
+        (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
+        (sizes["ffn_hidden_size"] % tp, f"TP={tp} does not divide the MLP width of {sizes['ffn_hidden_size']}"),
+        (layers % pp, f"PP={pp} does not divide {layers} layers"),
+    ]
+    found = [reason for wrong, reason in reasons if wrong]
+    if found:
+        raise UsageError(f"the model does not fit the parallel sizes:{listing(found)}\nSet parallel.tp and parallel.pp")

@@ -20,10 +20,9 @@ from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
 from bridge.hf_config import HFModel
 from bridge.ranks import ProcessRanks, process_group
-from mappings.errors import CheckpointError, UsageError, listing
+from bridge.torch_dist import checkpoint_iteration
+from mappings.errors import CheckpointError
 from mappings.ranks import Axis
-
-_LATEST = "latest_checkpointed_iteration.txt"
 
 
 def process_ranks() -> ProcessRanks:
@@ -51,22 +50,6 @@ def distributed(*, tp: int, pp: int = 1, seed: int = 1234) -> Iterator[None]:
             yield
         finally:
             parallel_state.destroy_model_parallel()
-
-
-def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int) -> None:
-    """Raises UsageError when the model cannot be built at these sizes; names every reason."""
-    sizes = hf.family.transformer_config(hf.config)
-    heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
-    reasons = [
-        (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
-        (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
-        (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
-        (sizes["ffn_hidden_size"] % tp, f"TP={tp} does not divide the MLP width of {sizes['ffn_hidden_size']}"),
-        (layers % pp, f"PP={pp} does not divide {layers} layers"),
-    ]
-    found = [reason for wrong, reason in reasons if wrong]
-    if found:
-        raise UsageError(f"the model does not fit the parallel sizes:{listing(found)}\nSet parallel.tp and parallel.pp")
 
 
 def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
@@ -98,19 +81,6 @@ def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel
         **arguments,
     )
     return model.to(dtype)
-
-
-def checkpoint_iteration(path: Path) -> Path:
-    """The iteration directory of a Megatron checkpoint: `path` itself, or the latest one inside it.
-
-    Raises:
-        CheckpointError: there is no distributed checkpoint.
-    """
-    latest = path / _LATEST
-    directory = path / f"iter_{int(latest.read_text()):07d}" if latest.is_file() else path
-    if not (directory / ".metadata").is_file():
-        raise CheckpointError(f"{directory} is not a Megatron distributed checkpoint (torch_dist): no .metadata there")
-    return directory
 
 
 def load_checkpoint(model: GPTModel, path: Path) -> None:

@@ -8,7 +8,7 @@ Each bundle has one owner among the ranks that hold it (their tensor-parallel pe
 owners are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves the shards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,18 +66,23 @@ def plan_export(
     report = _Report(specs, {axis: ranks.members(axis) for axis in axes})
     reports: list[_Report] = ranks.all_gather_object(Axis.WORLD, report)
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
-    mappings = {name: registry.megatron_to_hf_lookup(name) for name in names}
-    _refuse_unmapped(mappings)
-    return _Planner(reports, config).plan([mapping for mapping in mappings.values() if mapping is not None])
+    return _Planner(reports, config).plan(find_mappings(names, registry).values())
 
 
-def _refuse_unmapped(mappings: Mapping[str, MegatronParamMapping | None]) -> None:
-    unmapped = [name for name, mapping in mappings.items() if mapping is None]
+def find_mappings(names: Sequence[str], registry: MappingRegistry) -> dict[str, MegatronParamMapping]:
+    """The resolved mapping of each Megatron name.
+
+    Raises:
+        UnmappedParameterError: some have none; all of them are named.
+    """
+    mappings = {name: found for name in names if (found := registry.megatron_to_hf_lookup(name)) is not None}
+    unmapped = [name for name in names if name not in mappings]
     if unmapped:
         raise UnmappedParameterError(
-            f"{len(unmapped)} of {len(mappings)} Megatron parameters have no mapping:{listing(unmapped)}\n"
+            f"{len(unmapped)} of {len(names)} Megatron parameters have no mapping:{listing(unmapped)}\n"
             "Add a mapping to the model's family in mappings/families/"
         )
+    return mappings
 
 
 class _Planner:

@@ -12,11 +12,7 @@ Calibration runs on the bf16 model, so that every amax is a bf16 number. QAT run
 ten times slower. The way there and back leaves every amax as it was; the perplexities are all of the bf16 model.
 """
 
-# ruff: noqa: E402 - warnings are silenced before the imports that give them
-import warnings
-
-warnings.filterwarnings("ignore")
-
+# ruff: noqa: E402 - the path is set and warnings are silenced before the imports that need it
 import argparse
 import contextlib
 import io
@@ -24,17 +20,22 @@ import json
 import logging
 import math
 import queue
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+START = time.perf_counter()
+warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
-from scripts.demo_text import CONTEXT, held_back_windows, training_tokens
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
@@ -43,13 +44,24 @@ from megatron.core.transformer import TransformerConfig
 from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
+from scripts.demo_text import CONTEXT, held_back_windows, training_tokens
 
 SEED = 1234
 BATCH = 8
-TRAINING_STEPS, TRAINING_LR = 400, 6e-3
-QAT_STEPS, QAT_LR = 40, 1e-3
-CALIBRATION_WINDOWS = 16
-LOGIT_WINDOWS = 8
+TRAINING_STEPS, TRAINING_LR = 700, 6e-3
+QAT_STEPS, QAT_LR = 100, 3e-4
+REPORT_EVERY = 50
+CALIBRATION_WINDOWS = 32
+LOGIT_WINDOWS = 16
+REPORTED_DIMENSIONS = [
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+]
 POSITIONS = torch.arange(CONTEXT)[None]
 CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True: must not see
 
@@ -60,6 +72,8 @@ def main() -> None:
     parser.add_argument("ckpt_dir", type=Path)
     parser.add_argument("results_json", type=Path)
     arguments = parser.parse_args()
+    if arguments.ckpt_dir.exists() and any(arguments.ckpt_dir.iterdir()):
+        parser.error(f"{arguments.ckpt_dir} is not empty; name another CKPT_DIR or remove it")
 
     enable_cpu()
     dist.init_process_group("gloo")
@@ -77,7 +91,7 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
     hf_config = json.loads((hf_dir / "config.json").read_text())
     model = build_model(hf_config)
     tokens, held_back = training_tokens(), held_back_windows()
-    seconds: dict[str, float] = {}
+    seconds = {"imports": round(time.perf_counter() - START, 2)}
     perplexities: dict[str, float] = {"untrained": perplexity(model, held_back)}
 
     with stage(f"train {TRAINING_STEPS} steps in fp32, TP={dist.get_world_size()}", seconds, "training"):
@@ -88,10 +102,13 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
         save_logits(model, held_back, logits_dir / "logits_bf16.pt")
     with stage("put NVFP4 quantizers in and calibrate", seconds, "calibration"):
         quantize(model, tokens)
+        calibrated = amax_values(model)
         perplexities["nvfp4_ptq"] = perplexity(model, held_back)
     with stage(f"train {QAT_STEPS} steps through the quantizers", seconds, "qat"):
         qat_loss = train(model.float(), tokens, steps=QAT_STEPS, peak_lr=QAT_LR, seed=SEED + 1)
         model.to(torch.bfloat16)
+        if amax_values(model) != calibrated:
+            raise RuntimeError("an amax changed after calibration; the checkpoint would not hold what training used")
         perplexities["nvfp4_qat"] = perplexity(model, held_back)
         save_logits(model, held_back, logits_dir / "logits_nvfp4.pt")
     with stage("save the Megatron checkpoint", seconds, "checkpoint"):
@@ -102,10 +119,11 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
         "perplexity": perplexities,
         "loss": {"training": loss, "qat": qat_loss},
         "seconds": seconds,
+        "model": {key: hf_config[key] for key in REPORTED_DIMENSIONS},
         "parallel": {"tp": dist.get_world_size()},
         "counts": {
             "parameters": global_parameter_count(model),
-            "quantizers": sum(name.endswith("_quantizer._amax") for name, _ in model.named_buffers()),
+            "quantizers": len(calibrated),
             "training_bytes": len(tokens),
             "bytes_seen": (TRAINING_STEPS + QAT_STEPS) * BATCH * CONTEXT,
             "held_back_bytes": held_back[:, 1:].numel(),
@@ -123,6 +141,7 @@ def build_model(hf_config: dict[str, Any]) -> GPTModel:
         num_query_groups=hf_config["num_key_value_heads"],
         kv_channels=hf_config["head_dim"],
         layernorm_epsilon=hf_config["rms_norm_eps"],
+        init_method_std=hf_config["initializer_range"],
         normalization="RMSNorm",
         qk_layernorm=True,
         gated_linear_unit=True,
@@ -154,7 +173,6 @@ def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     curve: list[tuple[int, float]] = []
     recent: list[float] = []
-    report_every = max(1, steps // 10)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * learning_rate_factor(step / steps)
@@ -165,7 +183,7 @@ def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, 
         optimizer.step()
         optimizer.zero_grad()
         recent.append(loss.item())
-        if step % report_every == 0:
+        if step % REPORT_EVERY == 0:
             curve.append((step, sum(recent) / len(recent)))
             recent.clear()
             say(f"  step {step:4d}  loss {curve[-1][1]:.3f}")
@@ -189,11 +207,10 @@ def add_partial_gradients(model: GPTModel) -> None:
     The other replicated parameters have the whole gradient on every rank. Megatron does the same in
     `finalize_model_grads`, for models in its DDP wrapper.
     """
-    gradients = [p.grad for name, p in model.named_parameters() if "q_layernorm" in name or "k_layernorm" in name]
-    flat = torch.cat([gradient.view(-1) for gradient in gradients])
-    dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, parameter in model.named_parameters():
+        if "q_layernorm" in name or "k_layernorm" in name:
+            dist.all_reduce(parameter.grad, group=group)
 
 
 def require_equal_replicas(model: GPTModel) -> None:
@@ -224,7 +241,7 @@ def perplexity(model: GPTModel, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def save_logits(model: GPTModel, windows: torch.Tensor, path: Path) -> None:
-    """Save the first windows' logits over the whole vocabulary, `[LOGIT_WINDOWS, CONTEXT, vocab]`, in the model's dtype."""
+    """Save the first windows' logits over all vocab shards, `[LOGIT_WINDOWS, CONTEXT, vocab]`, in the model's dtype."""
     model.eval()
     inputs = windows[:LOGIT_WINDOWS, :-1]
     logits = model(inputs, POSITIONS.expand(len(inputs), -1), CAUSAL_MASK, runtime_gather_output=True)
@@ -243,6 +260,11 @@ def quantize(model: GPTModel, tokens: torch.Tensor) -> None:
     model.eval()
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # ModelOpt prints on every rank
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
+
+
+def amax_values(model: GPTModel) -> dict[str, float]:
+    """Every quantizer's amax, by buffer name."""
+    return {name: buffer.item() for name, buffer in model.named_buffers() if name.endswith("_quantizer._amax")}
 
 
 def save_checkpoint(model: GPTModel, ckpt_dir: Path, *, iteration: int) -> None:

@@ -16,18 +16,20 @@ from scripts import cli
 def export(options: ExportConfig) -> None:
     """Builds the model at the given parallel sizes, loads the checkpoint into it, and writes it for serving."""
     from bridge.auto import AutoBridge
+    from bridge.hf_config import check_parallel_sizes
     from bridge.ranks import world_rank, world_size
+    from bridge.torch_dist import checkpoint_iteration
     from export.writer import check_output
 
     check_output(Path(options.output), overwrite=options.overwrite)
     bridge = AutoBridge.from_hf_pretrained(options.hf)
     tp = options.parallel.tp or max(1, world_size() // options.parallel.pp)
+    check_parallel_sizes(bridge.hf, world=world_size(), tp=tp, pp=options.parallel.pp)
+    directory = checkpoint_iteration(Path(options.checkpoint))
 
     from bridge import megatron  # after the checks above, because Megatron takes many seconds to import
     from scripts.tables import export_table
 
-    megatron.check_parallel_sizes(bridge.hf, world=world_size(), tp=tp, pp=options.parallel.pp)
-    directory = megatron.checkpoint_iteration(Path(options.checkpoint))
     with megatron.distributed(tp=tp, pp=options.parallel.pp):
         model = megatron.build_model(bridge.hf)
         megatron.load_checkpoint(model, directory)

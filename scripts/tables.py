@@ -1,10 +1,15 @@
 """What the commands print: tables for people."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 from bridge.auto import ExportReport
 from configs.schema import ExportConfig
+from scripts.demo_check import Findings
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
@@ -27,3 +32,22 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
     ):
         table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
     Console().print(table)
+
+
+def demo_table(results: dict[str, Any], findings: Findings, output: Path) -> None:
+    """What the demo did and found."""
+    perplexity, counts = results["perplexity"], results["counts"]
+    table = Table(title="from Megatron-Core to a served checkpoint", title_justify="left")
+    table.add_column("step")
+    table.add_column("where")
+    table.add_column("perplexity", justify="right")
+    for step, where, value in (
+        ("untrained", "Megatron", perplexity["untrained"]),
+        ("trained, bf16", "Megatron", perplexity["bf16"]),
+        ("NVFP4 W4A4, calibrated", "Megatron, fake-quantized", perplexity["nvfp4_ptq"]),
+        ("NVFP4 W4A4, after QAT", "Megatron, fake-quantized", perplexity["nvfp4_qat"]),
+        ("NVFP4 W4A4, exported", "transformers, compressed-tensors", findings.perplexity),
+    ):
+        table.add_row(step, where, f"{value:.3f}")
+    console = Console()
+    console.print(table)

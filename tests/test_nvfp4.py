@@ -1,4 +1,4 @@
-"""NVFP4 bytes against the two programs that define them: ModelOpt (run here) and llm-compressor (golden file)."""
+"""NVFP4 bytes against the programs that define them: ModelOpt (run here), llm-compressor (golden file)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,9 +74,8 @@ def block_scale_ties() -> Tensor:
 def extremes() -> Tensor:
     """Return blocks over the whole range of fp32, subnormals included, in one tensor."""
     ramp = torch.arange(BLOCK) - 7.5
-    return torch.stack(
-        [torch.cat([ramp * 2.0**-k for k in ks]) for ks in ((0, 5, 10, 15), (20, 60, 126, 140))]
-    )
+    exponents = ((0, 5, 10, 15), (20, 60, 126, 140))
+    return torch.stack([torch.cat([ramp * 2.0**-k for k in row]) for row in exponents])
 
 
 WEIGHTS: dict[str, Callable[[], Tensor]] = {
@@ -155,13 +154,9 @@ def test_modelopt_dequantizes_to_the_same_value(kind: str, dtype: torch.dtype) -
     weight = WEIGHTS[kind]().to(dtype)
     amax = tensor_amax([weight], arithmetic=MODELOPT)
     ours = quantize(weight, amax, arithmetic=MODELOPT)
-    assert (
-        ulps_apart(
-            dequantize(ours, torch.float32), modelopt_dequantize(weight, amax, torch.float32), torch.int32
-        )
-        <= 2
-    )
-    assert ulps_apart(dequantize(ours), modelopt_dequantize(weight, amax, torch.bfloat16), torch.int16) <= 1
+    for out, integers, ulps in ((torch.float32, torch.int32, 2), (torch.bfloat16, torch.int16, 1)):
+        theirs = modelopt_dequantize(weight, amax, out)
+        assert ulps_apart(dequantize(ours, out), theirs, integers) <= ulps
 
 
 @weights_of_all_kinds

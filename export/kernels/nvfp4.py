@@ -245,9 +245,7 @@ def _one_element(amax: Tensor) -> Tensor:
 
 def _checked_divisor(divisor: Tensor, amax: Tensor) -> Tensor:
     if not 0.0 < divisor.item() < float("inf"):
-        raise ValueError(
-            f"NVFP4 amax {amax.item()} must be positive and finite, not give scale {divisor.item()}"
-        )
+        raise ValueError(f"NVFP4 amax {amax.item()} gives scale {divisor.item()}: not positive and finite")
     return divisor
 
 

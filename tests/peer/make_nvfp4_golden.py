@@ -100,8 +100,9 @@ def main() -> None:
         golden |= {f"{label}/in/{name}": tensor for name, tensor in tensors.items()}
         golden |= {f"{label}/out/{name}": tensor for name, tensor in quantize_with_peer(tensors).items()}
     packages = ("llmcompressor", "compressed-tensors", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     GOLDEN.parent.mkdir(exist_ok=True)
-    save_file(golden, GOLDEN, metadata={package: version(package) for package in packages})
+    save_file(golden, GOLDEN, metadata={"made with": versions})  # one key: the order of several is not kept
     print(f"{GOLDEN}: {len(golden)} tensors, {GOLDEN.stat().st_size} bytes")
 
 

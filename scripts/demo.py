@@ -1,0 +1,54 @@
+"""The whole road on a tiny model, on two cores, in a few minutes: `make demo`.
+
+Trains a Qwen3 in Megatron-Core on tensor-parallel ranks, quantizes it with ModelOpt (calibration, then QAT), saves
+Megatron's distributed checkpoint, exports it as a program of its own, loads the result in transformers and compares.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.schema import DemoConfig
+from scripts import cli
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def demo(options: DemoConfig) -> None:
+    """Every step is a command that a user could type; the checks at the end read only what the commands wrote."""
+    from scripts.demo_check import check, compare
+    from scripts.demo_text import write_hf_model
+    from scripts.tables import demo_table
+
+    output = Path(options.output).absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    hf, checkpoint, results = output / "hf", output / "megatron", output / "results.json"
+    write_hf_model(hf)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
+    run([*torchrun, SCRIPTS / "demo_training.py", hf, checkpoint, results])
+    for scheme in ("nvfp4", "none"):
+        arguments = [f"checkpoint={checkpoint}", f"hf={hf}", f"output={output / scheme}", f"scheme={scheme}"]
+        run([*torchrun, SCRIPTS / "export.py", *arguments])
+    findings = compare(output)
+    demo_table(json.loads(results.read_text()), findings, output)
+    check(findings)
+
+
+def run(command: list[object]) -> None:
+    """Runs one step, showing the command and its output; a step that fails ends the demo."""
+    words = [str(word) for word in command]
+    print("\n$", " ".join(["torchrun", *words[3:]]).replace(str(Path.cwd()) + "/", ""), flush=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would set this too, and warn
+    status = subprocess.run(words, env=environment).returncode
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    cli.run("demo", demo)

@@ -1,0 +1,110 @@
+"""What the demo measures on the exported checkpoints, and the bounds it holds them to.
+
+Why these bounds. The weights on both sides are the same numbers to the bit, and so is the rule by which activations
+are rounded to NVFP4. What differs is the order in which bf16 products are summed in Megatron and in transformers.
+That alone gives the bf16 model a small error, measured here on the same weights. In the quantized model a last-bit
+difference can also push an activation over a rounding edge of its 4-bit grid, so its error is larger; but it must
+stay well under what the quantization itself changes, or a scale would be wrong: a global scale that is off by a
+factor, halves that are swapped, or inputs that are not quantized all give errors of the size of the quantization.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mappings.errors import AmaxbridgeError, listing
+from mappings.fused_groups import groups_among
+
+MAX_PERPLEXITY_DIFFERENCE = 0.005
+MAX_SHARE_OF_QUANTIZATION_ERROR = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the comparison of the exported checkpoints with Megatron's own forward gave.
+
+    Errors of logits are relative: the norm of the difference over the norm of the reference.
+    """
+
+    megatron_perplexity: float
+    perplexity: float
+    bf16_error: float
+    nvfp4_error: float
+    quantization_error: float
+    key_problems: list[str]
+    unshared_scales: list[str]
+
+
+def compare(output: Path) -> Findings:
+    """Loads both exported checkpoints in transformers and compares them with the logits that Megatron left."""
+    reference = {name: torch.load(output / f"logits_{name}.pt") for name in ("bf16", "nvfp4")}
+    perplexity, nvfp4_logits, problems = _run(output / "nvfp4", reference["nvfp4"]["input_ids"])
+    _, bf16_logits, bf16_problems = _run(output / "none", reference["bf16"]["input_ids"])
+    return Findings(
+        megatron_perplexity=json.loads((output / "results.json").read_text())["perplexity"]["nvfp4_qat"],
+        perplexity=perplexity,
+        bf16_error=_relative(bf16_logits, reference["bf16"]["logits"]),
+        nvfp4_error=_relative(nvfp4_logits, reference["nvfp4"]["logits"]),
+        quantization_error=_relative(reference["nvfp4"]["logits"], reference["bf16"]["logits"]),
+        key_problems=problems + bf16_problems,
+        unshared_scales=_unshared_scales(load_file(output / "nvfp4" / "model.safetensors")),
+    )
+
+
+def check(findings: Findings) -> None:
+    """Raises AmaxbridgeError, with every reason, when a finding is outside its bound."""
+    difference = abs(findings.perplexity / findings.megatron_perplexity - 1)
+    share = findings.nvfp4_error / findings.quantization_error
+    reasons = [
+        *(f"transformers: {problem}" for problem in findings.key_problems),
+        *(f"fused group with different scales: {name}" for name in findings.unshared_scales),
+    ]
+    if difference > MAX_PERPLEXITY_DIFFERENCE:
+        reasons.append(f"perplexity differs by {difference:.2%}, more than {MAX_PERPLEXITY_DIFFERENCE:.1%}")
+    if share > MAX_SHARE_OF_QUANTIZATION_ERROR:
+        reasons.append(f"logits err by {share:.0%} of what quantization changes: a scale must be wrong")
+    if reasons:
+        raise AmaxbridgeError(f"the exported checkpoint is not the trained model:{listing(reasons)}")
+
+
+@torch.no_grad()
+def _run(directory: Path, input_ids: Tensor) -> tuple[float, Tensor, list[str]]:
+    """Held-back perplexity, logits of `input_ids`, and the keys that were missing, unexpected or mismatched."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from scripts.demo_text import held_back_windows
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    windows = held_back_windows()
+    logits = torch.cat([_logits(model, batch[:, :-1]) for batch in windows.split(8)])
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    problems = [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in loading.items() if keys]
+    return losses.exp().item(), _logits(model, input_ids), problems
+
+
+def _logits(model: Any, input_ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids).logits
+    return logits
+
+
+def _relative(found: Tensor, reference: Tensor) -> float:
+    return float((found.float() - reference.float()).norm() / reference.float().norm())
+
+
+def _unshared_scales(tensors: dict[str, Tensor]) -> list[str]:
+    """Global scales that differ inside a fused group."""
+    unshared = []
+    for kind in ("weight_global_scale", "input_global_scale"):
+        modules = [name.removesuffix(f".{kind}") for name in tensors if name.endswith(f".{kind}")]
+        for group in groups_among(modules):
+            if len({tensors[f"{member}.{kind}"].item() for member in group.members}) > 1:
+                unshared.append(f"{group.members}: {kind}")
+    return unshared

@@ -1,0 +1,151 @@
+"""Real Megatron ranks that load a Hugging Face model, quantize it with ModelOpt and export it.
+
+    torchrun --nproc-per-node N live_export.py HF_DIR OUT_DIR TP PP
+
+Every topology exports with amax made from a hash of the quantizer's name. TP=2 does more: what only several ranks
+can show, and what needs a calibration.
+"""
+
+import hashlib
+import json
+import logging
+import queue
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.INFO)
+
+import modelopt.torch.quantization as mtq  # noqa: E402
+import torch  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from modelopt.torch.opt.plugins import save_sharded_modelopt_state  # noqa: E402
+
+from bridge import AutoBridge, megatron  # noqa: E402
+from bridge.parameters import walk_quantizers  # noqa: E402
+from bridge.ranks import world_rank  # noqa: E402
+from mappings.errors import AmaxbridgeError  # noqa: E402
+
+SEQUENCE = 32
+
+
+def main(hf: Path, out: Path, tp: int, pp: int) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    with megatron.distributed(tp=tp, pp=pp):
+        model = megatron.build_model(bridge.hf)
+        bridge.load_hf_weights(model)
+        bridge.save_hf_pretrained(model, out / "plain", scheme="none")
+        mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
+        set_amax_from_names(model)
+        bridge.save_hf_pretrained(model, out / "nvfp4", max_shard_bytes=30_000)
+        if tp == 2:
+            report["divergent"] = export_divergent(bridge, model, out / "divergent")
+            report["errors"] = errors(bridge, model, out)
+            set_amax_from_names(model)
+            save_checkpoint(model, out / "checkpoint")
+            calibrate_and_export(bridge, model, out)
+    if world_rank() == 0:
+        (out / "report.json").write_text(json.dumps(report))
+
+
+def set_amax_from_names(model: Any) -> None:
+    for quantizer in walk_quantizers([model]):
+        digest = hashlib.sha256(quantizer.name.encode()).digest()
+        quantizer.module.amax = torch.tensor(0.25 + int.from_bytes(digest[:2], "little") / 2**16)
+
+
+def quantizer_named(model: Any, name: str) -> Any:
+    return next(each.module for each in walk_quantizers([model]) if each.name == name)
+
+
+def export_divergent(bridge: AutoBridge, model: Any, out: Path) -> dict[str, Any]:
+    """The second rank holds twice the amax of the first, as a run leaves them that never synchronized."""
+    fc1 = quantizer_named(model, "decoder.layers.1.mlp.linear_fc1.input_quantizer")
+    fc1.amax = torch.tensor(2.0 * (1 + world_rank()))
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("amaxbridge").addHandler(handler)
+    report = bridge.save_hf_pretrained(model, out)
+    logging.getLogger("amaxbridge").removeHandler(handler)
+    set_amax_from_names(model)
+    return {"warnings": warned, "divergent": {name: list(each) for name, each in report.state.divergent.items()}}
+
+
+def errors(bridge: AutoBridge, model: Any, out: Path) -> dict[str, str]:
+    """The message of each refusal; the amax is wrong on the second rank only, so all ranks must learn of it."""
+    proj = quantizer_named(model, "decoder.layers.0.self_attention.linear_proj.weight_quantizer")
+    good = proj.amax
+
+    def refused(change: Callable[[], None]) -> str:
+        change()
+        try:
+            bridge.save_hf_pretrained(model, out / "refused")
+        except AmaxbridgeError as error:
+            return f"{type(error).__name__}: {error}"
+        return "not refused"
+
+    def replace(value: float) -> Callable[[], None]:
+        def change() -> None:
+            proj.amax = torch.tensor(value if world_rank() else good.item())
+
+        return change
+
+    def forget() -> None:
+        del proj._buffers["_amax"]
+
+    def add_parameter() -> None:
+        proj.amax = good
+        model.decoder.layers[0].strange = torch.nn.Linear(4, 4, bias=False)
+
+    found = {"nan": refused(replace(float("nan"))), "infinite": refused(replace(float("inf")))}
+    proj.amax = torch.tensor(0.0)
+    found["zero"] = refused(lambda: None)
+    found["missing"] = refused(forget)
+    found["unmapped"] = refused(add_parameter)
+    del model.decoder.layers[0].strange
+    return found
+
+
+def save_checkpoint(model: Any, directory: Path) -> None:
+    """Megatron's own distributed checkpoint with ModelOpt's state, as a training run leaves it."""
+    filesystem_async._results_queue = queue.Queue()  # in place of a manager process: the save is synchronous
+    iteration = directory / "iter_0000012"
+    iteration.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"iteration": 12, "model": model.sharded_state_dict()}, str(iteration))
+    save_sharded_modelopt_state([model], iteration)
+    (directory / "latest_checkpointed_iteration.txt").write_text("12")
+
+
+@torch.no_grad()
+def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path) -> None:
+    """A real calibration, then Megatron's own quantized forward beside the export."""
+    tokens = torch.randint(0, 131, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(SEQUENCE)[None].expand(4, -1)
+    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+
+    def forward(quantized: Any) -> torch.Tensor:
+        logits: torch.Tensor = quantized(tokens, positions, mask, runtime_gather_output=True)
+        return logits
+
+    mtq.calibrate(model, "max", forward)
+    model.eval()
+    logits = forward(model)
+    mtq.disable_quantizer(model, "*")
+    plain = forward(model)
+    mtq.enable_quantizer(model, "*weight_quantizer")
+    mtq.enable_quantizer(model, "*input_quantizer")
+    bridge.save_hf_pretrained(model, out / "calibrated")
+    if world_rank() == 0:
+        torch.save({"tokens": tokens, "nvfp4": logits[..., :131], "bf16": plain[..., :131]}, out / "logits.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
