@@ -21,7 +21,7 @@ from export.finalizer import Finalizer
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.quant_state import QuantState
-from export.schemes import scheme_named
+from export.schemes import find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output
 from mappings.errors import CheckpointError, listing
 from mappings.ranks import Axis, Ranks
@@ -120,7 +120,7 @@ class AutoBridge:
         """
         target = Path(path).absolute()
         check_output(target, overwrite=overwrite)
-        chosen = None if scheme == "none" else scheme_named(scheme)
+        chosen = find_scheme(scheme)
         chunks = unwrap(model)
         plan = self._plan(chunks)
         state = self.collect_quant_state(chunks) if chosen else QuantState()

@@ -7,8 +7,8 @@ Both frameworks run on gloo and a CPU but for three calls:
 - ModelOpt calls `torch.cuda.synchronize` before it packs a module's extra state; here that does nothing.
 - ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has a Triton and a CUDA kernel and no
   other. `nvfp4_fake_quantize` below replaces it. Its reference is ModelOpt's own `NVFP4QTensor` (quantize, then
-  dequantize), which the exporters use: the result is the same to the last bit, at ten times the speed, with
-  no packing and no search. ModelOpt's autograd function stays around it: gradients pass straight through.
+  dequantize), which the exporters use: the result is the same to the last bit, at nine times the speed,
+  with no packing and no search. ModelOpt's autograd function stays around it: gradients pass straight through.
 
 `enable_cpu` patches these and does nothing where CUDA is available. Megatron also needs
 `TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels are CUDA's. Transformer Engine layers and static-block NVFP4
@@ -45,7 +45,7 @@ def enable_cpu() -> None:
         return
     from modelopt.torch.quantization import tensor_quant
 
-    torch.cuda.current_device = _current_device
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]  # Megatron takes it for a device
     torch.cuda.synchronize = _synchronize
     tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
 

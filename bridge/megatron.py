@@ -19,6 +19,7 @@ from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
 from bridge.hf_config import HFModel
+from bridge.parameters import walk_quantizers
 from bridge.ranks import ProcessRanks, process_group
 from bridge.torch_dist import checkpoint_iteration
 from mappings.errors import CheckpointError
@@ -63,6 +64,7 @@ def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel
     config = TransformerConfig(
         **hf.family.transformer_config(hf.config),
         activation_func=torch.nn.functional.silu,
+        init_method_std=hf.config.get("initializer_range", 0.02),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -92,6 +94,9 @@ def load_checkpoint(model: GPTModel, path: Path) -> None:
     directory = checkpoint_iteration(path)
     with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
         restore_sharded_modelopt_state([model], directory)
+    for quantizer in walk_quantizers([model]):  # ModelOpt makes the buffers in the model's dtype, and would round here
+        if getattr(quantizer.module, "_amax", None) is not None:
+            quantizer.module._amax = quantizer.module._amax.float()
     try:
         state: dict[str, Any] = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory))
         model.load_state_dict(state["model"])

@@ -101,10 +101,9 @@ def _relative(found: Tensor, reference: Tensor) -> float:
 
 def _unshared_scales(tensors: dict[str, Tensor]) -> list[str]:
     """Global scales that differ inside a fused group."""
-    unshared = []
-    for kind in ("weight_global_scale", "input_global_scale"):
-        modules = [name.removesuffix(f".{kind}") for name in tensors if name.endswith(f".{kind}")]
-        for group in groups_among(modules):
-            if len({tensors[f"{member}.{kind}"].item() for member in group.members}) > 1:
-                unshared.append(f"{group.members}: {kind}")
-    return unshared
+    return [
+        f"{', '.join(group.members)}: {kind}"
+        for kind in ("weight_global_scale", "input_global_scale")
+        for group in groups_among(name.removesuffix(f".{kind}") for name in tensors if name.endswith(f".{kind}"))
+        if len({tensors[f"{member}.{kind}"].item() for member in group.members}) > 1
+    ]

@@ -9,7 +9,8 @@ stage and the seconds it took; beside it, logits_bf16.pt and logits_nvfp4.pt hol
 held-back windows, to compare an exported model with.
 
 Calibration runs on the bf16 model, so that every amax is a bf16 number. QAT runs in fp32 because a CPU multiplies bf16
-ten times slower. The way there and back leaves every amax as it was; the perplexities are all of the bf16 model.
+ten times slower. The way there and back leaves every amax as it was. The perplexities, but for the untrained model's,
+are those of the bf16 model.
 """
 
 # ruff: noqa: E402 - the path is set and warnings are silenced before the imports that need it
@@ -53,15 +54,6 @@ QAT_STEPS, QAT_LR = 100, 3e-4
 REPORT_EVERY = 50
 CALIBRATION_WINDOWS = 32
 LOGIT_WINDOWS = 16
-REPORTED_DIMENSIONS = [
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-]
 POSITIONS = torch.arange(CONTEXT)[None]
 CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True: must not see
 
@@ -119,7 +111,7 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
         "perplexity": perplexities,
         "loss": {"training": loss, "qat": qat_loss},
         "seconds": seconds,
-        "model": {key: hf_config[key] for key in REPORTED_DIMENSIONS},
+        "model": hf_config,
         "parallel": {"tp": dist.get_world_size()},
         "counts": {
             "parameters": global_parameter_count(model),
@@ -198,7 +190,9 @@ def learning_rate_factor(progress: float) -> float:
 
 def token_losses(model: GPTModel, windows: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every token but the first of each window, `[windows, CONTEXT]`, fp32, over all vocab shards."""
-    return model(windows[:, :-1], POSITIONS.expand(len(windows), -1), CAUSAL_MASK, labels=windows[:, 1:])
+    positions = POSITIONS.expand(len(windows), -1)
+    losses: torch.Tensor = model(windows[:, :-1], positions, CAUSAL_MASK, labels=windows[:, 1:])
+    return losses
 
 
 def add_partial_gradients(model: GPTModel) -> None:

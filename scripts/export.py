@@ -19,9 +19,11 @@ def export(options: ExportConfig) -> None:
     from bridge.hf_config import check_parallel_sizes
     from bridge.ranks import world_rank, world_size
     from bridge.torch_dist import checkpoint_iteration
+    from export.schemes import find_scheme
     from export.writer import check_output
 
     check_output(Path(options.output), overwrite=options.overwrite)
+    find_scheme(options.scheme)
     bridge = AutoBridge.from_hf_pretrained(options.hf)
     tp = options.parallel.tp or max(1, world_size() // options.parallel.pp)
     check_parallel_sizes(bridge.hf, world=world_size(), tp=tp, pp=options.parallel.pp)

@@ -1,6 +1,5 @@
 """What the commands print: tables for people."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
 
 def demo_table(results: dict[str, Any], findings: Findings, output: Path) -> None:
     """What the demo did and found."""
-    perplexity, counts = results["perplexity"], results["counts"]
+    perplexity = results["perplexity"]
     table = Table(title="from Megatron-Core to a served checkpoint", title_justify="left")
     table.add_column("step")
     table.add_column("where")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,49 @@ ROOT = Path(__file__).parent.parent
 WORKERS = ROOT / "tests" / "workers"
 
 
-def launch(*command: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a script in processes of its own, under torchrun where there are several."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
-    words = [sys.executable, *torchrun, *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(words)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return done
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Launcher:
+    """Runs scripts on real ranks, in processes forked from one that has Megatron imported; see zygote.py."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._zygote = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "zygote.py"],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(logs / "zygote.txt").open("w"),
+            text=True,
+            cwd=ROOT,
+        )
+
+    def __call__(self, *command: object, processes: int = 1) -> str:
+        """What the ranks printed, all of them.
+
+        Raises:
+            AssertionError: a rank failed; shows what they printed.
+        """
+        assert self._zygote.stdin is not None
+        assert self._zygote.stdout is not None
+        argv = [str(word) for word in command]
+        log = self._logs / f"{len(list(self._logs.iterdir()))}.txt"
+        print(json.dumps({"argv": argv, "processes": processes, "log": str(log)}), file=self._zygote.stdin, flush=True)
+        status = self._zygote.stdout.readline().strip()
+        assert status == "0", f"{' '.join(argv)} ended with {status or 'the zygote'}:\n{log.read_text()}"
+        return log.read_text()
+
+    def close(self) -> None:
+        self._zygote.communicate()
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Runs scripts on real ranks: `launch(script, *arguments, processes=2)`."""
+    launcher = Launcher(tmp_path_factory.mktemp("logs"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +77,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=32,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        initializer_range=0.2,
+        initializer_range=0.08,
     )
     model = Qwen3ForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -54,23 +89,24 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveExports":
+def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveExports":
     """What real Megatron ranks exported, at TP=1, TP=2 and PP=2."""
-    return LiveExports(qwen3, tmp_path_factory.mktemp("live"))
+    return LiveExports(launch, qwen3, tmp_path_factory.mktemp("live"))
 
 
 class LiveExports:
     """Runs `workers/live_export.py` once per topology, when first asked for."""
 
-    def __init__(self, hf: Path, root: Path) -> None:
+    def __init__(self, launch: Launcher, hf: Path, root: Path) -> None:
         self.hf = hf
+        self._launch = launch
         self._root = root
 
     def at(self, tp: int = 1, pp: int = 1) -> Path:
         """The directory of everything that the ranks of this topology wrote."""
         directory = self._root / f"tp{tp}pp{pp}"
         if not directory.exists():
-            launch(WORKERS / "live_export.py", self.hf, directory, tp, pp, processes=tp * pp)
+            self._launch(WORKERS / "live_export.py", self.hf, directory, tp, pp, processes=tp * pp)
         return directory
 
     def report(self, tp: int = 1, pp: int = 1) -> dict[str, Any]:

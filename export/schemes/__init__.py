@@ -46,12 +46,14 @@ class Scheme(Protocol):
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (NVFP4(),)}
 
 
-def scheme_named(name: str) -> Scheme:
-    """The scheme that users call `name`.
+def find_scheme(name: str) -> Scheme | None:
+    """The scheme that users call `name`; None for `none`, which writes the weights as they are.
 
     Raises:
         UsageError: there is none; lists those there are.
     """
+    if name == "none":
+        return None
     if name not in SCHEMES:
         raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, none")
     return SCHEMES[name]

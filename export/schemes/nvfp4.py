@@ -6,6 +6,10 @@ Tensors of a module with weight `[out, in]`:
     weight_scale         float8_e4m3fn  [out, in/16]   one scale a block
     weight_global_scale  float32        [1]            2688 / amax, a divisor; equal in a fused group
     input_global_scale   float32        [1]            2688 / amax of the input, a divisor; equal in a fused group
+
+`scale_dtype` of the input is not decoration: without it compressed-tensors (and so transformers) leaves the block scales
+of the activations unrounded, and 86 % of the activations differ from what training and the GPU kernels compute, against
+0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +24,7 @@ from export.kernels import nvfp4
 from export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
 from mappings.tensors import TensorSpec
 
-_ARGUMENTS = {
+_BLOCKS = {
     "num_bits": 4,
     "type": "float",
     "strategy": "tensor_group",
@@ -65,8 +69,8 @@ class NVFP4:
     def config(self, ignore: Iterable[str]) -> dict[str, Any]:
         group = {
             "targets": ["Linear"],
-            "weights": {**_ARGUMENTS, "dynamic": False},
-            "input_activations": {**_ARGUMENTS, "dynamic": "local"},
+            "weights": {**_BLOCKS, "dynamic": False},
+            "input_activations": {**_BLOCKS, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
             "output_activations": None,
             "format": "nvfp4-pack-quantized",
         }

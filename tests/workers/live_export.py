@@ -30,7 +30,8 @@ from bridge.parameters import walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
 from mappings.errors import AmaxbridgeError  # noqa: E402
 
-SEQUENCE = 32
+SEQUENCE, VOCABULARY = 32, 131
+TOKENS = torch.randint(0, VOCABULARY, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
 
 
 def main(hf: Path, out: Path, tp: int, pp: int) -> None:
@@ -41,6 +42,7 @@ def main(hf: Path, out: Path, tp: int, pp: int) -> None:
         model = megatron.build_model(bridge.hf)
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, out / "plain", scheme="none")
+        plain = forward(model) if tp == 2 else torch.empty(0)
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
         set_amax_from_names(model)
         bridge.save_hf_pretrained(model, out / "nvfp4", max_shard_bytes=30_000)
@@ -49,7 +51,7 @@ def main(hf: Path, out: Path, tp: int, pp: int) -> None:
             report["errors"] = errors(bridge, model, out)
             set_amax_from_names(model)
             save_checkpoint(model, out / "checkpoint")
-            calibrate_and_export(bridge, model, out)
+            calibrate_and_export(bridge, model, out, plain)
     if world_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
 
@@ -125,26 +127,23 @@ def save_checkpoint(model: Any, directory: Path) -> None:
 
 
 @torch.no_grad()
-def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path) -> None:
-    """A real calibration, then Megatron's own quantized forward beside the export."""
-    tokens = torch.randint(0, 131, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
+def forward(model: Any) -> torch.Tensor:
+    """fp32 logits of fixed tokens, without the padded vocabulary; leaves the model as it was. For one pipeline stage."""
     positions = torch.arange(SEQUENCE)[None].expand(4, -1)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    logits: torch.Tensor = model.eval().float()(TOKENS, positions, mask, runtime_gather_output=True)
+    model.bfloat16()
+    return logits[..., :VOCABULARY]
 
-    def forward(quantized: Any) -> torch.Tensor:
-        logits: torch.Tensor = quantized(tokens, positions, mask, runtime_gather_output=True)
-        return logits
 
+def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path, plain: torch.Tensor) -> None:
+    """A real calibration, then Megatron's own quantized forward beside the export."""
     mtq.calibrate(model, "max", forward)
-    model.eval()
+    model.bfloat16()  # the new amax too: what the forward below uses must be what the export sees
     logits = forward(model)
-    mtq.disable_quantizer(model, "*")
-    plain = forward(model)
-    mtq.enable_quantizer(model, "*weight_quantizer")
-    mtq.enable_quantizer(model, "*input_quantizer")
     bridge.save_hf_pretrained(model, out / "calibrated")
     if world_rank() == 0:
-        torch.save({"tokens": tokens, "nvfp4": logits[..., :131], "bf16": plain[..., :131]}, out / "logits.pt")
+        torch.save({"tokens": TOKENS, "nvfp4": logits, "plain": plain}, out / "logits.pt")
 
 
 if __name__ == "__main__":

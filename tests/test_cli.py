@@ -1,0 +1,122 @@
+"""The command line: exit statuses, one message per error, and the same bytes as the library."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT, Launcher, LiveExports
+
+EXPORT = ROOT / "scripts" / "export.py"
+
+
+def export_equals_live(live: LiveExports, output: Path) -> None:
+    for path in (live.at(tp=2) / "nvfp4").iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not (ROOT / "outputs").exists(), "Hydra left a folder"
+
+
+def arguments(live: LiveExports, output: Path) -> list[str]:
+    checkpoint = live.at(tp=2) / "checkpoint"
+    return [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={output}", "max_shard_gb=3e-5"]
+
+
+def test_the_checkpoint_export_equals_the_live_export(live: LiveExports, launch: Launcher, tmp_path: Path) -> None:
+    """A Megatron distributed checkpoint with ModelOpt state, saved at TP=2, exported at TP=1."""
+    printed = launch(EXPORT, *arguments(live, tmp_path / "out"))
+    assert "modules quantized" in printed
+    export_equals_live(live, tmp_path / "out")
+
+
+def test_the_command_as_users_type_it(live: LiveExports, tmp_path: Path) -> None:
+    """The real torchrun, at the TP size of the checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", EXPORT]
+    subprocess.run([*torchrun, *arguments(live, tmp_path / "out")], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    export_equals_live(live, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_dry_run_writes_nothing(live: LiveExports, launch: Launcher, tmp_path: Path) -> None:
+    assert "plan for" in launch(EXPORT, *arguments(live, tmp_path / "out"), "dry_run=true")
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Runs scripts/export.py in this process: its exit status, standard output and standard error."""
+    from scripts import cli
+    from scripts.export import export
+
+    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("export", export)
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), printed.out, printed.err
+
+
+class TestWrongArguments:
+    """Exit status 2 before any work, one message, no traceback, nothing written."""
+
+    @pytest.fixture(autouse=True)
+    def _tools(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._run = lambda *words: run(monkeypatch, capsys, *words)
+
+    def refuse(self, options: dict[str, str], *more: str) -> str:
+        status, _, message = self._run(*(f"{key}={value}" for key, value in options.items()), *more)
+        assert status == 2, message
+        assert "Traceback" not in message
+        return message
+
+    @pytest.fixture
+    def good(self, qwen3: Path, tmp_path: Path) -> dict[str, str]:
+        return {"checkpoint": str(tmp_path / "none"), "hf": str(qwen3), "output": str(tmp_path / "out")}
+
+    def test_unknown_architecture(self, good: dict[str, str], qwen3: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        shutil.copytree(qwen3, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen9ForCausalLM"]}))
+        message = self.refuse({**good, "hf": str(other)})
+        assert "Qwen9ForCausalLM" in message
+        assert "nearest: Qwen3ForCausalLM" in message
+
+    def test_no_model_directory(self, good: dict[str, str], tmp_path: Path) -> None:
+        assert "config.json" in self.refuse({**good, "hf": str(tmp_path)})
+
+    def test_output_is_not_empty(self, good: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("mine")
+        assert "overwrite=true" in self.refuse(good)
+        assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+    def test_tensor_parallel_size_does_not_divide_the_heads(self, good: dict[str, str]) -> None:
+        message = self.refuse(good, "parallel.tp=3")
+        assert "TP=3 does not divide 4 attention heads" in message
+
+    def test_misspelled_option(self, good: dict[str, str]) -> None:
+        assert "chekpoint" in self.refuse(good, "chekpoint=x")
+
+    def test_option_left_out(self, good: dict[str, str]) -> None:
+        del good["checkpoint"]
+        assert "checkpoint= is required" in self.refuse(good)
+
+    def test_unknown_scheme(self, good: dict[str, str]) -> None:
+        assert "unknown scheme 'nvfp5'; known: nvfp4, none" in self.refuse(good, "scheme=nvfp5")
+
+
+def test_a_checkpoint_that_is_none_fails_with_1(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"checkpoint={tmp_path}", f"hf={qwen3}", f"output={tmp_path / 'out'}")
+    status, _, message = run(monkeypatch, capsys, *words)
+    assert status == 1
+    assert "not a Megatron distributed checkpoint" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed, _ = run(monkeypatch, capsys, "--help")
+    assert status == 0
+    assert "checkpoint" in printed
+    assert "scheme: nvfp4" in printed

@@ -1,0 +1,171 @@
+"""The laws of the weight mappings: join ∘ split is the identity, whatever the topology."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mappings import (
+    AutoMapping,
+    ColumnParallelMapping,
+    DirectMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+    QKVMapping,
+    ReplicatedMapping,
+    RowParallelMapping,
+    VocabParallelMapping,
+)
+from mappings.errors import MappingError
+from mappings.ranks import Axis, ThreadRanks, run_threads
+
+SIZES = st.sampled_from([1, 2, 4, 8])
+
+
+def numbered(*shape: int) -> Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+
+
+def round_trip(mapping: MegatronParamMapping, tensors: dict[str, Tensor], config: Any, size: int) -> list[Tensor]:
+    """Splits into shards and joins them again; the result must be what went in."""
+    shards = [mapping.split(tensors, config, rank, size) for rank in range(size)]
+    joined = mapping.join(shards, config)
+    assert list(joined) == list(mapping.targets)
+    for name, tensor in tensors.items():
+        assert torch.equal(joined[name], tensor), name
+    return shards
+
+
+@given(size=SIZES, rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_one_to_one(size: int, rows: int, columns: int) -> None:
+    tensor = numbered(rows * size, columns * size)
+    for kind, shape in (
+        (DirectMapping, (rows * size, columns * size)),
+        (ReplicatedMapping, (rows * size, columns * size)),
+        (ColumnParallelMapping, (rows, columns * size)),
+        (RowParallelMapping, (rows * size, columns)),
+    ):
+        shards = round_trip(kind("m.weight", "h.weight"), {"h.weight": tensor}, None, size)
+        assert {tuple(shard.shape) for shard in shards} == {shape}
+
+
+@given(
+    size=SIZES,
+    groups=st.sampled_from([1, 2, 4, 8]),
+    heads_per_group=st.sampled_from([1, 2, 4, 8]),
+    head_dim=st.integers(1, 3),
+    trailing=st.sampled_from([(), (1,), (5,)]),
+    gate=st.booleans(),
+)
+def test_qkv(
+    size: int, groups: int, heads_per_group: int, head_dim: int, trailing: tuple[int, ...], gate: bool
+) -> None:
+    """Weights, biases (no trailing dim) and per-channel rows; also more ranks than key-value heads."""
+    heads = groups * heads_per_group
+    config = SimpleNamespace(
+        num_attention_heads=heads, num_query_groups=groups, kv_channels=head_dim, attention_output_gate=gate
+    )
+    rows = (heads * (1 + gate) + 2 * groups) * head_dim
+    if rows % size:
+        return
+    mapping = QKVMapping("m", "q", "k", "v")
+    shapes = {"q": heads * (1 + gate) * head_dim, "k": groups * head_dim, "v": groups * head_dim}
+    tensors = {name: numbered(count, *trailing) + 1000 * index for index, (name, count) in enumerate(shapes.items())}
+    round_trip(mapping, tensors, config, size)
+
+
+def test_qkv_interleaves_as_megatron_does() -> None:
+    """Two groups of two heads, one row a head: q0 q1 k0 v0 | q2 q3 k1 v1."""
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=1)
+    joined = QKVMapping("m", "q", "k", "v").join([numbered(8)], config)
+    assert {name: rows.tolist() for name, rows in joined.items()} == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
+
+
+def test_qkv_with_an_output_gate_keeps_each_heads_query_and_gate_together() -> None:
+    """One group of two heads: q0 q1 g0 g1 k v in Megatron, q0 g0 q1 g1 in the Hugging Face q_proj."""
+    config = SimpleNamespace(num_attention_heads=2, num_query_groups=1, kv_channels=1, attention_output_gate=True)
+    joined = QKVMapping("m", "q", "k", "v").join([numbered(6)], config)
+    assert {name: rows.tolist() for name, rows in joined.items()} == {"q": [0, 2, 1, 3], "k": [4], "v": [5]}
+
+
+@given(size=SIZES, width=st.integers(1, 4), trailing=st.sampled_from([(), (3,)]))
+def test_gated_mlp(size: int, width: int, trailing: tuple[int, ...]) -> None:
+    gate = numbered(width * size, *trailing)
+    shards = round_trip(GatedMLPMapping("m", "g", "u"), {"g": gate, "u": gate + 1000}, None, size)
+    for rank, shard in enumerate(shards):
+        assert torch.equal(shard[:width], gate[rank * width : (rank + 1) * width]), "each rank: its gate, then its up"
+
+
+@given(size=SIZES, vocab=st.integers(1, 40), padding=st.integers(0, 9))
+def test_vocabulary_padding(size: int, vocab: int, padding: int) -> None:
+    padded = vocab + padding + -(vocab + padding) % size
+    config = SimpleNamespace(vocab_size=vocab, padded_vocab_size=padded)
+    shards = round_trip(VocabParallelMapping("m", "h"), {"h": numbered(vocab, 2)}, config, size)
+    assert sum(len(shard) for shard in shards) == padded
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("decoder.layers.*.self_attention.linear_proj.weight", 1),
+        ("decoder.layers.*.mlp.experts.linear_fc2.weight*", 1),
+        ("decoder.layers.*.mlp.linear_fc1.weight", 0),
+        ("output_layer.weight", 0),
+        ("decoder.layers.*.input_layernorm.weight", None),
+        ("decoder.layers.*.mlp.router.weight", None),
+    ],
+)
+def test_auto_knows_megatrons_own_layers(name: str, dim: int | None) -> None:
+    assert AutoMapping(name, name.replace("decoder", "model")).shard_dim == dim
+
+
+def test_experts_are_sharded_over_their_own_axis() -> None:
+    assert ColumnParallelMapping("decoder.mlp.experts.linear_fc1.weight0", "h").axis == Axis.ETP
+    assert ColumnParallelMapping("decoder.mlp.shared_experts.linear_fc1.weight", "h").axis == Axis.TP
+
+
+def test_megatron_to_hf_and_back_through_ranks() -> None:
+    """The public pair, each rank a thread with its own shard."""
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    module = SimpleNamespace(config=config)
+    mapping = QKVMapping("l.*.w", "l.*.q", "l.*.k", "l.*.v").resolve(["3"])
+    full = numbered(16, 3)
+
+    def on_rank(ranks: ThreadRanks) -> dict[str, Tensor]:
+        shard = full.chunk(2)[ranks.rank(Axis.TP)]
+        bound = mapping.on(ranks)
+        tensors = bound.megatron_to_hf(shard, module)
+        assert torch.equal(bound.hf_to_megatron(tensors, module), shard)
+        by_role = dict(zip("qkv", tensors.values(), strict=True))
+        assert torch.equal(bound.hf_to_megatron(by_role, module), shard)
+        return tensors
+
+    first, second = run_threads(2, on_rank, {Axis.TP: [[0, 1]]})
+    assert list(first) == ["l.3.q", "l.3.k", "l.3.v"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_misfit_names_parameter_shapes_axis_and_targets() -> None:
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    with pytest.raises(MappingError, match=r"qkv\.weight: 1 shard.*tp.*\[7, 3\].*q, k, v"):
+        QKVMapping("qkv.weight", "q", "k", "v").join([numbered(7, 3)], config)
+    with pytest.raises(MappingError, match=r"w: h \[7, 3\] do not make shard 0 of 2 on tp"):
+        ColumnParallelMapping("w", "h").split({"h": numbered(7, 3)}, None, 0, 2)
+    with pytest.raises(MappingError, match="not given: u"):
+        GatedMLPMapping("w", "g", "u").split({"g": numbered(2)}, None, 0, 1)
+
+
+def test_wildcards_must_agree() -> None:
+    with pytest.raises(MappingError, match="wildcards"):
+        DirectMapping("a.*.weight", "b.weight")
+
+
+def test_join_works_on_meta_tensors() -> None:
+    """The plan learns shapes this way."""
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    joined = QKVMapping("w", "q", "k", "v").join([torch.empty(8, 3, device="meta")] * 2, config)
+    assert {name: tuple(tensor.shape) for name, tensor in joined.items()} == {"q": (8, 3), "k": (4, 3), "v": (4, 3)}

@@ -1,0 +1,81 @@
+"""Runs scripts in forked processes that have torch, Megatron and ModelOpt imported already.
+
+Importing them takes half a minute of processor time on a slow machine, and the tests start dozens of ranks. This
+process imports them once, before any thread or process group exists, and forks a child for each rank. The children
+are ordinary processes with the environment that torchrun would give them; `test_cli.py` runs the real torchrun too.
+
+Protocol: one JSON request a line on standard input, {"argv", "processes", "log"}; one exit status a line back.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import socket
+import sys
+import traceback
+import warnings
+
+
+IMPORTED = (
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.dist_checkpointing",
+    "modelopt.torch.opt.plugins",
+    "modelopt.torch.quantization",
+    "transformers.models.auto",
+    "hydra",
+    "rich.table",
+)
+
+
+def serve() -> None:
+    """Answers requests until standard input closes."""
+    warnings.filterwarnings("ignore")
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in IMPORTED:
+            importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(_run(request["argv"], request["processes"], request["log"])), flush=True)
+
+
+def _run(argv: list[str], processes: int, log: str) -> int:
+    """Forks the ranks, waits for all, and gives the first exit status that is not 0."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            _become_rank(argv, rank, processes, port, log)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((status for status in statuses if status), 0)
+
+
+def _become_rank(argv: list[str], rank: int, processes: int, port: str, log: str) -> None:
+    """Runs the script as the main program of this process and exits; never returns."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "zygote"}
+    sys.argv = argv
+    sys.path[0] = os.path.dirname(argv[0])
+    status = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()
