@@ -6,22 +6,24 @@ HybridModel); what has to follow is here.
 
 import contextlib
 import io
+import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
 from bridge.hf_config import HFModel
 from bridge.parameters import walk_quantizers
 from bridge.ranks import ProcessRanks, process_group
-from bridge.torch_dist import checkpoint_iteration
+from bridge.torch_dist import LATEST, checkpoint_iteration
 from mappings.errors import CheckpointError
 from mappings.ranks import Axis
 
@@ -83,6 +85,26 @@ def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel
         **arguments,
     )
     return model.to(dtype)
+
+
+def save_checkpoint(model: GPTModel, path: Path, *, iteration: int) -> Path:
+    """Saves weights and ModelOpt state as Megatron's training does, in `path/iter_NNNNNNN`, and notes it as the latest.
+
+    The save is synchronous. Megatron hands its results over through a manager process, which would start by importing
+    the main program again, for many seconds; a plain queue does the same within the process.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    directory = path / f"iter_{iteration:07d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    ranks = process_ranks()
+    ranks.all_gather_object(Axis.WORLD, None)
+    state = {"iteration": iteration, "checkpoint_version": 3.0, "model": model.sharded_state_dict()}
+    dist_checkpointing.save(state, str(directory))
+    save_sharded_modelopt_state([model], directory)
+    if ranks.rank(Axis.WORLD) == 0:
+        (path / LATEST).write_text(str(iteration))
+    ranks.all_gather_object(Axis.WORLD, None)
+    return directory
 
 
 def load_checkpoint(model: GPTModel, path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mappings.errors import CheckpointError
 
-_LATEST = "latest_checkpointed_iteration.txt"
+LATEST = "latest_checkpointed_iteration.txt"
 
 
 def checkpoint_iteration(path: Path) -> Path:
@@ -13,7 +13,7 @@ def checkpoint_iteration(path: Path) -> Path:
     Raises:
         CheckpointError: there is no distributed checkpoint.
     """
-    latest = path / _LATEST
+    latest = path / LATEST
     directory = path / f"iter_{int(latest.read_text()):07d}" if latest.is_file() else path
     if not (directory / ".metadata").is_file():
         raise CheckpointError(f"{directory} is not a Megatron distributed checkpoint (torch_dist): no .metadata there")

@@ -5,6 +5,7 @@ without a traceback unless `debug=true`.
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -69,5 +70,7 @@ def _quiet_logging() -> None:
     rank = world_rank()
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("amaxbridge").setLevel(logging.WARNING if rank else logging.INFO)
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")

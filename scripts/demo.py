@@ -36,7 +36,7 @@ def demo(options: DemoConfig) -> None:
         arguments = [f"checkpoint={checkpoint}", f"hf={hf}", f"output={output / scheme}", f"scheme={scheme}"]
         run([*torchrun, SCRIPTS / "export.py", *arguments])
     findings = compare(output)
-    demo_table(json.loads(results.read_text()), findings, output)
+    demo_table(json.loads(results.read_text()), findings)
     check(findings)
 
 

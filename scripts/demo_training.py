@@ -5,8 +5,8 @@
 Reads the architecture from HF_DIR/config.json and, on tensor-parallel ranks, trains it in fp32, rounds it to bf16, puts
 ModelOpt's NVFP4 quantizers in, calibrates them, trains on through the quantizers (QAT) and saves Megatron's
 distributed checkpoint under CKPT_DIR. RESULTS_JSON gets the loss curves, the held-back perplexity after every
-stage and the seconds it took; beside it, logits_bf16.pt and logits_nvfp4.pt hold the model's logits on the first
-held-back windows, to compare an exported model with.
+stage and the seconds it took; beside it, logits_none.pt and logits_nvfp4.pt hold the model's logits on the first
+held-back windows, to compare the exported models with.
 
 Calibration runs on the bf16 model, so that every amax is a bf16 number. QAT runs in fp32 because a CPU multiplies bf16
 ten times slower. The way there and back leaves every amax as it was. The perplexities, but for the untrained model's,
@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import math
-import queue
 import sys
 import time
 import warnings
@@ -37,14 +36,13 @@ logging.disable(logging.WARNING)
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
-from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
-from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
+from bridge.hf_config import HFModel, read_hf_model
+from bridge.megatron import build_model, distributed, save_checkpoint
+from bridge.parameters import walk_quantizers
+from bridge.ranks import world_rank, world_size
 from scripts.demo_text import CONTEXT, held_back_windows, training_tokens
 
 SEED = 1234
@@ -67,31 +65,25 @@ def main() -> None:
     if arguments.ckpt_dir.exists() and any(arguments.ckpt_dir.iterdir()):
         parser.error(f"{arguments.ckpt_dir} is not empty; name another CKPT_DIR or remove it")
 
-    enable_cpu()
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-    tensor_parallel.model_parallel_cuda_manual_seed(SEED, inference_rng_tracker=True, force_reset_rng=True)
-    torch.manual_seed(SEED)
-    results = run(arguments.hf_dir, arguments.ckpt_dir, arguments.results_json.parent)
-    if dist.get_rank() == 0:
+    hf = read_hf_model(arguments.hf_dir)
+    with distributed(tp=world_size(), seed=SEED):
+        results = run(hf, arguments.ckpt_dir, arguments.results_json.parent)
+    if world_rank() == 0:
         arguments.results_json.write_text(json.dumps(results, indent=2) + "\n")
-    dist.destroy_process_group()
 
 
-def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
+def run(hf: HFModel, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
     """All stages; returns what RESULTS_JSON says. The quantized model is the one in the checkpoint."""
-    hf_config = json.loads((hf_dir / "config.json").read_text())
-    model = build_model(hf_config)
+    model = build_model(hf, dtype=torch.float32)
     tokens, held_back = training_tokens(), held_back_windows()
     seconds = {"imports": round(time.perf_counter() - START, 2)}
     perplexities: dict[str, float] = {"untrained": perplexity(model, held_back)}
 
-    with stage(f"train {TRAINING_STEPS} steps in fp32, TP={dist.get_world_size()}", seconds, "training"):
+    with stage(f"train {TRAINING_STEPS} steps in fp32, TP={world_size()}", seconds, "training"):
         loss = train(model, tokens, steps=TRAINING_STEPS, peak_lr=TRAINING_LR, seed=SEED)
     with stage("round to bf16", seconds, "bf16"):
         model.to(torch.bfloat16)
         perplexities["bf16"] = perplexity(model, held_back)
-        save_logits(model, held_back, logits_dir / "logits_bf16.pt")
     with stage("put NVFP4 quantizers in and calibrate", seconds, "calibration"):
         quantize(model, tokens)
         calibrated = amax_values(model)
@@ -102,17 +94,17 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
         if amax_values(model) != calibrated:
             raise RuntimeError("an amax changed after calibration; the checkpoint would not hold what training used")
         perplexities["nvfp4_qat"] = perplexity(model, held_back)
-        save_logits(model, held_back, logits_dir / "logits_nvfp4.pt")
     with stage("save the Megatron checkpoint", seconds, "checkpoint"):
         save_checkpoint(model, ckpt_dir, iteration=TRAINING_STEPS + QAT_STEPS)
+    with stage("note the logits to compare with", seconds, "logits"):
+        save_reference_logits(model, held_back, logits_dir)
 
     say("perplexity per byte: " + ", ".join(f"{name} {value:.3f}" for name, value in perplexities.items()))
     return {
         "perplexity": perplexities,
         "loss": {"training": loss, "qat": qat_loss},
         "seconds": seconds,
-        "model": hf_config,
-        "parallel": {"tp": dist.get_world_size()},
+        "parallel": {"tp": world_size()},
         "counts": {
             "parameters": global_parameter_count(model),
             "quantizers": len(calibrated),
@@ -121,38 +113,6 @@ def run(hf_dir: Path, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
             "held_back_bytes": held_back[:, 1:].numel(),
         },
     }
-
-
-def build_model(hf_config: dict[str, Any]) -> GPTModel:
-    """The Megatron model of a Qwen3ForCausalLM config, in fp32, this rank's shards, freshly initialized."""
-    config = TransformerConfig(
-        num_layers=hf_config["num_hidden_layers"],
-        hidden_size=hf_config["hidden_size"],
-        ffn_hidden_size=hf_config["intermediate_size"],
-        num_attention_heads=hf_config["num_attention_heads"],
-        num_query_groups=hf_config["num_key_value_heads"],
-        kv_channels=hf_config["head_dim"],
-        layernorm_epsilon=hf_config["rms_norm_eps"],
-        init_method_std=hf_config["initializer_range"],
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        **TRANSFORMER_CONFIG_FOR_CPU,
-    )
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True),
-        vocab_size=hf_config["vocab_size"],
-        max_sequence_length=hf_config["max_position_embeddings"],
-        position_embedding_type="rope",
-        rotary_base=hf_config["rope_parameters"]["rope_theta"],
-        share_embeddings_and_output_weights=hf_config["tie_word_embeddings"],
-    )
 
 
 def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, seed: int) -> list[tuple[int, float]]:
@@ -222,7 +182,7 @@ def is_sharded(parameter: torch.nn.Parameter) -> bool:
 
 
 def global_parameter_count(model: GPTModel) -> int:
-    return sum(p.numel() * (dist.get_world_size() if is_sharded(p) else 1) for p in model.parameters())
+    return sum(p.numel() * (world_size() if is_sharded(p) else 1) for p in model.parameters())
 
 
 @torch.no_grad()
@@ -234,12 +194,29 @@ def perplexity(model: GPTModel, windows: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+def save_reference_logits(model: GPTModel, windows: torch.Tensor, directory: Path) -> None:
+    """Save the logits that the exported checkpoints must give: logits_none.pt and logits_nvfp4.pt.
+
+    Both are of the weights in the checkpoint, `[LOGIT_WINDOWS, CONTEXT, vocab]`, with fp32 activations so that the
+    order of sums hardly shows. Weights are bf16 numbers: the trained ones, then the fake-quantized ones. Ends with the model
+    in fp32 and its weights quantized for good.
+    """
+    quantizers = [quantizer.module for quantizer in walk_quantizers([model])]
+    for quantizer in quantizers:
+        quantizer.disable()
+    save_logits(model.float(), windows, directory / "logits_none.pt")
+    for quantizer in quantizers:
+        quantizer.enable()
+    mtq.fold_weight(model.bfloat16())
+    save_logits(model.float(), windows, directory / "logits_nvfp4.pt")
+
+
 def save_logits(model: GPTModel, windows: torch.Tensor, path: Path) -> None:
-    """Save the first windows' logits over all vocab shards, `[LOGIT_WINDOWS, CONTEXT, vocab]`, in the model's dtype."""
+    """Save the inputs and logits of the first windows over the whole vocabulary."""
     model.eval()
     inputs = windows[:LOGIT_WINDOWS, :-1]
     logits = model(inputs, POSITIONS.expand(len(inputs), -1), CAUSAL_MASK, runtime_gather_output=True)
-    if dist.get_rank() == 0:
+    if world_rank() == 0:
         torch.save({"input_ids": inputs.clone(), "logits": logits}, path)
 
 
@@ -261,22 +238,6 @@ def amax_values(model: GPTModel) -> dict[str, float]:
     return {name: buffer.item() for name, buffer in model.named_buffers() if name.endswith("_quantizer._amax")}
 
 
-def save_checkpoint(model: GPTModel, ckpt_dir: Path, *, iteration: int) -> None:
-    """Save Megatron's distributed checkpoint with ModelOpt's state, in the folders that Megatron's training makes."""
-    # Megatron hands write results over through a manager process, which starts by importing this script again, for
-    # many seconds. A synchronous save stays in this process: a plain queue does.
-    filesystem_async._results_queue = queue.Queue()
-    directory = ckpt_dir / f"iter_{iteration:07d}"
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
-    state = {"iteration": iteration, "checkpoint_version": 3.0, "model": model.sharded_state_dict()}
-    dist_checkpointing.save(state, str(directory))
-    save_sharded_modelopt_state([model], directory)
-    if dist.get_rank() == 0:
-        (ckpt_dir / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-
-
 @contextlib.contextmanager
 def stage(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
     """Say what is done, and note under `name` how many seconds it took."""
@@ -287,7 +248,7 @@ def stage(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    if dist.get_rank() == 0:
+    if world_rank() == 0:
         print(line, flush=True)
 
 

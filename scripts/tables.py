@@ -1,6 +1,5 @@
 """What the commands print: tables for people."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,20 +32,36 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
     Console().print(table)
 
 
-def demo_table(results: dict[str, Any], findings: Findings, output: Path) -> None:
+def demo_table(results: dict[str, Any], findings: Findings) -> None:
     """What the demo did and found."""
-    perplexity = results["perplexity"]
-    table = Table(title="from Megatron-Core to a served checkpoint", title_justify="left")
-    table.add_column("step")
-    table.add_column("where")
+    perplexity, counts, seconds = results["perplexity"], results["counts"], results["seconds"]
+    table = Table(title="held-back text: perplexity per byte", title_justify="left")
+    table.add_column("model")
+    table.add_column("computed by")
     table.add_column("perplexity", justify="right")
-    for step, where, value in (
-        ("untrained", "Megatron", perplexity["untrained"]),
-        ("trained, bf16", "Megatron", perplexity["bf16"]),
-        ("NVFP4 W4A4, calibrated", "Megatron, fake-quantized", perplexity["nvfp4_ptq"]),
-        ("NVFP4 W4A4, after QAT", "Megatron, fake-quantized", perplexity["nvfp4_qat"]),
+    for model, where, value in (
+        ("untrained", "Megatron-Core", perplexity["untrained"]),
+        (f"trained on {counts['training_bytes']:,} bytes, bf16", "Megatron-Core", perplexity["bf16"]),
+        ("NVFP4 W4A4, calibrated", "Megatron-Core, fake-quantized", perplexity["nvfp4_ptq"]),
+        ("NVFP4 W4A4, after QAT", "Megatron-Core, fake-quantized", perplexity["nvfp4_qat"]),
         ("NVFP4 W4A4, exported", "transformers, compressed-tensors", findings.perplexity),
     ):
-        table.add_row(step, where, f"{value:.3f}")
+        table.add_row(model, where, f"{value:.3f}")
+    checks = Table(title="the exported checkpoint against the trained model", title_justify="left")
+    checks.add_column("check")
+    checks.add_column("found", justify="right")
+    for check, found in (
+        ("keys missing, unexpected or mismatched in transformers", str(len(findings.key_problems))),
+        ("fused groups with different scales", str(len(findings.unshared_scales))),
+        ("perplexity: transformers against Megatron", f"{findings.perplexity / perplexity['nvfp4_qat'] - 1:+.2%}"),
+        ("logits: transformers against Megatron, NVFP4", f"{findings.nvfp4_error:.2%}"),
+        ("logits: transformers against Megatron, not quantized", f"{findings.plain_error:.2%}"),
+        ("logits: NVFP4 against not quantized", f"{findings.quantization_error:.2%}"),
+    ):
+        checks.add_row(check, found)
     console = Console()
-    console.print(table)
+    console.print(table, checks)
+    console.print(
+        f"{counts['parameters']:,} parameters on {results['parallel']['tp']} tensor-parallel ranks; "
+        f"training {seconds['training']:.0f} s, QAT {seconds['qat']:.0f} s"
+    )

@@ -83,6 +83,8 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "proj" in name:  # a largest element whose scale has an exact reciprocal, so that forwards can be compared
+            parameter.data[0, 0] = 0.5
     model.bfloat16().save_pretrained(directory)
     (directory / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     return directory

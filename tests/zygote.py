@@ -17,7 +17,6 @@ import sys
 import traceback
 import warnings
 
-
 IMPORTED = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.dist_checkpointing",

@@ -7,9 +7,9 @@ Tensors of a module with weight `[out, in]`:
     weight_global_scale  float32        [1]            2688 / amax, a divisor; equal in a fused group
     input_global_scale   float32        [1]            2688 / amax of the input, a divisor; equal in a fused group
 
-`scale_dtype` of the input is not decoration: without it compressed-tensors (and so transformers) leaves the block scales
-of the activations unrounded, and 86 % of the activations differ from what training and the GPU kernels compute, against
-0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
+`scale_dtype` of the input is not decoration: without it compressed-tensors (and so transformers) leaves the block
+scales of the activations unrounded, and 86 % of bf16 activations differ from what training and the GPU kernels
+compute, against 0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
 """
 
 from collections.abc import Iterable, Mapping

@@ -9,7 +9,6 @@ can show, and what needs a calibration.
 import hashlib
 import json
 import logging
-import queue
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,9 +20,6 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from modelopt.torch.opt.plugins import save_sharded_modelopt_state  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_quantizers  # noqa: E402
@@ -50,7 +46,7 @@ def main(hf: Path, out: Path, tp: int, pp: int) -> None:
             report["divergent"] = export_divergent(bridge, model, out / "divergent")
             report["errors"] = errors(bridge, model, out)
             set_amax_from_names(model)
-            save_checkpoint(model, out / "checkpoint")
+            megatron.save_checkpoint(model, out / "checkpoint", iteration=12)
             calibrate_and_export(bridge, model, out, plain)
     if world_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
@@ -115,20 +111,9 @@ def errors(bridge: AutoBridge, model: Any, out: Path) -> dict[str, str]:
     return found
 
 
-def save_checkpoint(model: Any, directory: Path) -> None:
-    """Megatron's own distributed checkpoint with ModelOpt's state, as a training run leaves it."""
-    filesystem_async._results_queue = queue.Queue()  # in place of a manager process: the save is synchronous
-    iteration = directory / "iter_0000012"
-    iteration.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save({"iteration": 12, "model": model.sharded_state_dict()}, str(iteration))
-    save_sharded_modelopt_state([model], iteration)
-    (directory / "latest_checkpointed_iteration.txt").write_text("12")
-
-
 @torch.no_grad()
 def forward(model: Any) -> torch.Tensor:
-    """fp32 logits of fixed tokens, without the padded vocabulary; leaves the model as it was. For one pipeline stage."""
+    """fp32 logits of fixed tokens, without the padded vocabulary; leaves the model in bf16. For one pipeline stage."""
     positions = torch.arange(SEQUENCE)[None].expand(4, -1)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
     logits: torch.Tensor = model.eval().float()(TOKENS, positions, mask, runtime_gather_output=True)
@@ -140,8 +125,9 @@ def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path, plain: torch
     """A real calibration, then Megatron's own quantized forward beside the export."""
     mtq.calibrate(model, "max", forward)
     model.bfloat16()  # the new amax too: what the forward below uses must be what the export sees
-    logits = forward(model)
     bridge.save_hf_pretrained(model, out / "calibrated")
+    mtq.fold_weight(model)  # the fake-quantized weights rounded to bf16, as a bf16 model uses them
+    logits = forward(model)
     if world_rank() == 0:
         torch.save({"tokens": TOKENS, "nvfp4": logits, "plain": plain}, out / "logits.pt")
 
