@@ -1,0 +1,40 @@
+# Everything runs in .venv, which each target sets up when pyproject.toml has changed.
+
+PYTHON ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+PEER := .venv-llmcompressor
+READY := $(VENV)/.ready
+
+export OMP_NUM_THREADS := 1
+
+.PHONY: setup demo test lint golden clean
+
+setup: $(READY)
+
+# Bytecode is compiled once, here: importing Megatron and ModelOpt without it takes half a minute each time.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[test,report]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The bytes that llm-compressor's own model_free_ptq writes, for tests/test_nvfp4.py; in an environment of its own.
+golden: setup
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(BIN)/uv pip install --quiet --python $(PEER)/bin/python llmcompressor==0.14.0.1
+	$(PEER)/bin/python tests/peer/make_nvfp4_golden.py
+
+clean:
+	rm -rf $(VENV) $(PEER) demo-output
