@@ -198,8 +198,8 @@ def save_reference_logits(model: GPTModel, windows: torch.Tensor, directory: Pat
     """Save the logits that the exported checkpoints must give: logits_none.pt and logits_nvfp4.pt.
 
     Both are of the weights in the checkpoint, `[LOGIT_WINDOWS, CONTEXT, vocab]`, with fp32 activations so that the
-    order of sums hardly shows. Weights are bf16 numbers: the trained ones, then the fake-quantized ones. The model ends up in
-    fp32, its weights quantized for good.
+    order of sums hardly shows. Weights are bf16 numbers: the trained ones, then the fake-quantized ones. The model
+    ends up in fp32, its weights quantized for good.
     """
     quantizers = [quantizer.module for quantizer in walk_quantizers([model])]
     for quantizer in quantizers:
