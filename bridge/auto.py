@@ -1,23 +1,24 @@
 """AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from bridge.fill import fill_parameters
+from bridge.fill import fill_parameters, fill_quantizers
 from bridge.hf_config import HFModel, read_hf_model
-from bridge.parameters import unwrap, walk_parameters, walk_quantizers
+from bridge.parameters import Parameter, unwrap, walk_parameters, walk_quantizers
 from bridge.plan import BundlePlan, plan_export
-from bridge.quant_state import collect_quant_state
+from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
 from bridge.stream import stream_bundles
 from export.checkpoint import SafetensorsCheckpoint
-from export.finalizer import Finalizer
+from export.finalizer import Bundle, Finalizer
+from export.fused_scales import MissingAmax
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.quant_state import QuantState
@@ -68,17 +69,22 @@ class AutoBridge:
         return cls(read_hf_model(path), ranks)
 
     def collect_quant_state(self, model: Model) -> QuantState:
-        """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks."""
+        """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks.
+
+        Per-tensor amax is the same on all ranks; per-channel and per-block amax is on the rank that owns the module.
+        """
         chunks = unwrap(model)
-        return collect_quant_state(
-            walk_quantizers(chunks), self.hf.family.registry, self._module_config(chunks), self._ranks()
-        )
+        scalars = self._collect_scalars(chunks)
+        owned = {}
+        for bundle in self._stream(chunks, self._plan(chunks)):
+            owned |= bundle.state
+        return replace(scalars, amax={**scalars.amax, **owned})
 
     def export_hf_weights(self, model: Model) -> Iterator[tuple[str, Tensor]]:
         """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once."""
         chunks = unwrap(model)
-        for tensors in self._stream(chunks, self._plan(chunks)):
-            yield from tensors.items()
+        for bundle in self._stream(chunks, self._plan(chunks)):
+            yield from bundle.tensors.items()
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.
@@ -98,17 +104,30 @@ class AutoBridge:
                 self._ranks(),
             )
 
+    def load_quant_state(self, model: Model, state: QuantState) -> None:
+        """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
+
+        Raises:
+            AmaxError: the state has no value for an enabled static quantizer.
+        """
+        chunks = unwrap(model)
+        config = self._module_config(chunks)
+        fill_quantizers(walk_quantizers(chunks), state, self.hf.family.registry, config, self._ranks())
+
     def save_hf_pretrained(
         self,
         model: Model,
         path: str | Path,
         *,
         scheme: str = "nvfp4",
+        missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
     ) -> ExportReport:
         """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
+
+        `missing_amax` says what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
 
         All ranks must see `path` on one file system. Every rank writes the tensors it owns; nothing appears at
         `path` before all of it is written.
@@ -123,11 +142,11 @@ class AutoBridge:
         chosen = find_scheme(scheme)
         chunks = unwrap(model)
         plan = self._plan(chunks)
-        state = self.collect_quant_state(chunks) if chosen else QuantState()
-        specs = {name: spec for bundle in plan for name, spec in bundle.tensors.items()}
-        finalizer = Finalizer(specs, chosen, state)
+        state = self._collect_scalars(chunks) if chosen else QuantState()
+        specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
+        finalizer = Finalizer(specs, chosen, state, missing=MissingAmax(missing_amax))
         layout = plan_layout(finalizer.output_specs, max_shard_bytes)
-        self._warn(state)
+        self._warn(state, finalizer.filled)
         if not dry_run:
             self._write(chunks, plan, finalizer, layout, StagedDirectory(target))
         return ExportReport(scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
@@ -149,8 +168,8 @@ class AutoBridge:
             _barrier(ranks)
             writer = ShardWriter(staged.path, layout)
             try:
-                for tensors in self._stream(chunks, plan):
-                    for name, tensor in finalizer.finalize(tensors):
+                for bundle in self._stream(chunks, plan):
+                    for name, tensor in finalizer.finalize(bundle):
                         writer.write(name, tensor)
             finally:
                 writer.close()
@@ -174,11 +193,15 @@ class AutoBridge:
     def _plan(self, chunks: Sequence[nn.Module]) -> list[BundlePlan]:
         config = self._module_config(chunks)
         tied = frozenset({"output_layer.weight"}) if self.hf.config.get("tie_word_embeddings") else frozenset[str]()
-        return plan_export(walk_parameters(chunks), self.hf.family.registry, config, self._ranks(), skip=tied)
+        return plan_export(_held(chunks), self.hf.family.registry, config, self._ranks(), skip=tied)
 
-    def _stream(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> Iterator[dict[str, Tensor]]:
-        tensors = {parameter.name: parameter.tensor for parameter in walk_parameters(chunks)}
+    def _stream(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
+        tensors = {parameter.name: parameter.tensor for parameter in _held(chunks)}
         return stream_bundles(plan, tensors, self._module_config(chunks), self._ranks())
+
+    def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
+        config = self._module_config(chunks)
+        return collect_scalars(walk_quantizers(chunks), self.hf.family.registry, config, self._ranks())
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
         """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""
@@ -202,10 +225,21 @@ class AutoBridge:
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()
 
-    def _warn(self, state: QuantState) -> None:
-        if state.divergent and self._ranks().rank(Axis.WORLD) == 0:
+    def _warn(self, state: QuantState, filled: Mapping[str, str]) -> None:
+        if self._ranks().rank(Axis.WORLD) != 0:
+            return
+        if state.divergent:
             rows = [f"{name}: {values}" for name, values in state.divergent.items()]
             _log.warning("%d amax differ between ranks; the maximum is used:%s", len(rows), listing(rows))
+        if filled:
+            rows = [f"{name}: from {source}" for name, source in filled.items()]
+            _log.warning("%d amax were missing or unusable and are filled:%s", len(rows), listing(rows))
+
+
+def _held(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
+    """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
+    yield from walk_parameters(chunks)
+    yield from state_parameters(walk_quantizers(chunks))
 
 
 def _barrier(ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Filling a live Megatron model from Hugging Face tensors: each rank reads what its own shards need."""
+"""Filling a live Megatron model from Hugging Face tensors and amax: each rank takes what its own shards need."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,11 +6,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.parameters import Parameter
+from bridge.parameters import Parameter, Quantizer
 from bridge.plan import find_mappings
-from mappings.errors import MappingError, listing
+from bridge.quant_state import is_dynamic
+from export.quant_state import QuantState
+from mappings.amax import MoeAmaxFanoutMapping
+from mappings.errors import AmaxError, MappingError, listing
 from mappings.ranks import Ranks
 from mappings.registry import MappingRegistry
+
+
+def fill_quantizers(
+    quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, config: Any, ranks: Ranks
+) -> None:
+    """Sets the amax of each enabled quantizer from Hugging Face names: the mirror of collecting. No communication.
+
+    Several Hugging Face values for one Megatron quantizer become their maximum; a per-channel or per-block amax is cut
+    as its weight is.
+
+    Raises:
+        AmaxError: the state has no value for an enabled static quantizer; all of them are named.
+    """
+    missing = []
+    for quantizer in quantizers:
+        mapping = find_mappings([quantizer.name + "._amax"], registry)[quantizer.name + "._amax"]
+        rank, size = ranks.rank(mapping.axis), ranks.size(mapping.axis)
+        names = mapping.targets
+        if isinstance(mapping, MoeAmaxFanoutMapping):
+            names = tuple(mapping.local_targets(rank, size, config))
+        values = {name: state.amax[name] for name in names if name in state.amax}
+        if len(values) == len(names):
+            _set_amax(quantizer, mapping.split(values, config, rank, size))
+        elif not is_dynamic(quantizer.module):
+            missing += [name for name in names if name not in values]
+    if missing:
+        raise AmaxError(f"the quantizer state has no value for {len(missing)} quantizers:{listing(missing)}")
+
+
+def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
+    """In the shape that the quantizer keeps, as a new fp32 buffer: an existing one may be bf16, and would round."""
+    held = getattr(quantizer.module, "_amax", None)
+    if held is not None and held.numel() == amax.numel():
+        amax = amax.reshape(held.shape).to(held.device)
+    if held is not None:
+        del quantizer.module._amax
+    quantizer.module.amax = amax.clone()
 
 
 def fill_parameters(

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mappings.names import is_quantizer_state
 from mappings.spelling import canonical
 
-_QUANTIZER = re.compile(r"_quantizer(\.|$)")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
 
 
@@ -30,10 +30,17 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """A ModelOpt TensorQuantizer of this rank: its global name in canonical spelling, and the module itself."""
+    """A ModelOpt TensorQuantizer of this rank.
+
+    Args:
+        name: global, in canonical spelling.
+        module: the quantizer itself.
+        rows: output rows of the weight shard beside it, None where there is no weight.
+    """
 
     name: str
     module: Any
+    rows: int | None
 
 
 def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -54,7 +61,7 @@ def walk_parameters(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, tensor in _persistent_tensors(chunk).items():
-            if not _QUANTIZER.search(local_name):
+            if not is_quantizer_state(local_name):
                 yield Parameter(canonical(names.of(local_name)), tensor)
 
 
@@ -63,8 +70,10 @@ def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, module in chunk.named_modules():
-            if hasattr(module, "is_enabled") and _QUANTIZER.search(local_name) and module.is_enabled:
-                yield Quantizer(canonical(names.of(local_name)), module)
+            if is_quantizer_state(local_name) and getattr(module, "is_enabled", False):
+                owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
+                weight = getattr(owner, "weight", getattr(owner, "weight0", None))
+                yield Quantizer(canonical(names.of(local_name)), module, None if weight is None else weight.shape[0])
 
 
 def _persistent_tensors(chunk: nn.Module) -> dict[str, Tensor]:
@@ -80,7 +89,7 @@ class _GlobalNames:
     """Local → global names of one model chunk."""
 
     def __init__(self, chunk: nn.Module) -> None:
-        self._modules: Mapping[str, nn.Module] = dict(chunk.named_modules())
+        self.modules: Mapping[str, nn.Module] = dict(chunk.named_modules())
 
     def of(self, local_name: str) -> str:
         path: list[str] = []
@@ -88,7 +97,7 @@ class _GlobalNames:
         for index, part in enumerate(parts):
             parent = parts[index - 1] if index else ""
             if part.isdigit() and parent == "layers":
-                layer = self._modules[".".join(parts[: index + 1])]
+                layer = self.modules[".".join(parts[: index + 1])]
                 part = str(int(getattr(layer, "layer_number", int(part) + 1)) - 1)
             elif part.isdigit() and parent == "local_experts":
                 part = self._expert(".".join(parts[: index - 2]), int(part))
@@ -101,4 +110,4 @@ class _GlobalNames:
         return name
 
     def _expert(self, moe_layer: str, local: int) -> str:
-        return str(self._modules[moe_layer].local_expert_indices[local])  # type: ignore[index]
+        return str(self.modules[moe_layer].local_expert_indices[local])  # type: ignore[index]

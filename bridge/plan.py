@@ -1,11 +1,12 @@
 """The plan of an export: which bundle is made from what, by whom. Made on specs, before a byte moves.
 
-A bundle is all Hugging Face tensors that come from one Megatron parameter. Every rank reports the parameters it
-holds; from the same reports every rank computes the same plan, so problems are found everywhere at once and raised
-together, and no rank is left waiting in a collective.
+A bundle is everything that belongs to one fused group of Hugging Face modules: the weights and biases, and the
+per-channel or per-block quantizer state that follows them. Every rank reports what it holds; from the same reports
+every rank computes the same plan, so problems are found everywhere at once and raised together, and no rank is left
+waiting in a collective.
 
-Each bundle has one owner among the ranks that hold it (their tensor-parallel peers and data-parallel replicas);
-owners are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves the shards.
+Each bundle has one owner among the ranks that hold it (tensor-parallel peers and data-parallel replicas alike); owners
+are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves shards.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,30 +15,58 @@ from typing import Any, NamedTuple
 
 from bridge.parameters import Parameter
 from mappings.errors import MappingError, UnmappedParameterError, listing
+from mappings.fused_groups import group_of
 from mappings.mapping import MegatronParamMapping
-from mappings.names import natural_key
+from mappings.names import module_of, natural_key
 from mappings.ranks import Axis, Ranks
 from mappings.registry import MappingRegistry
 from mappings.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class BundlePlan:
-    """One Megatron parameter on its way.
+class Part:
+    """One Megatron tensor of a bundle.
 
     Args:
-        mapping: resolved; its `megatron_param` is the parameter's global name.
+        mapping: resolved; its `megatron_param` is the tensor's global name.
         shard: shape and dtype of each rank's shard.
         tensors: the Hugging Face tensors it becomes.
-        group: world ranks that hold the shards, in shard order.
-        owner: the world rank, one of `group`, that joins and writes them.
     """
 
     mapping: MegatronParamMapping
     shard: TensorSpec
     tensors: Mapping[str, TensorSpec]
-    group: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.mapping.megatron_param
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePlan:
+    """A bundle on its way.
+
+    Args:
+        parts: the Megatron tensors it is made from.
+        owner: the world rank that joins, quantizes and writes it.
+        axis: the mesh axis that shards its parts, None when the owner has all of every part.
+        group: world ranks that hold the shards, in shard order; the owner is one of them.
+    """
+
+    parts: tuple[Part, ...]
     owner: int
+    axis: Axis | None
+    group: tuple[int, ...]
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """All its Hugging Face tensors, quantizer state included."""
+        return {name: spec for part in self.parts for name, spec in part.tensors.items()}
+
+    @property
+    def moved_parts(self) -> list[Part]:
+        """The parts whose shards must come together at the owner."""
+        return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]
 
 
 class _Report(NamedTuple):
@@ -53,7 +82,7 @@ def plan_export(
     """The bundles of a live model in an order all ranks agree on. Collective over all ranks.
 
     Args:
-        parameters: of this rank.
+        parameters: of this rank, with the quantizer state that follows them.
         config: the model's configuration, as the mappings read it.
         skip: Megatron names that have no tensor of their own on the Hugging Face side (a tied output layer).
 
@@ -62,8 +91,7 @@ def plan_export(
         MappingError: shapes that do not fit, on any rank, or a Hugging Face name that would be written twice.
     """
     specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
-    axes = (Axis.TP, Axis.ETP)
-    report = _Report(specs, {axis: ranks.members(axis) for axis in axes})
+    report = _Report(specs, {axis: ranks.members(axis) for axis in (Axis.TP, Axis.ETP)})
     reports: list[_Report] = ranks.all_gather_object(Axis.WORLD, report)
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
     return _Planner(reports, config).plan(find_mappings(names, registry).values())
@@ -85,6 +113,12 @@ def find_mappings(names: Sequence[str], registry: MappingRegistry) -> dict[str, 
     return mappings
 
 
+def _bundle_key(mapping: MegatronParamMapping) -> str:
+    """The primary module of the fused group that a weight, a bias or a quantizer's state belongs to."""
+    module = module_of(mapping.targets[0])
+    return group_of(module_of(module) if module.endswith("_quantizer") else module).primary
+
+
 class _Planner:
     """Chooses owners and collects problems."""
 
@@ -96,24 +130,40 @@ class _Planner:
         self._writers: dict[str, str] = {}
 
     def plan(self, mappings: Iterable[MegatronParamMapping]) -> list[BundlePlan]:
-        bundles = [bundle for mapping in mappings if (bundle := self._bundle(mapping)) is not None]
+        bundles: dict[str, list[MegatronParamMapping]] = {}
+        for mapping in mappings:
+            bundles.setdefault(_bundle_key(mapping), []).append(mapping)
+        planned = [self._bundle(bundle) for bundle in bundles.values()]
         if self._problems:
             raise MappingError(f"{len(self._problems)} parameters do not fit:{listing(self._problems)}")
-        return bundles
+        return planned
 
-    def _bundle(self, mapping: MegatronParamMapping) -> BundlePlan | None:
-        name = mapping.megatron_param
-        holders = [rank for rank, report in enumerate(self._reports) if name in report.specs]
+    def _bundle(self, mappings: Sequence[MegatronParamMapping]) -> BundlePlan:
+        names = [mapping.megatron_param for mapping in mappings]
+        holders = [rank for rank, report in enumerate(self._reports) if all(name in report.specs for name in names)]
+        if not holders:
+            self._problems.append(f"{', '.join(names)} are fused, and no rank holds all of them")
+            return BundlePlan((), 0, None, (0,))
         owner = min(holders, key=lambda rank: self._load[rank])
-        group = self._reports[owner].groups[mapping.axis] if mapping.shard_dim is not None else (owner,)
+        sharded = next((mapping for mapping in mappings if mapping.shard_dim is not None), None)
+        axis = sharded.axis if sharded is not None else None
+        group = self._reports[owner].groups[axis] if axis is not None else (owner,)
+        parts = [part for mapping in mappings if (part := self._part(mapping, owner, group)) is not None]
+        self._load[owner] += sum(spec.nbytes for part in parts for spec in part.tensors.values())
+        return BundlePlan(tuple(parts), owner, axis if len(group) > 1 else None, group)
+
+    def _part(self, mapping: MegatronParamMapping, owner: int, group: tuple[int, ...]) -> Part | None:
+        name = mapping.megatron_param
+        holders = {rank for rank, report in enumerate(self._reports) if name in report.specs}
         shards = {rank: self._reports[rank].specs.get(name) for rank in {*group, *holders}}
         if len(set(shards.values())) != 1:
             held = ", ".join(f"rank {rank}: {spec or 'nothing'}" for rank, spec in sorted(shards.items()))
             self._problems.append(f"{name}: ranks of {mapping.axis} hold different shards: {held}")
             return None
         shard = self._reports[owner].specs[name]
+        count = len(group) if mapping.shard_dim is not None else 1
         try:
-            tensors = mapping.join([shard.meta()] * len(group), self._config)
+            tensors = mapping.join([shard.meta()] * count, self._config)
         except MappingError as error:
             self._problems.append(str(error))
             return None
@@ -121,5 +171,4 @@ class _Planner:
             first = self._writers.setdefault(target, name)
             if first != name:
                 self._problems.append(f"{target} would be written by {first} and by {name}")
-        self._load[owner] += sum(shard.nbytes for _ in group)
-        return BundlePlan(mapping, shard, {key: TensorSpec.of(value) for key, value in tensors.items()}, group, owner)
+        return Part(mapping, shard, {target: TensorSpec.of(tensor) for target, tensor in tensors.items()})

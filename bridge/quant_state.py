@@ -1,79 +1,132 @@
-"""Collecting the quantizer state of a live model in Hugging Face names, reduced over all ranks that hold it.
+"""Collecting the quantizer state of a live model in Hugging Face names.
 
-Every quantizer's amax is fanned out to its Hugging Face names on its own rank, without communication. Then one
-collective takes the maximum by name over all ranks: tensor and data parallel replicas that drifted apart, experts
-and pipeline stages all fall into place, because a rank that has no value for a name contributes minus infinity.
+Per-tensor state (one number) is fanned out to its Hugging Face names on its own rank, without communication. Then one
+collective takes the maximum by name over all ranks: tensor and data parallel replicas that drifted apart, experts and
+pipeline stages all fall into place, because a rank that has no value for a name contributes minus infinity.
+
+Per-channel and per-block state follows the weights, as parts of their bundles: `state_parameters` gives it in the
+shape that the weight's join takes.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bridge.parameters import Quantizer
+from bridge.parameters import Parameter, Quantizer
 from export.quant_state import Divergence, QuantState
-from mappings.amax import WEIGHT_QUANTIZER
+from mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
 from mappings.errors import UnmappedParameterError, listing
 from mappings.names import natural_key
 from mappings.ranks import Axis, Ranks
 from mappings.registry import MappingRegistry
 
 _NO_VALUE = float("-inf")
+_BUFFERS = ("_amax", "_global_amax", "_pre_quant_scale")
 
 
-def collect_quant_state(
+class _Local(NamedTuple):
+    """What one rank's quantizers say, in Hugging Face names."""
+
+    values: dict[str, float]  # per-tensor; minus infinity where a static quantizer was never calibrated
+    formats: dict[str, str]  # by module
+    unmapped: list[str]
+
+
+def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
+    """Per-channel and per-block state as tensors that the plan moves with the weights.
+
+    A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
+    blocks along a row flat, `[out · blocks, 1]`, and that of square blocks as `[rows, 1, columns, 1]`.
+    """
+    for quantizer in quantizers:
+        for buffer, tensor in _buffers(quantizer):
+            if tensor.numel() > 1:
+                name = f"{quantizer.name}.{buffer}"
+                yield Parameter(name, _as_rows(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
+
+
+def collect_scalars(
     quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any, ranks: Ranks
 ) -> QuantState:
-    """The state of all enabled quantizers of all ranks. Collective; every rank gets the same.
+    """The per-tensor state and the formats of all enabled quantizers of all ranks. Collective; every rank gets the same.
+
+    The largest of a per-block amax counts as per-tensor state too, as `_global_amax`, where ModelOpt keeps none.
 
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
-        AmaxError: an amax that is not per-tensor.
     """
-    local, formats, problems = _local_state(quantizers, registry, config)
-    reports = ranks.all_gather_object(Axis.WORLD, (list(local), formats, problems))
-    unmapped = sorted({problem for _, _, found in reports for problem in found}, key=natural_key)
+    local = _local_state(quantizers, registry, config, ranks)
+    reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, local._replace(values=dict.fromkeys(local.values, 0.0)))
+    unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
     if unmapped:
-        raise UnmappedParameterError(f"{len(unmapped)} enabled quantizers cannot be exported:{listing(unmapped)}")
-    names = sorted({name for held, _, _ in reports for name in held}, key=natural_key)
-    least, greatest = _reduce(names, local, ranks)
+        raise UnmappedParameterError(
+            f"{len(unmapped)} enabled quantizers have no mapping:{listing(unmapped)}\n"
+            "Disable them before the export, or add a mapping to the model's family in mappings/families/"
+        )
+    names = sorted({name for report in reports for name in report.values}, key=natural_key)
+    least, greatest = _reduce(names, local.values, ranks)
     known = [name for name in names if greatest[name] != _NO_VALUE]
     return QuantState(
         amax={name: torch.tensor(greatest[name]) for name in known},
-        formats={module: found for _, each, _ in reports for module, found in each.items()},
+        formats={module: found for report in reports for module, found in report.formats.items()},
         missing=frozenset(names) - frozenset(known),
         divergent={name: Divergence(least[name], greatest[name]) for name in known if least[name] != greatest[name]},
     )
 
 
-def _local_state(
-    quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any
-) -> tuple[dict[str, float], dict[str, str], list[str]]:
-    """This rank's amax by Hugging Face name (minus infinity where there is none), formats by module, problems."""
-    values: dict[str, float] = {}
-    formats: dict[str, str] = {}
-    problems: list[str] = []
+def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any, ranks: Ranks) -> _Local:
+    local = _Local({}, {}, [])
     for quantizer in quantizers:
-        mapping = registry.megatron_to_hf_lookup(quantizer.name + "._amax")
-        if mapping is None:
-            problems.append(f"{quantizer.name}: no mapping")
+        targets = _targets(f"{quantizer.name}._amax", registry, config, ranks)
+        if targets is None:
+            local.unmapped.append(quantizer.name)
             continue
-        amax = getattr(quantizer.module, "_amax", None)
-        if amax is not None and amax.numel() != 1:
-            problems.append(f"{quantizer.name}: amax of shape {list(amax.shape)}; only per-tensor amax is supported")
-            continue
-        for name in mapping.targets:
-            values[name] = _NO_VALUE if amax is None else _finite_or_inf(amax)
-            if name.endswith(WEIGHT_QUANTIZER):
-                formats[name.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
-    return values, formats, problems
+        for target in targets:
+            if target.endswith(WEIGHT_QUANTIZER):
+                local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
+        for buffer, value in _scalars(quantizer):
+            local.values.update((target.removesuffix("_amax") + buffer, value) for target in targets)
+    return local
 
 
-def _finite_or_inf(amax: Tensor) -> float:
-    """The value; NaN as infinity, which survives a maximum on every backend and is refused all the same."""
-    value = float(amax)
-    return value if value == value else float("inf")
+def _targets(name: str, registry: MappingRegistry, config: Any, ranks: Ranks) -> list[str] | None:
+    """The Hugging Face names of one quantizer's amax; of a shared one, those of this rank's own experts."""
+    mapping = registry.megatron_to_hf_lookup(name)
+    if isinstance(mapping, MoeAmaxFanoutMapping):
+        return mapping.local_targets(ranks.rank(Axis.EP), ranks.size(Axis.EP), config)
+    return list(mapping.targets) if mapping else None
+
+
+def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
+    for buffer in _BUFFERS:
+        tensor = getattr(quantizer.module, buffer, None)
+        if isinstance(tensor, Tensor):
+            yield buffer, tensor.detach()
+
+
+def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
+    """Per-tensor state by buffer; NaN as infinity, which survives a maximum on every backend and is refused as well."""
+    found = dict(_buffers(quantizer))
+    if "_amax" not in found and not is_dynamic(quantizer.module):
+        yield "_amax", _NO_VALUE
+    for buffer, tensor in found.items():
+        if tensor.numel() == 1:
+            yield buffer, _not_nan(float(tensor))
+        elif buffer == "_amax" and "_global_amax" not in found:
+            yield "_global_amax", _not_nan(float(tensor.max()))
+
+
+def _not_nan(value: float) -> float:
+    return float("inf") if math.isnan(value) else value
+
+
+def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.flatten(2).flatten(0, 1)
+    return tensor.reshape(quantizer.rows, -1) if quantizer.rows else tensor
 
 
 def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
@@ -84,9 +137,14 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
     return dict(zip(names, (-least).tolist(), strict=True)), dict(zip(names, greatest.tolist(), strict=True))
 
 
+def is_dynamic(quantizer: Any) -> bool:
+    """Whether a quantizer computes its amax anew for each tensor, so that there is none to collect."""
+    return bool(getattr(quantizer, "_dynamic", False))
+
+
 def format_name(quantizer: Any) -> str:
     """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
     bits, blocks = quantizer.num_bits, quantizer.block_sizes or {}
     if bits == (2, 1) and blocks.get(-1) == 16 and blocks.get("scale_bits") == (4, 3):
         return "nvfp4"
-    return f"num_bits={bits} block_sizes={blocks or None}"
+    return f"num_bits={bits} axis={quantizer.axis} block_sizes={blocks or None}"

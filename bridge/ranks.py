@@ -1,11 +1,11 @@
 """`Ranks` over torch.distributed process groups. No other file of the program calls torch.distributed.
 
-Tensors travel as bytes in gathers, so every dtype passes through every backend.
+Tensors travel as bytes where they are gathered, so every dtype passes through every backend.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,14 @@ class ProcessRanks:
     def size(self, axis: Axis) -> int:
         return len(self.members(axis))
 
-    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
+    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         if self.size(axis) == 1:
-            return [tensor]
-        sent = self._as_bytes(tensor)
-        parts = [torch.empty_like(sent) for _ in range(self.size(axis))] if self.rank(axis) == dst else None
-        dist.gather(sent, parts, group=self._groups[axis], group_dst=dst)
-        return parts and [_from_bytes(part, tensor) for part in parts]
+            return list(sent)
+        data = torch.cat([part.to(self._device) for part in sent])
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+        counts = [part.numel() for part in sent]
+        dist.all_to_all_single(received, data, list(sizes), counts, group=self._groups[axis])
+        return list(received.split(list(sizes)))
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         if self.size(axis) == 1:

@@ -1,33 +1,104 @@
-"""The stream of bundles: shards go to their owner, the owner joins them.
+"""The stream of bundles: shards go to their owners, the owners join them.
 
-Every rank walks the same plan in the same order and takes part in exactly the gathers of its own group, so the
-order of collectives agrees by construction. One bundle is in flight at a time.
+Bundles are exchanged in buckets, one collective each: every rank of a tensor-parallel group sends each owner the
+shards it needs and receives those of its own bundles, so no byte goes to a rank that does not use it. Every rank walks
+the same plan in the same order and takes part in exactly the buckets of its own groups, so the order of collectives
+agrees by construction. What is in flight is one bucket per group.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bridge.plan import BundlePlan
+from bridge.plan import BundlePlan, Part
+from export.finalizer import Bundle
 from mappings.ranks import Axis, Ranks
+
+BUCKET_BYTES = 64 * 2**20
+_ALIGNMENT = 16  # bytes; every dtype can be viewed at such an offset
 
 
 def stream_bundles(
-    plan: Iterable[BundlePlan], tensors: Mapping[str, Tensor], config: Any, ranks: Ranks
-) -> Iterator[dict[str, Tensor]]:
-    """The bundles that this rank owns, each as {Hugging Face name: tensor}. Collective: exhaust it on every rank.
+    plan: Iterable[BundlePlan],
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    ranks: Ranks,
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Iterator[Bundle]:
+    """The bundles that this rank owns. Collective: exhaust it on every rank.
 
     Args:
         tensors: this rank's shards by global Megatron name.
+        bucket_bytes: how much one rank contributes to one exchange, or one bundle.
     """
     me = ranks.members(Axis.WORLD)[ranks.rank(Axis.WORLD)]
+    buckets: dict[Axis, list[BundlePlan]] = {}
     for bundle in plan:
         if me not in bundle.group:
             continue
-        mapping = bundle.mapping
-        shards: list[Tensor] | None = [tensors[mapping.megatron_param].detach()]
-        if len(bundle.group) > 1:
-            shards = ranks.gather(mapping.axis, tensors[mapping.megatron_param], bundle.group.index(bundle.owner))
-        if shards is not None:
-            yield mapping.join(shards, config)
+        if bundle.axis is None:
+            yield _join(bundle, {}, tensors, config)
+            continue
+        bucket = buckets.setdefault(bundle.axis, [])
+        bucket.append(bundle)
+        if sum(_moved_bytes(each) for each in bucket) >= bucket_bytes:
+            yield from _exchange(bucket, tensors, config, ranks, me)
+            bucket.clear()
+    for bucket in buckets.values():
+        yield from _exchange(bucket, tensors, config, ranks, me)
+
+
+def _exchange(
+    bucket: Sequence[BundlePlan], tensors: Mapping[str, Tensor], config: Any, ranks: Ranks, me: int
+) -> Iterator[Bundle]:
+    """One collective for all bundles of a bucket, then the join of those that this rank owns."""
+    if not bucket:
+        return
+    axis, group = bucket[0].axis, bucket[0].group
+    assert axis is not None
+    sent = [_pack([b for b in bucket if b.owner == member], tensors) for member in group]
+    mine = [bundle for bundle in bucket if bundle.owner == me]
+    received = ranks.all_to_all(axis, sent, [sum(map(_moved_bytes, mine))] * len(group))
+    at = 0
+    for bundle in mine:
+        shards = {}
+        for part in bundle.moved_parts:
+            shards[part.name] = [_unpack(data, at, part) for data in received]
+            at += _aligned(part.shard.nbytes)
+        yield _join(bundle, shards, tensors, config)
+
+
+def _join(bundle: BundlePlan, shards: Mapping[str, list[Tensor]], tensors: Mapping[str, Tensor], config: Any) -> Bundle:
+    joined: dict[str, Tensor] = {}
+    for part in bundle.parts:
+        joined |= part.mapping.join(shards.get(part.name) or [tensors[part.name].detach()], config)
+    return Bundle.of(joined)
+
+
+def _pack(bundles: Sequence[BundlePlan], tensors: Mapping[str, Tensor]) -> Tensor:
+    """This rank's shards of the bundles as bytes, each at an aligned offset."""
+    pieces = [
+        torch.nn.functional.pad(_as_bytes(tensors[part.name]), (0, _aligned(part.shard.nbytes) - part.shard.nbytes))
+        for bundle in bundles
+        for part in bundle.moved_parts
+    ]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+
+
+def _unpack(data: Tensor, at: int, part: Part) -> Tensor:
+    return data[at : at + part.shard.nbytes].view(part.shard.dtype).reshape(part.shard.shape)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _moved_bytes(bundle: BundlePlan) -> int:
+    return sum(_aligned(part.shard.nbytes) for part in bundle.moved_parts)
+
+
+def _aligned(nbytes: int) -> int:
+    return nbytes + -nbytes % _ALIGNMENT

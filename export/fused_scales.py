@@ -5,49 +5,86 @@ be quantized with one weight amax and one input amax. They are combined as amax,
 made: a maximum in one scale convention is a minimum in the other.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from export.quant_state import QuantState
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from mappings.errors import AmaxError, listing
-from mappings.fused_groups import group_of, groups_among
+from mappings.fused_groups import FusedGroup, group_of, groups_among
 from mappings.tensors import max_of
 
 
-class GroupAmax(NamedTuple):
-    """The amax that all members of a fused group share: fp32 scalars. `input` is None for weight-only schemes."""
+class MissingAmax(StrEnum):
+    """What to do about an amax that is missing, zero, negative or not finite."""
 
-    weight: Tensor
+    ERROR = "error"
+    FROM_WEIGHTS = "from_weights"  # a weight's from the weights of its fused group; an input's stays an error
+    GROUP_MAX = "group_max"  # from the members of its fused group that have one
+
+
+class GroupAmax(NamedTuple):
+    """The amax that all members of a fused group share: fp32 scalars.
+
+    `weight` is None where it is to come from the weights themselves, `input` for weight-only schemes.
+    """
+
+    weight: Tensor | None
     input: Tensor | None
 
 
-def share_amax(state: QuantState, modules: Iterable[str], *, inputs: bool) -> dict[str, GroupAmax]:
+@dataclass(slots=True)
+class SharedAmax:
+    """The shared amax by module, and what had to be filled: quantizer name → what filled it."""
+
+    by_module: dict[str, GroupAmax] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+
+
+def share_amax(
+    state: QuantState, modules: Iterable[str], *, inputs: bool, missing: MissingAmax = MissingAmax.ERROR
+) -> SharedAmax:
     """The shared amax of each module's fused group.
 
     Args:
         modules: the modules that will be quantized.
         inputs: whether the scheme needs input amax.
+        missing: what to do about an amax that makes no scale.
 
     Raises:
-        AmaxError: an amax is missing, zero, negative, NaN or infinite; every one is named.
+        AmaxError: amax that are missing, zero, negative, NaN or infinite, and that the policy does not fill; all named.
     """
-    groups = groups_among(modules)
-    _check(state, [name for group in groups for name in group.members], inputs=inputs)
+    shared, problems = SharedAmax(), list[str]()
 
-    def largest(members: Iterable[str], amax: Callable[[str], Tensor | None]) -> Tensor:
-        return max_of([value for member in members if (value := amax(member)) is not None])
+    def combine(group: FusedGroup, suffix: str, amax: Callable[[str], Tensor | None]) -> Tensor | None:
+        found = {member: amax(member) for member in group.members}
+        good = [value for value in found.values() if value is not None and _usable(value)]
+        bad = {member + suffix: _shown(value) for member, value in found.items() if not _usable(value)}
+        if missing == MissingAmax.FROM_WEIGHTS and suffix == WEIGHT_QUANTIZER and bad:
+            shared.filled |= dict.fromkeys(bad, "the weights")
+            return None
+        if bad and missing == MissingAmax.GROUP_MAX and good:
+            shared.filled |= dict.fromkeys(bad, "the largest of its fused group")
+        else:
+            problems.extend(f"{name}: {value}" for name, value in bad.items())
+        return max_of(good) if good else None
 
-    shared = {
-        group.members: GroupAmax(
-            largest(group.members, state.weight_amax), largest(group.members, state.input_amax) if inputs else None
+    for group in groups_among(modules):
+        weight = combine(group, WEIGHT_QUANTIZER, state.weight_amax)
+        amax = GroupAmax(weight, combine(group, INPUT_QUANTIZER, state.input_amax) if inputs else None)
+        shared.by_module |= dict.fromkeys(group.members, amax)
+    if problems:
+        raise AmaxError(
+            f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
+            "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again; "
+            "amax.missing=from_weights or group_max fills what it can"
         )
-        for group in groups
-    }
-    return {member: amax for members, amax in shared.items() for member in members}
+    return shared
 
 
 def split_groups(quantized: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -61,17 +98,9 @@ def split_groups(quantized: Iterable[str], others: Iterable[str]) -> list[str]:
     ]
 
 
-def _check(state: QuantState, modules: Iterable[str], *, inputs: bool) -> None:
-    suffixes = (WEIGHT_QUANTIZER, INPUT_QUANTIZER) if inputs else (WEIGHT_QUANTIZER,)
-    problems = []
-    for name in (module + suffix for module in modules for suffix in suffixes):
-        amax = state.amax.get(name)
-        if amax is None:
-            problems.append(f"{name}: missing")
-        elif not bool(((amax > 0) & torch.isfinite(amax)).all()):
-            problems.append(f"{name}: {amax.flatten()[:4].tolist() if amax.numel() > 1 else amax.item()}")
-    if problems:
-        raise AmaxError(
-            f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
-            "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again"
-        )
+def _usable(amax: Tensor | None) -> bool:
+    return amax is not None and 0 < amax.item() < math.inf
+
+
+def _shown(amax: Tensor | None) -> str:
+    return "missing" if amax is None else str(amax.item())

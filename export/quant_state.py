@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, WEIGHT_QUANTIZER
 
 
 class Divergence(NamedTuple):
@@ -44,9 +44,11 @@ class QuantState:
     divergent: Mapping[str, Divergence] = field(default_factory=dict)
 
     def weight_amax(self, module: str) -> Tensor | None:
-        return self.amax.get(module + WEIGHT_QUANTIZER)
+        """The per-tensor amax of a weight; of a per-block one, the largest or what training kept as its global amax."""
+        return self.amax.get(module + GLOBAL_AMAX, self.amax.get(module + WEIGHT_QUANTIZER))
 
     def input_amax(self, module: str) -> Tensor | None:
+        """The per-tensor amax of a module's input."""
         return self.amax.get(module + INPUT_QUANTIZER)
 
     def modules(self) -> Iterable[str]:

@@ -21,10 +21,13 @@ from mappings.errors import MappingError
 from mappings.mapping import MegatronParamMapping, hf_name
 from mappings.names import pattern
 from mappings.ranks import Axis
-from mappings.tensors import max_of
+from mappings.tensors import join_dim, max_of, shard_of
 
 WEIGHT_QUANTIZER = ".weight_quantizer._amax"
+GLOBAL_AMAX = ".weight_quantizer._global_amax"
 INPUT_QUANTIZER = ".input_quantizer._amax"
+PRE_QUANT_SCALE = ".input_quantizer._pre_quant_scale"
+OUTPUT_QUANTIZER = ".output_quantizer._amax"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class QuantizerMapping(MegatronParamMapping):
         if all(shard.numel() == 1 for shard in shards):
             return dict.fromkeys(self.targets, _max_scalar(shards))
         weight = self._weight_mapping()
+        if self._follows_columns:
+            columns = join_dim(shards, 0) if weight.shard_dim == 1 else max_of(shards)
+            return dict.fromkeys(self.targets, columns.float())
         if weight.shard_dim is None or any(shard.shape[weight.shard_dim] == 1 for shard in shards):
             shards = [max_of(shards)]
         parts = weight.join([shard.float() for shard in shards], config)
@@ -58,9 +64,16 @@ class QuantizerMapping(MegatronParamMapping):
         if all(value.numel() == 1 for value in values):
             return _max_scalar(values)
         weight = self._weight_mapping()
+        if self._follows_columns:
+            return shard_of(max_of(values), 0, rank, size) if weight.shard_dim == 1 else max_of(values)
         if weight.shard_dim is not None and values[0].shape[weight.shard_dim] == 1:
             rank, size = 0, 1
         return weight.split(dict(zip(weight.targets, values, strict=True)), config, rank, size)
+
+    @property
+    def _follows_columns(self) -> bool:
+        """An input quantizer's vector, `[in]` (`_pre_quant_scale`), goes with the columns of the weight."""
+        return ".input_quantizer." in self.megatron_param
 
     def _weight_mapping(self) -> MegatronParamMapping:
         if self.follows is None:
@@ -146,10 +159,13 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         return self.split(hf_weights, config, self.ranks.rank(Axis.EP), self.ranks.size(Axis.EP))
 
     def split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
-        experts = self.block(rank, size, config)
-        names = [pattern(target).resolve([str(expert)]) for expert in experts for target in self.hf_patterns]
-        mapping = AmaxFanoutMapping(self.megatron_param, names)
+        mapping = AmaxFanoutMapping(self.megatron_param, self.local_targets(rank, size, config))
         return mapping.split(tensors, config, 0, 1)
+
+    def local_targets(self, rank: int, size: int, config: Any) -> list[str]:
+        """The names that the quantizer of EP rank `rank` out of `size` is written to and read from."""
+        experts = map(str, self.block(rank, size, config))
+        return [pattern(target).resolve([expert]) for expert in experts for target in self.hf_patterns]
 
     def block(self, rank: int, size: int, config: Any) -> range:
         """The global numbers of the experts that share the quantizer of EP rank `rank` out of `size`.
@@ -171,10 +187,9 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         if any(shard.numel() != 1 for shard in shards):
             raise ValueError("a quantizer shared by several experts must be per-tensor")
         return {
-            pattern(target).resolve([str(expert)]): shard.float().reshape(())
+            name: shard.float().reshape(())
             for rank, shard in enumerate(shards)
-            for expert in self.block(rank, len(shards), config)
-            for target in self.hf_patterns
+            for name in self.local_targets(rank, len(shards), config)
         }
 
     def _with_experts(self, module: Any) -> Any:
@@ -205,16 +220,38 @@ def convert_to_amax_map(
     Args:
         mapped_name: what replaces `.weight`, with its leading dot.
     """
-    return [made for mapping in mappings if (made := _amax_mapping(mapping, mapped_name)) is not None]
+    made: list[MegatronParamMapping] = []
+    for mapping in mappings:
+        stem, _, ending = mapping.megatron_param.rpartition(".")
+        names = _quantizer_names(mapping, mapped_name)
+        if names and ending == "weight":
+            made.append(_one_quantizer(stem + mapped_name, names, mapping))
+        elif names and ending == "weight*":
+            made.append(MoeAmaxFanoutMapping(stem + mapped_name, names))
+    return made
 
 
-def _amax_mapping(mapping: MegatronParamMapping, mapped_name: str) -> QuantizerMapping | None:
-    stem, _, ending = mapping.megatron_param.rpartition(".")
-    names = [name.removesuffix(".weight") + mapped_name for name in mapping.targets if name.endswith(".weight")]
-    if not names or ending not in ("weight", "weight*"):
-        return None
-    if ending == "weight*":
-        return MoeAmaxFanoutMapping(stem + mapped_name, names)
+def per_expert_amax_map(
+    mappings: Iterable[MegatronParamMapping], mapped_name: str = WEIGHT_QUANTIZER
+) -> list[MegatronParamMapping]:
+    """The amax mappings of experts that have a quantizer each: `weight*` → `weight_quantizer.*._amax`.
+
+    The other layout that ModelOpt has for grouped experts, beside the shared one of `convert_to_amax_map`; sequential
+    experts are spelled so too (`mappings.spelling`).
+    """
+    quantizer, _, buffer = mapped_name.rpartition(".")
+    return [
+        _one_quantizer(f"{mapping.megatron_param.removesuffix('.weight*')}{quantizer}.*.{buffer}", names, mapping)
+        for mapping in mappings
+        if mapping.megatron_param.endswith(".weight*") and (names := _quantizer_names(mapping, mapped_name))
+    ]
+
+
+def _quantizer_names(mapping: MegatronParamMapping, mapped_name: str) -> list[str]:
+    return [name.removesuffix(".weight") + mapped_name for name in mapping.targets if name.endswith(".weight")]
+
+
+def _one_quantizer(megatron_param: str, names: list[str], weight: MegatronParamMapping) -> MegatronParamMapping:
     if len(names) > 1:
-        return AmaxFanoutMapping(stem + mapped_name, names, follows=mapping)
-    return AmaxMapping(stem + mapped_name, names[0], follows=mapping)
+        return AmaxFanoutMapping(megatron_param, names, follows=weight)
+    return AmaxMapping(megatron_param, names[0], follows=weight)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER, convert_to_amax_map
 from mappings.errors import UsageError
 from mappings.mapping import MegatronParamMapping
+from mappings.quantizers import quantizer_mappings
 from mappings.registry import MappingRegistry
 
 
@@ -32,12 +32,7 @@ class ModelFamily:
     @cached_property
     def registry(self) -> MappingRegistry:
         """The weight mappings and the amax mappings derived from them."""
-        quantizers = [
-            made
-            for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER)
-            for made in convert_to_amax_map(self.mappings, suffix)
-        ]
-        return MappingRegistry(*self.mappings, *quantizers)
+        return MappingRegistry(*self.mappings, *quantizer_mappings(self.mappings))
 
     def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""

@@ -77,6 +77,11 @@ def module_of(tensor_name: str) -> str:
     return tensor_name.rpartition(".")[0]
 
 
+def is_quantizer_state(name: str) -> bool:
+    """Whether a Megatron or HF name is a quantizer, or a buffer of one."""
+    return "_quantizer" in name
+
+
 def is_routed_expert(name: str) -> bool:
     """Whether a Megatron or HF name lies inside the routed experts of a mixture-of-experts layer."""
     return ".experts." in f".{name}"

@@ -37,8 +37,13 @@ class Ranks(Protocol):
     def size(self, axis: Axis) -> int:
         """Number of ranks in this rank's group along `axis`. Not collective."""
 
-    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
-        """The group's tensors in rank order on group position `dst`, None elsewhere. Shapes are equal."""
+    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Sends `sent[i]` to group position `i` and gives what each position sent here, in rank order.
+
+        Args:
+            sent: one-dimensional uint8 tensors, empty ones for positions that get nothing.
+            sizes: how many bytes come from each position; the ranks must agree on this beforehand.
+        """
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         """The group's tensors in rank order, on every rank of the group. Shapes are equal."""
@@ -62,8 +67,8 @@ class LocalRanks:
     def size(self, axis: Axis) -> int:
         return 1
 
-    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
-        return [tensor]
+    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return list(sent)
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         return [tensor]
@@ -103,9 +108,11 @@ class ThreadRanks:
     def size(self, axis: Axis) -> int:
         return len(self._members[axis])
 
-    def gather(self, axis: Axis, tensor: Tensor, dst: int) -> list[Tensor] | None:
-        gathered = self.all_gather(axis, tensor)
-        return gathered if self.rank(axis) == dst else None
+    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        received = [board[self.rank(axis)] for board in self.all_gather_object(axis, list(sent))]
+        if [part.numel() for part in received] != list(sizes):
+            raise ValueError(f"rank {self._world_rank} expects {list(sizes)} bytes and is sent {received}")
+        return received
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         tensors: list[Tensor] = self.all_gather_object(axis, tensor)

@@ -7,13 +7,13 @@ never decides.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import chain, combinations, product
 
 from mappings.errors import AmbiguousMappingError, listing
 from mappings.mapping import MegatronParamMapping
 from mappings.names import overlap, pattern
 
-_NUMBERS = re.compile(r"\d+|\*")
+_NUMBERS = re.compile(r"[\d*]+")
 
 
 class MappingRegistry:
@@ -56,18 +56,21 @@ class MappingRegistry:
 
 
 class _Index:
-    """Patterns of one side, each with its mapping."""
+    """Patterns of one side, each with its mapping.
+
+    A name and a pattern without `**` can only match when they have the same shape: every run of digits and `*` replaced
+    by one `*`.
+    """
 
     def __init__(self, entries: Iterable[tuple[str, MegatronParamMapping]]) -> None:
         self._by_shape: dict[str, list[tuple[str, MegatronParamMapping]]] = {}
         self._with_paths: list[tuple[str, MegatronParamMapping]] = []
-        entries = list(entries)
-        _refuse_overlaps([text for text, _ in entries])
         for text, mapping in entries:
             if "**" in text:
                 self._with_paths.append((text, mapping))
             else:
                 self._by_shape.setdefault(_NUMBERS.sub("*", text), []).append((text, mapping))
+        self._refuse_overlaps()
 
     def find(self, name: str) -> tuple[str, MegatronParamMapping, Sequence[str]] | None:
         """The pattern that matches `name`, its mapping and its captures."""
@@ -77,8 +80,11 @@ class _Index:
                 return text, mapping, captures
         return None
 
-
-def _refuse_overlaps(patterns: Sequence[str]) -> None:
-    clashes = [f"{one!r} and {other!r}" for one, other in combinations(patterns, 2) if overlap(one, other)]
-    if clashes:
-        raise AmbiguousMappingError(f"mappings overlap, so a name would have two owners:{listing(clashes)}")
+    def _refuse_overlaps(self) -> None:
+        plain = [text for entries in self._by_shape.values() for text, _ in entries]
+        paths = [text for text, _ in self._with_paths]
+        alike = (combinations([text for text, _ in entries], 2) for entries in self._by_shape.values())
+        suspects = chain(chain.from_iterable(alike), combinations(paths, 2), product(paths, plain))
+        clashes = [f"{one!r} and {other!r}" for one, other in suspects if overlap(one, other)]
+        if clashes:
+            raise AmbiguousMappingError(f"mappings overlap, so a name would have two owners:{listing(clashes)}")

@@ -18,10 +18,10 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
     shards = report.layout.shards
     for what, value in (
         ("scheme", report.scheme),
-        ("Megatron parameters", len(report.bundles)),
+        ("Megatron parameters", sum(len(bundle.parts) for bundle in report.bundles)),
         ("tensors", sum(len(shard.specs) for shard in shards)),
         ("files", len(shards)),
-        ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.tensors.values())),
+        ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.specs.values())),
         ("bytes after", report.layout.total_size),
         ("modules quantized", len(report.quantized)),
         ("linear modules left as they are", len(report.ignored)),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.checkpoint import SafetensorsCheckpoint
-from export.finalizer import Finalizer
+from export.finalizer import Bundle, Finalizer
 from export.fused_scales import share_amax
 from export.layout import plan_layout
 from export.metadata import carried_files, config_json, index_json
@@ -159,8 +159,9 @@ def state_for(modules: dict[str, tuple[float, float]]) -> QuantState:
 
 def test_a_group_shares_the_largest_amax() -> None:
     state = state_for({"l.q_proj": (1, 9), "l.k_proj": (3, 8), "l.v_proj": (2, 7), "l.o_proj": (5, 6)})
-    shared = share_amax(state, state.formats, inputs=True)
-    assert {m: (a.weight.item(), a.input.item()) for m, a in shared.items() if a.input is not None} == {
+    shared = share_amax(state, state.formats, inputs=True).by_module
+    found = {module: tuple(float(value) for value in amax if value is not None) for module, amax in shared.items()}
+    assert found == {
         "l.q_proj": (3, 9),
         "l.k_proj": (3, 9),
         "l.v_proj": (3, 9),
@@ -173,7 +174,7 @@ def test_an_amax_that_makes_no_scale_is_named(value: float) -> None:
     state = state_for({"l.q_proj": (1, 1), "l.k_proj": (1, value)})
     with pytest.raises(AmaxError, match=r"1 amax .*\n  l\.k_proj\.input_quantizer\._amax"):
         share_amax(state, state.formats, inputs=True)
-    assert share_amax(state, state.formats, inputs=False)["l.k_proj"].input is None
+    assert share_amax(state, state.formats, inputs=False).by_module["l.k_proj"].input is None
 
 
 def test_every_missing_amax_is_named_at_once() -> None:
@@ -195,7 +196,7 @@ GOOD = {"model.layers.0.q_proj": (1.0, 2.0), "model.layers.0.k_proj": (3.0, 4.0)
 
 def test_finalizer_writes_what_it_planned() -> None:
     finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state_for(GOOD))
-    written = dict(finalizer.finalize(MODEL))
+    written = dict(finalizer.finalize(Bundle.of(MODEL)))
     assert specs_of(written) == finalizer.output_specs
     assert finalizer.quantized == list(GOOD)
     assert finalizer.ignore == ["lm_head"]
@@ -207,7 +208,7 @@ def test_finalizer_writes_what_it_planned() -> None:
 
 def test_without_a_scheme_everything_stays() -> None:
     finalizer = Finalizer(specs_of(MODEL), None, QuantState())
-    assert dict(finalizer.finalize(MODEL)) == MODEL
+    assert dict(finalizer.finalize(Bundle.of(MODEL))) == MODEL
     assert finalizer.quantization_config is None
 
 
@@ -215,7 +216,7 @@ def test_dequantized_weights_are_close() -> None:
     scheme = SCHEMES["nvfp4"]
     finalizer = Finalizer(specs_of(MODEL), scheme, state_for(GOOD))
     name = "model.layers.0.q_proj"
-    found = scheme.dequantize(name, dict(finalizer.finalize(MODEL))).float()
+    found = scheme.dequantize(name, dict(finalizer.finalize(Bundle.of(MODEL)))).float()
     original = MODEL[f"{name}.weight"].float().clamp(-3, 3)
     assert float((found - original).norm() / original.norm()) < 0.15
 

@@ -24,9 +24,11 @@ def collectives(ranks: Ranks) -> Any:
     for axis in (Axis.TP, Axis.EP, Axis.PP, Axis.WORLD):
         for dtype in (torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn):
             tensor = torch.full((2, 3), float(me + 1)).to(dtype).t()
-            gathered = ranks.gather(axis, tensor, dst=ranks.size(axis) - 1)
-            results.append(gathered and [part.float().tolist() for part in gathered])
             results.append([part.float().tolist() for part in ranks.all_gather(axis, tensor)])
+        mine, size = ranks.rank(axis), ranks.size(axis)
+        sent = [torch.full((mine + to,), 10 * mine + to, dtype=torch.uint8) for to in range(size)]
+        received = ranks.all_to_all(axis, sent, [origin + mine for origin in range(size)])
+        results.append([part.tolist() for part in received])
         scalar = torch.tensor(float(me))
         results.append([part.shape for part in ranks.all_gather(axis, scalar)])
         results.append(ranks.all_reduce_max(axis, torch.tensor([me, -me], dtype=torch.float32)).tolist())

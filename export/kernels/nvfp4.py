@@ -142,7 +142,7 @@ def input_global_scale(amax: Tensor) -> Tensor:
     return _checked_divisor(_scaling_factor_2(_one_element(amax)).reciprocal(), amax)
 
 
-def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic) -> NVFP4Weight:
+def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax: Tensor | None = None) -> NVFP4Weight:
     """Quantize one weight of a fused group.
 
     ``MODELOPT`` follows the exporter, ``NVFP4QTensor.quantize``. Where a block's effective scale is below
@@ -158,15 +158,20 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic) -> NVFP4We
         amax: one element, the maximum of the whole fused group: calibrated, or from `tensor_amax`. Where it
             is smaller than the weight's own maximum, values saturate, as they did in training.
         arithmetic: whose rounding.
+        block_amax: ``[out, in/16]``, the amax of each block where training kept them (ModelOpt's static
+            block quantizer); without it, each block's own maximum. For ``MODELOPT`` only.
 
     Raises:
-        ValueError: the weight is not 2-D, its columns do not divide by 16, its dtype is another one, or
-            ``amax`` is more than one element or gives no finite, positive global scale.
+        ValueError: the weight is not 2-D, its columns do not divide by 16, its dtype is another one,
+            ``amax`` is more than one element or gives no finite, positive global scale, or ``block_amax``
+            has another shape.
     """
     if weight.ndim != 2 or weight.shape[1] % BLOCK:
         raise ValueError(f"NVFP4 needs [out, in] with in % {BLOCK} == 0, not shape {tuple(weight.shape)}")
     if weight.dtype not in _DTYPES:
         raise ValueError(f"NVFP4 quantizes bf16, fp16 and fp32 weights, not {weight.dtype}")
+    if block_amax is not None and tuple(block_amax.shape) != (weight.shape[0], weight.shape[1] // BLOCK):
+        raise ValueError(f"block amax {tuple(block_amax.shape)} does not fit weight {tuple(weight.shape)}")
     amax = amax.to(weight.device)
     divisor = global_scale(amax, arithmetic=arithmetic, dtype=weight.dtype)
     rows, columns = weight.shape
@@ -174,7 +179,9 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic) -> NVFP4We
     block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
     for part in _row_chunks(rows, columns, weight.device):
         blocks = weight[part].reshape(part.stop - part.start, columns // BLOCK, BLOCK)
-        if arithmetic == Arithmetic.MODELOPT:
+        if block_amax is not None:
+            scale, step = _static_scales(block_amax[part].to(weight.device), _one_element(amax))
+        elif arithmetic == Arithmetic.MODELOPT:
             scale, step = _modelopt_scales(blocks, _scaling_factor_2(_one_element(amax)))
         else:
             scale, step = _compressed_tensors_scales(blocks, divisor)
@@ -210,6 +217,17 @@ def _modelopt_scales(blocks: Tensor, scaling_factor_2: Tensor) -> tuple[Tensor, 
     scale = block_amax / (FP4_MAX * scaling_factor_2)
     scale = torch.where(scale == 0, 1.0, scale).clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
     return scale, scale.float() * scaling_factor_2
+
+
+def _static_scales(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both scales from calibrated block amax ``[rows, in/16]``, in the order of operations of ModelOpt's
+    ``get_weights_scaling_factor_from_quantizer``.
+    """
+    limit = torch.full_like(block_amax, FP4_MAX)
+    scale = block_amax.float() / limit
+    scale = torch.where(scale == 0, 1.0, scale) * FP8_MAX / (amax.float() / limit[:1, :1])
+    rounded = scale.clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
+    return rounded, rounded.float() * _scaling_factor_2(amax)
 
 
 def _compressed_tensors_scales(blocks: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,16 @@ class Scheme(Protocol):
             ValueError: the weight cannot be quantized in this format; says why.
         """
 
-    def quantize(self, module: str, weight: Tensor, amax: GroupAmax) -> dict[str, Tensor]:
-        """The tensors written for a module."""
+    def quantize(
+        self, module: str, weight: Tensor, amax: GroupAmax, weight_amax: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors written for a module.
+
+        Args:
+            weight: `[out, in]`.
+            amax: per-tensor, shared by the fused group.
+            weight_amax: per-channel `[out, 1]` or per-block `[out, blocks]`, where training kept it.
+        """
 
     def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight as a serving engine sees it, from the tensors written for the module."""

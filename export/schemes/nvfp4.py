@@ -52,9 +52,11 @@ class NVFP4:
             f"{module}.input_global_scale": TensorSpec((1,), torch.float32),
         }
 
-    def quantize(self, module: str, weight: Tensor, amax: GroupAmax) -> dict[str, Tensor]:
-        assert amax.input is not None, f"{module}: W4A4 without an input amax"
-        quantized = nvfp4.quantize(weight, amax.weight, arithmetic=Arithmetic.MODELOPT)
+    def quantize(
+        self, module: str, weight: Tensor, amax: GroupAmax, weight_amax: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert amax.weight is not None and amax.input is not None, f"{module}: W4A4 needs both amax"
+        quantized = nvfp4.quantize(weight, amax.weight, arithmetic=Arithmetic.MODELOPT, block_amax=weight_amax)
         return {
             f"{module}.weight_packed": quantized.packed,
             f"{module}.weight_scale": quantized.block_scale,

@@ -1,0 +1,63 @@
+"""Qwen3-MoE: Qwen3's attention, and in place of the MLP a softmax router with gated experts; some layers may be dense.
+
+The router takes the top k of the softmax over all experts. `norm_topk_prob` divides those by their sum, which is the
+softmax over the chosen logits alone: Megatron's default, and the opposite of its `moe_router_pre_softmax`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mappings.families import parts
+from mappings.family import ModelFamily
+from mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
+
+_EXPERTS = f"{parts.MEGATRON}.mlp.experts"
+_HF_EXPERTS = f"{parts.HF}.mlp.experts.*"
+
+
+def _experts(hf_config: Mapping[str, Any]) -> Any:
+    """Transformers 5.23 writes `num_local_experts`; the releases before it, and the checkpoints made with them, `num_experts`."""
+    return hf_config.get("num_local_experts") or hf_config.get("num_experts")
+
+
+def _moe_layers(hf_config: Mapping[str, Any]) -> list[int]:
+    """1 for each layer with experts, 0 for each dense one, as transformers' Qwen3MoeDecoderLayer chooses them."""
+    dense, step = hf_config.get("mlp_only_layers") or (), hf_config.get("decoder_sparse_step", 1)
+    layers = range(hf_config["num_hidden_layers"])
+    return [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+
+
+QWEN3_MOE = ModelFamily(
+    architectures=("Qwen3MoeForCausalLM",),
+    mappings=(
+        parts.EMBEDDING,
+        *parts.QKV,
+        *parts.QK_NORMS,
+        parts.ATTENTION_OUTPUT,
+        parts.MLP_NORM,
+        *parts.MLP,
+        ReplicatedMapping(f"{parts.MEGATRON}.mlp.router.weight", f"{parts.HF}.mlp.gate.weight"),
+        GatedMLPMapping(
+            f"{_EXPERTS}.linear_fc1.weight*",
+            gate=f"{_HF_EXPERTS}.gate_proj.weight",
+            up=f"{_HF_EXPERTS}.up_proj.weight",
+        ),
+        RowParallelMapping(f"{_EXPERTS}.linear_fc2.weight*", f"{_HF_EXPERTS}.down_proj.weight"),
+        *parts.HEAD,
+    ),
+    transformer={
+        **parts.DECODER_SIZES,
+        "num_moe_experts": _experts,
+        "moe_layer_freq": _moe_layers,
+        "moe_ffn_hidden_size": "moe_intermediate_size",
+        "moe_router_topk": "num_experts_per_tok",
+        "moe_router_pre_softmax": lambda hf_config: not hf_config["norm_topk_prob"],
+    },
+    model=parts.MODEL_ARGUMENTS,
+    constants={
+        **parts.GATED_RMSNORM_DECODER,
+        "qk_layernorm": True,
+        "moe_router_score_function": "softmax",
+        "moe_router_topk_scaling_factor": None,
+    },
+)

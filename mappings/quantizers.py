@@ -1,0 +1,44 @@
+"""All quantizer state of a model in Hugging Face names, derived from its weight mappings; nobody writes these twice.
+
+linear_fc1.weight_quantizer._amax                  gate_proj.weight_quantizer._amax, up_proj.…
+linear_fc1.input_quantizer._amax                   the same for the input
+linear_fc1.input_quantizer._pre_quant_scale        what the input is multiplied by first (AWQ, SmoothQuant)
+linear_fc1.output_quantizer._amax                  the same for the output
+core_attention.k_bmm_quantizer._amax               self_attn.k_bmm_quantizer._amax, the key-value cache
+experts.linear_fc1.weight_quantizer._amax          each local expert, one shared quantizer
+experts.linear_fc1.weight_quantizer.3._amax        one expert
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from mappings.amax import (
+    INPUT_QUANTIZER,
+    OUTPUT_QUANTIZER,
+    PRE_QUANT_SCALE,
+    WEIGHT_QUANTIZER,
+    AmaxMapping,
+    convert_to_amax_map,
+    per_expert_amax_map,
+)
+from mappings.mapping import MegatronParamMapping
+from mappings.names import module_of
+from mappings.weights import QKVMapping
+
+
+def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
+    """The mappings of every quantizer buffer that ModelOpt may put beside these weights."""
+    for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER):
+        yield from convert_to_amax_map(weights, suffix)
+        yield from per_expert_amax_map(weights, suffix)
+    yield from _key_value_cache(weights)
+
+
+def _key_value_cache(weights: Iterable[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
+    """The quantizers of keys and values inside `core_attention`, for each fused QKV."""
+    fused = ".linear_qkv.weight"
+    for mapping in weights:
+        if isinstance(mapping, QKVMapping) and mapping.megatron_param.endswith(fused):
+            core = mapping.megatron_param.removesuffix(fused) + ".core_attention"
+            attention = module_of(module_of(mapping.k))
+            for quantizer in ("k_bmm_quantizer._amax", "v_bmm_quantizer._amax"):
+                yield AmaxMapping(f"{core}.{quantizer}", f"{attention}.{quantizer}")
