@@ -1,0 +1,99 @@
+"""Real Megatron ranks that collect the quantizer state of every granularity that ModelOpt has.
+
+    torchrun --nproc-per-node N live_granularity.py HF_DIR OUT_DIR TP
+
+Each rank leaves what it got as OUT_DIR/CASE_RANK.pt; together the ranks have the whole state.
+"""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.INFO)
+
+import modelopt.torch.quantization as mtq  # noqa: E402
+import torch  # noqa: E402
+
+from bridge import AutoBridge, megatron  # noqa: E402
+from bridge.parameters import walk_quantizers  # noqa: E402
+from bridge.ranks import world_rank  # noqa: E402
+
+SEQUENCE, VOCABULARY = 32, 131
+TOKENS = torch.randint(0, VOCABULARY, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def calibrate(model: Any) -> None:
+    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    model.eval()(TOKENS, torch.arange(SEQUENCE)[None].expand(4, -1), mask)
+
+
+def static_blocks(model: Any) -> None:
+    """Per-block NVFP4 amax set by hand: it cannot be calibrated on a CPU."""
+    config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+    for entry in config["quant_cfg"]:
+        if entry["quantizer_name"] == "*weight_quantizer":
+            entry["cfg"]["block_sizes"]["type"] = "static"
+    mtq.quantize(model, {**config, "algorithm": None})
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and quantizer.is_enabled:
+            quantizer.amax = module.weight.detach().float().abs().reshape(-1, 16).amax(1, keepdim=True)
+            module.input_quantizer.amax = torch.tensor(3.0)
+
+
+def configured(config: Any) -> Callable[[Any], None]:
+    return lambda model: mtq.quantize(model, config, calibrate)
+
+
+CASES: dict[str, Callable[[Any], None]] = {
+    "fp8_per_channel": configured(mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG),
+    "int8_per_channel": configured(mtq.INT8_DEFAULT_CFG),
+    "smoothquant": configured(mtq.INT8_SMOOTHQUANT_CFG),
+    "nvfp4_static": static_blocks,
+}
+
+
+def main(hf: Path, out: Path, tp: int) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    out.mkdir(parents=True, exist_ok=True)
+    with megatron.distributed(tp=tp):
+        for case, quantize in CASES.items():
+            model = megatron.build_model(bridge.hf)
+            bridge.load_hf_weights(model)
+            quantize(model)
+            state = bridge.collect_quant_state(model)
+            torch.save(dict(state.amax), out / f"{case}_{world_rank()}.pt")
+            enabled = sum(1 for _ in walk_quantizers([model]))
+            print(case, "quantizers", enabled, "values", len(state.amax), "missing", sorted(state.missing)[:4])
+            if case == "smoothquant":
+                bridge.save_hf_pretrained(model, out / "folded", scheme="none")
+            if case == "nvfp4_static":
+                bridge.save_hf_pretrained(model, out / "static")
+                mirrored = megatron.build_model(bridge.hf)
+                bridge.load_hf_weights(mirrored)
+                quantize(mirrored)
+                for quantizer in walk_quantizers([mirrored]):
+                    quantizer.module.amax = torch.zeros_like(quantizer.module.amax)
+                bridge.load_quant_state(mirrored, state if tp == 1 else whole(state, bridge))
+                bridge.save_hf_pretrained(mirrored, out / "mirrored")
+
+
+def whole(state: Any, bridge: AutoBridge) -> Any:
+    """The state of all ranks: per-channel and per-block values lie on their owners."""
+    from dataclasses import replace
+
+    from bridge.ranks import current_ranks
+    from mappings.ranks import Axis
+
+    parts = current_ranks().all_gather_object(Axis.WORLD, dict(state.amax))
+    return replace(state, amax={name: value for part in parts for name, value in part.items()})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
