@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint golden clean
+.PHONY: setup demo test test-gpu lint golden bench-traffic clean
 
 setup: $(READY)
 
@@ -24,6 +24,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# On a machine with CUDA.
+test-gpu: setup
+	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
+
+# What the ranks of an export move, beside the naive way: the table of benchmarks/README.md.
+bench-traffic: setup
+	$(BIN)/python benchmarks/traffic.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from bridge.ranks import current_ranks
 from bridge.stream import stream_bundles
 from export.checkpoint import SafetensorsCheckpoint
 from export.finalizer import Bundle, Finalizer
-from export.fused_scales import MissingAmax
+from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.quant_state import QuantState
@@ -26,6 +26,8 @@ from export.schemes import find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output
 from mappings.errors import CheckpointError, listing
 from mappings.ranks import Axis, Ranks
+
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"  # in Megatron's names
 
 _log = logging.getLogger("amaxbridge")
 
@@ -75,7 +77,7 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         scalars = self._collect_scalars(chunks)
-        owned = {}
+        owned: dict[str, Tensor] = {}
         for bundle in self._stream(chunks, self._plan(chunks)):
             owned |= bundle.state
         return replace(scalars, amax={**scalars.amax, **owned})
@@ -95,14 +97,13 @@ class AutoBridge:
             MappingError: a tensor does not have the shape that the model needs.
         """
         chunks = unwrap(model)
+        parameters = [
+            replace(each, name=_EMBEDDING) if self._tied and each.name == _OUTPUT else each
+            for each in walk_parameters(chunks)
+        ]
         with SafetensorsCheckpoint(self.hf.directory) as checkpoint:
-            fill_parameters(
-                walk_parameters(chunks),
-                checkpoint.read,
-                self.hf.family.registry,
-                self._module_config(chunks),
-                self._ranks(),
-            )
+            config = self._module_config(chunks)
+            fill_parameters(parameters, checkpoint.read, self.hf.family.registry, config, self._ranks())
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
@@ -144,7 +145,7 @@ class AutoBridge:
         plan = self._plan(chunks)
         state = self._collect_scalars(chunks) if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
-        finalizer = Finalizer(specs, chosen, state, missing=MissingAmax(missing_amax))
+        finalizer = Finalizer(specs, chosen, state, missing=missing_policy(missing_amax))
         layout = plan_layout(finalizer.output_specs, max_shard_bytes)
         self._warn(state, finalizer.filled)
         if not dry_run:
@@ -192,7 +193,7 @@ class AutoBridge:
 
     def _plan(self, chunks: Sequence[nn.Module]) -> list[BundlePlan]:
         config = self._module_config(chunks)
-        tied = frozenset({"output_layer.weight"}) if self.hf.config.get("tie_word_embeddings") else frozenset[str]()
+        tied = frozenset({_OUTPUT}) if self._tied else frozenset[str]()
         return plan_export(_held(chunks), self.hf.family.registry, config, self._ranks(), skip=tied)
 
     def _stream(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
@@ -208,9 +209,9 @@ class AutoBridge:
         expected = self.hf.family.transformer_config(self.hf.config)
         config: Any = chunks[0].config
         differ = [
-            f"{name}: the Megatron model has {getattr(config, name)}, config.json gives {value}"
+            f"{name}: the Megatron model has {found}, config.json gives {value}"
             for name, value in expected.items()
-            if getattr(config, name) != value
+            if (found := _setting(config, name)) != value
         ]
         if differ:
             raise CheckpointError(
@@ -221,6 +222,11 @@ class AutoBridge:
             vocab_size=self.hf.config["vocab_size"],
             padded_vocab_size=getattr(chunks[0], "vocab_size", None),
         )
+
+    @property
+    def _tied(self) -> bool:
+        """Whether the output layer is the embedding; a pipeline's last stage has a copy of it all the same."""
+        return bool(self.hf.config.get("tie_word_embeddings"))
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()
@@ -240,6 +246,14 @@ def _held(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
     """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
     yield from walk_parameters(chunks)
     yield from state_parameters(walk_quantizers(chunks))
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A field of Megatron's configuration; `moe_layer_freq`, which may be a number N for every Nth layer, as a list."""
+    value = getattr(config, name)
+    if name == "moe_layer_freq" and isinstance(value, int):
+        return [int(layer % value == 0) for layer in range(config.num_layers)]
+    return value
 
 
 def _barrier(ranks: Ranks) -> None:

@@ -1,9 +1,10 @@
 """Megatron-Core and ModelOpt on a machine without CUDA: for tests and the demo, never for a training run.
 
-Both frameworks run on gloo and a CPU but for three calls:
+Both frameworks run on gloo and a CPU but for four calls:
 
 - Megatron asks `torch.cuda.current_device` where to put rotary frequencies and gathered tensors; here the answer
   is the CPU device.
+- Megatron moves embeddings that two pipeline stages share with `Tensor.cuda`; here that does nothing.
 - ModelOpt calls `torch.cuda.synchronize` before it packs a module's extra state; here that does nothing.
 - ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has a Triton and a CUDA kernel and no
   other. `nvfp4_fake_quantize` below replaces it. Its reference is ModelOpt's own `NVFP4QTensor` (quantize, then
@@ -47,6 +48,7 @@ def enable_cpu() -> None:
 
     torch.cuda.current_device = _current_device  # type: ignore[assignment]  # Megatron takes it for a device
     torch.cuda.synchronize = _synchronize
+    torch.Tensor.cuda = _stay  # type: ignore[assignment,method-assign]
     tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
 
 
@@ -84,6 +86,11 @@ def _round_to_e2m1(scaled: torch.Tensor) -> torch.Tensor:
 
 def _current_device() -> torch.device:
     return torch.device("cpu")
+
+
+def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    del args, kwargs
+    return tensor
 
 
 def _synchronize(device: Any = None) -> None:

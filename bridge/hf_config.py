@@ -55,17 +55,39 @@ def read_hf_model(path: str | Path) -> HFModel:
     return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)
 
 
-def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int) -> None:
-    """Raises UsageError when the model cannot be built at these sizes; names every reason."""
+def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None) -> None:
+    """Raises UsageError when the model cannot be built at these sizes; names every reason.
+
+    Args:
+        etp: tensor-parallel size of the experts; None for `tp`.
+    """
     sizes = hf.family.transformer_config(hf.config)
     heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
-    reasons = [
+    reasons: list[tuple[object, str]] = [
         (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
         (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
         (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
-        (sizes["ffn_hidden_size"] % tp, f"TP={tp} does not divide the MLP width of {sizes['ffn_hidden_size']}"),
         (layers % pp, f"PP={pp} does not divide {layers} layers"),
     ]
+    experts = sizes.get("num_moe_experts")
+    if not experts or not all(sizes["moe_layer_freq"]):
+        width = sizes["ffn_hidden_size"]
+        reasons.append((width % tp, f"TP={tp} does not divide the MLP width of {width}"))
+    if experts:
+        reasons += _expert_reasons(experts, sizes["moe_ffn_hidden_size"], world=world, pp=pp, ep=ep, etp=etp or tp)
+    else:
+        reasons.append((ep > 1, f"EP={ep} needs experts, and the model has none"))
     found = [reason for wrong, reason in reasons if wrong]
     if found:
-        raise UsageError(f"the model does not fit the parallel sizes:{listing(found)}\nSet parallel.tp and parallel.pp")
+        raise UsageError(
+            f"the model does not fit the parallel sizes:{listing(found)}\n"
+            "Set parallel.tp, parallel.pp, parallel.ep and parallel.etp"
+        )
+
+
+def _expert_reasons(experts: int, width: int, *, world: int, pp: int, ep: int, etp: int) -> list[tuple[object, str]]:
+    return [
+        (world % (etp * ep * pp), f"{world} processes do not divide into ETP={etp} × EP={ep} × PP={pp}"),
+        (experts % ep, f"EP={ep} does not divide {experts} experts"),
+        (width % etp, f"ETP={etp} does not divide the expert width of {width}"),
+    ]

@@ -15,7 +15,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
@@ -42,11 +42,21 @@ def process_ranks() -> ProcessRanks:
 
 
 @contextlib.contextmanager
-def distributed(*, tp: int, pp: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in."""
+def distributed(
+    *, tp: int, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None, seed: int = 1234
+) -> Iterator[None]:
+    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in.
+
+    Args:
+        vpp: model chunks of each pipeline rank; None for one chunk, without a virtual pipeline.
+        ep: expert-parallel size. Experts are spread over the ranks that tensor and data parallelism leave or share.
+        etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
+    """
     enable_cpu()
     with process_group():
-        parallel_state.initialize_model_parallel(tp, pp)
+        parallel_state.initialize_model_parallel(
+            tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
         torch.manual_seed(seed)
         try:
@@ -58,33 +68,55 @@ def distributed(*, tp: int, pp: int = 1, seed: int = 1234) -> Iterator[None]:
 def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
     """A freshly initialized Megatron model of a Hugging Face configuration: this rank's shards.
 
-    Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does.
+    Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does. Experts are a module
+    each (SequentialMLP) and their tokens travel by all-gather, for the same reason.
     """
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    arguments = hf.family.model_arguments(hf.config)
-    arguments["vocab_size"] += -arguments["vocab_size"] % tp
-    config = TransformerConfig(
+    (model,) = build_chunks(hf, dtype=dtype)
+    return model
+
+
+def build_chunks(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> list[GPTModel]:
+    """As `build_model`: the chunks of this rank in the order of the virtual pipeline, one where there is none."""
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    config = _transformer_config(hf, dtype)
+    stages = [None] if chunks is None else range(chunks)
+    return [_build_chunk(hf, config, vp_stage).to(dtype) for vp_stage in stages]
+
+
+def _transformer_config(hf: HFModel, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
         **hf.family.transformer_config(hf.config),
         activation_func=torch.nn.functional.silu,
         init_method_std=hf.config.get("initializer_range", 0.02),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        moe_token_dispatcher_type="allgather",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         **({} if torch.cuda.is_available() else TRANSFORMER_CONFIG_FOR_CPU),
     )
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
-    model = GPTModel(
+
+
+def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    arguments = hf.family.model_arguments(hf.config)
+    arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
+    layers = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    return GPTModel(
         config,
-        spec,
+        layers,
         position_embedding_type="rope",
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         **arguments,
     )
-    return model.to(dtype)
 
 
 def save_checkpoint(model: GPTModel, path: Path, *, iteration: int) -> Path:
@@ -114,8 +146,14 @@ def load_checkpoint(model: GPTModel, path: Path) -> None:
         CheckpointError: no checkpoint, or one that does not fit the model.
     """
     directory = checkpoint_iteration(path)
-    with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
-        restore_sharded_modelopt_state([model], directory)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
+            restore_sharded_modelopt_state([model], directory)
+    except ValueError as error:
+        raise CheckpointError(
+            f"ModelOpt cannot restore the quantizers of {directory}: {error}\n"
+            "A model of experts that are a module each has quantizers at TP=1 or at EP=1: export it at TP=1 or EP=1"
+        ) from error
     for quantizer in walk_quantizers([model]):  # ModelOpt makes the buffers in the model's dtype, and would round here
         if getattr(quantizer.module, "_amax", None) is not None:
             quantizer.module._amax = quantizer.module._amax.float()

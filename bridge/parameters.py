@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mappings.names import is_quantizer_state
 from mappings.spelling import canonical
 
-_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
+_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias|\w+_quantizer\.))(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,12 @@ def walk_parameters(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
 
 
 def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
-    """All enabled quantizers of this rank."""
+    """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) is none itself."""
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, module in chunk.named_modules():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)):
+                continue
             if is_quantizer_state(local_name) and getattr(module, "is_enabled", False):
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
@@ -101,6 +103,8 @@ class _GlobalNames:
                 part = str(int(getattr(layer, "layer_number", int(part) + 1)) - 1)
             elif part.isdigit() and parent == "local_experts":
                 part = self._expert(".".join(parts[: index - 2]), int(part))
+            elif part.isdigit() and isinstance(self.modules.get(".".join(parts[:index])), nn.Sequential):
+                part = f"[{part}]"  # a stage of a chain of quantizers (W4A8), which must not look like an expert
             path.append(part)
         name = ".".join(path)
         grouped = _GROUPED_EXPERT.fullmatch(name)

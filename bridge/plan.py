@@ -126,6 +126,7 @@ class _Planner:
         self._reports = reports
         self._config = config
         self._load = [0] * len(reports)
+        self._specs = {name: spec for report in reports for name, spec in report.specs.items()}
         self._problems: list[str] = []
         self._writers: dict[str, str] = {}
 
@@ -133,10 +134,15 @@ class _Planner:
         bundles: dict[str, list[MegatronParamMapping]] = {}
         for mapping in mappings:
             bundles.setdefault(_bundle_key(mapping), []).append(mapping)
-        planned = [self._bundle(bundle) for bundle in bundles.values()]
+        largest_first = sorted(bundles, key=lambda key: -self._nbytes(bundles[key]))  # balances the owners better
+        planned = {key: self._bundle(bundles[key]) for key in largest_first}
         if self._problems:
             raise MappingError(f"{len(self._problems)} parameters do not fit:{listing(self._problems)}")
-        return planned
+        return [planned[key] for key in bundles]
+
+    def _nbytes(self, mappings: Iterable[MegatronParamMapping]) -> int:
+        """Bytes of one rank's shards of a bundle."""
+        return sum(self._specs[mapping.megatron_param].nbytes for mapping in mappings)
 
     def _bundle(self, mappings: Sequence[MegatronParamMapping]) -> BundlePlan:
         names = [mapping.megatron_param for mapping in mappings]

@@ -51,7 +51,7 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
 def collect_scalars(
     quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any, ranks: Ranks
 ) -> QuantState:
-    """The per-tensor state and the formats of all enabled quantizers of all ranks. Collective; every rank gets the same.
+    """The per-tensor state and the formats of all enabled quantizers. Collective; every rank gets the same.
 
     The largest of a per-block amax counts as per-tensor state too, as `_global_amax`, where ModelOpt keeps none.
 
@@ -59,7 +59,8 @@ def collect_scalars(
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
     """
     local = _local_state(quantizers, registry, config, ranks)
-    reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, local._replace(values=dict.fromkeys(local.values, 0.0)))
+    names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
+    reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
     if unmapped:
         raise UnmappedParameterError(

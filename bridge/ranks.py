@@ -39,14 +39,13 @@ class ProcessRanks:
     def size(self, axis: Axis) -> int:
         return len(self.members(axis))
 
-    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
         if self.size(axis) == 1:
-            return list(sent)
-        data = torch.cat([part.to(self._device) for part in sent])
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
-        counts = [part.numel() for part in sent]
-        dist.all_to_all_single(received, data, list(sizes), counts, group=self._groups[axis])
-        return list(received.split(list(sizes)))
+            return [data]
+        arrived = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
+        group = self._groups[axis]
+        dist.all_to_all_single(arrived, data.to(self._device), list(received), list(sent), group=group)
+        return list(arrived.split(list(received)))
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         if self.size(axis) == 1:

@@ -16,7 +16,7 @@ from bridge.plan import BundlePlan, Part
 from export.finalizer import Bundle
 from mappings.ranks import Axis, Ranks
 
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 16 * 2**20
 _ALIGNMENT = 16  # bytes; every dtype can be viewed at such an offset
 
 
@@ -59,9 +59,11 @@ def _exchange(
         return
     axis, group = bucket[0].axis, bucket[0].group
     assert axis is not None
-    sent = [_pack([b for b in bucket if b.owner == member], tensors) for member in group]
+    sizes = [sum(_moved_bytes(bundle) for bundle in bucket if bundle.owner == member) for member in group]
     mine = [bundle for bundle in bucket if bundle.owner == me]
-    received = ranks.all_to_all(axis, sent, [sum(map(_moved_bytes, mine))] * len(group))
+    data = _pack([bundle for member in group for bundle in bucket if bundle.owner == member], tensors)
+    received = ranks.all_to_all(axis, data, sizes, [sizes[group.index(me)]] * len(group))
+    del data
     at = 0
     for bundle in mine:
         shards = {}
@@ -80,20 +82,18 @@ def _join(bundle: BundlePlan, shards: Mapping[str, list[Tensor]], tensors: Mappi
 
 def _pack(bundles: Sequence[BundlePlan], tensors: Mapping[str, Tensor]) -> Tensor:
     """This rank's shards of the bundles as bytes, each at an aligned offset."""
-    pieces = [
-        torch.nn.functional.pad(_as_bytes(tensors[part.name]), (0, _aligned(part.shard.nbytes) - part.shard.nbytes))
-        for bundle in bundles
-        for part in bundle.moved_parts
-    ]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+    parts = [part for bundle in bundles for part in bundle.moved_parts]
+    data = torch.zeros(sum(map(_moved_bytes, bundles)), dtype=torch.uint8, device=tensors[parts[0].name].device)
+    at = 0
+    for part in parts:
+        _unpack(data, at, part).copy_(tensors[part.name].detach())
+        at += _aligned(part.shard.nbytes)
+    return data
 
 
 def _unpack(data: Tensor, at: int, part: Part) -> Tensor:
+    """One shard inside packed bytes, a view."""
     return data[at : at + part.shard.nbytes].view(part.shard.dtype).reshape(part.shard.shape)
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _moved_bytes(bundle: BundlePlan) -> int:

@@ -10,8 +10,10 @@ from omegaconf import MISSING
 class ParallelConfig:
     """How the model is spread over the processes."""
 
-    tp: int = 0  # tensor-parallel size; 0: all processes that pp leaves
+    tp: int = 0  # tensor-parallel size; 0: all processes that pp and ep leave
     pp: int = 1  # pipeline-parallel size
+    ep: int = 1  # expert-parallel size
+    etp: int = 0  # tensor-parallel size of the experts; 0: as tp
 
 
 @dataclass
@@ -19,6 +21,13 @@ class CommonConfig:
     """Options that every command has."""
 
     debug: bool = False  # show tracebacks
+
+
+@dataclass
+class AmaxConfig:
+    """What to do about quantizer state that makes no scale."""
+
+    missing: str = "error"  # error, from_weights, or group_max: from the members of its fused group
 
 
 @dataclass
@@ -33,6 +42,7 @@ class ExportConfig(CommonConfig):
     dry_run: bool = False  # show the plan, write nothing
     max_shard_gb: float = 5.0  # largest safetensors file, in 10^9 bytes
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    amax: AmaxConfig = field(default_factory=AmaxConfig)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from export.metadata import INDEX_FILE
+from export.packed_experts import packed_source
 from mappings.errors import CheckpointError, listing
 
 
@@ -45,13 +46,16 @@ class SafetensorsCheckpoint:
         return dict.fromkeys(self._file(files[0]).keys(), files[0])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU.
+        """One tensor, on the CPU; an expert's weight also where the experts are packed.
 
         Raises:
             CheckpointError: there is no such tensor.
         """
         if name not in self.weight_map:
-            raise CheckpointError(f"{self.directory} has no tensor {name}")
+            packed = packed_source(name)
+            if packed is None or packed.name not in self.weight_map:
+                raise CheckpointError(f"{self.directory} has no tensor {name}")
+            return packed.cut(self._file(self.weight_map[packed.name]).get_slice(packed.name)[packed.expert])
         tensor: Tensor = self._file(self.weight_map[name]).get_tensor(name)
         return tensor
 

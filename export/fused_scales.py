@@ -15,7 +15,7 @@ from torch import Tensor
 
 from export.quant_state import QuantState
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
-from mappings.errors import AmaxError, listing
+from mappings.errors import AmaxError, UsageError, listing
 from mappings.fused_groups import FusedGroup, group_of, groups_among
 from mappings.tensors import max_of
 
@@ -26,6 +26,17 @@ class MissingAmax(StrEnum):
     ERROR = "error"
     FROM_WEIGHTS = "from_weights"  # a weight's from the weights of its fused group; an input's stays an error
     GROUP_MAX = "group_max"  # from the members of its fused group that have one
+
+
+def missing_policy(name: str) -> MissingAmax:
+    """The policy that users call `name`.
+
+    Raises:
+        UsageError: there is none; lists those there are.
+    """
+    if name not in list(MissingAmax):
+        raise UsageError(f"unknown policy amax.missing={name}; known: {', '.join(MissingAmax)}")
+    return MissingAmax(name)
 
 
 class GroupAmax(NamedTuple):

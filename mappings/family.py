@@ -1,14 +1,17 @@
 """A model family: its mappings, and its configuration in Megatron's words. One declarative file each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from mappings.errors import UsageError
 from mappings.mapping import MegatronParamMapping
-from mappings.quantizers import quantizer_mappings
+from mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
 from mappings.registry import MappingRegistry
+
+type Source = str | Callable[[Mapping[str, Any]], Any]
+"""Where a value comes from: a field of the Hugging Face config (see `look_up`), or a function of the config."""
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,22 @@ class ModelFamily:
     Args:
         architectures: entries of `architectures` in config.json that belong to it.
         mappings: the weights. Amax mappings and fused groups are derived.
-        transformer: Megatron `TransformerConfig` field → Hugging Face config field; a dot goes into a sub-dictionary.
-        model: Megatron `GPTModel` argument → Hugging Face config field.
+        transformer: Megatron `TransformerConfig` field → where its value comes from.
+        model: Megatron `GPTModel` argument → where its value comes from.
         constants: `TransformerConfig` fields that are the same for every member of the family.
     """
 
     architectures: tuple[str, ...]
     mappings: tuple[MegatronParamMapping, ...]
-    transformer: Mapping[str, str]
-    model: Mapping[str, str]
+    transformer: Mapping[str, Source]
+    model: Mapping[str, Source]
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def registry(self) -> MappingRegistry:
         """The weight mappings and the amax mappings derived from them."""
-        return MappingRegistry(*self.mappings, *quantizer_mappings(self.mappings))
+        quantizers, per_expert = quantizer_mappings(self.mappings), per_expert_quantizer_mappings(self.mappings)
+        return MappingRegistry(*self.mappings, *quantizers, alternatives=per_expert)
 
     def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""
@@ -43,11 +47,19 @@ class ModelFamily:
         return _translate(self.model, hf_config)
 
 
-def _translate(table: Mapping[str, str], hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    return {megatron: _look_up(hf_config, path) for megatron, path in table.items()}
+def _translate(table: Mapping[str, Source], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        megatron: source(hf_config) if callable(source) else look_up(hf_config, source)
+        for megatron, source in table.items()
+    }
 
 
-def _look_up(hf_config: Mapping[str, Any], path: str) -> Any:
+def look_up(hf_config: Mapping[str, Any], path: str) -> Any:
+    """A field of a Hugging Face config; a dot goes into a sub-dictionary.
+
+    Raises:
+        UsageError: there is none.
+    """
     value: Any = hf_config
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:

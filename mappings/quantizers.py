@@ -24,13 +24,20 @@ from mappings.mapping import MegatronParamMapping
 from mappings.names import module_of
 from mappings.weights import QKVMapping
 
+_SUFFIXES = (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER)
+
 
 def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
-    """The mappings of every quantizer buffer that ModelOpt may put beside these weights."""
-    for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER):
+    """The mappings of every quantizer buffer that ModelOpt may put beside these weights; experts share theirs."""
+    for suffix in _SUFFIXES:
         yield from convert_to_amax_map(weights, suffix)
-        yield from per_expert_amax_map(weights, suffix)
     yield from _key_value_cache(weights)
+
+
+def per_expert_quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
+    """The form that a model may have in place of the shared one: a quantizer for each expert. The same HF names."""
+    for suffix in _SUFFIXES:
+        yield from per_expert_amax_map(weights, suffix)
 
 
 def _key_value_cache(weights: Iterable[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:

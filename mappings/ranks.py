@@ -37,12 +37,13 @@ class Ranks(Protocol):
     def size(self, axis: Axis) -> int:
         """Number of ranks in this rank's group along `axis`. Not collective."""
 
-    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Sends `sent[i]` to group position `i` and gives what each position sent here, in rank order.
+    def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        """Sends a piece of `data` to each position of the group and gives what each sent here, in rank order.
 
         Args:
-            sent: one-dimensional uint8 tensors, empty ones for positions that get nothing.
-            sizes: how many bytes come from each position; the ranks must agree on this beforehand.
+            data: one-dimensional uint8, the pieces one after the other.
+            sent: length of the piece for each position.
+            received: length of what comes from each position; the ranks must agree on this beforehand.
         """
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
@@ -67,8 +68,8 @@ class LocalRanks:
     def size(self, axis: Axis) -> int:
         return 1
 
-    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        return list(sent)
+    def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        return [data]
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         return [tensor]
@@ -108,11 +109,12 @@ class ThreadRanks:
     def size(self, axis: Axis) -> int:
         return len(self._members[axis])
 
-    def all_to_all(self, axis: Axis, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        received = [board[self.rank(axis)] for board in self.all_gather_object(axis, list(sent))]
-        if [part.numel() for part in received] != list(sizes):
-            raise ValueError(f"rank {self._world_rank} expects {list(sizes)} bytes and is sent {received}")
-        return received
+    def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        pieces = self.all_gather_object(axis, data.split(list(sent)))
+        mine = [piece[self.rank(axis)].clone() for piece in pieces]
+        if [piece.numel() for piece in mine] != list(received):
+            raise ValueError(f"rank {self._world_rank} expects {list(received)} bytes and is sent {mine}")
+        return mine
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         tensors: list[Tensor] = self.all_gather_object(axis, tensor)

@@ -19,13 +19,17 @@ _NUMBERS = re.compile(r"[\d*]+")
 class MappingRegistry:
     """Mappings by Megatron and by Hugging Face name.
 
+    Args:
+        alternatives: mappings of Megatron names that a model has in place of others, for the same Hugging Face names
+            (an expert's own quantizer, in place of one that several share). Found by Megatron name only.
+
     Raises:
         AmbiguousMappingError: two mappings could claim the same Megatron name, or write the same Hugging Face name.
     """
 
-    def __init__(self, *mappings: MegatronParamMapping) -> None:
-        self._mappings = mappings
-        self._by_megatron = _Index((mapping.megatron_param, mapping) for mapping in mappings)
+    def __init__(self, *mappings: MegatronParamMapping, alternatives: Iterable[MegatronParamMapping] = ()) -> None:
+        self._mappings = (*mappings, *alternatives)
+        self._by_megatron = _Index((mapping.megatron_param, mapping) for mapping in self._mappings)
         self._by_hf = _Index((target, mapping) for mapping in mappings for target in mapping.targets)
 
     def megatron_to_hf_lookup(self, megatron_param_name: str) -> MegatronParamMapping | None:
@@ -45,7 +49,7 @@ class MappingRegistry:
         return mapping.resolve(matched)
 
     def get_all_mappings(self) -> list[MegatronParamMapping]:
-        """All mappings, unresolved, in the order given."""
+        """All mappings, unresolved, in the order given, alternatives last."""
         return list(self._mappings)
 
     def __iter__(self) -> Iterator[MegatronParamMapping]:

@@ -19,26 +19,30 @@ def export(options: ExportConfig) -> None:
     from bridge.hf_config import check_parallel_sizes
     from bridge.ranks import world_rank, world_size
     from bridge.torch_dist import checkpoint_iteration
+    from export.fused_scales import missing_policy
     from export.schemes import find_scheme
     from export.writer import check_output
 
     check_output(Path(options.output), overwrite=options.overwrite)
     find_scheme(options.scheme)
+    missing_policy(options.amax.missing)
     bridge = AutoBridge.from_hf_pretrained(options.hf)
-    tp = options.parallel.tp or max(1, world_size() // options.parallel.pp)
-    check_parallel_sizes(bridge.hf, world=world_size(), tp=tp, pp=options.parallel.pp)
+    pp, ep, etp = options.parallel.pp, options.parallel.ep, options.parallel.etp or None
+    tp = options.parallel.tp or max(1, world_size() // (pp * ep))
+    check_parallel_sizes(bridge.hf, world=world_size(), tp=tp, pp=pp, ep=ep, etp=etp)
     directory = checkpoint_iteration(Path(options.checkpoint))
 
     from bridge import megatron  # after the checks above, because Megatron takes many seconds to import
     from scripts.tables import export_table
 
-    with megatron.distributed(tp=tp, pp=options.parallel.pp):
+    with megatron.distributed(tp=tp, pp=pp, ep=ep, etp=etp):
         model = megatron.build_model(bridge.hf)
         megatron.load_checkpoint(model, directory)
         report = bridge.save_hf_pretrained(
             model,
             options.output,
             scheme=options.scheme,
+            missing_amax=options.amax.missing,
             overwrite=options.overwrite,
             max_shard_bytes=int(options.max_shard_gb * 1e9),
             dry_run=options.dry_run,

@@ -115,3 +115,76 @@ class LiveExports:
         """What the worker noted down: messages of warnings and errors."""
         report: dict[str, Any] = json.loads((self.at(tp, pp) / "report.json").read_text())
         return report
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3-MoE: two layers of eight experts, two for each token."""
+    sizes = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"), sizes)
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with a dense layer among four, tied embeddings, and expert weights that do not add up to one."""
+    sizes = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
+    directory = tmp_path_factory.mktemp("qwen3_moe_mixed")
+    return make_qwen3_moe(directory, {**sizes, "mlp_only_layers": [2], "tie_word_embeddings": True})
+
+
+def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(11)
+    config = Qwen3MoeConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.08,
+        **sizes,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "mlp.gate." in name:  # far apart, so that a last bit of difference seldom changes which experts are chosen
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveMoE":
+    """What real Megatron ranks exported of the MoE model."""
+    return LiveMoE(launch, qwen3_moe, tmp_path_factory.mktemp("live_moe"))
+
+
+@pytest.fixture(scope="session")
+def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveMoE":
+    """The same of the model with a dense layer."""
+    return LiveMoE(launch, qwen3_moe_mixed, tmp_path_factory.mktemp("live_moe_mixed"))
+
+
+class LiveMoE:
+    """Runs `workers/live_moe.py` once per topology, when first asked for."""
+
+    def __init__(self, launch: Launcher, hf: Path, root: Path) -> None:
+        self.hf = hf
+        self._launch = launch
+        self._root = root
+        self._done = set[Path]()
+
+    def at(self, *, processes: int = 1, **sizes: int) -> Path:
+        """The directory of everything that the ranks of a topology wrote; `sizes` are those of megatron.distributed."""
+        sizes = {"tp": 1, **sizes}
+        directory = self._root / f"{processes}_{''.join(f'{axis}{size}' for axis, size in sizes.items())}"
+        if directory not in self._done:
+            self._launch(WORKERS / "live_moe.py", self.hf, directory, json.dumps(sizes), processes=processes)
+            self._done.add(directory)
+        return directory

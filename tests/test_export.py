@@ -13,9 +13,10 @@ from torch import Tensor
 
 from export.checkpoint import SafetensorsCheckpoint
 from export.finalizer import Bundle, Finalizer
-from export.fused_scales import share_amax
+from export.fused_scales import MissingAmax, share_amax
 from export.layout import plan_layout
 from export.metadata import carried_files, config_json, index_json
+from export.packed_experts import split_fused_moe_experts
 from export.quant_state import QuantState
 from export.schemes import SCHEMES, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output
@@ -254,3 +255,66 @@ def test_files_are_as_safetensors_writes_them(tmp_path: Path) -> None:
     write(tmp_path / "out", tensors)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+class TestMissingAmax:
+    """The policies, on a group of two of which one has no usable amax."""
+
+    def state(self, bad: str) -> QuantState:
+        state = state_for(GOOD)
+        return QuantState({name: value for name, value in state.amax.items() if not name.endswith(bad)}, state.formats)
+
+    def test_from_the_weights_of_the_whole_group(self) -> None:
+        state = self.state("k_proj.weight_quantizer._amax")
+        finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state, missing=MissingAmax.FROM_WEIGHTS)
+        assert finalizer.filled == {"model.layers.0.k_proj.weight_quantizer._amax": "the weights"}
+        written = dict(finalizer.finalize(Bundle.of(MODEL)))
+        amax = max(MODEL[f"{module}.weight"].float().abs().max().item() for module in GOOD)
+        for module in GOOD:
+            assert written[f"{module}.weight_global_scale"].item() == pytest.approx(2688 / amax, rel=3e-7)
+
+    def test_from_the_rest_of_the_group(self) -> None:
+        state = self.state("k_proj.input_quantizer._amax")
+        finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state, missing=MissingAmax.GROUP_MAX)
+        assert finalizer.filled == {
+            "model.layers.0.k_proj.input_quantizer._amax": "the largest of its fused group",
+        }
+        written = dict(finalizer.finalize(Bundle.of(MODEL)))
+        assert written["model.layers.0.k_proj.input_global_scale"].item() == pytest.approx(2688 / 2.0, rel=3e-7)
+
+    @pytest.mark.parametrize(("bad", "policy"), [("_proj.input_quantizer._amax", p) for p in MissingAmax])
+    def test_what_no_policy_can_fill_is_refused(self, bad: str, policy: MissingAmax) -> None:
+        with pytest.raises(AmaxError, match="2 amax are missing"):
+            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], self.state(bad), missing=policy)
+
+
+def test_state_that_the_scheme_has_no_place_for_is_refused() -> None:
+    """Key-value cache quantizers, output quantizers, input scales: never dropped in silence."""
+    state = state_for(GOOD)
+    for name in ("k_bmm_quantizer._amax", "q_proj.output_quantizer._amax", "q_proj.input_quantizer._pre_quant_scale"):
+        more = QuantState({**state.amax, f"model.layers.0.{name}": torch.tensor(1.0)}, state.formats)
+        with pytest.raises(UsageError, match=rf"no place for 1 quantizer values:\n  model\.layers\.0\.{name}"):
+            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], more)
+
+
+def test_an_input_scale_is_folded_into_a_plain_weight() -> None:
+    scale = torch.arange(1.0, 33.0)
+    mixed = {**MODEL, "model.layers.0.q_proj.input_quantizer._pre_quant_scale": scale}
+    written = dict(Finalizer(specs_of(mixed), None, QuantState()).finalize(Bundle.of(mixed)))
+    assert written.keys() == MODEL.keys()
+    name = "model.layers.0.q_proj.weight"
+    assert torch.equal(written[name], (MODEL[name].float() * scale).bfloat16())
+
+
+def test_packed_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    gate_up, down = torch.randn(3, 8, 4), torch.randn(3, 4, 4)
+    save_file({"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}, tmp_path / "model.safetensors")
+    split = split_fused_moe_experts({"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down, "n": down})
+    assert len(split) == 10
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
+        for name, tensor in split.items():
+            if name != "n":
+                assert torch.equal(checkpoint.read(name), tensor), name
+    assert torch.equal(split["mlp.experts.2.up_proj.weight"], gate_up[2, 4:])
+    with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj: \[7, 4\] for each expert"):
+        split_fused_moe_experts({"mlp.experts.gate_up_proj": gate_up[:, :7]})

@@ -76,9 +76,7 @@ def test_input_scales_are_folded_into_plain_weights(collected: dict[int, Path], 
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_static_blocks_quantize_with_the_amax_of_training(
-    collected: dict[int, Path], qwen3: Path, tp: int
-) -> None:
+def test_static_blocks_quantize_with_the_amax_of_training(collected: dict[int, Path], qwen3: Path, tp: int) -> None:
     """Here the blocks' amax are the weights' own, so the bytes are those of ModelOpt's static export."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 

@@ -330,19 +330,6 @@ def test_a_value_moves_by_at_most_half_a_step(seed: int, dtype: torch.dtype, ari
     assert (error.unflatten(1, (-1, BLOCK)).abs() <= block_amax / 6 * (1 + 1 / 8)).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@weights_of_all_kinds
-@all_dtypes
-@all_arithmetics
-def test_a_gpu_gives_the_same_bytes(kind: str, dtype: torch.dtype, arithmetic: Arithmetic) -> None:
-    weight = WEIGHTS[kind]().to(dtype)
-    amax = tensor_amax([weight], arithmetic=arithmetic) * 0.7
-    ours = quantize(weight.cuda(), amax, arithmetic=arithmetic)
-    expected = quantize(weight, amax, arithmetic=arithmetic)
-    assert_same_weight(NVFP4Weight(*(getattr(ours, n).cpu() for n in NVFP4Weight.__slots__)), expected)
-    assert same_bytes(dequantize(ours).cpu(), dequantize(expected))
-
-
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0)])
 @all_arithmetics
 def test_an_empty_shard_stays_empty(shape: tuple[int, int], arithmetic: Arithmetic) -> None:

@@ -26,8 +26,9 @@ def collectives(ranks: Ranks) -> Any:
             tensor = torch.full((2, 3), float(me + 1)).to(dtype).t()
             results.append([part.float().tolist() for part in ranks.all_gather(axis, tensor)])
         mine, size = ranks.rank(axis), ranks.size(axis)
-        sent = [torch.full((mine + to,), 10 * mine + to, dtype=torch.uint8) for to in range(size)]
-        received = ranks.all_to_all(axis, sent, [origin + mine for origin in range(size)])
+        sent = [mine + to for to in range(size)]
+        data = torch.cat([torch.full((mine + to,), 10 * mine + to, dtype=torch.uint8) for to in range(size)])
+        received = ranks.all_to_all(axis, data, sent, [origin + mine for origin in range(size)])
         results.append([part.tolist() for part in received])
         scalar = torch.tensor(float(me))
         results.append([part.shape for part in ranks.all_gather(axis, scalar)])

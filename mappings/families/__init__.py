@@ -6,9 +6,10 @@ from typing import Any
 
 from mappings.errors import UnknownArchitectureError
 from mappings.families.qwen3 import QWEN3
+from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (QWEN3,)
+FAMILIES: tuple[ModelFamily, ...] = (QWEN3, QWEN3_MOE)
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

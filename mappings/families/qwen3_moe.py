@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mappings.families import parts
-from mappings.family import ModelFamily
+from mappings.family import ModelFamily, look_up
 from mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
 
 _EXPERTS = f"{parts.MEGATRON}.mlp.experts"
@@ -16,8 +16,8 @@ _HF_EXPERTS = f"{parts.HF}.mlp.experts.*"
 
 
 def _experts(hf_config: Mapping[str, Any]) -> Any:
-    """Transformers 5.23 writes `num_local_experts`; the releases before it, and the checkpoints made with them, `num_experts`."""
-    return hf_config.get("num_local_experts") or hf_config.get("num_experts")
+    """Transformers 5.23 names it `num_local_experts`; releases before it, and most checkpoints, `num_experts`."""
+    return look_up(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
 
 
 def _moe_layers(hf_config: Mapping[str, Any]) -> list[int]:
