@@ -201,8 +201,8 @@ class AutoBridge:
         return stream_bundles(plan, tensors, self._module_config(chunks), self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        config = self._module_config(chunks)
-        return collect_scalars(walk_quantizers(chunks), self.hf.family.registry, config, self._ranks())
+        self._module_config(chunks)  # refuses a model that is another one
+        return collect_scalars(walk_quantizers(chunks), self.hf.family.registry, self._ranks())
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
         """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from bridge.parameters import Parameter, Quantizer
 from bridge.plan import find_mappings
-from bridge.quant_state import is_dynamic
+from bridge.quant_state import is_dynamic, quantizer_mapping
 from export.quant_state import QuantState
-from mappings.amax import MoeAmaxFanoutMapping
-from mappings.errors import AmaxError, MappingError, listing
+from mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
 from mappings.ranks import Ranks
 from mappings.registry import MappingRegistry
 
@@ -25,20 +24,20 @@ def fill_quantizers(
     as its weight is.
 
     Raises:
+        UnmappedParameterError: an enabled quantizer has no Hugging Face name.
         AmaxError: the state has no value for an enabled static quantizer; all of them are named.
     """
     missing = []
     for quantizer in quantizers:
-        mapping = find_mappings([quantizer.name + "._amax"], registry)[quantizer.name + "._amax"]
-        rank, size = ranks.rank(mapping.axis), ranks.size(mapping.axis)
-        names = mapping.targets
-        if isinstance(mapping, MoeAmaxFanoutMapping):
-            names = tuple(mapping.local_targets(rank, size, config))
-        values = {name: state.amax[name] for name in names if name in state.amax}
-        if len(values) == len(names):
-            _set_amax(quantizer, mapping.split(values, config, rank, size))
+        mapping = quantizer_mapping(quantizer, registry)
+        if mapping is None:
+            raise UnmappedParameterError(f"{quantizer.name}: an enabled quantizer without a mapping; disable it first")
+        values = {name: state.amax[name] for name in mapping.targets if name in state.amax}
+        if len(values) == len(mapping.targets):
+            amax = mapping.split(values, config, ranks.rank(mapping.axis), ranks.size(mapping.axis))
+            _set_amax(quantizer, amax)
         elif not is_dynamic(quantizer.module):
-            missing += [name for name in names if name not in values]
+            missing += [name for name in mapping.targets if name not in values]
     if missing:
         raise AmaxError(f"the quantizer state has no value for {len(missing)} quantizers:{listing(missing)}")
 

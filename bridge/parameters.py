@@ -36,11 +36,13 @@ class Quantizer:
         name: global, in canonical spelling.
         module: the quantizer itself.
         rows: output rows of the weight shard beside it, None where there is no weight.
+        experts: global numbers of the experts that lie on this rank beside it, empty outside experts.
     """
 
     name: str
     module: Any
     rows: int | None
+    experts: tuple[int, ...]
 
 
 def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -75,7 +77,8 @@ def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
             if is_quantizer_state(local_name) and getattr(module, "is_enabled", False):
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
-                yield Quantizer(canonical(names.of(local_name)), module, None if weight is None else weight.shape[0])
+                rows = None if weight is None else weight.shape[0]
+                yield Quantizer(canonical(names.of(local_name)), module, rows, names.local_experts(local_name))
 
 
 def _persistent_tensors(chunk: nn.Module) -> dict[str, Tensor]:
@@ -102,16 +105,17 @@ class _GlobalNames:
                 layer = self.modules[".".join(parts[: index + 1])]
                 part = str(int(getattr(layer, "layer_number", int(part) + 1)) - 1)
             elif part.isdigit() and parent == "local_experts":
-                part = self._expert(".".join(parts[: index - 2]), int(part))
+                part = str(self.local_experts(local_name)[int(part)])
             elif part.isdigit() and isinstance(self.modules.get(".".join(parts[:index])), nn.Sequential):
                 part = f"[{part}]"  # a stage of a chain of quantizers (W4A8), which must not look like an expert
             path.append(part)
         name = ".".join(path)
         grouped = _GROUPED_EXPERT.fullmatch(name)
         if grouped:
-            layer_path = local_name.partition(".experts.")[0]
-            return grouped[1] + self._expert(layer_path, int(grouped[2]))
+            return f"{grouped[1]}{self.local_experts(local_name)[int(grouped[2])]}"
         return name
 
-    def _expert(self, moe_layer: str, local: int) -> str:
-        return str(self.modules[moe_layer].local_expert_indices[local])  # type: ignore[index]
+    def local_experts(self, local_name: str) -> tuple[int, ...]:
+        """Global numbers of the local experts of the layer that a name lies in; Megatron keeps them on the layer."""
+        layer = self.modules.get(local_name.partition(".experts.")[0])
+        return tuple(getattr(layer, "local_expert_indices", ()))

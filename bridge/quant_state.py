@@ -19,6 +19,7 @@ from bridge.parameters import Parameter, Quantizer
 from export.quant_state import Divergence, QuantState
 from mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
 from mappings.errors import UnmappedParameterError, listing
+from mappings.mapping import MegatronParamMapping
 from mappings.names import natural_key
 from mappings.ranks import Axis, Ranks
 from mappings.registry import MappingRegistry
@@ -48,9 +49,7 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
                 yield Parameter(name, _as_rows(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
 
 
-def collect_scalars(
-    quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any, ranks: Ranks
-) -> QuantState:
+def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, ranks: Ranks) -> QuantState:
     """The per-tensor state and the formats of all enabled quantizers. Collective; every rank gets the same.
 
     The largest of a per-block amax counts as per-tensor state too, as `_global_amax`, where ModelOpt keeps none.
@@ -58,7 +57,7 @@ def collect_scalars(
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
     """
-    local = _local_state(quantizers, registry, config, ranks)
+    local = _local_state(quantizers, registry)
     names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
     reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
@@ -78,27 +77,25 @@ def collect_scalars(
     )
 
 
-def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry, config: Any, ranks: Ranks) -> _Local:
+def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> _Local:
     local = _Local({}, {}, [])
     for quantizer in quantizers:
-        targets = _targets(f"{quantizer.name}._amax", registry, config, ranks)
-        if targets is None:
+        mapping = quantizer_mapping(quantizer, registry)
+        if mapping is None:
             local.unmapped.append(quantizer.name)
             continue
-        for target in targets:
+        for target in mapping.targets:
             if target.endswith(WEIGHT_QUANTIZER):
                 local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
         for buffer, value in _scalars(quantizer):
-            local.values.update((target.removesuffix("_amax") + buffer, value) for target in targets)
+            local.values.update((target.removesuffix("_amax") + buffer, value) for target in mapping.targets)
     return local
 
 
-def _targets(name: str, registry: MappingRegistry, config: Any, ranks: Ranks) -> list[str] | None:
-    """The Hugging Face names of one quantizer's amax; of a shared one, those of this rank's own experts."""
-    mapping = registry.megatron_to_hf_lookup(name)
-    if isinstance(mapping, MoeAmaxFanoutMapping):
-        return mapping.local_targets(ranks.rank(Axis.EP), ranks.size(Axis.EP), config)
-    return list(mapping.targets) if mapping else None
+def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> MegatronParamMapping | None:
+    """The mapping of a quantizer's amax; of one that serves several experts, to the names of just those."""
+    mapping = registry.megatron_to_hf_lookup(f"{quantizer.name}._amax")
+    return mapping.for_experts(quantizer.experts) if isinstance(mapping, MoeAmaxFanoutMapping) else mapping
 
 
 def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:

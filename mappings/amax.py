@@ -159,13 +159,12 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         return self.split(hf_weights, config, self.ranks.rank(Axis.EP), self.ranks.size(Axis.EP))
 
     def split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
-        mapping = AmaxFanoutMapping(self.megatron_param, self.local_targets(rank, size, config))
-        return mapping.split(tensors, config, 0, 1)
+        return self.for_experts(self.block(rank, size, config)).split(tensors, config, 0, 1)
 
-    def local_targets(self, rank: int, size: int, config: Any) -> list[str]:
-        """The names that the quantizer of EP rank `rank` out of `size` is written to and read from."""
-        experts = map(str, self.block(rank, size, config))
-        return [pattern(target).resolve([expert]) for expert in experts for target in self.hf_patterns]
+    def for_experts(self, experts: Iterable[int]) -> "AmaxFanoutMapping":
+        """The fan-out of one such quantizer to the names of given experts, wherever expert parallelism placed them."""
+        names = [pattern(target).resolve([str(expert)]) for expert in experts for target in self.hf_patterns]
+        return AmaxFanoutMapping(self.megatron_param, names)
 
     def block(self, rank: int, size: int, config: Any) -> range:
         """The global numbers of the experts that share the quantizer of EP rank `rank` out of `size`.
@@ -189,7 +188,7 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         return {
             name: shard.float().reshape(())
             for rank, shard in enumerate(shards)
-            for name in self.local_targets(rank, len(shards), config)
+            for name in self.for_experts(self.block(rank, len(shards), config)).targets
         }
 
     def _with_experts(self, module: Any) -> Any:

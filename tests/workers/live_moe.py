@@ -11,6 +11,7 @@ there: it calibrates, and saves a checkpoint.
 import hashlib
 import json
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,8 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_parameters, walk_quantizers  # noqa: E402
@@ -45,6 +48,8 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
         note_names(chunks, out)
         set_amax_from_names(chunks)
         bridge.save_hf_pretrained(chunks, out / "nvfp4", max_shard_bytes=60_000)
+        mirror_amax(bridge, chunks)
+        bridge.save_hf_pretrained(chunks, out / "mirrored", max_shard_bytes=60_000)
         if sizes == {"tp": 1, "ep": 2}:
             megatron.save_checkpoint(chunks[0], out / "checkpoint", iteration=3)
             (out / f"refusal_{world_rank()}.txt").write_text(refusal_of_an_uncalibrated_expert(bridge, chunks, out))
@@ -71,10 +76,26 @@ def insert_quantizers(chunk: Any) -> None:
 
 
 def set_amax_from_names(chunks: list[Any]) -> None:
+    """The numbers of layers and experts are found here by other means than the bridge's, whose errors must show."""
+    rank = parallel_state.get_expert_model_parallel_rank()
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        for name, module in layer.named_modules():
+            if not isinstance(module, TensorQuantizer) or not module.is_enabled:
+                continue
+            local = re.search(r"local_experts\.(\d+)", name)
+            if local:
+                name = name.replace(local[0], str(rank * layer.mlp.num_local_experts + int(local[1])))
+            digest = hashlib.sha256(f"{layer.layer_number - 1}.{name}".encode()).digest()
+            module._buffers.pop("_amax", None)  # in bf16, where different hashes would become one number
+            module.amax = torch.tensor(0.25 + int.from_bytes(digest[:3], "little") / 2**24)
+
+
+def mirror_amax(bridge: AutoBridge, chunks: list[Any]) -> None:
+    """Out of Megatron in Hugging Face names, and back into quantizers that have forgotten everything."""
+    state = bridge.collect_quant_state(chunks)
     for quantizer in walk_quantizers(chunks):
-        digest = hashlib.sha256(quantizer.name.encode()).digest()
-        quantizer.module._buffers.pop("_amax", None)  # in bf16, where different hashes would become one number
-        quantizer.module.amax = torch.tensor(0.25 + int.from_bytes(digest[:3], "little") / 2**24)
+        quantizer.module.amax = torch.zeros(())
+    bridge.load_quant_state(chunks, state)
 
 
 def note_names(chunks: list[Any], out: Path) -> None:
