@@ -64,7 +64,7 @@ def walk_parameters(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
         names = _GlobalNames(chunk)
         for local_name, tensor in _persistent_tensors(chunk).items():
             if not is_quantizer_state(local_name):
-                yield Parameter(canonical(names.of(local_name)), tensor)
+                yield from _one_by_one(canonical(names.of(local_name)), tensor, names.local_experts(local_name))
 
 
 def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
@@ -79,6 +79,22 @@ def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
                 rows = None if weight is None else weight.shape[0]
                 yield Quantizer(canonical(names.of(local_name)), module, rows, names.local_experts(local_name))
+
+
+def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
+    """The parameter; of legacy grouped experts a view for each expert, `[out, in]` as everywhere else.
+
+    Megatron's GroupedMLP kept the local experts of a layer in two parameters, read as `[experts, hidden, 2 · ffn]` and
+    `[experts, ffn, hidden]`: inputs first.
+    """
+    layer, legacy, linear = name.rpartition(".experts.weight")
+    if legacy and linear in ("1", "2"):
+        hidden = tensor.shape[0] if linear == "1" else tensor.shape[1]
+        inputs = hidden if linear == "1" else tensor.shape[0] // len(experts)
+        for expert, weight in zip(experts, tensor.view(len(experts), inputs, -1), strict=True):
+            yield Parameter(f"{layer}.experts.linear_fc{linear}.weight{expert}", weight.t())
+    else:
+        yield Parameter(name, tensor)
 
 
 def _persistent_tensors(chunk: nn.Module) -> dict[str, Tensor]:

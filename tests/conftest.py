@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 WORKERS = ROOT / "tests" / "workers"
@@ -91,30 +94,9 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveExports":
+def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
     """What real Megatron ranks exported, at TP=1, TP=2 and PP=2."""
-    return LiveExports(launch, qwen3, tmp_path_factory.mktemp("live"))
-
-
-class LiveExports:
-    """Runs `workers/live_export.py` once per topology, when first asked for."""
-
-    def __init__(self, launch: Launcher, hf: Path, root: Path) -> None:
-        self.hf = hf
-        self._launch = launch
-        self._root = root
-
-    def at(self, tp: int = 1, pp: int = 1) -> Path:
-        """The directory of everything that the ranks of this topology wrote."""
-        directory = self._root / f"tp{tp}pp{pp}"
-        if not directory.exists():
-            self._launch(WORKERS / "live_export.py", self.hf, directory, tp, pp, processes=tp * pp)
-        return directory
-
-    def report(self, tp: int = 1, pp: int = 1) -> dict[str, Any]:
-        """What the worker noted down: messages of warnings and errors."""
-        report: dict[str, Any] = json.loads((self.at(tp, pp) / "report.json").read_text())
-        return report
+    return LiveRanks(launch, "live_export.py", qwen3, tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="session")
@@ -160,31 +142,51 @@ def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveMoE":
+def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
     """What real Megatron ranks exported of the MoE model."""
-    return LiveMoE(launch, qwen3_moe, tmp_path_factory.mktemp("live_moe"))
+    return LiveRanks(launch, "live_moe.py", qwen3_moe, tmp_path_factory.mktemp("live_moe"))
 
 
 @pytest.fixture(scope="session")
-def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveMoE":
+def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
     """The same of the model with a dense layer."""
-    return LiveMoE(launch, qwen3_moe_mixed, tmp_path_factory.mktemp("live_moe_mixed"))
+    return LiveRanks(launch, "live_moe.py", qwen3_moe_mixed, tmp_path_factory.mktemp("live_moe_mixed"))
 
 
-class LiveMoE:
-    """Runs `workers/live_moe.py` once per topology, when first asked for."""
+class LiveRanks:
+    """Runs a worker once per topology, when first asked for."""
 
-    def __init__(self, launch: Launcher, hf: Path, root: Path) -> None:
+    def __init__(self, launch: Launcher, worker: str, hf: Path, root: Path) -> None:
         self.hf = hf
         self._launch = launch
+        self._worker = WORKERS / worker
         self._root = root
         self._done = set[Path]()
 
-    def at(self, *, processes: int = 1, **sizes: int) -> Path:
-        """The directory of everything that the ranks of a topology wrote; `sizes` are those of megatron.distributed."""
+    def at(self, *, processes: int = 0, **sizes: int) -> Path:
+        """The directory of everything that the ranks of a topology wrote.
+
+        Args:
+            processes: how many; without it, what TP and PP need.
+            sizes: as `megatron.distributed` takes them.
+        """
         sizes = {"tp": 1, **sizes}
+        processes = processes or sizes["tp"] * sizes.get("pp", 1)
         directory = self._root / f"{processes}_{''.join(f'{axis}{size}' for axis, size in sizes.items())}"
         if directory not in self._done:
-            self._launch(WORKERS / "live_moe.py", self.hf, directory, json.dumps(sizes), processes=processes)
+            self._launch(self._worker, self.hf, directory, json.dumps(sizes), processes=processes)
             self._done.add(directory)
         return directory
+
+    def report(self, **sizes: int) -> dict[str, Any]:
+        """What the worker noted down: messages of warnings and errors."""
+        report: dict[str, Any] = json.loads((self.at(**sizes) / "report.json").read_text())
+        return report
+
+
+def tensors_in(directory: Path) -> dict[str, "Tensor"]:
+    """All tensors of a directory of safetensors."""
+    from export.checkpoint import SafetensorsCheckpoint
+
+    with SafetensorsCheckpoint(directory) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.weight_map}

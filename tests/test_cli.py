@@ -7,30 +7,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Launcher, LiveExports
+from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks
 
 EXPORT = ROOT / "scripts" / "export.py"
 
 
-def export_equals_live(live: LiveExports, output: Path) -> None:
+def export_equals_live(live: LiveRanks, output: Path) -> None:
     for path in (live.at(tp=2) / "nvfp4").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (ROOT / "outputs").exists(), "Hydra left a folder"
 
 
-def arguments(live: LiveExports, output: Path) -> list[str]:
+def arguments(live: LiveRanks, output: Path) -> list[str]:
     checkpoint = live.at(tp=2) / "checkpoint"
     return [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={output}", "max_shard_gb=3e-5"]
 
 
-def test_the_checkpoint_export_equals_the_live_export(live: LiveExports, launch: Launcher, tmp_path: Path) -> None:
+def test_the_checkpoint_export_equals_the_live_export(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
     """A Megatron distributed checkpoint with ModelOpt state, saved at TP=2, exported at TP=1."""
     printed = launch(EXPORT, *arguments(live, tmp_path / "out"))
     assert "modules quantized" in printed
     export_equals_live(live, tmp_path / "out")
 
 
-def test_the_command_as_users_type_it(live: LiveExports, tmp_path: Path) -> None:
+def test_the_command_as_users_type_it(live: LiveRanks, tmp_path: Path) -> None:
     """The real torchrun, at the TP size of the checkpoint."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", EXPORT]
     subprocess.run([*torchrun, *arguments(live, tmp_path / "out")], env=ENVIRONMENT, cwd=tmp_path, check=True)
@@ -38,7 +38,7 @@ def test_the_command_as_users_type_it(live: LiveExports, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_dry_run_writes_nothing(live: LiveExports, launch: Launcher, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
     assert "plan for" in launch(EXPORT, *arguments(live, tmp_path / "out"), "dry_run=true")
     assert list(tmp_path.iterdir()) == []
 

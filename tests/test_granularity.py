@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORKERS, Launcher
-from test_megatron import tensors_in
+from conftest import WORKERS, Launcher, tensors_in
 from torch import Tensor
 
 from export.quant_state import QuantState

@@ -1,30 +1,23 @@
 """The road on real Megatron ranks: byte-identical at every topology, right to the bit, and equal to its own forward."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import LiveExports
+from conftest import LiveRanks, tensors_in
 from safetensors import safe_open
 from torch import Tensor
 
-from export.checkpoint import SafetensorsCheckpoint
 from export.kernels.nvfp4 import NVFP4Weight, dequantize
 from mappings.fused_groups import groups_among
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2)]
 
 
-def tensors_in(directory: Path) -> dict[str, Tensor]:
-    with SafetensorsCheckpoint(directory) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.weight_map}
-
-
 @pytest.mark.parametrize(("tp", "pp"), TOPOLOGIES[1:])
 @pytest.mark.parametrize("export", ["nvfp4", "plain"])
-def test_every_topology_writes_the_same_bytes(live: LiveExports, tp: int, pp: int, export: str) -> None:
-    one, other = live.at() / export, live.at(tp, pp) / export
+def test_every_topology_writes_the_same_bytes(live: LiveRanks, tp: int, pp: int, export: str) -> None:
+    one, other = live.at() / export, live.at(tp=tp, pp=pp) / export
     files = {path.name for path in one.iterdir()}
     assert files == {path.name for path in other.iterdir()}
     if export == "nvfp4":
@@ -34,15 +27,15 @@ def test_every_topology_writes_the_same_bytes(live: LiveExports, tp: int, pp: in
 
 
 @pytest.mark.parametrize(("tp", "pp"), TOPOLOGIES)
-def test_plain_weights_come_back_as_they_went_in(live: LiveExports, tp: int, pp: int) -> None:
+def test_plain_weights_come_back_as_they_went_in(live: LiveRanks, tp: int, pp: int) -> None:
     """Hugging Face → Megatron → Hugging Face, with a vocabulary that TP=2 pads."""
-    source, exported = tensors_in(live.hf), tensors_in(live.at(tp, pp) / "plain")
+    source, exported = tensors_in(live.hf), tensors_in(live.at(tp=tp, pp=pp) / "plain")
     assert exported.keys() == source.keys()
     for name, tensor in source.items():
         assert torch.equal(exported[name], tensor), name
 
 
-def test_fused_groups_share_their_global_scales(live: LiveExports) -> None:
+def test_fused_groups_share_their_global_scales(live: LiveRanks) -> None:
     for export in ("nvfp4", "calibrated"):
         tensors = tensors_in(live.at(tp=2) / export)
         for kind in ("weight_global_scale", "input_global_scale"):
@@ -53,7 +46,7 @@ def test_fused_groups_share_their_global_scales(live: LiveExports) -> None:
                 assert len({tensors[f"{member}.{kind}"].item() for member in group.members}) == 1, group
 
 
-def test_weights_are_what_modelopt_makes_of_them(live: LiveExports) -> None:
+def test_weights_are_what_modelopt_makes_of_them(live: LiveRanks) -> None:
     """Codes, block scales and dequantized values against ModelOpt's NVFP4QTensor with the calibrated amax."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -70,7 +63,7 @@ def test_weights_are_what_modelopt_makes_of_them(live: LiveExports) -> None:
             assert exported[f"{member}.weight_global_scale"].item() == (1 / second).item()
 
 
-def test_transformers_computes_what_megatron_computed(live: LiveExports) -> None:
+def test_transformers_computes_what_megatron_computed(live: LiveRanks) -> None:
     """Every key is used, and the logits are the same but for the order of sums.
 
     The activations are fp32 on both sides: in bf16, sums that differ in their last bit move activations over edges of
@@ -97,7 +90,7 @@ def test_transformers_computes_what_megatron_computed(live: LiveExports) -> None
     assert error(found["nvfp4"], reference["nvfp4"]) < 0.01
 
 
-def test_ranks_that_hold_different_amax(live: LiveExports) -> None:
+def test_ranks_that_hold_different_amax(live: LiveRanks) -> None:
     """The maximum is used for all members of the group, and the divergence is reported with its size."""
     report = live.report(tp=2)["divergent"]
     names = [f"model.layers.1.mlp.{p}_proj.input_quantizer._amax" for p in ("gate", "up")]
@@ -119,13 +112,13 @@ def test_ranks_that_hold_different_amax(live: LiveExports) -> None:
         ("unmapped", ["UnmappedParameterError", "decoder.layers.0.strange.weight", "mappings/families"]),
     ],
 )
-def test_refusals_reach_every_rank_and_leave_nothing(live: LiveExports, case: str, words: list[str]) -> None:
+def test_refusals_reach_every_rank_and_leave_nothing(live: LiveRanks, case: str, words: list[str]) -> None:
     message = live.report(tp=2)["errors"][case]
     assert all(word in message for word in words), message
     assert not [path.name for path in live.at(tp=2).iterdir() if path.name.startswith("refused")]
 
 
-def test_config_is_what_the_engines_read(live: LiveExports) -> None:
+def test_config_is_what_the_engines_read(live: LiveRanks) -> None:
     config = json.loads((live.at(tp=2) / "nvfp4" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert config["format"] == config["config_groups"]["group_0"]["format"] == "nvfp4-pack-quantized"
@@ -138,7 +131,7 @@ def test_config_is_what_the_engines_read(live: LiveExports) -> None:
     assert group["input_activations"]["dynamic"] == "local"
 
 
-def test_files_of_the_model_are_carried_over(live: LiveExports) -> None:
+def test_files_of_the_model_are_carried_over(live: LiveRanks) -> None:
     exported = live.at(tp=2) / "nvfp4"
     assert (exported / "tokenizer_config.json").read_bytes() == (live.hf / "tokenizer_config.json").read_bytes()
     index = json.loads((exported / "model.safetensors.index.json").read_text())
@@ -147,7 +140,7 @@ def test_files_of_the_model_are_carried_over(live: LiveExports) -> None:
             assert name in opened.keys()  # noqa: SIM118 - not a dictionary
 
 
-def test_dequantized_weights_are_the_trained_ones(live: LiveExports) -> None:
+def test_dequantized_weights_are_the_trained_ones(live: LiveRanks) -> None:
     source, exported = tensors_in(live.hf), tensors_in(live.at(tp=2) / "calibrated")
     for name in (name.removesuffix(".weight_packed") for name in exported if name.endswith(".weight_packed")):
         parts = ("weight_packed", "weight_scale", "weight_global_scale")

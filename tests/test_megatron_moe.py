@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Launcher, LiveMoE
-from torch import Tensor
+from conftest import ROOT, Launcher, LiveRanks, tensors_in
 
-from export.checkpoint import SafetensorsCheckpoint
 from mappings.fused_groups import groups_among
 
 TOPOLOGIES: list[dict[str, int]] = [
@@ -39,11 +37,6 @@ def label(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "processes")
 
 
-def tensors_in(directory: Path) -> dict[str, Tensor]:
-    with SafetensorsCheckpoint(directory) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.weight_map}
-
-
 def same_files(one: Path, other: Path) -> None:
     files = {path.name for path in one.iterdir()}
     assert files == {path.name for path in other.iterdir()}
@@ -59,7 +52,7 @@ def same_tensors(exported: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", TOPOLOGIES, ids=label)
-def test_every_topology_writes_the_same_bytes(live_moe: LiveMoE, sizes: dict[str, int]) -> None:
+def test_every_topology_writes_the_same_bytes(live_moe: LiveRanks, sizes: dict[str, int]) -> None:
     one, other = live_moe.at(), live_moe.at(**sizes)
     assert len(list((one / "nvfp4").glob("*.safetensors"))) > 1, "several shards, so that ranks share files"
     same_files(one / "nvfp4", other / "nvfp4")
@@ -69,14 +62,14 @@ def test_every_topology_writes_the_same_bytes(live_moe: LiveMoE, sizes: dict[str
 
 
 @pytest.mark.parametrize("sizes", MIXED_TOPOLOGIES, ids=label)
-def test_dense_layers_among_them_and_virtual_pipeline_stages(live_moe_mixed: LiveMoE, sizes: dict[str, int]) -> None:
+def test_dense_layers_among_them_and_virtual_pipeline_stages(live_moe_mixed: LiveRanks, sizes: dict[str, int]) -> None:
     one, other = live_moe_mixed.at(), live_moe_mixed.at(**sizes)
     same_files(one / "nvfp4", other / "nvfp4")
     same_files(one / "plain", other / "plain")
     same_tensors(other / "plain", live_moe_mixed.hf)
 
 
-def test_experts_differ_so_that_a_wrong_number_shows(live_moe: LiveMoE) -> None:
+def test_experts_differ_so_that_a_wrong_number_shows(live_moe: LiveRanks) -> None:
     """Else the tests above would pass on a model whose ranks all initialized the same experts."""
     tensors = tensors_in(live_moe.at() / "nvfp4")
     for kind in ("weight_packed", "weight_global_scale", "input_global_scale"):
@@ -85,7 +78,7 @@ def test_experts_differ_so_that_a_wrong_number_shows(live_moe: LiveMoE) -> None:
         assert len(set(values)) == 16, kind
 
 
-def test_the_amax_of_each_expert_is_its_own(live_moe: LiveMoE) -> None:
+def test_the_amax_of_each_expert_is_its_own(live_moe: LiveRanks) -> None:
     """Against the hashes that the worker made them from; the other tests would not see all experts exchanged alike."""
 
     def amax(quantizer: str) -> float:
@@ -101,7 +94,7 @@ def test_the_amax_of_each_expert_is_its_own(live_moe: LiveMoE) -> None:
                 assert tensors[name].item() == pytest.approx(expected, rel=1e-6), name
 
 
-def test_ranks_hold_experts_and_layers_under_global_numbers(live_moe: LiveMoE, live_moe_mixed: LiveMoE) -> None:
+def test_ranks_hold_experts_and_layers_under_global_numbers(live_moe: LiveRanks, live_moe_mixed: LiveRanks) -> None:
     def held(directory: Path, rank: int, kind: str) -> list[str]:
         names: list[str] = json.loads((directory / f"names_{rank}.json").read_text())[kind]
         return names
@@ -121,7 +114,7 @@ def test_ranks_hold_experts_and_layers_under_global_numbers(live_moe: LiveMoE, l
 
 
 @pytest.mark.parametrize("export", ["nvfp4", "calibrated"])
-def test_scales_of_every_expert(live_moe: LiveMoE, export: str) -> None:
+def test_scales_of_every_expert(live_moe: LiveRanks, export: str) -> None:
     """Finite, positive, there for all global experts, and one for gate and up: an engine takes the gate's for both."""
     tensors = tensors_in(live_moe.at(processes=2, ep=2) / export)
     for kind in ("weight_global_scale", "input_global_scale"):
@@ -135,7 +128,7 @@ def test_scales_of_every_expert(live_moe: LiveMoE, export: str) -> None:
             assert len({scales[member].item() for member in group.members}) == 1, group
 
 
-def test_weights_of_every_expert_are_what_modelopt_makes_of_them(live_moe: LiveMoE) -> None:
+def test_weights_of_every_expert_are_what_modelopt_makes_of_them(live_moe: LiveRanks) -> None:
     """Calibrated at EP=2; codes and scales against NVFP4QTensor with the amax of the source's gate and up together."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -152,7 +145,7 @@ def test_weights_of_every_expert_are_what_modelopt_makes_of_them(live_moe: LiveM
             assert exported[f"{member}.weight_global_scale"].item() == (1 / (amax / 2688)).item()
 
 
-def test_routers_stay_as_they_are_and_are_ignored(live_moe: LiveMoE) -> None:
+def test_routers_stay_as_they_are_and_are_ignored(live_moe: LiveRanks) -> None:
     exported = live_moe.at(processes=2, ep=2) / "nvfp4"
     config = json.loads((exported / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"]
@@ -167,12 +160,12 @@ def test_routers_stay_as_they_are_and_are_ignored(live_moe: LiveMoE) -> None:
 @pytest.mark.parametrize(
     "sizes", [{}, {"processes": 2, "tp": 1, "ep": 2}, {"processes": 4, "tp": 2, "ep": 2}], ids=label
 )
-def test_transformers_computes_what_megatron_computed(live_moe: LiveMoE, sizes: dict[str, int]) -> None:
+def test_transformers_computes_what_megatron_computed(live_moe: LiveRanks, sizes: dict[str, int]) -> None:
     """The plain export, fp32 on both sides. Not the quantized one: transformers drops its experts' global scales."""
     compare_logits(live_moe.at(**sizes))
 
 
-def test_transformers_agrees_on_unnormalized_expert_weights_and_dense_layers(live_moe_mixed: LiveMoE) -> None:
+def test_transformers_agrees_on_unnormalized_expert_weights_and_dense_layers(live_moe_mixed: LiveRanks) -> None:
     compare_logits(live_moe_mixed.at())
 
 
@@ -191,7 +184,7 @@ def compare_logits(directory: Path) -> None:
     assert error < 1e-4
 
 
-def test_an_uncalibrated_expert_is_refused_on_every_rank(live_moe: LiveMoE) -> None:
+def test_an_uncalibrated_expert_is_refused_on_every_rank(live_moe: LiveRanks) -> None:
     """An engine combines the input scales of all experts of a layer: one that is missing poisons the layer."""
     directory = live_moe.at(processes=2, ep=2)
     messages = [(directory / f"refusal_{rank}.txt").read_text() for rank in range(2)]
@@ -202,7 +195,7 @@ def test_an_uncalibrated_expert_is_refused_on_every_rank(live_moe: LiveMoE) -> N
 
 @pytest.mark.parametrize("sizes", [{}, {"ep": 2}, {"tp": 2}, {"pp": 2}], ids=label)
 def test_a_checkpoint_saved_at_ep_2_exports_the_same_bytes(
-    live_moe: LiveMoE, launch: Launcher, tmp_path: Path, sizes: dict[str, int]
+    live_moe: LiveRanks, launch: Launcher, tmp_path: Path, sizes: dict[str, int]
 ) -> None:
     checkpoint = live_moe.at(processes=2, ep=2) / "checkpoint"
     words = [f"checkpoint={checkpoint}", f"hf={live_moe.hf}", f"output={tmp_path / 'out'}", "max_shard_gb=6e-5"]
@@ -211,7 +204,7 @@ def test_a_checkpoint_saved_at_ep_2_exports_the_same_bytes(
     same_files(tmp_path / "out", live_moe.at() / "nvfp4")
 
 
-def test_modelopt_cannot_load_a_checkpoint_at_tp_times_ep(live_moe: LiveMoE, launch: Launcher, tmp_path: Path) -> None:
+def test_modelopt_cannot_load_a_checkpoint_at_tp_x_ep(live_moe: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
     checkpoint = live_moe.at(processes=2, ep=2) / "checkpoint"
     words = [f"checkpoint={checkpoint}", f"hf={live_moe.hf}", f"output={tmp_path / 'out'}"]
     words += ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from bridge import AutoBridge
 from bridge.hf_config import HFModel, check_parallel_sizes
+from bridge.parameters import walk_parameters
 from export.quant_state import QuantState
 from mappings import AmaxFanoutMapping, AmaxMapping, GatedMLPMapping, RowParallelMapping
 from mappings.amax import per_expert_amax_map
@@ -199,3 +200,23 @@ class TestSizes:
         dense = {**HF_CONFIG, "architectures": ["Qwen3ForCausalLM"]}
         with pytest.raises(UsageError, match="EP=2 needs experts"):
             check_parallel_sizes(HFModel(HF.directory, dense, dense, family_of(dense)), world=2, tp=1, pp=1, ep=2)
+
+
+def test_legacy_grouped_experts_are_walked_one_by_one() -> None:
+    """Megatron's GroupedMLP: two parameters for all local experts of a layer, read as a view of each, inputs first."""
+    experts, hidden, ffn = (5, 2, 7), 4, 6  # a placement that is not a block
+    moe = torch.nn.Module()
+    moe.local_expert_indices = experts
+    moe.experts = torch.nn.Module()
+    moe.experts.weight1 = torch.nn.Parameter(torch.randn(hidden, len(experts) * 2 * ffn))
+    moe.experts.weight2 = torch.nn.Parameter(torch.randn(len(experts) * ffn, hidden))
+    chunk = torch.nn.ModuleDict({"mlp": moe})
+    found = {parameter.name: parameter.tensor for parameter in walk_parameters([chunk])}
+    assert list(found) == [f"mlp.experts.linear_fc{linear}.weight{expert}" for linear in (1, 2) for expert in experts]
+    x = torch.randn(3, hidden)
+    for index, expert in enumerate(experts):
+        legacy = moe.experts.weight1.view(len(experts), hidden, -1)[index]
+        torch.testing.assert_close(x @ found[f"mlp.experts.linear_fc1.weight{expert}"].t(), x @ legacy)
+    with torch.no_grad():
+        found["mlp.experts.linear_fc2.weight2"].fill_(1.0)  # loading writes through the view
+    assert bool((moe.experts.weight2.view(3, ffn, hidden)[1] == 1.0).all())

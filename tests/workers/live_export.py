@@ -1,6 +1,6 @@
 """Real Megatron ranks that load a Hugging Face model, quantize it with ModelOpt and export it.
 
-    torchrun --nproc-per-node N live_export.py HF_DIR OUT_DIR TP PP
+    torchrun --nproc-per-node N live_export.py HF_DIR OUT_DIR SIZES_JSON
 
 Every topology exports with amax made from a hash of the quantizer's name. TP=2 does more: what only several ranks
 can show, and what needs a calibration.
@@ -20,29 +20,28 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
+from model import TOKENS, forward  # noqa: E402
+from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
 from mappings.errors import AmaxbridgeError  # noqa: E402
 
-SEQUENCE, VOCABULARY = 32, 131
-TOKENS = torch.randint(0, VOCABULARY, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
 
-
-def main(hf: Path, out: Path, tp: int, pp: int) -> None:
+def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
     bridge = AutoBridge.from_hf_pretrained(hf)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
-    with megatron.distributed(tp=tp, pp=pp):
+    with megatron.distributed(**sizes):
         model = megatron.build_model(bridge.hf)
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, out / "plain", scheme="none")
-        plain = forward(model) if tp == 2 else torch.empty(0)
+        plain = forward(model) if sizes["tp"] == 2 else torch.empty(0)
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
         set_amax_from_names(model)
         bridge.save_hf_pretrained(model, out / "nvfp4", max_shard_bytes=30_000)
-        if tp == 2:
+        if sizes["tp"] == 2:
             report["divergent"] = export_divergent(bridge, model, out / "divergent")
             report["errors"] = errors(bridge, model, out)
             set_amax_from_names(model)
@@ -53,9 +52,13 @@ def main(hf: Path, out: Path, tp: int, pp: int) -> None:
 
 
 def set_amax_from_names(model: Any) -> None:
-    for quantizer in walk_quantizers([model]):
-        digest = hashlib.sha256(quantizer.name.encode()).digest()
-        quantizer.module.amax = torch.tensor(0.25 + int.from_bytes(digest[:2], "little") / 2**16)
+    """The numbers of layers are found here by other means than the bridge's, whose errors must show."""
+    for layer in model.decoder.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, TensorQuantizer) and module.is_enabled:
+                digest = hashlib.sha256(f"{layer.layer_number - 1}.{name}".encode()).digest()
+                module._buffers.pop("_amax", None)  # in bf16, where different hashes would become one number
+                module.amax = torch.tensor(0.25 + int.from_bytes(digest[:3], "little") / 2**24)
 
 
 def quantizer_named(model: Any, name: str) -> Any:
@@ -111,16 +114,6 @@ def errors(bridge: AutoBridge, model: Any, out: Path) -> dict[str, str]:
     return found
 
 
-@torch.no_grad()
-def forward(model: Any) -> torch.Tensor:
-    """fp32 logits of fixed tokens, without the padded vocabulary; leaves the model in bf16. For one pipeline stage."""
-    positions = torch.arange(SEQUENCE)[None].expand(4, -1)
-    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
-    logits: torch.Tensor = model.eval().float()(TOKENS, positions, mask, runtime_gather_output=True)
-    model.bfloat16()
-    return logits[..., :VOCABULARY]
-
-
 def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path, plain: torch.Tensor) -> None:
     """A real calibration, then Megatron's own quantized forward beside the export."""
     mtq.calibrate(model, "max", forward)
@@ -133,4 +126,4 @@ def calibrate_and_export(bridge: AutoBridge, model: Any, out: Path, plain: torch
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -18,19 +18,11 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
+from model import forward  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
-
-SEQUENCE, VOCABULARY = 32, 131
-TOKENS = torch.randint(0, VOCABULARY, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
-
-
-@torch.no_grad()
-def calibrate(model: Any) -> None:
-    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
-    model.eval()(TOKENS, torch.arange(SEQUENCE)[None].expand(4, -1), mask)
 
 
 def static_blocks(model: Any) -> None:
@@ -48,7 +40,7 @@ def static_blocks(model: Any) -> None:
 
 
 def configured(config: Any) -> Callable[[Any], None]:
-    return lambda model: mtq.quantize(model, config, calibrate)
+    return lambda model: mtq.quantize(model, config, forward)
 
 
 CASES: dict[str, Callable[[Any], None]] = {

@@ -23,15 +23,13 @@ logging.disable(logging.INFO)
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from model import TOKENS, forward  # noqa: E402
 from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_parameters, walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
 from mappings.errors import AmaxError  # noqa: E402
-
-SEQUENCE, VOCABULARY = 32, 131
-TOKENS = torch.randint(0, VOCABULARY, (4, SEQUENCE), generator=torch.Generator().manual_seed(3))
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
@@ -117,16 +115,6 @@ def refusal_of_an_uncalibrated_expert(bridge: AutoBridge, chunks: list[Any], out
     except AmaxError as error:
         return str(error)
     return "not refused"
-
-
-@torch.no_grad()
-def forward(model: Any) -> torch.Tensor:
-    """fp32 logits of fixed tokens, without the padded vocabulary; leaves the model in bf16. For one pipeline stage."""
-    positions = torch.arange(SEQUENCE)[None].expand(4, -1)
-    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
-    logits: torch.Tensor = model.eval().float()(TOKENS, positions, mask, runtime_gather_output=True)
-    model.bfloat16()
-    return logits[..., :VOCABULARY]
 
 
 def save_logits(model: Any, path: Path) -> None:
