@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bridge.parameters import Parameter
@@ -138,6 +139,17 @@ class Model:
         size = mesh.etp if is_routed_expert(mapping.megatron_param) else mesh.tp
         tensors = {target: self.tensor(target) for target in mapping.targets}
         return mapping.split(tensors, self.config, rank % size, size)
+
+
+def process_groups(mesh: Mesh, rank: int) -> dict[Axis, dist.ProcessGroup]:
+    """The process groups of a rank. Collective: every rank makes every group, in the same order."""
+    groups = {}
+    for axis, members in mesh.groups().items():
+        for ids in members:
+            group = dist.new_group(ids)
+            if rank in ids:
+                groups[axis] = group
+    return groups
 
 
 def as_parameters(tensors: Mapping[str, Tensor]) -> list[Parameter]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.meshes import Mesh, Model, as_parameters
+from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
 from bridge.plan import plan_export
 from bridge.ranks import ProcessRanks
 from bridge.stream import stream_bundles
@@ -108,7 +108,7 @@ def measure(rank: int, store: str, kind: str, model: Model, mesh: Mesh, results:
     """One process of one case: both ways, bytes received and peak memory beyond what the shards take."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=mesh.world)
-    groups = {axis: _own_group(members, rank) for axis, members in mesh.groups().items()}
+    groups = process_groups(mesh, rank)
     _warm_up(kind, mesh, rank, groups)
     tensors = model.parameters(mesh, rank, REGISTRIES[kind])
     figures = []
@@ -127,11 +127,6 @@ def _warm_up(kind: str, mesh: Mesh, rank: int, groups: dict[Axis, dist.ProcessGr
     tiny = Model(heads=8, groups=4, experts=4 if kind == "MoE" else 0)
     for way in (export, naive):
         way(ProcessRanks(groups), tiny, kind, tiny.parameters(mesh, rank, REGISTRIES[kind]))
-
-
-def _own_group(members: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
-    groups = [(ids, dist.new_group(list(ids))) for ids in members]  # collective: every rank makes every group
-    return next(group for ids, group in groups if rank in ids)
 
 
 def _peak_memory(work: Callable[[], None]) -> int:

@@ -76,16 +76,19 @@ class AutoBridge:
         Per-tensor amax is the same on all ranks; per-channel and per-block amax is on the rank that owns the module.
         """
         chunks = unwrap(model)
-        scalars = self._collect_scalars(chunks)
-        owned: dict[str, Tensor] = {}
-        for bundle in self._stream(chunks, self._plan(chunks)):
-            owned |= bundle.state
-        return replace(scalars, amax={**scalars.amax, **owned})
+        config = self._module_config(chunks)
+        state = self._collect_scalars(chunks)
+        tensors = list(state_parameters(walk_quantizers(chunks)))
+        amax = dict(state.amax)
+        for bundle in self._stream(tensors, self._plan(tensors, config), config):
+            amax |= bundle.state
+        return replace(state, amax=amax)
 
     def export_hf_weights(self, model: Model) -> Iterator[tuple[str, Tensor]]:
         """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once."""
         chunks = unwrap(model)
-        for bundle in self._stream(chunks, self._plan(chunks)):
+        held, config = _held(chunks), self._module_config(chunks)
+        for bundle in self._stream(held, self._plan(held, config), config):
             yield from bundle.tensors.items()
 
     def load_hf_weights(self, model: Model) -> None:
@@ -142,24 +145,18 @@ class AutoBridge:
         check_output(target, overwrite=overwrite)
         chosen = find_scheme(scheme)
         chunks = unwrap(model)
-        plan = self._plan(chunks)
+        held, config = _held(chunks), self._module_config(chunks)
+        plan = self._plan(held, config)
         state = self._collect_scalars(chunks) if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, chosen, state, missing=missing_policy(missing_amax))
         layout = plan_layout(finalizer.output_specs, max_shard_bytes)
         self._warn(state, finalizer.filled)
         if not dry_run:
-            self._write(chunks, plan, finalizer, layout, StagedDirectory(target))
+            self._write(self._stream(held, plan, config), finalizer, layout, StagedDirectory(target))
         return ExportReport(scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
 
-    def _write(
-        self,
-        chunks: Sequence[nn.Module],
-        plan: Sequence[BundlePlan],
-        finalizer: Finalizer,
-        layout: Layout,
-        staged: StagedDirectory,
-    ) -> None:
+    def _write(self, bundles: Iterator[Bundle], finalizer: Finalizer, layout: Layout, staged: StagedDirectory) -> None:
         ranks = self._ranks()
         first = ranks.rank(Axis.WORLD) == 0
         try:
@@ -169,7 +166,7 @@ class AutoBridge:
             _barrier(ranks)
             writer = ShardWriter(staged.path, layout)
             try:
-                for bundle in self._stream(chunks, plan):
+                for bundle in bundles:
                     for name, tensor in finalizer.finalize(bundle):
                         writer.write(name, tensor)
             finally:
@@ -191,17 +188,15 @@ class AutoBridge:
         if index is not None:
             staged.write_file(INDEX_FILE, index)
 
-    def _plan(self, chunks: Sequence[nn.Module]) -> list[BundlePlan]:
-        config = self._module_config(chunks)
+    def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
         tied = frozenset({_OUTPUT}) if self._tied else frozenset[str]()
-        return plan_export(_held(chunks), self.hf.family.registry, config, self._ranks(), skip=tied)
+        return plan_export(held, self.hf.family.registry, config, self._ranks(), skip=tied)
 
-    def _stream(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
-        tensors = {parameter.name: parameter.tensor for parameter in _held(chunks)}
-        return stream_bundles(plan, tensors, self._module_config(chunks), self._ranks())
+    def _stream(self, held: Sequence[Parameter], plan: Sequence[BundlePlan], config: Any) -> Iterator[Bundle]:
+        tensors = {parameter.name: parameter.tensor for parameter in held}
+        return stream_bundles(plan, tensors, config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        self._module_config(chunks)  # refuses a model that is another one
         return collect_scalars(walk_quantizers(chunks), self.hf.family.registry, self._ranks())
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
@@ -244,10 +239,9 @@ class AutoBridge:
             _log.warning("%d amax were missing or unusable and are filled:%s", len(rows), listing(rows))
 
 
-def _held(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
+def _held(chunks: Sequence[nn.Module]) -> list[Parameter]:
     """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
-    yield from walk_parameters(chunks)
-    yield from state_parameters(walk_quantizers(chunks))
+    return [*walk_parameters(chunks), *state_parameters(walk_quantizers(chunks))]
 
 
 def _setting(config: Any, name: str) -> Any:

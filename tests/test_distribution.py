@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.meshes import Mesh, Model, as_parameters
+from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
 from benchmarks.traffic import CountingRanks
 from bridge.plan import plan_export
 from bridge.ranks import ProcessRanks
@@ -93,13 +93,7 @@ def test_threads_and_processes_give_the_same_bytes(tmp_path: Any) -> None:
 
 def _process(rank: int, store: str, mesh: Mesh, model: Model, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=mesh.world)
-    groups = {}
-    for axis, members in mesh.groups().items():
-        for ids in members:
-            group = dist.new_group(ids)
-            if rank in ids:
-                groups[axis] = group
-    results.put((rank, _as_lists(export(ProcessRanks(groups), model, mesh))))
+    results.put((rank, _as_lists(export(ProcessRanks(process_groups(mesh, rank)), model, mesh))))
     dist.barrier()
     dist.destroy_process_group()
 

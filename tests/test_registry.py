@@ -32,6 +32,33 @@ def test_look_up_in_both_directions() -> None:
     assert registry.hf_to_megatron_lookup("model.layers.3.mlp.gate_up_proj.weight") is None
 
 
+@pytest.mark.parametrize(
+    ("megatron", "targets"),
+    [
+        ("self_attention.core_attention.k_bmm_quantizer._amax", ["self_attn.k_bmm_quantizer._amax"]),
+        ("self_attention.core_attention.v_bmm_quantizer._amax", ["self_attn.v_bmm_quantizer._amax"]),
+        (
+            "self_attention.linear_qkv.output_quantizer._amax",
+            [f"self_attn.{p}_proj.output_quantizer._amax" for p in "qkv"],
+        ),
+        (
+            "mlp.experts.linear_fc1.weight_quantizer.9._amax",
+            [f"mlp.experts.9.{p}_proj.weight_quantizer._amax" for p in ("gate", "up")],
+        ),
+        (
+            "mlp.experts.linear_fc2.input_quantizer._pre_quant_scale",
+            ["mlp.experts.*.down_proj.input_quantizer._pre_quant_scale"],
+        ),
+        ("mlp.linear_fc2.input_quantizer._pre_quant_scale", ["mlp.down_proj.input_quantizer._pre_quant_scale"]),
+    ],
+)
+def test_every_quantizer_that_modelopt_inserts_has_a_name(megatron: str, targets: list[str]) -> None:
+    registry = family_of({"architectures": ["Qwen3MoeForCausalLM"]}).registry
+    found = registry.megatron_to_hf_lookup(f"decoder.layers.3.{megatron}")
+    assert found is not None
+    assert list(found.targets) == [f"model.layers.3.{target}" for target in targets]
+
+
 def test_the_expert_of_a_shared_quantizer_is_dropped_on_the_way_back() -> None:
     registry = MappingRegistry(MoeAmaxFanoutMapping("d.*.fc1.q._amax", ["m.*.experts.*.up._amax"]))
     found = registry.hf_to_megatron_lookup("m.4.experts.7.up._amax")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.meshes import Mesh, Model, as_parameters
+from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
 from bridge.plan import plan_export
 from bridge.ranks import ProcessRanks
 from bridge.stream import stream_bundles
@@ -34,13 +34,7 @@ def test_two_gpus_export_what_a_cpu_does(mesh: Mesh, tmp_path: Path) -> None:
 def _process(rank: int, store: str, mesh: Mesh, results: Any) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2)
-    groups = {}
-    for axis, members in mesh.groups().items():
-        for ids in members:
-            group = dist.new_group(ids)
-            if rank in ids:
-                groups[axis] = group
-    ranks = ProcessRanks(groups)
+    ranks = ProcessRanks(process_groups(mesh, rank))
     tensors = {name: tensor.cuda() for name, tensor in MODEL.parameters(mesh, rank, REGISTRY).items()}
     plan = plan_export(as_parameters(tensors), REGISTRY, MODEL.config, ranks, skip=frozenset())
     owned = {}
