@@ -106,7 +106,7 @@ class AutoBridge:
         ]
         with SafetensorsCheckpoint(self.hf.directory) as checkpoint:
             config = self._module_config(chunks)
-            fill_parameters(parameters, checkpoint.read, self.hf.family.registry, config, self._ranks())
+            fill_parameters(parameters, checkpoint.read, self.hf.registry, config, self._ranks())
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
@@ -116,7 +116,7 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         config = self._module_config(chunks)
-        fill_quantizers(walk_quantizers(chunks), state, self.hf.family.registry, config, self._ranks())
+        fill_quantizers(walk_quantizers(chunks), state, self.hf.registry, config, self._ranks())
 
     def save_hf_pretrained(
         self,
@@ -190,14 +190,14 @@ class AutoBridge:
 
     def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
         tied = frozenset({_OUTPUT}) if self._tied else frozenset[str]()
-        return plan_export(held, self.hf.family.registry, config, self._ranks(), skip=tied)
+        return plan_export(held, self.hf.registry, config, self._ranks(), skip=tied)
 
     def _stream(self, held: Sequence[Parameter], plan: Sequence[BundlePlan], config: Any) -> Iterator[Bundle]:
         tensors = {parameter.name: parameter.tensor for parameter in held}
         return stream_bundles(plan, tensors, config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(walk_quantizers(chunks), self.hf.family.registry, self._ranks())
+        return collect_scalars(walk_quantizers(chunks), self.hf.registry, self._ranks())
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
         """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""
@@ -216,6 +216,7 @@ class AutoBridge:
             )
         return SimpleNamespace(
             **expected,
+            transformer_impl=getattr(config, "transformer_impl", "local"),
             vocab_size=self.hf.config["vocab_size"],
             padded_vocab_size=getattr(chunks[0], "vocab_size", None),
         )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from export.metadata import CONFIG_FILE
 from mappings.errors import UsageError, listing
 from mappings.families import family_of
 from mappings.family import ModelFamily
+from mappings.registry import MappingRegistry
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class HFModel:
     written: Mapping[str, Any]
     config: Mapping[str, Any]
     family: ModelFamily
+
+    @cached_property
+    def registry(self) -> MappingRegistry:
+        """The mappings of this model."""
+        return self.family.registry_for(self.config)
 
 
 def read_hf_model(path: str | Path) -> HFModel:

@@ -5,6 +5,7 @@ HybridModel); what has to follow is here.
 """
 
 import contextlib
+import copy
 import io
 import queue
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
@@ -80,12 +85,43 @@ def build_chunks(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> list[GP
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     config = _transformer_config(hf, dtype)
     stages = [None] if chunks is None else range(chunks)
-    return [_build_chunk(hf, config, vp_stage).to(dtype) for vp_stage in stages]
+    return [_keep_biases(_build_chunk(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
+
+
+def _keep_biases(chunk: GPTModel) -> GPTModel:
+    """The router biases of experts in fp32, as Megatron's router itself keeps them whenever it runs."""
+    for module in chunk.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            module.expert_bias = module.expert_bias.float()
+    return chunk
+
+
+class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # Megatron is not typed
+    """Megatron-Core's own attention for latent attention, whose values have other channels than its keys."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+class DirectQueryAttention(MLASelfAttention):  # type: ignore[misc]  # Megatron is not typed
+    """Latent attention whose queries are projected at once: the layers of the spec, without the norm of queries.
+
+    Megatron 0.19.2 knows this only with a fused norm before the query projection, which no Hugging Face model has, or
+    without the norm of the latent keys and values, which all have.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "kv_layernorm")
+        return {"q_layernorm": IdentityOp, **{name: getattr(submodules, name) for name in names}}
 
 
 def _transformer_config(hf: HFModel, dtype: torch.dtype) -> TransformerConfig:
-    return TransformerConfig(
-        **hf.family.transformer_config(hf.config),
+    fields = hf.family.transformer_config(hf.config)
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    return kind(
+        **fields,
+        transformer_impl="local",
         activation_func=torch.nn.functional.silu,
         init_method_std=hf.config.get("initializer_range", 0.02),
         hidden_dropout=0.0,
@@ -108,15 +144,31 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
     layers = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
+    if config.multi_latent_attention:
+        layers.layer_specs = [_with_latent_attention(layer, config) for layer in layers.layer_specs]
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=vp_stage)
     return GPTModel(
         config,
         layers,
+        mtp_block_spec=mtp,
         position_embedding_type="rope",
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,
         **arguments,
     )
+
+
+def _with_latent_attention(layer: ModuleSpec, config: MLATransformerConfig) -> ModuleSpec:
+    """Megatron's local spec has the wrong core, and a norm of compressed queries even where none are compressed."""
+    layer = copy.deepcopy(layer)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = LatentDotProductAttention
+    if config.q_lora_rank is None:
+        layer.submodules.self_attention.module = DirectQueryAttention
+    return layer
 
 
 def save_checkpoint(model: GPTModel, path: Path, *, iteration: int) -> Path:

@@ -1,6 +1,6 @@
 """A model family: its mappings, and its configuration in Megatron's words. One declarative file each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ class ModelFamily:
         transformer: Megatron `TransformerConfig` field → where its value comes from.
         model: Megatron `GPTModel` argument → where its value comes from.
         constants: `TransformerConfig` fields that are the same for every member of the family.
+        derived: Hugging Face config → further `TransformerConfig` fields, where it depends on the model which ones.
+        exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
     """
 
     architectures: tuple[str, ...]
@@ -31,20 +33,31 @@ class ModelFamily:
     transformer: Mapping[str, Source]
     model: Mapping[str, Source]
     constants: Mapping[str, Any] = field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf_config: {}
+    exceptions: Callable[[Mapping[str, Any]], Iterable[MegatronParamMapping]] = lambda hf_config: ()
 
     @cached_property
     def registry(self) -> MappingRegistry:
-        """The weight mappings and the amax mappings derived from them."""
-        quantizers, per_expert = quantizer_mappings(self.mappings), per_expert_quantizer_mappings(self.mappings)
-        return MappingRegistry(*self.mappings, *quantizers, alternatives=per_expert)
+        """The weight mappings and the amax mappings derived from them: what all members of the family share."""
+        return _registry(self.mappings)
+
+    def registry_for(self, hf_config: Mapping[str, Any]) -> MappingRegistry:
+        """The registry of one model, with the mappings that only its configuration tells."""
+        exceptions = tuple(self.exceptions(hf_config))
+        return self.registry.with_exceptions(_registry(exceptions)) if exceptions else self.registry
 
     def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""
-        return {**_translate(self.transformer, hf_config), **self.constants}
+        return {**_translate(self.transformer, hf_config), **self.derived(hf_config), **self.constants}
 
     def model_arguments(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's GPTModel: vocabulary, rotary base, tied embeddings."""
         return _translate(self.model, hf_config)
+
+
+def _registry(weights: Sequence[MegatronParamMapping]) -> MappingRegistry:
+    quantizers, per_expert = quantizer_mappings(weights), per_expert_quantizer_mappings(weights)
+    return MappingRegistry(*weights, *quantizers, alternatives=per_expert)
 
 
 def _translate(table: Mapping[str, Source], hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 A look-up is one dictionary access: the name with every number replaced by `*` is the key. Patterns with `**` are
 few and tried one by one. Overlapping patterns are refused when the registry is built, so the order of mappings
 never decides.
+
+A model may have exceptions: names that a wildcard would take and that mean something else in this model (an MTP layer,
+which Hugging Face numbers like a decoder layer). They are a registry of their own, asked first.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import chain, combinations, product
 
 from mappings.errors import AmbiguousMappingError, listing
@@ -31,14 +35,25 @@ class MappingRegistry:
         self._mappings = (*mappings, *alternatives)
         self._by_megatron = _Index((mapping.megatron_param, mapping) for mapping in self._mappings)
         self._by_hf = _Index((target, mapping) for mapping in mappings for target in mapping.targets)
+        self._exceptions: MappingRegistry | None = None
+
+    def with_exceptions(self, exceptions: "MappingRegistry") -> "MappingRegistry":
+        """A copy in which `exceptions` win, in both directions."""
+        registry = copy(self)
+        registry._exceptions = exceptions
+        return registry
 
     def megatron_to_hf_lookup(self, megatron_param_name: str) -> MegatronParamMapping | None:
         """The resolved mapping that takes a global Megatron name, or None."""
+        if self._exceptions and (exception := self._exceptions.megatron_to_hf_lookup(megatron_param_name)):
+            return exception
         found = self._by_megatron.find(megatron_param_name)
         return found[1].resolve(found[2]) if found else None
 
     def hf_to_megatron_lookup(self, hf_param_name: str) -> MegatronParamMapping | None:
         """The resolved mapping that writes a Hugging Face name, or None."""
+        if self._exceptions and (exception := self._exceptions.hf_to_megatron_lookup(hf_param_name)):
+            return exception
         found = self._by_hf.find(hf_param_name)
         if found is None:
             return None
@@ -49,14 +64,14 @@ class MappingRegistry:
         return mapping.resolve(matched)
 
     def get_all_mappings(self) -> list[MegatronParamMapping]:
-        """All mappings, unresolved, in the order given, alternatives last."""
-        return list(self._mappings)
+        """All mappings, unresolved, in the order given, alternatives last; the exceptions after them."""
+        return [*self._mappings, *(self._exceptions or ())]
 
     def __iter__(self) -> Iterator[MegatronParamMapping]:
-        return iter(self._mappings)
+        return iter(self.get_all_mappings())
 
     def __len__(self) -> int:
-        return len(self._mappings)
+        return len(self.get_all_mappings())
 
 
 class _Index:

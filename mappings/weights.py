@@ -78,6 +78,57 @@ class VocabParallelMapping(ColumnParallelMapping):
         return shard_of(table, 0, rank, size)
 
 
+@dataclass(frozen=True)
+class CopiedVocabMapping(VocabParallelMapping):
+    """As `VocabParallelMapping`, for a tensor that the Hugging Face files hold several times.
+
+    Args:
+        copies: the further names. Join writes all of them, split reads the first.
+    """
+
+    copies: list[str] = hf_name(default_factory=list)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"": self.hf_param, **{name: name for name in self.copies}}
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        return dict.fromkeys(self.targets, super()._join(shards, config)[self.hf_param])
+
+
+@dataclass(frozen=True)
+class LatentDownMapping(DirectMapping):
+    """A down projection of multi-head latent attention: whole on every rank, or rows spread over the ranks.
+
+    Megatron has it in both forms: `[rank, in]` in Transformer Engine's layers, `[rank/tp, in]` in its own, which gather
+    what they compute. Join tells them apart by the rows of a shard, split by `config.transformer_impl`.
+    Layout: megatron.core.transformer.multi_latent_attention.MLASelfAttention.
+
+    Args:
+        rows: the fields of the configuration whose sum is the number of rows.
+    """
+
+    rows: tuple[str, ...] = ()
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        if len(shards) > 1:
+            held, rows = len(shards[0]), sum(getattr(config, name) for name in self.rows)
+            if held == rows:
+                shards = shards[:1]
+            elif held * len(shards) != rows:
+                raise ValueError(f"{rows} rows are neither {held} nor {len(shards)} times {held}")
+        return {self.hf_param: join_dim(shards, 0)}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        if getattr(config, "transformer_impl", "local") != "local":
+            rank, size = 0, 1
+        return shard_of(tensors[self.hf_param], 0, rank, size)
+
+
 _SHARD_DIMS = {
     "word_embeddings.weight": 0,
     "output_layer.weight": 0,

@@ -142,6 +142,92 @@ def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random DeepSeek-V3: a dense layer, then two with experts in four groups; YaRN."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    sizes = {"num_hidden_layers": 3, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+    scales = {"mscale": 1.0, "mscale_all_dim": 0.5}
+    return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3"), 0, {**sizes, "rope_parameters": {**yarn, **scales}})
+
+
+@pytest.fixture(scope="session")
+def deepseek_v3_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with two layers for multi-token prediction, queries that are projected at once, two shared experts."""
+    sizes = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3_mtp"), 2, {**sizes, "n_shared_experts": 2})
+
+
+def make_deepseek_v3(directory: Path, mtp_layers: int, sizes: dict[str, Any]) -> Path:
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(13)
+    config = DeepseekV3Config(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=64,
+        initializer_range=0.08,
+        num_nextn_predict_layers=mtp_layers,
+        **sizes,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "mlp.gate." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.e_score_correction_bias = 0.1 * torch.randn(8)  # fp32, as DeepSeek stores it
+    model.save_pretrained(directory)
+    if mtp_layers:
+        add_mtp_layers(directory, config.num_hidden_layers, mtp_layers)
+    return directory
+
+
+def add_mtp_layers(directory: Path, first: int, count: int) -> None:
+    """Layers as DeepSeek stores them, which transformers neither loads nor saves: each like the last decoder layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    hidden = tensors["model.norm.weight"].numel()
+    last = f"model.layers.{first - 1}."
+    likes = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    likes |= {f"{name}.weight": tensors["model.norm.weight"] for name in ("enorm", "hnorm", "shared_head.norm")}
+    likes["eh_proj.weight"] = torch.empty(hidden, 2 * hidden, dtype=torch.bfloat16)
+    for layer in range(first, first + count):
+        for name, like in likes.items():
+            tensors[f"model.layers.{layer}.{name}"] = (0.1 * torch.randn(like.shape)).to(like.dtype)
+        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def live_mla(launch: Launcher, deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+    """What real Megatron ranks exported of the model with latent attention."""
+    return LiveRanks(launch, "live_mla.py", deepseek_v3, tmp_path_factory.mktemp("live_mla"))
+
+
+@pytest.fixture(scope="session")
+def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+    """The same of the model with layers for multi-token prediction."""
+    return LiveRanks(launch, "live_mla.py", deepseek_v3_mtp, tmp_path_factory.mktemp("live_mtp"))
+
+
+@pytest.fixture(scope="session")
 def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
     """What real Megatron ranks exported of the MoE model."""
     return LiveRanks(launch, "live_moe.py", qwen3_moe, tmp_path_factory.mktemp("live_moe"))

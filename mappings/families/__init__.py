@@ -5,11 +5,12 @@ from difflib import get_close_matches
 from typing import Any
 
 from mappings.errors import UnknownArchitectureError
+from mappings.families.deepseek_v3 import DEEPSEEK_V3
 from mappings.families.qwen3 import QWEN3
 from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (QWEN3, QWEN3_MOE)
+FAMILIES: tuple[ModelFamily, ...] = (QWEN3, QWEN3_MOE, DEEPSEEK_V3)
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

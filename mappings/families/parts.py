@@ -42,10 +42,8 @@ MLP = (
     RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_proj.weight"),
 )
 
-HEAD = (
-    ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"),
-    VocabParallelMapping("output_layer.weight", "lm_head.weight"),
-)
+OUTPUT = VocabParallelMapping("output_layer.weight", "lm_head.weight")
+HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"), OUTPUT)
 
 DECODER_SIZES = {
     "num_layers": "num_hidden_layers",
