@@ -45,7 +45,7 @@ _LAYER: tuple[MegatronParamMapping, ...] = (
     parts.ATTENTION_OUTPUT,
     parts.MLP_NORM,
     *parts.MLP,
-    ReplicatedMapping(f"{_MLP}.router.weight", f"{_HF_MLP}.gate.weight"),
+    parts.ROUTER,
     ReplicatedMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.gate.e_score_correction_bias"),
     GatedMLPMapping(
         f"{_MLP}.shared_experts.linear_fc1.weight",
@@ -53,12 +53,7 @@ _LAYER: tuple[MegatronParamMapping, ...] = (
         up=f"{_HF_MLP}.shared_experts.up_proj.weight",
     ),
     RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_experts.down_proj.weight"),
-    GatedMLPMapping(
-        f"{_MLP}.experts.linear_fc1.weight*",
-        gate=f"{_HF_MLP}.experts.*.gate_proj.weight",
-        up=f"{_HF_MLP}.experts.*.up_proj.weight",
-    ),
-    RowParallelMapping(f"{_MLP}.experts.linear_fc2.weight*", f"{_HF_MLP}.experts.*.down_proj.weight"),
+    *parts.ROUTED_EXPERTS,
 )
 
 

@@ -42,6 +42,16 @@ MLP = (
     RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_proj.weight"),
 )
 
+ROUTER = ReplicatedMapping(f"{MEGATRON}.mlp.router.weight", f"{HF}.mlp.gate.weight")
+ROUTED_EXPERTS = (
+    GatedMLPMapping(
+        f"{MEGATRON}.mlp.experts.linear_fc1.weight*",
+        gate=f"{HF}.mlp.experts.*.gate_proj.weight",
+        up=f"{HF}.mlp.experts.*.up_proj.weight",
+    ),
+    RowParallelMapping(f"{MEGATRON}.mlp.experts.linear_fc2.weight*", f"{HF}.mlp.experts.*.down_proj.weight"),
+)
+
 OUTPUT = VocabParallelMapping("output_layer.weight", "lm_head.weight")
 HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"), OUTPUT)
 

@@ -9,10 +9,6 @@ from typing import Any
 
 from mappings.families import parts
 from mappings.family import ModelFamily, look_up
-from mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
-
-_EXPERTS = f"{parts.MEGATRON}.mlp.experts"
-_HF_EXPERTS = f"{parts.HF}.mlp.experts.*"
 
 
 def _experts(hf_config: Mapping[str, Any]) -> Any:
@@ -36,13 +32,8 @@ QWEN3_MOE = ModelFamily(
         parts.ATTENTION_OUTPUT,
         parts.MLP_NORM,
         *parts.MLP,
-        ReplicatedMapping(f"{parts.MEGATRON}.mlp.router.weight", f"{parts.HF}.mlp.gate.weight"),
-        GatedMLPMapping(
-            f"{_EXPERTS}.linear_fc1.weight*",
-            gate=f"{_HF_EXPERTS}.gate_proj.weight",
-            up=f"{_HF_EXPERTS}.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_EXPERTS}.linear_fc2.weight*", f"{_HF_EXPERTS}.down_proj.weight"),
+        parts.ROUTER,
+        *parts.ROUTED_EXPERTS,
         *parts.HEAD,
     ),
     transformer={
