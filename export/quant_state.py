@@ -4,7 +4,7 @@ It is independent of Megatron and of any output format: amax by quantizer name, 
 format its weight quantizer has.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,7 +50,3 @@ class QuantState:
     def input_amax(self, module: str) -> Tensor | None:
         """The per-tensor amax of a module's input."""
         return self.amax.get(module + INPUT_QUANTIZER)
-
-    def modules(self) -> Iterable[str]:
-        """The quantized modules."""
-        return self.formats.keys()
