@@ -103,7 +103,7 @@ def current_ranks() -> Ranks:
     """The ranks of Megatron's parallel state where torch.distributed is initialized, else this process alone."""
     if not dist.is_initialized():
         return LOCAL
-    from bridge.megatron import process_ranks  # here, because Megatron takes many seconds to import
+    from bridge.megatron.groups import process_ranks  # here, because Megatron takes many seconds to import
 
     return process_ranks()
 

@@ -1,20 +1,10 @@
-"""Megatron-Core and ModelOpt: process groups, building a model, loading a checkpoint. The only user of both.
+"""Building a Megatron model of a Hugging Face configuration."""
 
-Megatron's model classes and module paths move between releases (GPTModel is announced as deprecated in favour of
-HybridModel); what has to follow is here.
-"""
-
-import contextlib
 import copy
-import io
-import queue
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -22,52 +12,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
-from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU, enable_cpu
+from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU
 from bridge.hf_config import HFModel
-from bridge.parameters import walk_quantizers
-from bridge.ranks import ProcessRanks, process_group
-from bridge.torch_dist import LATEST, checkpoint_iteration
-from mappings.errors import CheckpointError
-from mappings.ranks import Axis
-
-
-def process_ranks() -> ProcessRanks:
-    """This process among the others, in the groups that Megatron's parallel state holds."""
-    return ProcessRanks(
-        {
-            Axis.TP: parallel_state.get_tensor_model_parallel_group(),
-            Axis.ETP: parallel_state.get_expert_tensor_parallel_group(),
-            Axis.EP: parallel_state.get_expert_model_parallel_group(),
-            Axis.PP: parallel_state.get_pipeline_model_parallel_group(),
-            Axis.DP: parallel_state.get_data_parallel_group(),
-        }
-    )
-
-
-@contextlib.contextmanager
-def distributed(
-    *, tp: int, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None, seed: int = 1234
-) -> Iterator[None]:
-    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in.
-
-    Args:
-        vpp: model chunks of each pipeline rank; None for one chunk, without a virtual pipeline.
-        ep: expert-parallel size. Experts are spread over the ranks that tensor and data parallelism leave or share.
-        etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
-    """
-    enable_cpu()
-    with process_group():
-        parallel_state.initialize_model_parallel(
-            tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
 
 
 def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
@@ -169,48 +116,3 @@ def _with_latent_attention(layer: ModuleSpec, config: MLATransformerConfig) -> M
     if config.q_lora_rank is None:
         layer.submodules.self_attention.module = DirectQueryAttention
     return layer
-
-
-def save_checkpoint(model: GPTModel, path: Path, *, iteration: int) -> Path:
-    """Saves weights and ModelOpt state as Megatron's training does, in `path/iter_NNNNNNN`, and notes it as the latest.
-
-    The save is synchronous. Megatron hands its results over through a manager process, which would start by importing
-    the main program again, for many seconds; a plain queue does the same within the process.
-    """
-    filesystem_async._results_queue = queue.Queue()
-    directory = path / f"iter_{iteration:07d}"
-    directory.mkdir(parents=True, exist_ok=True)
-    ranks = process_ranks()
-    ranks.all_gather_object(Axis.WORLD, None)
-    state = {"iteration": iteration, "checkpoint_version": 3.0, "model": model.sharded_state_dict()}
-    dist_checkpointing.save(state, str(directory))
-    save_sharded_modelopt_state([model], directory)
-    if ranks.rank(Axis.WORLD) == 0:
-        (path / LATEST).write_text(str(iteration))
-    ranks.all_gather_object(Axis.WORLD, None)
-    return directory
-
-
-def load_checkpoint(model: GPTModel, path: Path) -> None:
-    """Loads weights and ModelOpt state of a Megatron distributed checkpoint into a freshly built model.
-
-    Raises:
-        CheckpointError: no checkpoint, or one that does not fit the model.
-    """
-    directory = checkpoint_iteration(path)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
-            restore_sharded_modelopt_state([model], directory)
-    except ValueError as error:
-        raise CheckpointError(
-            f"ModelOpt cannot restore the quantizers of {directory}: {error}\n"
-            "A model of experts that are a module each has quantizers at TP=1 or at EP=1: export it at TP=1 or EP=1"
-        ) from error
-    for quantizer in walk_quantizers([model]):  # ModelOpt makes the buffers in the model's dtype, and would round here
-        if getattr(quantizer.module, "_amax", None) is not None:
-            quantizer.module._amax = quantizer.module._amax.float()
-    try:
-        state: dict[str, Any] = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory))
-        model.load_state_dict(state["model"])
-    except Exception as error:
-        raise CheckpointError(f"{directory} does not fit the model: {error}") from error
