@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-gpu lint golden bench-traffic clean
+.PHONY: setup demo test test-gpu parity lint golden bench-traffic clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ test: setup
 # On a machine with CUDA.
 test-gpu: setup
 	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
+
+# Logits of every family in transformers and in Megatron: the table of README.md.
+parity: setup
+	PYTHONPATH=. $(BIN)/python tests/parity.py
 
 # What the ranks of an export move, beside the naive way: the table of benchmarks/README.md.
 bench-traffic: setup

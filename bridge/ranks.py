@@ -84,7 +84,13 @@ def world_rank() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The default process group, under `torchrun` or of this process alone: NCCL with CUDA, else gloo."""
+    """The default process group, under `torchrun` or of this process alone: NCCL with CUDA, else gloo.
+
+    The one that there is already, inside another `process_group`.
+    """
+    if dist.is_initialized():
+        yield
+        return
     cuda = torch.cuda.is_available()
     backend = "nccl" if cuda else "gloo"
     if cuda:

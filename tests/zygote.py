@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import traceback
@@ -40,17 +41,25 @@ def serve() -> None:
 
 
 def _run(argv: list[str], processes: int, log: str) -> int:
-    """Forks the ranks, waits for all, and gives the first exit status that is not 0."""
+    """Forks the ranks and waits for all; the first that fails gives the status and ends the others, who wait for it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    children = []
+    children = set[int]()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
             _become_rank(argv, rank, processes, port, log)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return next((status for status in statuses if status), 0)
+        children.add(child)
+    failure = 0
+    while children:
+        child, wait_status = os.wait()
+        children.discard(child)
+        failed = os.waitstatus_to_exitcode(wait_status)
+        if failed and not failure:
+            failure = failed
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return failure
 
 
 def _become_rank(argv: list[str], rank: int, processes: int, port: str, log: str) -> None:

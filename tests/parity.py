@@ -1,0 +1,97 @@
+"""Every family on both sides: transformers' logits against Megatron's, and the weights there and back.
+
+`make parity` runs this file as a program, which prints the table and writes it into the root README.md.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, WORKERS, Launcher, tensors_in
+from tiny_models import TINY_MODELS, save_tiny_model
+
+README = ROOT / "README.md"
+_TABLE = re.compile(r"(<!-- parity -->\n).*?(<!-- /parity -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one mesh, and what its ranks found."""
+
+    model: str
+    sizes: dict[str, int]
+    hf: Path
+    found: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{axis.upper()}={size}" for axis, size in self.sizes.items() if size > 1) or "one process"
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether the exported tensors are the source's: the same names, the same bits."""
+        return not self.found["changed"] and self.found["exported"] == sorted(tensors_in(self.hf))
+
+
+def processes(sizes: dict[str, int]) -> int:
+    """How many a mesh needs."""
+    return max(sizes["tp"] * sizes.get("pp", 1), sizes.get("ep", 1))
+
+
+def run_parity(launch: Launcher, root: Path) -> list[Case]:
+    """All models of the table at all their meshes: one launch for each number of processes."""
+    planned: list[tuple[str, dict[str, int]]] = []
+    for number, (name, tiny) in enumerate(TINY_MODELS.items()):
+        if not tiny.unbuildable:
+            save_tiny_model(tiny, root / str(number))
+            planned += [(name, dict(sizes)) for sizes in tiny.meshes]
+    directories = {name: root / str(number) for number, name in enumerate(TINY_MODELS)}
+    cases: list[Case] = []
+    for count in sorted({processes(sizes) for _, sizes in planned}):
+        chosen = [(name, sizes) for name, sizes in planned if processes(sizes) == count]
+        out = root / f"found_{count}.json"
+        work = json.dumps([{"hf": str(directories[name]), "sizes": sizes} for name, sizes in chosen])
+        launch(WORKERS / "live_parity.py", work, out, processes=count)
+        results = json.loads(out.read_text())
+        cases += [
+            Case(name, sizes, directories[name], found) for (name, sizes), found in zip(chosen, results, strict=True)
+        ]
+    return cases
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Markdown: a row for each model, the worst of its meshes."""
+    return "\n".join(_rows(cases)) + "\n"
+
+
+def _rows(cases: Sequence[Case]) -> Iterator[str]:
+    yield "| tiny model | meshes | logits: relative error | largest | weights there and back |"
+    yield "|---|---|---:|---:|---|"
+    for name, tiny in TINY_MODELS.items():
+        mine = [case for case in cases if case.model == name]
+        if tiny.unbuildable:
+            yield f"| {name} | names and shapes only: {tiny.unbuildable} | | | |"
+            continue
+        relative, largest = (max(case.found["logits"][kind] for case in mine) for kind in ("relative", "largest"))
+        same = "equal" if all(case.same_weights for case in mine) else "**differ**"
+        yield f"| {name} | {', '.join(case.label for case in mine)} | {relative:.0e} | {largest:.0e} | {same} |"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        (logs := Path(directory) / "logs").mkdir()
+        launcher = Launcher(logs)
+        try:
+            found = table(run_parity(launcher, Path(directory)))
+        finally:
+            launcher.close()
+    print(found)
+    README.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Published models at their full size, on the meta device: the names of each family close on those of transformers.
+
+`configs/` holds config.json as published. What a family would write for it is derived from the names that checkpoints
+have: each must lead to a Megatron parameter, and all these parameters together must write exactly those names.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from torch import Tensor
+
+from bridge.hf_config import HFModel
+from mappings.families import FAMILIES, family_of
+from mappings.mapping import MegatronParamMapping
+
+CONFIGS = Path(__file__).parent / "configs"
+PARAMETERS = {  # of the model cards, to the last one where they give it, else rounded
+    "DeepSeek-V3": "671B",
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Mixtral-8x7B": 46_702_792_704,
+    "OLMoE-1B-7B": 6_919_161_856,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen3-8B": 8_190_735_360,
+}
+
+
+def published(name: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text()))
+
+
+def checkpoint_of(config: Any) -> dict[str, Tensor]:
+    """Meta tensors under the names that transformers' `save_pretrained` would give them.
+
+    In memory transformers packs the experts of a layer and has names of its own; its published conversion undoes both.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
+def hf_model(config: Any) -> HFModel:
+    fields = config.to_dict()
+    return HFModel(Path(), fields, fields, family_of(fields))
+
+
+def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
+    """Every name leads to a Megatron parameter, and those write exactly the names.
+
+    Shapes for one parameter of each kind: layers and experts of a kind are alike.
+    """
+    shapes = {_kind(name): tensor.shape for name, tensor in tensors.items()}
+    assert all(tensor.shape == shapes[_kind(name)] for name, tensor in tensors.items())
+    found = {name: hf.registry.hf_to_megatron_lookup(name) for name in tensors}
+    assert not [name for name, mapping in found.items() if mapping is None]
+    written: list[str] = []
+    examples: dict[str, MegatronParamMapping] = {}
+    for name in {mapping.megatron_param for mapping in found.values() if mapping is not None}:
+        mapping = hf.registry.megatron_to_hf_lookup(name)
+        assert mapping is not None, name
+        written += mapping.targets
+        examples[_kind(name)] = mapping
+    assert sorted(written) == sorted(tensors)
+    sizes = SimpleNamespace(**hf.family.transformer_config(hf.config), vocab_size=hf.config["vocab_size"])
+    for mapping in examples.values():
+        joined = mapping.join([mapping.split(tensors, sizes, 0, 1)], sizes)
+        assert {name: tensor.shape for name, tensor in joined.items()} == {
+            name: tensors[name].shape for name in mapping.targets
+        }
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_a_published_model(name: str) -> None:
+    config = published(name)
+    tensors = checkpoint_of(config)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    known = PARAMETERS[name]
+    assert known == (f"{count / 1e9:.0f}B" if isinstance(known, str) else count)
+    hf = hf_model(config)
+    assert_names_close(hf, tensors | _mtp_layers(hf, tensors))
+
+
+def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers after the last, which DeepSeek's files hold and transformers does not build."""
+    first, count = hf.config["num_hidden_layers"], hf.config.get("num_nextn_predict_layers", 0)
+    last = f"model.layers.{first - 1}."
+    inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]
+    inner |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), norm)
+    inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)
+    inner["embed_tokens.weight"] = inner["shared_head.head.weight"] = tensors["model.embed_tokens.weight"]
+    return {f"model.layers.{first + n}.{name}": tensor for n in range(count) for name, tensor in inner.items()}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_tiny_model(name: str) -> None:
+    config = TINY_MODELS[name].make()
+    assert_names_close(hf_model(config), checkpoint_of(config))
+
+
+def test_every_family_is_here() -> None:
+    known = {path.stem for path in CONFIGS.iterdir()}
+    assert known == PARAMETERS.keys()
+    configs = [json.loads((CONFIGS / f"{name}.json").read_text()) for name in known]
+    models = {architecture for config in configs for architecture in config["architectures"]}
+    tiny = {architecture for model in TINY_MODELS.values() for architecture in model.make().architectures}
+    for family in FAMILIES:
+        assert set(family.architectures) <= models, f"tests/configs has no published model of {family.architectures}"
+        assert set(family.architectures) <= tiny, f"tiny_models.py has no row for {family.architectures}"

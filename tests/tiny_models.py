@@ -1,0 +1,122 @@
+"""One tiny model of each family: what `parity.py` builds on both sides. A new family adds a row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 131,  # odd, so that TP=2 must pad it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.08,
+}
+DENSE: tuple[Mapping[str, int], ...] = ({"tp": 1}, {"tp": 2})
+MOE: tuple[Mapping[str, int], ...] = (*DENSE, {"tp": 1, "ep": 2})
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A row of the table.
+
+    Args:
+        make: the configuration; imports transformers, which takes seconds, when called.
+        meshes: parallel sizes to build it at, as `megatron.distributed` takes them; they need one or two processes.
+        unbuildable: why Megatron cannot build it on a CPU; then its names and shapes are all that is tested.
+        prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
+    """
+
+    make: Callable[[], "PreTrainedConfig"]
+    meshes: tuple[Mapping[str, int], ...] = DENSE
+    unbuildable: str = ""
+    prepare: Callable[[Any], None] = field(default=lambda model: None)
+
+
+def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"]:
+    """Makes the configuration of an architecture, with `SIZES` and then `changes`."""
+
+    def make() -> "PreTrainedConfig":
+        import transformers
+
+        kind = getattr(transformers, architecture).config_class
+        made: PreTrainedConfig = kind(**{**SIZES, "architectures": [architecture], **changes})
+        return made
+
+    return make
+
+
+def _deepseek_biases(model: Any) -> None:
+    import torch
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.e_score_correction_bias = 0.1 * torch.randn(8)
+
+
+TINY_MODELS: dict[str, TinyModel] = {
+    "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
+    "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
+    "Qwen3-MoE": TinyModel(
+        config(
+            "Qwen3MoeForCausalLM",
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        ),
+        MOE,
+    ),
+    "DeepSeek-V3": TinyModel(
+        config(
+            "DeepseekV3ForCausalLM",
+            num_key_value_heads=4,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            num_nextn_predict_layers=0,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        ),
+        MOE,
+        prepare=_deepseek_biases,
+    ),
+}
+
+
+def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
+    """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes.
+
+    Norms and biases are random too: at 1 and 0, where they start, one that is left out would not show. Routers choose
+    by a wide margin, so that a last bit of difference does not change which experts are chosen.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from workers.model import TOKENS
+
+    torch.manual_seed(17)
+    model = AutoModelForCausalLM.from_config(tiny.make(), dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias") or ".gate." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    tiny.prepare(model)
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        torch.save(model(TOKENS).logits, directory / "logits.pt")
