@@ -82,6 +82,8 @@ def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int =
         reasons.append((width % tp, f"TP={tp} does not divide the MLP width of {width}"))
     if experts:
         reasons += _expert_reasons(experts, sizes["moe_ffn_hidden_size"], world=world, pp=pp, ep=ep, etp=etp or tp)
+        shared = sizes.get("moe_shared_expert_intermediate_size") or 0
+        reasons.append((shared % tp, f"TP={tp} does not divide the shared experts' width of {shared}"))
     else:
         reasons.append((ep > 1, f"EP={ep} needs experts, and the model has none"))
     found = [reason for wrong, reason in reasons if wrong]

@@ -26,6 +26,7 @@ class ModelFamily:
         constants: `TransformerConfig` fields that are the same for every member of the family.
         derived: Hugging Face config → further `TransformerConfig` fields, where it depends on the model which ones.
         exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
+        norm_over_all_heads: the query and key norms see all heads of a token together; Megatron's see one.
     """
 
     architectures: tuple[str, ...]
@@ -35,6 +36,7 @@ class ModelFamily:
     constants: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf_config: {}
     exceptions: Callable[[Mapping[str, Any]], Iterable[MegatronParamMapping]] = lambda hf_config: ()
+    norm_over_all_heads: bool = False
 
     @cached_property
     def registry(self) -> MappingRegistry:
@@ -79,3 +81,14 @@ def look_up(hf_config: Mapping[str, Any], path: str) -> Any:
             raise UsageError(f"the Hugging Face config has no {path!r}, which {hf_config.get('architectures')} needs")
         value = value[key]
     return value
+
+
+def require(hf_config: Mapping[str, Any], **values: Any) -> None:
+    """Checks that each field, where the config has it, is the one value that Megatron's layers compute.
+
+    Raises:
+        UsageError: some are not; names them.
+    """
+    wrong = [f"{name}={hf_config[name]!r}" for name, value in values.items() if hf_config.get(name, value) != value]
+    if wrong:
+        raise UsageError(f"{hf_config.get('architectures')} with {', '.join(wrong)} has no equal in Megatron's layers")

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY_MODELS
+from tiny_models import LLAMA3, TINY_MODELS, YARN
 from torch import Tensor
 
-from bridge.hf_config import HFModel
+from bridge.hf_config import HFModel, check_parallel_sizes
+from mappings.errors import UsageError
 from mappings.families import FAMILIES, family_of
 from mappings.mapping import MegatronParamMapping
 
@@ -87,7 +88,8 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    """The name without its numbers of layers and experts."""
+    return re.sub(r"\.\d+\.|\d+$", ".*.", name)
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
@@ -117,6 +119,37 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def test_a_tiny_model(name: str) -> None:
     config = TINY_MODELS[name].make()
     assert_names_close(hf_model(config), checkpoint_of(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Llama-3.1-8B", {"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}}, "scales only as rope_type 'llama3'"),
+        ("Qwen2.5-7B", {"rope_parameters": YARN}, "scales only as rope_type 'llama3'"),
+        ("Qwen2.5-7B", {"use_sliding_window": True}, "Qwen2ForCausalLM.* with use_sliding_window=True has no equal"),
+        ("Llama-2-7B", {"attention_bias": True, "hidden_act": "gelu"}, "with hidden_act='gelu', attention_bias=True"),
+        ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ],
+)
+def test_what_megatron_does_not_compute_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    hf = hf_model(published(name))
+    with pytest.raises(UsageError, match=message):
+        hf.family.transformer_config({**hf.config, **changes})
+        hf.family.model_arguments({**hf.config, **changes})
+
+
+def test_llama_3_scales_its_rotary_embedding() -> None:
+    hf = hf_model(published("Llama-3.2-1B"))
+    arguments = hf.family.model_arguments(hf.config)
+    assert (arguments["rope_scaling"], arguments["rope_scaling_factor"]) == (True, 32.0)
+    assert hf.family.model_arguments({**hf.config, "rope_parameters": {"rope_theta": 1e4}})["rope_scaling"] is False
+
+
+def test_tensor_parallelism_must_divide_shared_experts() -> None:
+    hf = hf_model(published("DeepSeek-V3"))
+    narrow = {**hf.config, "moe_intermediate_size": 2047}
+    with pytest.raises(UsageError, match="TP=2 does not divide the shared experts' width of 2047"):
+        check_parallel_sizes(HFModel(hf.directory, narrow, narrow, hf.family), world=2, tp=2, pp=1, etp=1)
 
 
 def test_every_family_is_here() -> None:

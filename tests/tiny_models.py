@@ -21,6 +21,14 @@ SIZES: Mapping[str, Any] = {
 DENSE: tuple[Mapping[str, int], ...] = ({"tp": 1}, {"tp": 2})
 MOE: tuple[Mapping[str, int], ...] = (*DENSE, {"tp": 1, "ep": 2})
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,  # 500,000 in Llama: here, that scaling shows at all on 32 tokens
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,12 @@ def _deepseek_biases(model: Any) -> None:
 
 
 TINY_MODELS: dict[str, TinyModel] = {
+    "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
+    "Llama 3, tied": TinyModel(
+        config("LlamaForCausalLM", rope_parameters=LLAMA3, max_position_embeddings=16384, tie_word_embeddings=True)
+    ),
+    "Mistral, window of 5": TinyModel(config("MistralForCausalLM", sliding_window=5)),
+    "Qwen2.5": TinyModel(config("Qwen2ForCausalLM")),
     "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
     "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
     "Qwen3-MoE": TinyModel(
@@ -73,6 +87,11 @@ TINY_MODELS: dict[str, TinyModel] = {
             moe_intermediate_size=32,
             norm_topk_prob=True,
         ),
+        MOE,
+    ),
+    "Mixtral": TinyModel(config("MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2), MOE),
+    "OLMoE": TinyModel(
+        config("OlmoeForCausalLM", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False),
         MOE,
     ),
     "DeepSeek-V3": TinyModel(

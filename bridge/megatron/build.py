@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU
 from bridge.hf_config import HFModel
+from bridge.megatron.norms import with_norms_over_all_heads
 
 
 def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
@@ -93,6 +94,8 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
     )
     if config.multi_latent_attention:
         layers.layer_specs = [_with_latent_attention(layer, config) for layer in layers.layer_specs]
+    if hf.family.norm_over_all_heads:
+        layers.layer_specs = [with_norms_over_all_heads(layer) for layer in layers.layer_specs]
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=vp_stage)

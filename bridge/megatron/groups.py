@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions import fused_softmax
 
 from bridge.cpu import enable_cpu
 from bridge.ranks import ProcessRanks, process_group
@@ -36,6 +37,8 @@ def distributed(
         etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
     """
     enable_cpu()
+    if not torch.cuda.is_available():
+        fused_softmax.get_sliding_window_causal_mask = _sliding_window_mask
     with process_group():
         parallel_state.initialize_model_parallel(
             tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
@@ -46,3 +49,9 @@ def distributed(
             yield
         finally:
             parallel_state.destroy_model_parallel()
+
+
+def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """`[queries, keys]`, True where a key is hidden: as Megatron's, which always makes it on a GPU."""
+    distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+    return (distance < -window[0]) | (distance > window[1])

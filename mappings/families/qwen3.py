@@ -15,6 +15,7 @@ QWEN3 = ModelFamily(
         *parts.HEAD,
     ),
     transformer=parts.DECODER_SIZES,
-    model=parts.MODEL_ARGUMENTS,
+    derived=parts.plain_decoder,
+    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants={**parts.GATED_RMSNORM_DECODER, "qk_layernorm": True},
 )

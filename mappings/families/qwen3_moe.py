@@ -1,8 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, and in place of the MLP a softmax router with gated experts; some layers may be dense.
-
-The router takes the top k of the softmax over all experts. `norm_topk_prob` divides those by their sum, which is the
-softmax over the chosen logits alone: Megatron's default, and the opposite of its `moe_router_pre_softmax`.
-"""
+"""Qwen3-MoE: Qwen3's attention, and in place of the MLP a softmax router with gated experts; a layer may be dense."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,13 +38,9 @@ QWEN3_MOE = ModelFamily(
         "moe_layer_freq": _moe_layers,
         "moe_ffn_hidden_size": "moe_intermediate_size",
         "moe_router_topk": "num_experts_per_tok",
-        "moe_router_pre_softmax": lambda hf_config: not hf_config["norm_topk_prob"],
+        "moe_router_pre_softmax": parts.softmax_over_all,
     },
-    model=parts.MODEL_ARGUMENTS,
-    constants={
-        **parts.GATED_RMSNORM_DECODER,
-        "qk_layernorm": True,
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-    },
+    derived=parts.plain_decoder,
+    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
+    constants={**parts.GATED_RMSNORM_DECODER, **parts.SOFTMAX_ROUTER, "qk_layernorm": True},
 )
