@@ -1,7 +1,8 @@
-"""Published models at their full size, on the meta device: the names of each family close on those of transformers.
+"""Published models at their full size, on the meta device: an export has the names and shapes of transformers' files.
 
-`configs/` holds config.json as published. What a family would write for it is derived from the names that checkpoints
-have: each must lead to a Megatron parameter, and all these parameters together must write exactly those names.
+`configs/` holds config.json as published. Once from Hugging Face's side: each name of a checkpoint must lead to a
+Megatron parameter, and all these parameters together must write exactly those names. And once from Megatron's: what an
+export of the real model, built at that size, plans to write.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WORKERS, Launcher
 from tiny_models import LLAMA3, TINY_MODELS, YARN
 from torch import Tensor
 
@@ -92,15 +94,25 @@ def _kind(name: str) -> str:
     return re.sub(r"\.\d+\.|\d+$", ".*.", name)
 
 
+@pytest.fixture(scope="module")
+def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
+    """What exports of live Megatron models would write: model → name → shape."""
+    out = tmp_path_factory.mktemp("published") / "plans.json"
+    launch(WORKERS / "live_published.py", CONFIGS, out)
+    planned: dict[str, dict[str, list[int]]] = json.loads(out.read_text())
+    return planned
+
+
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
-def test_a_published_model(name: str) -> None:
-    config = published(name)
-    tensors = checkpoint_of(config)
+def test_a_published_model(name: str, plans: dict[str, dict[str, list[int]]]) -> None:
+    hf = hf_model(published(name))
+    tensors = checkpoint_of(published(name))
     count = sum(tensor.numel() for tensor in tensors.values())
     known = PARAMETERS[name]
     assert known == (f"{count / 1e9:.0f}B" if isinstance(known, str) else count)
-    hf = hf_model(config)
-    assert_names_close(hf, tensors | _mtp_layers(hf, tensors))
+    tensors |= _mtp_layers(hf, tensors)
+    assert_names_close(hf, tensors)
+    assert plans[name] == {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

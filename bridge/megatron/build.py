@@ -18,20 +18,23 @@ from bridge.hf_config import HFModel
 from bridge.megatron.norms import with_norms_over_all_heads
 
 
-def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
-    """A freshly initialized Megatron model of a Hugging Face configuration: this rank's shards.
+def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16, initialize: bool = True) -> GPTModel:
+    """A new Megatron model of a Hugging Face configuration: this rank's shards.
 
     Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does. Experts are a module
     each (SequentialMLP) and their tokens travel by all-gather, for the same reason.
+
+    Args:
+        initialize: give the weights random values; without it they are whatever their memory holds.
     """
-    (model,) = build_chunks(hf, dtype=dtype)
+    (model,) = build_chunks(hf, dtype=dtype, initialize=initialize)
     return model
 
 
-def build_chunks(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16) -> list[GPTModel]:
+def build_chunks(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16, initialize: bool = True) -> list[GPTModel]:
     """As `build_model`: the chunks of this rank in the order of the virtual pipeline, one where there is none."""
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    config = _transformer_config(hf, dtype)
+    config = _transformer_config(hf, dtype, initialize)
     stages = [None] if chunks is None else range(chunks)
     return [_keep_biases(_build_chunk(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
 
@@ -64,12 +67,13 @@ class DirectQueryAttention(MLASelfAttention):  # type: ignore[misc]  # Megatron 
         return {"q_layernorm": IdentityOp, **{name: getattr(submodules, name) for name in names}}
 
 
-def _transformer_config(hf: HFModel, dtype: torch.dtype) -> TransformerConfig:
+def _transformer_config(hf: HFModel, dtype: torch.dtype, initialize: bool) -> TransformerConfig:
     fields = hf.family.transformer_config(hf.config)
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     return kind(
         **fields,
         transformer_impl="local",
+        perform_initialization=initialize,
         activation_func=torch.nn.functional.silu,
         init_method_std=hf.config.get("initializer_range", 0.02),
         hidden_dropout=0.0,
