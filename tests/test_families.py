@@ -24,8 +24,9 @@ from mappings.families import FAMILIES, family_of
 from mappings.mapping import MegatronParamMapping
 
 CONFIGS = Path(__file__).parent / "configs"
-PARAMETERS = {  # of the model cards, to the last one where they give it, else rounded
+PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
     "DeepSeek-V3": "671B",
+    "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,

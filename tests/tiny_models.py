@@ -61,7 +61,7 @@ def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"
     return make
 
 
-def _deepseek_biases(model: Any) -> None:
+def _expert_biases(model: Any) -> None:
     import torch
 
     for name, module in model.named_modules():
@@ -113,7 +113,22 @@ TINY_MODELS: dict[str, TinyModel] = {
             rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
         ),
         MOE,
-        prepare=_deepseek_biases,
+        prepare=_expert_biases,
+    ),
+    "GLM-4.5": TinyModel(
+        config(
+            "Glm4MoeForCausalLM",
+            head_dim=32,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            attention_bias=True,
+            use_qk_norm=True,
+            num_nextn_predict_layers=0,
+        ),
+        MOE,
+        prepare=_expert_biases,
     ),
 }
 
