@@ -21,10 +21,12 @@ from export.finalizer import Bundle, Finalizer
 from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
 from export.schemes import find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output
 from mappings.errors import CheckpointError, listing
+from mappings.names import is_routed_expert
 from mappings.ranks import Axis, Ranks
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"  # in Megatron's names
@@ -104,7 +106,7 @@ class AutoBridge:
             replace(each, name=_EMBEDDING) if self._tied and each.name == _OUTPUT else each
             for each in walk_parameters(chunks)
         ]
-        with SafetensorsCheckpoint(self.hf.directory) as checkpoint:
+        with SafetensorsCheckpoint(self.hf.directory, self.hf.family.packed_experts) as checkpoint:
             config = self._module_config(chunks)
             fill_parameters(parameters, checkpoint.read, self.hf.registry, config, self._ranks())
 
@@ -150,13 +152,22 @@ class AutoBridge:
         state = self._collect_scalars(chunks) if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, chosen, state, missing=missing_policy(missing_amax))
-        layout = plan_layout(finalizer.output_specs, max_shard_bytes)
+        any_quantized = any(map(is_routed_expert, finalizer.quantized))
+        packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self.hf.family.packed_experts)
+        layout = plan_layout(packer.specs, max_shard_bytes)
         self._warn(state, finalizer.filled)
         if not dry_run:
-            self._write(self._stream(held, plan, config), finalizer, layout, StagedDirectory(target))
+            self._write(self._stream(held, plan, config), finalizer, packer, layout, StagedDirectory(target))
         return ExportReport(scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
 
-    def _write(self, bundles: Iterator[Bundle], finalizer: Finalizer, layout: Layout, staged: StagedDirectory) -> None:
+    def _write(
+        self,
+        bundles: Iterator[Bundle],
+        finalizer: Finalizer,
+        packer: ExpertPacker,
+        layout: Layout,
+        staged: StagedDirectory,
+    ) -> None:
         ranks = self._ranks()
         first = ranks.rank(Axis.WORLD) == 0
         try:
@@ -167,8 +178,8 @@ class AutoBridge:
             writer = ShardWriter(staged.path, layout)
             try:
                 for bundle in bundles:
-                    for name, tensor in finalizer.finalize(bundle):
-                        writer.write(name, tensor)
+                    for name, part, tensor in packer.pack(dict(finalizer.finalize(bundle))):
+                        writer.write(name, tensor, part)
             finally:
                 writer.close()
             _barrier(ranks)

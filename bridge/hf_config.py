@@ -84,6 +84,8 @@ def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int =
         reasons += _expert_reasons(experts, sizes["moe_ffn_hidden_size"], world=world, pp=pp, ep=ep, etp=etp or tp)
         shared = sizes.get("moe_shared_expert_intermediate_size") or 0
         reasons.append((shared % tp, f"TP={tp} does not divide the shared experts' width of {shared}"))
+        biased = sizes.get("add_bias_linear") and (etp or tp) > 1
+        reasons.append((biased, f"ETP={etp or tp} and experts with biases, which Megatron has at ETP=1 only"))
     else:
         reasons.append((ep > 1, f"EP={ep} needs experts, and the model has none"))
     found = [reason for wrong, reason in reasons if wrong]

@@ -13,17 +13,22 @@ from torch import Tensor
 from export.metadata import INDEX_FILE
 from export.packed_experts import packed_source
 from mappings.errors import CheckpointError, listing
+from mappings.family import PackedExperts
 
 
 class SafetensorsCheckpoint:
     """The tensors of a directory, by name; files are opened when first needed and closed with the context.
 
+    Args:
+        packed: how the files hold experts where they are packed.
+
     Raises:
         CheckpointError: no safetensors files, or an index that names files which are not there.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, packed: PackedExperts | None = None) -> None:
         self.directory = directory
+        self._packed = packed or PackedExperts()
         self._open_files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -46,18 +51,25 @@ class SafetensorsCheckpoint:
         return dict.fromkeys(self._file(files[0]).keys(), files[0])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU; an expert's weight also where the experts are packed.
+        """One tensor, on the CPU; an expert's also where the experts are packed.
 
         Raises:
             CheckpointError: there is no such tensor.
         """
-        if name not in self.weight_map:
-            packed = packed_source(name)
-            if packed is None or packed.name not in self.weight_map:
-                raise CheckpointError(f"{self.directory} has no tensor {name}")
-            return packed.cut(self._file(self.weight_map[packed.name]).get_slice(packed.name)[packed.expert])
-        tensor: Tensor = self._file(self.weight_map[name]).get_tensor(name)
-        return tensor
+        if name in self.weight_map:
+            tensor: Tensor = self._file(self.weight_map[name]).get_tensor(name)
+            return tensor
+        source = packed_source(name, self._packed)
+        if source is not None and source.name in self.weight_map:
+            return source.cut(self._part(source.name, source.expert))
+        if source is not None and f"{source.name}_blocks" in self.weight_map:
+            blocks, scales = (self._part(source.name + suffix, source.expert) for suffix in ("_blocks", "_scales"))
+            return source.cut_mxfp4(blocks, scales)
+        raise CheckpointError(f"{self.directory} has no tensor {name}")
+
+    def _part(self, name: str, index: int) -> Tensor:
+        part: Tensor = self._file(self.weight_map[name]).get_slice(name)[index]
+        return part
 
     def _file(self, name: str) -> Any:
         if name not in self._open_files:

@@ -1,49 +1,130 @@
-"""Hugging Face's packed experts: all experts of a layer as one 3-D tensor, taken apart into the 2-D names engines load.
+"""Hugging Face's packed experts: all experts of a layer as one tensor, in place of the 2-D weights that engines load.
 
-experts.gate_up_proj   [experts, 2 · ffn, hidden]   gate rows, then up rows
-experts.down_proj      [experts, hidden, ffn]
+experts.{e}.gate_proj.weight, experts.{e}.up_proj.weight   [ffn, hidden]   in experts.gate_up_proj
+experts.{e}.down_proj.weight                               [hidden, ffn]   in experts.down_proj
+
+The rest of the program knows experts one by one. Reading cuts them out of a packed tensor where a file has one, also
+out of the MXFP4 that GPT-OSS is published in. `ExpertPacker` is the way back, for families whose plain files hold no
+other form: each expert is written into its part of the packed tensor, by whichever rank has it.
+
+What a packed tensor looks like differs: see `mappings.family.PackedExperts`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from mappings.errors import MappingError
+from mappings.family import PackedExperts
+from mappings.tensors import TensorSpec
+
 _PACKED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?")
-_SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None)}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSource:
-    """Where one expert's weight lies in a packed tensor.
+    """Where one expert's tensor lies in a packed tensor.
 
     Args:
         name: of the packed tensor.
         expert: index along its first dim.
         half: 0 for gate, 1 for up, None for all of it.
+        layout: of the packed tensor.
     """
 
     name: str
     expert: int
     half: int | None
+    layout: PackedExperts
 
-    def cut(self, expert: Tensor) -> Tensor:
-        """The weight, from the 2-D slice of its expert."""
+    def cut(self, part: Tensor) -> Tensor:
+        """The expert's tensor, `[out, in]` or a bias `[out]`, from the expert's part of the packed tensor."""
+        rows = part.t() if self.layout.transposed else part
         if self.half is None:
-            return expert
-        rows = _half(expert, self.name)
-        return expert[self.half * rows : (self.half + 1) * rows]
+            return rows
+        if self.layout.interleaved:
+            return rows[self.half :: 2]
+        length = _half(rows, self.name)
+        return rows[self.half * length : (self.half + 1) * length]
+
+    def cut_mxfp4(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        """The same from the expert's part in MXFP4, outputs first whatever the layout; exact in bf16.
+
+        Args:
+            blocks: uint8 `[out, in/32, 16]`, two e2m1 values a byte, the even column in the low nibble.
+            scales: uint8 `[out, in/32]`, a block's exponent plus 127.
+        """
+        values = torch.tensor(_E2M1 + tuple(-value for value in _E2M1))
+        codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).flatten(-2)
+        rows = torch.ldexp(values[codes.int()], scales.int().unsqueeze(-1) - 127).flatten(1).bfloat16()
+        return self.cut(rows.t() if self.layout.transposed else rows)
 
 
-def packed_source(name: str) -> PackedSource | None:
-    """The packed tensor that would hold an expert's 2-D weight, None for other names."""
+def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
+    """The packed tensor that would hold an expert's weight or bias, None for other names."""
     found = _SINGLE.fullmatch(name)
     if found is None:
         return None
     packed, half = _HALVES[found[3]]
-    return PackedSource(f"{found[1]}.{packed}", int(found[2]), half)
+    return PackedSource(f"{found[1]}.{packed}{'_bias' * (found[4] == 'bias')}", int(found[2]), half, layout)
+
+
+class Written(NamedTuple):
+    """A tensor on its way to the disk: the planned tensor's name, and which part along its first dim, None for all."""
+
+    name: str
+    part: int | None
+    tensor: Tensor
+
+
+class ExpertPacker:
+    """Puts experts into packed tensors; other tensors pass unchanged.
+
+    Args:
+        specs: everything that will come, by name.
+        layout: of the packed tensors; None to pack nothing.
+
+    Raises:
+        MappingError: experts of one layer differ in shape, or some are missing.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], layout: PackedExperts | None) -> None:
+        self._layout = layout
+        self.specs: dict[str, TensorSpec] = {}
+        parts: dict[str, dict[int, TensorSpec]] = {}
+        for name, part, tensor in self.pack({name: spec.meta() for name, spec in specs.items()}):
+            if part is None:
+                self.specs[name] = specs[name]
+            else:
+                parts.setdefault(name, {})[part] = TensorSpec.of(tensor)
+        for name, experts in parts.items():
+            first, *others = set(experts.values())
+            if others or set(experts) != set(range(len(experts))):
+                raise MappingError(f"{name} cannot be packed of experts {sorted(experts)}, {first}, {others}")
+            self.specs[name] = TensorSpec((len(experts), *first.shape), first.dtype)
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Iterator[Written]:
+        """What is written for tensors that come together; gate and up of an expert do."""
+        for name, tensor in tensors.items():
+            source = packed_source(name, self._layout) if self._layout else None
+            if source is None:
+                yield Written(name, None, tensor)
+            elif source.half is None:
+                yield self._part(source, tensor)
+            elif source.half == 0:
+                yield self._part(source, tensor, tensors[name.replace(".gate_proj.", ".up_proj.")])
+
+    def _part(self, source: PackedSource, *halves: Tensor) -> Written:
+        """The inverse of `PackedSource.cut`, on all halves at once."""
+        rows = torch.stack(halves, dim=1).flatten(0, 1) if source.layout.interleaved else torch.cat(halves)
+        return Written(source.name, source.expert, rows.t() if source.layout.transposed else rows)
 
 
 def split_fused_moe_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,17 +76,24 @@ class ShardWriter:
         self._shard_of: Mapping[str, Shard] = {name: shard for shard in layout.shards for name in shard.specs}
         self._files: dict[str, int] = {}
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, part: int | None = None) -> None:
         """Writes one tensor.
+
+        Args:
+            part: the index along the first dim of the planned tensor, where this one is only that part of it.
 
         Raises:
             ValueError: the tensor is not the planned one; a fault of the program, not of the user.
         """
         shard = self._shard_of[name]
-        if TensorSpec.of(tensor) != shard.specs[name]:
-            raise ValueError(f"{name}: planned {shard.specs[name]}, given {TensorSpec.of(tensor)}")
+        planned, at = shard.specs[name], shard.offsets[name]
+        if part is not None:
+            planned = TensorSpec(planned.shape[1:], planned.dtype)
+            at += part * planned.nbytes
+        if TensorSpec.of(tensor) != planned:
+            raise ValueError(f"{name}: planned {planned}, given {TensorSpec.of(tensor)}")
         data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
-        file, at = self._open(shard.file_name), shard.offsets[name]
+        file = self._open(shard.file_name)
         while data:
             written = os.pwrite(file, data, at)
             data, at = data[written:], at + written

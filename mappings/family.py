@@ -14,6 +14,22 @@ type Source = str | Callable[[Mapping[str, Any]], Any]
 """Where a value comes from: a field of the Hugging Face config (see `look_up`), or a function of the config."""
 
 
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """How Hugging Face files hold all experts of a layer as one tensor, by default as transformers mostly does.
+
+    experts.gate_up_proj   [experts, 2 · ffn, hidden]   experts.gate_up_proj_bias   [experts, 2 · ffn]
+    experts.down_proj      [experts, hidden, ffn]       experts.down_proj_bias      [experts, hidden]
+
+    Args:
+        transposed: weights have their inputs first, `[experts, hidden, 2 · ffn]` and `[experts, ffn, hidden]`.
+        interleaved: gate and up take turns (gate 0, up 0, gate 1, …), in place of all of gate, then all of up.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """Everything the program knows of a family of models.
@@ -27,6 +43,11 @@ class ModelFamily:
         derived: Hugging Face config → further `TransformerConfig` fields, where it depends on the model which ones.
         exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
         norm_over_all_heads: the query and key norms see all heads of a token together; Megatron's see one.
+        layers: further settings of Megatron's configuration, of what the layers compute. A model is built with them
+            and never compared with them: training frameworks keep these each in its own place.
+        activation: of the MLP, as Hugging Face configs name it.
+        model_class: `gpt`, or a name of one in `bridge.megatron` where Megatron-Core has no such model.
+        packed_experts: how files that are not quantized hold the experts of a layer; None for tensors of each expert.
     """
 
     architectures: tuple[str, ...]
@@ -37,6 +58,10 @@ class ModelFamily:
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf_config: {}
     exceptions: Callable[[Mapping[str, Any]], Iterable[MegatronParamMapping]] = lambda hf_config: ()
     norm_over_all_heads: bool = False
+    layers: Mapping[str, Source] = field(default_factory=dict)
+    activation: str = "silu"
+    model_class: str = "gpt"
+    packed_experts: PackedExperts | None = None
 
     @cached_property
     def registry(self) -> MappingRegistry:
@@ -51,6 +76,10 @@ class ModelFamily:
     def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""
         return {**_translate(self.transformer, hf_config), **self.derived(hf_config), **self.constants}
+
+    def layer_settings(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
+        return _translate(self.layers, hf_config)
 
     def model_arguments(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for Megatron's GPTModel: vocabulary, rotary base, tied embeddings."""

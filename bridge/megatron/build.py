@@ -1,10 +1,12 @@
 """Building a Megatron model of a Hugging Face configuration."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -15,7 +17,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.cpu import TRANSFORMER_CONFIG_FOR_CPU
 from bridge.hf_config import HFModel
+from bridge.megatron.gemma import GemmaModel
 from bridge.megatron.norms import with_norms_over_all_heads
+
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+_MODELS = {"gpt": GPTModel, "gemma": GemmaModel}
 
 
 def build_model(hf: HFModel, *, dtype: torch.dtype = torch.bfloat16, initialize: bool = True) -> GPTModel:
@@ -70,11 +80,11 @@ class DirectQueryAttention(MLASelfAttention):  # type: ignore[misc]  # Megatron 
 def _transformer_config(hf: HFModel, dtype: torch.dtype, initialize: bool) -> TransformerConfig:
     fields = hf.family.transformer_config(hf.config)
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    return kind(
+    config = kind(
         **fields,
         transformer_impl="local",
         perform_initialization=initialize,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_ACTIVATIONS[hf.family.activation],
         init_method_std=hf.config.get("initializer_range", 0.02),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -88,10 +98,13 @@ def _transformer_config(hf: HFModel, dtype: torch.dtype, initialize: bool) -> Tr
         pipeline_dtype=dtype,
         **({} if torch.cuda.is_available() else TRANSFORMER_CONFIG_FOR_CPU),
     )
+    for name, value in hf.family.layer_settings(hf.config).items():
+        setattr(config, name, value)
+    return config
 
 
 def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    arguments = hf.family.model_arguments(hf.config)
+    arguments = {"position_embedding_type": "rope", **hf.family.model_arguments(hf.config)}
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
     layers = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
@@ -103,11 +116,10 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=vp_stage)
-    return GPTModel(
+    return _MODELS[hf.family.model_class](
         config,
         layers,
         mtp_block_spec=mtp,
-        position_embedding_type="rope",
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,

@@ -6,6 +6,8 @@ from typing import Any
 
 from mappings.errors import UnknownArchitectureError
 from mappings.families.deepseek_v3 import DEEPSEEK_V3
+from mappings.families.gemma import GEMMA2, GEMMA3
+from mappings.families.gpt_oss import GPT_OSS
 from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.llama import LLAMA
 from mappings.families.mixtral import MIXTRAL
@@ -15,7 +17,19 @@ from mappings.families.qwen3 import QWEN3
 from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, OLMOE, DEEPSEEK_V3, GLM4_MOE)
+FAMILIES: tuple[ModelFamily, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    MIXTRAL,
+    OLMOE,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GPT_OSS,
+    GEMMA2,
+    GEMMA3,
+)
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

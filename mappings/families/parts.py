@@ -154,6 +154,11 @@ def plain_decoder(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return {"window_size": window(hf_config)} if hf_config.get("sliding_window") else {}
 
 
+def sliding_layers(hf_config: Mapping[str, Any]) -> list[int]:
+    """1 for each layer with sliding-window attention, 0 for each with full attention."""
+    return [int(kind == "sliding_attention") for kind in hf_config["layer_types"]]
+
+
 def window(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     """Keys to the left and right of a query that it sees; Hugging Face's `sliding_window` counts its own, too."""
     return hf_config["sliding_window"] - 1, 0

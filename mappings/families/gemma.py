@@ -1,0 +1,91 @@
+"""Gemma 2 and Gemma 3 (text): norms before and after attention and MLP, all of them times `1 + weight`.
+
+Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear is a
+part of it in Megatron's names, as NVIDIA's Megatron-Bridge trains these models: `linear_proj.post_layernorm`.
+Megatron-Core itself has no such layers; `bridge/megatron/gemma.py` has what it takes to build them on its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mappings.errors import UsageError
+from mappings.families import parts
+from mappings.family import ModelFamily, Source, look_up
+from mappings.weights import ReplicatedMapping
+
+_LAYER = (
+    *parts.QKV,
+    parts.ATTENTION_OUTPUT,
+    ReplicatedMapping(
+        f"{parts.MEGATRON}.self_attention.linear_proj.post_layernorm.weight",
+        f"{parts.HF}.post_attention_layernorm.weight",
+    ),
+    ReplicatedMapping(f"{parts.MEGATRON}.pre_mlp_layernorm.weight", f"{parts.HF}.pre_feedforward_layernorm.weight"),
+    *parts.MLP,
+    ReplicatedMapping(
+        f"{parts.MEGATRON}.mlp.linear_fc2.post_layernorm.weight", f"{parts.HF}.post_feedforward_layernorm.weight"
+    ),
+)
+_CONSTANTS = {**parts.GATED_RMSNORM_DECODER, "layernorm_zero_centered_gamma": True}
+_LAYERS: Mapping[str, Source] = {
+    "softmax_scale": lambda hf_config: hf_config["query_pre_attn_scalar"] ** -0.5,
+    "window_size": parts.window,
+    "window_attn_skip_freq": parts.sliding_layers,
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_ACTIVATION = "gelu_pytorch_tanh"
+
+
+def _check(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing to add.
+
+    Raises:
+        UsageError: a model that the layers cannot compute.
+    """
+    for name, known in (("hidden_activation", _ACTIVATION), ("use_bidirectional_attention", False)):
+        if (value := hf_config.get(name) or known) != known:
+            raise UsageError(f"the Gemma layers have no {name}={value!r}, only {known!r}")
+    return {}
+
+
+def _interpolation(hf_config: Mapping[str, Any]) -> float | None:
+    """The factor by which positions are divided in layers of full attention, None where they are not.
+
+    Raises:
+        UsageError: a rotary embedding that Megatron does not have.
+    """
+    rope = look_up(hf_config, "rope_parameters.full_attention")
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise UsageError(f"Megatron's rotary embedding has no rope_type={kind!r}")
+    return rope["factor"] if kind == "linear" else None
+
+
+GEMMA2 = ModelFamily(
+    architectures=("Gemma2ForCausalLM",),
+    mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
+    transformer=parts.DECODER_SIZES,
+    derived=_check,
+    model=parts.MODEL_ARGUMENTS,
+    constants=_CONSTANTS,
+    layers=_LAYERS,
+    activation=_ACTIVATION,
+    model_class="gemma",
+)
+
+GEMMA3 = ModelFamily(
+    architectures=("Gemma3ForCausalLM",),
+    mappings=(parts.EMBEDDING, *_LAYER, *parts.QK_NORMS, *parts.HEAD),
+    transformer=parts.DECODER_SIZES,
+    derived=_check,
+    model={
+        **parts.MODEL_ARGUMENTS,
+        "rotary_base": "rope_parameters.full_attention.rope_theta",
+        "seq_len_interpolation_factor": _interpolation,
+    },
+    constants={**_CONSTANTS, "qk_layernorm": True},
+    layers={**_LAYERS, "rotary_base_local": "rope_parameters.sliding_attention.rope_theta"},
+    activation=_ACTIVATION,
+    model_class="gemma",
+)

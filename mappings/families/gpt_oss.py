@@ -1,0 +1,89 @@
+"""GPT-OSS: every layer has experts, everything has biases, and every head has an attention sink.
+
+A sink is a logit that takes part in the softmax and belongs to no key: Megatron's learnable softmax offset. Experts
+compute `(up + 1) · gate · sigmoid(1.702 · gate)` of a gate and an up that are clamped first.
+
+Plain files hold the experts of a layer as one tensor, inputs first, gate and up taking turns. The published files hold
+them in MXFP4 (`…_blocks`, `…_scales`), which is read too, and never written in that form.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mappings.errors import UsageError
+from mappings.families import parts
+from mappings.family import ModelFamily, PackedExperts
+from mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
+
+_ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
+_MLP, _HF_MLP = f"{parts.MEGATRON}.mlp", f"{parts.HF}.mlp"
+
+
+def _yarn(field: str) -> Any:
+    return lambda hf_config: hf_config["rope_parameters"][field]
+
+
+def _checked_alpha(hf_config: Mapping[str, Any]) -> float:
+    """Always 1, the offset of up; Megatron's activation has the factor of gate as a constant.
+
+    Raises:
+        UsageError: another factor.
+    """
+    alpha = hf_config.get("swiglu_alpha", 1.702)
+    if alpha != 1.702:
+        raise UsageError(f"Megatron's quick_gelu has no swiglu_alpha={alpha}, only 1.702")
+    return 1.0
+
+
+GPT_OSS = ModelFamily(
+    architectures=("GptOssForCausalLM",),
+    mappings=(
+        parts.EMBEDDING,
+        *parts.QKV,
+        parts.QKV_BIAS,
+        ColumnParallelMapping(f"{_ATTENTION}.core_attention.softmax_offset", f"{_HF_ATTENTION}.sinks"),
+        parts.ATTENTION_OUTPUT,
+        ReplicatedMapping(f"{_ATTENTION}.linear_proj.bias", f"{_HF_ATTENTION}.o_proj.bias"),
+        parts.MLP_NORM,
+        ReplicatedMapping(f"{_MLP}.router.weight", f"{_HF_MLP}.router.weight"),
+        ReplicatedMapping(f"{_MLP}.router.bias", f"{_HF_MLP}.router.bias"),
+        *parts.ROUTED_EXPERTS,
+        GatedMLPMapping(
+            f"{_MLP}.experts.linear_fc1.bias*",
+            gate=f"{_HF_MLP}.experts.*.gate_proj.bias",
+            up=f"{_HF_MLP}.experts.*.up_proj.bias",
+        ),
+        ReplicatedMapping(f"{_MLP}.experts.linear_fc2.bias*", f"{_HF_MLP}.experts.*.down_proj.bias"),
+        *parts.HEAD,
+    ),
+    transformer={
+        **parts.DECODER_SIZES,
+        "num_moe_experts": "num_local_experts",
+        "moe_layer_freq": lambda hf_config: [1] * hf_config["num_hidden_layers"],
+        "moe_ffn_hidden_size": "intermediate_size",
+        "moe_router_topk": "num_experts_per_tok",
+    },
+    model={**parts.MODEL_ARGUMENTS, "position_embedding_type": lambda hf_config: "yarn"},
+    constants={
+        **parts.GATED_RMSNORM_DECODER,
+        "add_bias_linear": True,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+    },
+    layers={
+        "softmax_type": lambda hf_config: "learnable",
+        "window_size": parts.window,
+        "window_attn_skip_freq": parts.sliding_layers,
+        "activation_func_clamp_value": "swiglu_limit",
+        "glu_linear_offset": _checked_alpha,
+        "yarn_rotary_scaling_factor": _yarn("factor"),
+        "yarn_original_max_position_embeddings": _yarn("original_max_position_embeddings"),
+        "yarn_beta_fast": _yarn("beta_fast"),
+        "yarn_beta_slow": _yarn("beta_slow"),
+        "yarn_correction_range_round_to_int": _yarn("truncate"),
+        "yarn_mscale": lambda hf_config: None,
+        "yarn_mscale_all_dim": lambda hf_config: None,
+    },
+    activation="quick_gelu",
+    packed_experts=PackedExperts(transposed=True, interleaved=True),
+)
