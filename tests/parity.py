@@ -25,6 +25,7 @@ class Case:
     model: str
     sizes: dict[str, int]
     hf: Path
+    back: Path
     found: dict[str, Any]
 
     @property
@@ -34,7 +35,8 @@ class Case:
     @property
     def same_weights(self) -> bool:
         """Whether the exported tensors are the source's: the same names, the same bits."""
-        return not self.found["changed"] and self.found["exported"] == sorted(tensors_in(self.hf))
+        source, exported = tensors_in(self.hf), tensors_in(self.back)
+        return source.keys() == exported.keys() and all(exported[name].equal(source[name]) for name in source)
 
 
 def processes(sizes: dict[str, int]) -> int:
@@ -54,11 +56,16 @@ def run_parity(launch: Launcher, root: Path) -> list[Case]:
     for count in sorted({processes(sizes) for _, sizes in planned}):
         chosen = [(name, sizes) for name, sizes in planned if processes(sizes) == count]
         out = root / f"found_{count}.json"
-        work = json.dumps([{"hf": str(directories[name]), "sizes": sizes} for name, sizes in chosen])
-        launch(WORKERS / "live_parity.py", work, out, processes=count)
+        places = [(directories[name], root / f"back_{count}_{number}") for number, (name, _) in enumerate(chosen)]
+        work = [
+            {"hf": str(hf), "back": str(back), "sizes": sizes}
+            for (hf, back), (_, sizes) in zip(places, chosen, strict=True)
+        ]
+        launch(WORKERS / "live_parity.py", json.dumps(work), out, processes=count)
         results = json.loads(out.read_text())
         cases += [
-            Case(name, sizes, directories[name], found) for (name, sizes), found in zip(chosen, results, strict=True)
+            Case(name, sizes, *place, found)
+            for (name, sizes), place, found in zip(chosen, places, results, strict=True)
         ]
     return cases
 

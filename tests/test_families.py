@@ -8,6 +8,7 @@ export of the real model, built at that size, plans to write.
 import json
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,19 @@ from tiny_models import LLAMA3, TINY_MODELS, YARN
 from torch import Tensor
 
 from bridge.hf_config import HFModel, check_parallel_sizes
+from export.packed_experts import ExpertPacker, packed_source
 from mappings.errors import UsageError
 from mappings.families import FAMILIES, family_of
 from mappings.mapping import MegatronParamMapping
+from mappings.tensors import TensorSpec
 
 CONFIGS = Path(__file__).parent / "configs"
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
     "DeepSeek-V3": "671B",
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
+    "GPT-OSS-120B": "117B",
+    "Gemma-2-9B": 9_241_705_984,
+    "Gemma-3-1B": 999_885_952,
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
@@ -65,11 +71,35 @@ def hf_model(config: Any) -> HFModel:
     return HFModel(Path(), fields, fields, family_of(fields))
 
 
+def one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Packed experts as the tensors of each expert, which mappings know; packing them again gives what was there."""
+    layout = hf.family.packed_experts
+    if layout is None:
+        return tensors
+    singles: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        experts, packed, kind = name.rpartition(".experts.")
+        if not packed:
+            singles[name] = tensor
+            continue
+        projections = ("gate_proj", "up_proj") if kind.startswith("gate_up") else ("down_proj",)
+        for expert, projection in product(range(len(tensor)), projections):
+            single = f"{experts}.experts.{expert}.{projection}.{'bias' if kind.endswith('bias') else 'weight'}"
+            source = packed_source(single, layout)
+            assert source is not None
+            assert source.name == name
+            singles[single] = source.cut(tensor[expert])
+    packer = ExpertPacker({name: TensorSpec.of(tensor) for name, tensor in singles.items()}, layout)
+    assert packer.specs == {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    return singles
+
+
 def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
     """Every name leads to a Megatron parameter, and those write exactly the names.
 
     Shapes for one parameter of each kind: layers and experts of a kind are alike.
     """
+    tensors = one_by_one(hf, tensors)
     shapes = {_kind(name): tensor.shape for name, tensor in tensors.items()}
     assert all(tensor.shape == shapes[_kind(name)] for name, tensor in tensors.items())
     found = {name: hf.registry.hf_to_megatron_lookup(name) for name in tensors}

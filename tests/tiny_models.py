@@ -69,6 +69,15 @@ def _expert_biases(model: Any) -> None:
             module.e_score_correction_bias = 0.1 * torch.randn(8)
 
 
+def _wide_experts(model: Any) -> None:
+    """So wide that gate and up reach the limits between which they are clamped."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate_up_proj"):
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
 TINY_MODELS: dict[str, TinyModel] = {
     "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
     "Llama 3, tied": TinyModel(
@@ -130,6 +139,42 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=_expert_biases,
     ),
+    "GPT-OSS": TinyModel(
+        config(
+            "GptOssForCausalLM",
+            head_dim=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            tie_word_embeddings=False,
+            rope_parameters={**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        ),
+        ({"tp": 1}, {"tp": 2, "etp": 1}, {"tp": 1, "ep": 2}),  # Megatron has experts with biases at ETP=1 only
+        prepare=_wide_experts,
+    ),
+    "Gemma 2": TinyModel(
+        config(
+            "Gemma2ForCausalLM",
+            head_dim=32,
+            sliding_window=8,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "Gemma 3": TinyModel(
+        config(
+            "Gemma3ForCausalLM",
+            head_dim=32,
+            sliding_window=8,
+            query_pre_attn_scalar=24,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        )
+    ),
 }
 
 
@@ -148,7 +193,7 @@ def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith("bias") or ".gate." in name:
+        elif name.endswith(("bias", "sinks")) or ".gate." in name or ".router." in name:
             torch.nn.init.normal_(parameter, std=0.5)
     tiny.prepare(model)
     model.save_pretrained(directory)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N live_parity.py CASES_JSON OUT_JSON
 
-CASES_JSON is a list of {"hf": directory, "sizes": arguments of `megatron.distributed`}, all for N processes; beside the
-model lie the logits of transformers. All cases run in one process group, because starting one costs more than a case.
-Everything is fp32.
+CASES_JSON is a list of {"hf": directory, "back": where to export to, "sizes": arguments of `megatron.distributed`}, all
+for N processes; beside the model lie the logits of transformers. All cases run in one process group, because starting
+one costs more than a case. Everything is fp32.
 """
 
 import json
@@ -17,44 +17,45 @@ from typing import Any
 warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
 
+import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
 from model import forward  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.parameters import walk_parameters  # noqa: E402
+from bridge.parameters import walk_parameters, walk_quantizers  # noqa: E402
 from bridge.ranks import current_ranks, process_group, world_rank  # noqa: E402
-from export.checkpoint import SafetensorsCheckpoint  # noqa: E402
 from mappings.ranks import Axis  # noqa: E402
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:
     with process_group():
-        found = [run(Path(case["hf"]), case["sizes"]) for case in cases]
+        found = [run(Path(case["hf"]), Path(case["back"]), case["sizes"]) for case in cases]
     if world_rank() == 0:
         out.write_text(json.dumps(found))
 
 
-def run(hf: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def run(hf: Path, back: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """What one case found, over all ranks.
 
     `logits` are the relative norm and the largest of the differences, `names` all Megatron names, `exported` all names
-    that were written back, `changed` those of them whose tensors are not the source's to the last bit.
+    that they became, experts one by one, `quantizers` those of the quantizers that ModelOpt then puts in.
     """
     bridge = AutoBridge.from_hf_pretrained(hf)
     with megatron.distributed(**sizes):
         model = megatron.build_model(bridge.hf, dtype=torch.float32)
         bridge.load_hf_weights(model)
-        exported = dict(bridge.export_hf_weights(model))
-        with SafetensorsCheckpoint(hf) as source:
-            known = exported.keys() & source.weight_map.keys()
-            changed = [name for name in known if not torch.equal(exported[name], source.read(name))]
+        bridge.save_hf_pretrained(model, back, scheme="none")
+        exported = [name for name, _ in bridge.export_hf_weights(model)]
         names = [parameter.name for parameter in walk_parameters([model])]
         ranks = current_ranks()
+        logits = compare(forward(model), torch.load(hf / "logits.pt"))
+        mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
+        quantizers = [quantizer.name for quantizer in walk_quantizers([model])]
         return {
             "names": _gather(ranks, names),
             "exported": _gather(ranks, exported),
-            "changed": _gather(ranks, changed),
-            "logits": compare(forward(model), torch.load(hf / "logits.pt")),
+            "quantizers": _gather(ranks, quantizers),
+            "logits": logits,
         }
 
 
@@ -63,8 +64,8 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     return {"relative": float(difference.norm() / expected.norm()), "largest": float(difference.abs().max())}
 
 
-def _gather(ranks: Any, names: Any) -> list[str]:
-    return sorted({name for rank in ranks.all_gather_object(Axis.WORLD, list(names)) for name in rank})
+def _gather(ranks: Any, names: list[str]) -> list[str]:
+    return sorted({name for rank in ranks.all_gather_object(Axis.WORLD, names) for name in rank})
 
 
 if __name__ == "__main__":
