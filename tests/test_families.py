@@ -172,6 +172,12 @@ def test_a_tiny_model(name: str) -> None:
         ("Qwen2.5-7B", {"use_sliding_window": True}, "Qwen2ForCausalLM.* with use_sliding_window=True has no equal"),
         ("Llama-2-7B", {"attention_bias": True, "hidden_act": "gelu"}, "with hidden_act='gelu', attention_bias=True"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("GPT-OSS-120B", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
+        ("GPT-OSS-120B", {"rope_parameters": LLAMA3}, "rope_type='llama3'"),
+        ("Gemma-2-9B", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("Gemma-2-9B", {"rope_parameters": YARN}, "scales only as rope_type 'llama3'"),
+        ("Gemma-3-1B", {"use_bidirectional_attention": True}, "earlier tokens only"),
+        ("Gemma-3-1B", {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}}, "and linearly"),
     ],
 )
 def test_what_megatron_does_not_compute_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
@@ -193,6 +199,13 @@ def test_tensor_parallelism_must_divide_shared_experts() -> None:
     narrow = {**hf.config, "moe_intermediate_size": 2047}
     with pytest.raises(UsageError, match="TP=2 does not divide the shared experts' width of 2047"):
         check_parallel_sizes(HFModel(hf.directory, narrow, narrow, hf.family), world=2, tp=2, pp=1, etp=1)
+
+
+def test_experts_with_biases_are_not_cut() -> None:
+    hf = hf_model(published("GPT-OSS-120B"))
+    check_parallel_sizes(hf, world=2, tp=2, pp=1, etp=1)
+    with pytest.raises(UsageError, match="ETP=2 and experts with biases, which Megatron has at ETP=1 only"):
+        check_parallel_sizes(hf, world=2, tp=2, pp=1)
 
 
 def test_every_family_is_here() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mappings.errors import UsageError
 from mappings.families import parts
-from mappings.family import ModelFamily, Source, look_up
+from mappings.family import ModelFamily, Source, look_up, require
 from mappings.weights import ReplicatedMapping
 
 _LAYER = (
@@ -43,9 +43,9 @@ def _check(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a model that the layers cannot compute.
     """
-    for name, known in (("hidden_activation", _ACTIVATION), ("use_bidirectional_attention", False)):
-        if (value := hf_config.get(name) or known) != known:
-            raise UsageError(f"the Gemma layers have no {name}={value!r}, only {known!r}")
+    require(hf_config, hidden_activation=_ACTIVATION, attention_bias=False)
+    if hf_config.get("use_bidirectional_attention"):
+        raise UsageError("use_bidirectional_attention: Megatron's layers attend to earlier tokens only")
     return {}
 
 
@@ -55,11 +55,10 @@ def _interpolation(hf_config: Mapping[str, Any]) -> float | None:
     Raises:
         UsageError: a rotary embedding that Megatron does not have.
     """
-    rope = look_up(hf_config, "rope_parameters.full_attention")
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise UsageError(f"Megatron's rotary embedding has no rope_type={kind!r}")
-    return rope["factor"] if kind == "linear" else None
+    rope, local = (look_up(hf_config, f"rope_parameters.{kind}_attention") for kind in ("full", "sliding"))
+    if rope["rope_type"] not in ("default", "linear") or local["rope_type"] != "default":
+        raise UsageError(f"the Gemma layers scale full attention only, and linearly; found {rope} and {local}")
+    return rope["factor"] if rope["rope_type"] == "linear" else None
 
 
 GEMMA2 = ModelFamily(
@@ -67,7 +66,7 @@ GEMMA2 = ModelFamily(
     mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
     transformer=parts.DECODER_SIZES,
     derived=_check,
-    model=parts.MODEL_ARGUMENTS,
+    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants=_CONSTANTS,
     layers=_LAYERS,
     activation=_ACTIVATION,

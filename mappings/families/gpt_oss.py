@@ -10,29 +10,23 @@ them in MXFP4 (`…_blocks`, `…_scales`), which is read too, and never written
 from collections.abc import Mapping
 from typing import Any
 
-from mappings.errors import UsageError
 from mappings.families import parts
-from mappings.family import ModelFamily, PackedExperts
+from mappings.family import ModelFamily, PackedExperts, require
 from mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
 
 _ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
 _MLP, _HF_MLP = f"{parts.MEGATRON}.mlp", f"{parts.HF}.mlp"
 
 
-def _yarn(field: str) -> Any:
-    return lambda hf_config: hf_config["rope_parameters"][field]
-
-
-def _checked_alpha(hf_config: Mapping[str, Any]) -> float:
-    """Always 1, the offset of up; Megatron's activation has the factor of gate as a constant.
+def _check(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing to add.
 
     Raises:
-        UsageError: another factor.
+        UsageError: a model that Megatron's layers do not compute.
     """
-    alpha = hf_config.get("swiglu_alpha", 1.702)
-    if alpha != 1.702:
-        raise UsageError(f"Megatron's quick_gelu has no swiglu_alpha={alpha}, only 1.702")
-    return 1.0
+    rope = {"rope_type": "yarn", "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+    require({**hf_config, **hf_config["rope_parameters"]}, swiglu_alpha=1.702, attention_bias=True, **rope)
+    return {}
 
 
 GPT_OSS = ModelFamily(
@@ -58,16 +52,15 @@ GPT_OSS = ModelFamily(
     ),
     transformer={
         **parts.DECODER_SIZES,
+        **parts.ONLY_EXPERTS,
         "num_moe_experts": "num_local_experts",
-        "moe_layer_freq": lambda hf_config: [1] * hf_config["num_hidden_layers"],
-        "moe_ffn_hidden_size": "intermediate_size",
-        "moe_router_topk": "num_experts_per_tok",
     },
+    derived=_check,
     model={**parts.MODEL_ARGUMENTS, "position_embedding_type": lambda hf_config: "yarn"},
     constants={
         **parts.GATED_RMSNORM_DECODER,
+        **parts.SOFTMAX_ROUTER,
         "add_bias_linear": True,
-        "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": False,
     },
     layers={
@@ -75,12 +68,12 @@ GPT_OSS = ModelFamily(
         "window_size": parts.window,
         "window_attn_skip_freq": parts.sliding_layers,
         "activation_func_clamp_value": "swiglu_limit",
-        "glu_linear_offset": _checked_alpha,
-        "yarn_rotary_scaling_factor": _yarn("factor"),
-        "yarn_original_max_position_embeddings": _yarn("original_max_position_embeddings"),
-        "yarn_beta_fast": _yarn("beta_fast"),
-        "yarn_beta_slow": _yarn("beta_slow"),
-        "yarn_correction_range_round_to_int": _yarn("truncate"),
+        "glu_linear_offset": lambda hf_config: 1.0,
+        "yarn_rotary_scaling_factor": "rope_parameters.factor",
+        "yarn_original_max_position_embeddings": "rope_parameters.original_max_position_embeddings",
+        "yarn_beta_fast": "rope_parameters.beta_fast",
+        "yarn_beta_slow": "rope_parameters.beta_slow",
+        "yarn_correction_range_round_to_int": "rope_parameters.truncate",
         "yarn_mscale": lambda hf_config: None,
         "yarn_mscale_all_dim": lambda hf_config: None,
     },
