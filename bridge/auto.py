@@ -26,7 +26,7 @@ from export.quant_state import QuantState
 from export.schemes import find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output
 from mappings.errors import CheckpointError, listing
-from mappings.names import is_routed_expert
+from mappings.names import is_routed_expert, module_of
 from mappings.ranks import Axis, Ranks
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"  # in Megatron's names
@@ -152,6 +152,9 @@ class AutoBridge:
         state = self._collect_scalars(chunks) if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, chosen, state, missing=missing_policy(missing_amax))
+        output = self.hf.registry.megatron_to_hf_lookup(_OUTPUT)
+        if self._tied and output is not None:  # a Linear to every consumer, though it has no tensor of its own
+            finalizer.ignore += map(module_of, output.targets)
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self.hf.family.packed_experts)
         layout = plan_layout(packer.specs, max_shard_bytes)

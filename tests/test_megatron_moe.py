@@ -157,6 +157,13 @@ def test_routers_stay_as_they_are_and_are_ignored(live_moe: LiveRanks) -> None:
     assert not [name for name in tensors if "quantizer" in name or "gate_up_proj" in name]
 
 
+def test_a_tied_head_is_ignored_by_its_name(live_moe_mixed: LiveRanks) -> None:
+    """It has no tensor and is a Linear all the same: transformers would look for a quantized one, and fail to load."""
+    exported = live_moe_mixed.at() / "nvfp4"
+    assert "lm_head.weight" not in tensors_in(exported)
+    assert "lm_head" in json.loads((exported / "config.json").read_text())["quantization_config"]["ignore"]
+
+
 @pytest.mark.parametrize(
     "sizes", [{}, {"processes": 2, "tp": 1, "ep": 2}, {"processes": 4, "tp": 2, "ep": 2}], ids=label
 )
