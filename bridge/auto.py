@@ -87,7 +87,10 @@ class AutoBridge:
         return replace(state, amax=amax)
 
     def export_hf_weights(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once."""
+        """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once.
+
+        Experts come one by one, also those of a family whose files pack them.
+        """
         chunks = unwrap(model)
         held, config = _held(chunks), self._module_config(chunks)
         for bundle in self._stream(held, self._plan(held, config), config):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import Launcher
+from conftest import Launcher, tensors_in
 from parity import Case, run_parity
 from tiny_models import TINY_MODELS
 
@@ -46,17 +46,34 @@ def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: li
             )
 
 
+def linears_in(names: list[str]) -> set[str]:
+    """The modules that ModelOpt quantizes: all linears but routers and the output layer, whatever their class is."""
+    others = re.compile(r"norm|router|gate\.weight|embed|head|conv1d|(?<!\.weight)$")
+    return {module_of(name) for name in names if not others.search(name)}
+
+
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_every_quantizer_has_the_names_of_its_weight(cases: list[Case], model: str) -> None:
-    """ModelOpt quantizes every linear of the decoder, whatever class the model has for it, but for routers."""
     for case in cases:
         if case.model == model:
             registry = read_hf_model(case.hf).registry
             found = [registry.megatron_to_hf_lookup(f"{name}._amax") for name in case.found["quantizers"]]
             assert None not in found
             assert {module_of(target) for mapping in found if mapping for target in mapping.targets} == {
-                f"{module_of(name)}.{kind}_quantizer"
-                for name in case.found["exported"]
-                if re.fullmatch(r"model\.layers\..*\.weight", name) and not re.search(r"norm|router|gate\.weight", name)
+                f"{module}.{kind}_quantizer"
+                for module in linears_in(case.found["exported"])
                 for kind in ("weight", "input")
             }
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str) -> None:
+    """And all other linears under their own names, whatever the plain files of the family are like."""
+    parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    for case in cases:
+        if case.model == model:
+            names = case.found["exported"]
+            quantized = linears_in(names)
+            whole = {name for name in names if not (name.endswith(".weight") and module_of(name) in quantized)}
+            expected = whole | {f"{module}.{part}" for module in quantized for part in parts}
+            assert tensors_in(case.back / "nvfp4").keys() == expected, case.label

@@ -4,7 +4,8 @@
 
 CASES_JSON is a list of {"hf": directory, "back": where to export to, "sizes": arguments of `megatron.distributed`}, all
 for N processes; beside the model lie the logits of transformers. All cases run in one process group, because starting
-one costs more than a case. Everything is fp32.
+one costs more than a case. Everything is fp32. What goes to `back` is plain; in `back/nvfp4` all quantizers have the
+same amax, as names are all that is of interest there.
 """
 
 import json
@@ -50,11 +51,14 @@ def run(hf: Path, back: Path, sizes: dict[str, int]) -> dict[str, Any]:
         ranks = current_ranks()
         logits = compare(forward(model), torch.load(hf / "logits.pt"))
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
-        quantizers = [quantizer.name for quantizer in walk_quantizers([model])]
+        quantizers = list(walk_quantizers([model]))
+        for quantizer in quantizers:
+            quantizer.module.amax = torch.tensor(1.0)
+        bridge.save_hf_pretrained(model, back / "nvfp4")
         return {
             "names": _gather(ranks, names),
             "exported": _gather(ranks, exported),
-            "quantizers": _gather(ranks, quantizers),
+            "quantizers": _gather(ranks, [quantizer.name for quantizer in quantizers]),
             "logits": logits,
         }
 
