@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parent / "configs"
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
     "DeepSeek-V3": "671B",
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
-    "GPT-OSS-120B": "117B",
+    "GPT-OSS-20B": "21B",
     "Gemma-2-9B": 9_241_705_984,
     "Gemma-3-1B": 999_885_952,
     "Llama-2-7B": 6_738_415_616,
@@ -172,8 +172,8 @@ def test_a_tiny_model(name: str) -> None:
         ("Qwen2.5-7B", {"use_sliding_window": True}, "Qwen2ForCausalLM.* with use_sliding_window=True has no equal"),
         ("Llama-2-7B", {"attention_bias": True, "hidden_act": "gelu"}, "with hidden_act='gelu', attention_bias=True"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
-        ("GPT-OSS-120B", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
-        ("GPT-OSS-120B", {"rope_parameters": LLAMA3}, "rope_type='llama3'"),
+        ("GPT-OSS-20B", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
+        ("GPT-OSS-20B", {"rope_parameters": LLAMA3}, "rope_type='llama3'"),
         ("Gemma-2-9B", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
         ("Gemma-2-9B", {"rope_parameters": YARN}, "scales only as rope_type 'llama3'"),
         ("Gemma-3-1B", {"use_bidirectional_attention": True}, "earlier tokens only"),
@@ -202,7 +202,7 @@ def test_tensor_parallelism_must_divide_shared_experts() -> None:
 
 
 def test_experts_with_biases_are_not_cut() -> None:
-    hf = hf_model(published("GPT-OSS-120B"))
+    hf = hf_model(published("GPT-OSS-20B"))
     check_parallel_sizes(hf, world=2, tp=2, pp=1, etp=1)
     with pytest.raises(UsageError, match="ETP=2 and experts with biases, which Megatron has at ETP=1 only"):
         check_parallel_sizes(hf, world=2, tp=2, pp=1)

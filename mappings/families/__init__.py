@@ -7,8 +7,8 @@ from typing import Any
 from mappings.errors import UnknownArchitectureError
 from mappings.families.deepseek_v3 import DEEPSEEK_V3
 from mappings.families.gemma import GEMMA2, GEMMA3
-from mappings.families.gpt_oss import GPT_OSS
 from mappings.families.glm4_moe import GLM4_MOE
+from mappings.families.gpt_oss import GPT_OSS
 from mappings.families.llama import LLAMA
 from mappings.families.mixtral import MIXTRAL
 from mappings.families.olmoe import OLMOE

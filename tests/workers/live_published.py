@@ -38,7 +38,7 @@ def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = megatron.build_model(bridge.hf, initialize=False)
     report = bridge.save_hf_pretrained(model, unwritten, scheme="none", dry_run=True)
-    return {name: spec.shape for bundle in report.bundles for name, spec in bundle.specs.items()}
+    return {name: spec.shape for shard in report.layout.shards for name, spec in shard.specs.items()}
 
 
 if __name__ == "__main__":
