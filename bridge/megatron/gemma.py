@@ -1,8 +1,9 @@
 """Gemma 2 and 3 on Megatron-Core's own layers: what these models have and Megatron-Core does not.
 
-Parameters have the names that NVIDIA's Megatron-Bridge gives them, so that what is true of a model built here is true
-of one trained there. A configuration says what a model has, as attributes that Megatron's has no fields for:
-`attn_logit_softcapping`, `final_logit_softcapping` (None for none) and `rotary_base_local` (absent in Gemma 2).
+Parameters have the names that NVIDIA's Megatron-Bridge gives them, so that both have the same mappings; the layers are
+written for tests and small runs, without fused kernels. A configuration says what a model has, as attributes, some of
+which Megatron's has no fields for: `attn_logit_softcapping`, `final_logit_softcapping` (None for none) and
+`rotary_base_local` (absent in Gemma 2).
 """
 
 from functools import partial

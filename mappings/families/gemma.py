@@ -83,8 +83,12 @@ GEMMA3 = ModelFamily(
         "rotary_base": "rope_parameters.full_attention.rope_theta",
         "seq_len_interpolation_factor": _interpolation,
     },
-    constants={**_CONSTANTS, "qk_layernorm": True},
-    layers={**_LAYERS, "rotary_base_local": "rope_parameters.sliding_attention.rope_theta"},
+    constants=_CONSTANTS,
+    layers={
+        **_LAYERS,
+        "qk_layernorm": lambda hf_config: True,
+        "rotary_base_local": "rope_parameters.sliding_attention.rope_theta",
+    },
     activation=_ACTIVATION,
     model_class="gemma",
 )
