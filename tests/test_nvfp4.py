@@ -1,5 +1,6 @@
 """NVFP4 bytes against the programs that define them: ModelOpt (run here), llm-compressor (golden file)."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -387,11 +388,13 @@ def test_amax_of_a_group_needs_weights_of_one_dtype() -> None:
 
 
 @all_arithmetics
-def test_a_nan_weight_shows_as_a_nan_scale(arithmetic: Arithmetic) -> None:
-    weight = random_weight()
-    weight[3, 20] = float("nan")
-    nan = quantize(weight, torch.tensor(0.1), arithmetic=arithmetic).block_scale.float().isnan()
-    assert nan.nonzero().tolist() == [[3, 1]]
+@all_dtypes
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_an_error(arithmetic: Arithmetic, dtype: torch.dtype, value: float) -> None:
+    weight = random_weight().to(dtype)
+    weight[3, 20] = value
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        quantize(weight, torch.tensor(0.1), arithmetic=arithmetic)
 
 
 def test_a_quantized_weight_checks_its_tensors() -> None:
