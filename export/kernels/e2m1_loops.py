@@ -61,7 +61,7 @@ def code_bounds(steps: Any, round_quotient: Any) -> Any:
             continue
         for k in range(8):
             guess = _MIDPOINTS[k] * step if k < 7 else np.float32(0.0)
-            bound = min(np.int64(np.float32(guess).view(np.uint32)) >> 16, _BF16_INFINITY)
+            bound: Any = min(np.int64(np.float32(guess).view(np.uint32)) >> 16, _BF16_INFINITY)
             while bound > 0 and _reaches(bound, step, k, round_quotient):
                 bound -= 1
             while bound < _BF16_INFINITY and not _reaches(bound + 1, step, k, round_quotient):
@@ -90,7 +90,9 @@ def to_bf16(value: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _quantize_block(_: Any, width: Any, bits: Any, block: Any, scale_of: Any, bounds: Any, codes: Any, scales: Any) -> Any:
+def _quantize_block(
+    _: Any, width: Any, bits: Any, block: Any, scale_of: Any, bounds: Any, codes: Any, scales: Any
+) -> Any:
     """Quantizes block number `block` of `width` values; returns its amax as bits."""
     signature = types.uint16(width, bits, block, scale_of, bounds, codes, scales)
     return signature, _block_in_llvm

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from export.kernels import e2m1
 from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code, encode, extremes
+from export.kernels.scaled import Blocks, Code, encode, largest
 
 BLOCK = 32
 _BLOCKS = Blocks(width=BLOCK)
@@ -54,8 +54,7 @@ def dequantize(codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bflo
 
 def _scales(weight: Tensor, largest_code: float, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Exponents uint8 `[out, in/32]` and what they stand for."""
-    low, high = extremes(weight, _BLOCKS)
-    exponents = _exponents(torch.maximum(low.abs(), high), largest_code, arithmetic)
+    exponents = _exponents(largest(weight, _BLOCKS), largest_code, arithmetic)
     steps = _power_of_two(exponents)
     if arithmetic == Arithmetic.MODELOPT:
         return exponents, steps

@@ -1,4 +1,4 @@
-"""Weights as codes times scales: FP8 (E4M3), INT8 and packed INT4, with a scale for a tensor, a row, a group or a block.
+"""Codes times scales: FP8 (E4M3), INT8 and packed INT4, with a scale for a tensor, a row, a group or a block.
 
     weight = (code - zero_point) * scale
 
@@ -22,7 +22,7 @@ from export.kernels.e2m1 import NOT_FINITE, fits_tables
 
 
 class Code(Enum):
-    """What a weight is stored as: the largest code ModelOpt uses, and half the range that compressed-tensors spreads."""
+    """What a weight is stored as: the largest code in ModelOpt, and half the range in compressed-tensors."""
 
     E4M3 = (448.0, 448.0)
     INT8 = (127.0, 127.5)
@@ -90,12 +90,14 @@ def quantize(
         symmetric: without zero points. Zero points are for weights without a calibrated amax.
 
     Raises:
-        ValueError: the weight holds NaN or Inf.
+        ValueError: the weight holds NaN or Inf, or the amax does, or it is negative.
     """
     low, high = extremes(weight, blocks)
     if amax is None:
         scale, zero_point = _compressed_tensors_scale(low, high, code, symmetric)
         return ScaledWeight(encode(weight, code, blocks, scale, zero_point), scale, zero_point)
+    if not (amax.isfinite() & (amax >= 0)).all():
+        raise ValueError("a calibrated amax is negative, NaN or Inf")
     amax = amax.to(weight.device, torch.float32)
     bound = torch.full_like(amax, code.bound)
     amax = amax.where(amax > 0, bound)  # a row of zeros; ModelOpt's exporter does so too
@@ -140,9 +142,13 @@ def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _compressed_tensors_scale(
-    low: Tensor, high: Tensor, code: Code, symmetric: bool
-) -> tuple[Tensor, Tensor | None]:
+def largest(weight: Tensor, blocks: Blocks) -> Tensor:
+    """The amax of each block, `[blocks down, blocks across]`, in the weight's dtype."""
+    low, high = extremes(weight, blocks)
+    return torch.maximum(low.abs(), high)
+
+
+def _compressed_tensors_scale(low: Tensor, high: Tensor, code: Code, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points as compressed-tensors' ``calculate_qparams``, in the weight's dtype."""
     zero_point = None
     if symmetric:
@@ -187,9 +193,15 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     The columns of a weight; for zero points `pack_int4(zero_point.T).T`. Columns are filled up with zero bits.
     """
-    missing = -codes.shape[1] % 8
-    pairs = torch.nn.functional.pad(codes + 8, (0, missing)).flatten().view(torch.int16)
-    packed = (pairs | (pairs >> 4)).to(torch.uint8)  # of the pair 0x0b0a the byte 0xba
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
+    if codes.device.type == "cpu":
+        from export.kernels import scaled_loops
+
+        packed = torch.empty(codes.numel() // 2, dtype=torch.uint8)
+        scaled_loops.pack_nibbles(codes.flatten().numpy(), packed.numpy())
+    else:
+        pairs = (codes + 8).flatten().view(torch.int16)
+        packed = (pairs | (pairs >> 4)).to(torch.uint8)  # of the pair 0x0b0a the byte 0xba
     return packed.view(torch.int32).reshape(len(codes), -1)
 
 

@@ -90,6 +90,15 @@ def encode_integers(
 
 
 @njit(cache=True, nogil=True)
+def pack_nibbles(codes: Any, packed: Any) -> None:
+    """Two codes -8 to 7 a byte, offset by 8, the first in the low nibble: int8 `[n]` to uint8 `[n / 2]`."""
+    eight, four = np.int8(8), np.uint8(4)
+    for i in range(packed.size):
+        low, high = np.uint8(codes[2 * i] + eight), np.uint8(codes[2 * i + 1] + eight)
+        packed[i] = np.uint8(low | np.uint8(high << four))
+
+
+@njit(cache=True, nogil=True)
 def _ordered(bits: Any) -> Any:
     return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
 
@@ -102,7 +111,7 @@ def _scaled(bits: Any, factor: Any, divide: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _e4m3(magnitude: Any) -> Any:
-    """E4M3 of a magnitude given as fp32 bits: normal numbers from the exponent and three bits, others in steps of 2^-9."""
+    """E4M3 of a magnitude given as fp32 bits: exponent and three more bits, or, if subnormal, steps of 2^-9."""
     magnitude = _U32(min(magnitude, _U32(0x43E00000)))  # 448
     rounded = _U32(magnitude + _U32(0x7FFFF) + ((magnitude >> _U32(20)) & _U32(1)))
     normal = _U32((rounded >> _U32(20)) - _U32((127 - 7) << 3))

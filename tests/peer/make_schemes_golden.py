@@ -1,8 +1,8 @@
 """Write tests/golden/schemes_llmcompressor.safetensors: what llm-compressor's ``model_free_ptq`` makes of one small
 checkpoint, dense and MoE, with every scheme that needs no data.
 
-It runs in llm-compressor's environment (``make golden``). The checkpoint is written once for each dtype, quantized by the
-real entry point from safetensors to safetensors, and stored with the results.
+It runs in llm-compressor's environment (``make golden``). The checkpoint is written once for each dtype, quantized by
+the real entry point from safetensors to safetensors, and stored with the results.
 
     {dtype}/in/{name}     {dtype}/{preset}/{name}
 """
