@@ -69,8 +69,8 @@ def magnitudes() -> Tensor:
     return torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
 
 
-def fits_tables(weight: Tensor) -> bool:
-    """Whether `quantize_by_tables` takes this weight: bf16 in the memory of the CPU."""
+def fits_loops(weight: Tensor) -> bool:
+    """Whether the compiled loops take this weight: bf16 in the memory of the CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 

@@ -29,7 +29,7 @@ def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
-    if e2m1.fits_tables(weight):
+    if e2m1.fits_loops(weight):
         return e2m1.quantize_by_tables(weight, BLOCK, _tables(arithmetic))
     exponents, steps = _scales(weight, _E2M1_MAX, arithmetic)
     scaled = weight / _BLOCKS.spread(steps, weight)

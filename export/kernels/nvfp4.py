@@ -174,7 +174,7 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax
     if block_amax is not None and tuple(block_amax.shape) != (weight.shape[0], weight.shape[1] // BLOCK):
         raise ValueError(f"block amax {tuple(block_amax.shape)} does not fit weight {tuple(weight.shape)}")
     scaling = _Scaling.of(amax.to(weight.device), arithmetic, weight.dtype)
-    if block_amax is None and e2m1.fits_tables(weight):
+    if block_amax is None and e2m1.fits_loops(weight):
         codes, scale_bytes = e2m1.quantize_by_tables(weight, BLOCK, _tables(scaling.key))
         return NVFP4Weight(codes, scale_bytes.view(torch.float8_e4m3fn), scaling.divisor)
     rows, columns = weight.shape

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.kernels.e2m1 import NOT_FINITE, fits_tables
+from export.kernels.e2m1 import NOT_FINITE, fits_loops
 
 
 class Code(Enum):
@@ -125,7 +125,7 @@ def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """
     shape = blocks.shape(*weight.shape)
     height, width = blocks.size(weight)
-    if fits_tables(weight):
+    if fits_loops(weight):
         from export.kernels import scaled_loops
 
         low, high = torch.zeros(2, *shape, dtype=torch.int16)
@@ -162,7 +162,7 @@ def _compressed_tensors_scale(low: Tensor, high: Tensor, code: Code, symmetric: 
 def _encode(
     weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, *, divide: bool
 ) -> Tensor:
-    if fits_tables(weight):
+    if fits_loops(weight):
         return _encode_in_loops(weight, code, blocks, factor, zero_point, divide)
     spread = blocks.spread(factor, weight)
     scaled = weight / spread if divide else weight.float() * spread
