@@ -4,7 +4,7 @@ A finalizer is made once, from the specs of all tensors and the quantizer state,
 follows is one call per bundle of tensors, in any order, on any rank.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,13 +15,12 @@ from export.fused_scales import GroupAmax, MissingAmax, share_amax, split_groups
 from export.metadata import quantization_config
 from export.quant_state import QuantState
 from export.schemes import Recipe, Scheme
+from export.schemes.recipe import EMBEDDINGS, is_targeted
 from mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
 from mappings.fused_groups import groups_among
 from mappings.names import is_quantizer_state, module_of
 from mappings.tensors import TensorSpec
-
-_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,9 @@ class Finalizer:
         if recipe is not None:
             self._schemes = _choose(recipe, linears, state)
             if state is not None:
-                self._take(state, specs, missing)
+                self._take(recipe, state, specs, missing)
         self.output_specs = self._plan(tensors)
-        self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(_EMBEDDINGS)]
+        self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(EMBEDDINGS)]
 
     @property
     def quantized(self) -> list[str]:
@@ -112,7 +111,7 @@ class Finalizer:
             blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
             yield from self._schemes[group.primary].quantize(weights, self._amax.get(group.primary), blocks)
 
-    def _take(self, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
+    def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
         inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
         weights = {
@@ -122,7 +121,9 @@ class Finalizer:
         }
         self._cache_scales = cache_scales(state, specs)
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
-        _check_no_state_is_lost({*specs, *state.amax}, written)
+        known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
+        ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
+        _check_no_state_is_lost(known - ignored - written)
         shared = share_amax(state, weights, inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
@@ -183,6 +184,16 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
                 "Give the quantizer state of a trained model, or choose a scheme without static inputs"
             )
         return chosen
+    left = [
+        module
+        for module, scheme in treated.items()
+        if scheme is None and module in state.formats and not is_targeted(module, recipe.ignore)
+    ]
+    if left:
+        raise UsageError(
+            f"{len(left)} modules have quantizers, and scheme={recipe.name} does not target them:{listing(left)}\n"
+            "Target them, or ignore them"
+        )
     others = {module: scheme for module, scheme in chosen.items() if state.formats[module] != scheme.format}
     if others:
         wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
@@ -191,14 +202,9 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
     return chosen
 
 
-def _check_no_state_is_lost(names: Iterable[str], inputs_and_cache: Collection[str]) -> None:
+def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
     """The completeness gate: state of other quantizers than the schemes write is refused, not dropped."""
-    weights = (WEIGHT_QUANTIZER, GLOBAL_AMAX)
-    lost = sorted(
-        name
-        for name in names
-        if is_quantizer_state(name) and not name.endswith(weights) and name not in inputs_and_cache
-    )
+    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX)))
     if lost:
         raise UsageError(
             f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"

@@ -12,6 +12,15 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file
 from torch import Tensor
+from weights import (
+    WEIGHTS,
+    all_arithmetics,
+    all_dtypes,
+    assert_same_weight,
+    random_weight,
+    same_bytes,
+    weights_of_all_kinds,
+)
 
 from export.kernels.nvfp4 import (
     BLOCK,
@@ -22,15 +31,6 @@ from export.kernels.nvfp4 import (
     input_global_scale,
     quantize,
     tensor_amax,
-)
-from weights import (
-    WEIGHTS,
-    all_arithmetics,
-    all_dtypes,
-    assert_same_weight,
-    random_weight,
-    same_bytes,
-    weights_of_all_kinds,
 )
 
 MODELOPT, COMPRESSED_TENSORS = Arithmetic.MODELOPT, Arithmetic.COMPRESSED_TENSORS

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import DTYPES, all_arithmetics, all_dtypes, assert_same_weight, random_weight, same_bytes
 
 from export.kernels import nvfp4
 from export.kernels.nvfp4 import (
@@ -17,7 +18,6 @@ from export.kernels.nvfp4 import (
     quantize,
     tensor_amax,
 )
-from weights import DTYPES, all_arithmetics, all_dtypes, assert_same_weight, random_weight, same_bytes
 
 MODELOPT, COMPRESSED_TENSORS = Arithmetic.MODELOPT, Arithmetic.COMPRESSED_TENSORS
 

@@ -65,7 +65,7 @@ all_arithmetics = pytest.mark.parametrize("arithmetic", Arithmetic)
 
 
 def same_bytes(actual: Tensor, expected: Tensor) -> bool:
-    as_bytes = [tensor.contiguous().view(torch.uint8) for tensor in (actual, expected)]
+    as_bytes = [tensor.flatten().view(torch.uint8) for tensor in (actual, expected)]
     return actual.dtype == expected.dtype and torch.equal(*as_bytes)
 
 

@@ -10,6 +10,7 @@ from export.schemes.scheme import Scheme
 from mappings.errors import UsageError
 
 EVERY_LINEAR = "Linear"
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 
 
 class Recipe(Protocol):
@@ -18,6 +19,10 @@ class Recipe(Protocol):
     @property
     def name(self) -> str:
         """As users gave it."""
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """Targets that are left as they are, whatever else is said of them."""
 
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
         """The scheme of a linear module, None to leave it as it is. Without a state, nothing was calibrated.
@@ -62,12 +67,13 @@ class FromQuantizers:
     """`scheme=auto`: the first of `schemes` that writes what a module's quantizers are."""
 
     schemes: tuple[Scheme, ...]
+    ignore: tuple[str, ...] = ()
     name: str = "auto"
 
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
         if state is None:
             raise UsageError("scheme=auto reads the formats from a quantizer state, and there is none")
-        if module not in state.formats:
+        if module not in state.formats or is_targeted(module, self.ignore):
             return None
         found, inputs = state.formats[module], state.calibrates_input(module)
         for scheme in self.schemes:
@@ -80,10 +86,11 @@ class FromQuantizers:
 
 
 def is_targeted(module: str, targets: Iterable[str]) -> bool:
-    """Whether a target names a linear module, in compressed-tensors' way: full name, `re:` pattern, or `Linear`."""
-    return any(
-        re.match(target.removeprefix("re:"), module) is not None
-        if target.startswith("re:")
-        else target in (module, EVERY_LINEAR)
-        for target in targets
-    )
+    """Whether a target means a module: full name, `re:` pattern, or `Linear`, every module but the embeddings."""
+
+    def means(target: str) -> bool:
+        if target.startswith("re:"):
+            return re.match(target.removeprefix("re:"), module) is not None
+        return target == module or (target == EVERY_LINEAR and not module.endswith(EMBEDDINGS))
+
+    return any(map(means, targets))
