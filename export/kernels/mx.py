@@ -19,7 +19,7 @@ from export.kernels.scaled import Blocks, Code, encode, largest
 
 BLOCK = 32
 _BLOCKS = Blocks(width=BLOCK)
-_MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}  # bits of it
+_FLOATS = {torch.bfloat16: (7, 127), torch.float16: (10, 15), torch.float32: (23, 127)}  # bits of mantissa, bias
 _E2M1_MAX, _E4M3_MAX = 6.0, 448.0
 
 
@@ -63,20 +63,23 @@ def _scales(weight: Tensor, largest_code: float, arithmetic: Arithmetic) -> tupl
 
 
 def _exponents(amax: Tensor, largest_code: float, arithmetic: Arithmetic) -> Tensor:
-    """Biased exponents of blocks with this amax, given in the dtype of the weight."""
-    if arithmetic == Arithmetic.MODELOPT:  # MXFP4QTensor.quantize, MXFP8QTensor.get_weights_scaling_factor
+    """Biased exponents of blocks with this amax, in the dtype of the weight. Without a logarithm, which may be off."""
+    if arithmetic == Arithmetic.MODELOPT:  # ceil(log2(amax / largest)): MXFP4QTensor, MXFP8QTensor
         amax = amax.float()
-        exponent = (amax / torch.full_like(amax, largest_code)).log2().ceil()
+        fraction, exponent = (amax / torch.full_like(amax, largest_code)).frexp()
+        exponent = exponent - (fraction == 0.5).int()
     else:  # compressed-tensors' generate_mx_scales
-        bits = {2: torch.int16, 4: torch.int32}[amax.itemsize]
-        mantissa = _MANTISSA[amax.dtype]
-        rounded = (amax.view(bits) + (1 << (mantissa - 2))) & (-1 << mantissa)
-        exponent = rounded.view(amax.dtype).float().log2() - math.floor(math.log2(largest_code))
-    return (exponent.clamp(-127, 127) + 127).to(torch.uint8)
+        mantissa, bias = _FLOATS[amax.dtype]
+        bits = amax.view({2: torch.int16, 4: torch.int32}[amax.itemsize]).int()
+        exponent = ((bits + (1 << (mantissa - 2))) >> mantissa) - bias
+        amax = amax.masked_fill(exponent == -bias, 0.0)  # subnormal
+        exponent = exponent - math.floor(math.log2(largest_code))
+    return (exponent.clamp(-127, 127) + 127).masked_fill(amax == 0, 0).to(torch.uint8)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    return torch.exp2(exponents.float() - 127)
+    """fp32, by its bits: a power computed on a GPU may be off. 2^-127 is subnormal."""
+    return (exponents.int() << 23).masked_fill(exponents == 0, 1 << 22).view(torch.float32)
 
 
 @cache
