@@ -193,7 +193,8 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     The columns of a weight; for zero points `pack_int4(zero_point.T).T`. Columns are filled up with zero bits.
     """
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
+    if codes.shape[1] % 8:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
     if codes.device.type == "cpu":
         from export.kernels import scaled_loops
 
