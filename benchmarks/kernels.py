@@ -42,10 +42,11 @@ def main() -> None:
         preset = name.partition(",")[0].upper()
         known = theirs.get(preset if preset in theirs else preset + "A16")
         table.add_row(name, f"{ours:.2f}", f"{known:.3f}" if known else "", f"{ours / known:.0f}×" if known else "")
-    for name, touch in (
-        ("read, all bits summed", lambda: weight.view(torch.int64).sum()),
-        ("copy", lambda: copy.copy_(weight)),
-    ):
+    limits = {
+        "reading (sum of all bits)": lambda: weight.view(torch.int64).sum(),
+        "copying": lambda: copy.copy_(weight),
+    }
+    for name, touch in limits.items():
         table.add_row(name, f"{weight.nbytes / best_seconds(touch) / 1e9:.2f}", "", "")
     console = Console()
     console.print(table)
