@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-gpu parity lint golden bench-traffic clean
+.PHONY: setup demo test test-gpu parity lint golden peer bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -37,16 +37,24 @@ parity: setup
 bench-traffic: setup
 	$(BIN)/python benchmarks/traffic.py
 
+# How fast one core quantizes, beside llm-compressor: the table of benchmarks/README.md.
+bench-kernels: peer
+	PYTHONPATH=. $(BIN)/python benchmarks/kernels.py --peer $(PEER)/bin/python
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The bytes that llm-compressor's own model_free_ptq writes, for tests/test_nvfp4.py; in an environment of its own.
-golden: setup
+# llm-compressor, in an environment of its own.
+peer: setup
 	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	$(BIN)/uv pip install --quiet --python $(PEER)/bin/python llmcompressor==0.14.0.1
+
+# The bytes that llm-compressor's own model_free_ptq writes, for the tests.
+golden: peer
 	$(PEER)/bin/python tests/peer/make_nvfp4_golden.py
+	$(PEER)/bin/python tests/peer/make_schemes_golden.py
 
 clean:
 	rm -rf $(VENV) $(PEER) demo-output

@@ -26,13 +26,24 @@ from mappings.registry import MappingRegistry
 
 _NO_VALUE = float("-inf")
 _BUFFERS = ("_amax", "_global_amax", "_pre_quant_scale")
+_CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
+_FORMATS: dict[Any, str] = {  # num_bits, axis, columns and rows of a block, scale_bits
+    ((2, 1), None, 16, None, (4, 3)): "nvfp4",
+    ((2, 1), None, 32, None, (8, 0)): "mxfp4",
+    ((4, 3), None, 32, None, (8, 0)): "mxfp8",
+    ((4, 3), None, None, None, None): "fp8",
+    ((4, 3), 0, None, None, None): "fp8_channel",
+    ((4, 3), None, 128, 128, None): "fp8_block",
+    (8, 0, None, None, None): "int8",
+    (4, None, 128, None, None): "int4",
+}
 
 
 class _Local(NamedTuple):
     """What one rank's quantizers say, in Hugging Face names."""
 
     values: dict[str, float]  # per-tensor; minus infinity where a static quantizer was never calibrated
-    formats: dict[str, str]  # by module
+    formats: dict[str, str]  # by module, or quantizer of the key-value cache
     unmapped: list[str]
 
 
@@ -87,6 +98,8 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
         for target in mapping.targets:
             if target.endswith(WEIGHT_QUANTIZER):
                 local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
+            elif target.endswith(_CACHE_QUANTIZERS):
+                local.formats[target.removesuffix("._amax")] = format_name(quantizer.module)
         for buffer, value in _scalars(quantizer):
             local.values.update((target.removesuffix("_amax") + buffer, value) for target in mapping.targets)
     return local
@@ -142,7 +155,7 @@ def is_dynamic(quantizer: Any) -> bool:
 
 def format_name(quantizer: Any) -> str:
     """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
-    bits, blocks = quantizer.num_bits, quantizer.block_sizes or {}
-    if bits == (2, 1) and blocks.get(-1) == 16 and blocks.get("scale_bits") == (4, 3):
-        return "nvfp4"
-    return f"num_bits={bits} axis={quantizer.axis} block_sizes={blocks or None}"
+    bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or {}
+    along = None if blocks else axis  # of a block quantizer it is set at run time
+    known = _FORMATS.get((bits, along, blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")))
+    return known or f"num_bits={bits} axis={axis} block_sizes={blocks or None}"

@@ -10,16 +10,17 @@ from typing import Self
 
 from torch import Tensor
 
-from export.fused_scales import GroupAmax, MissingAmax, SharedAmax, share_amax, split_groups
+from export.cache_scales import cache_amax, cache_scales
+from export.fused_scales import GroupAmax, MissingAmax, share_amax, split_groups
+from export.metadata import quantization_config
 from export.quant_state import QuantState
-from export.schemes import Scheme
-from mappings.amax import PRE_QUANT_SCALE, WEIGHT_QUANTIZER
+from export.schemes import Recipe, Scheme
+from export.schemes.recipe import EMBEDDINGS, is_targeted
+from mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
-from mappings.fused_groups import group_of
+from mappings.fused_groups import groups_among
 from mappings.names import is_quantizer_state, module_of
-from mappings.tensors import TensorSpec, max_of
-
-_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
+from mappings.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,12 @@ class Finalizer:
 
     Args:
         specs: every Hugging Face tensor of the model, per-channel and per-block quantizer state included.
-        scheme: the format, or None to write everything as it is.
-        state: per-tensor amax and formats from training.
+        recipe: the scheme of each module, from `find_scheme`, or None to write everything as it is.
+        state: per-tensor amax and formats from training; None to quantize without data what the recipe targets.
         missing: what to do about an amax that makes no scale.
 
     Raises:
-        UsageError: there is nothing to quantize, or the quantizers hold what the scheme has no place for.
+        UsageError: there is nothing to quantize, or the quantizers hold what the schemes have no place for.
         MappingError: a module cannot be quantized as asked; every such module is named.
         AmaxError: an amax that is needed is missing or unusable.
     """
@@ -59,66 +60,87 @@ class Finalizer:
     def __init__(
         self,
         specs: Mapping[str, TensorSpec],
-        scheme: Scheme | None,
-        state: QuantState,
+        recipe: Recipe | None,
+        state: QuantState | None,
         *,
         missing: MissingAmax = MissingAmax.ERROR,
     ) -> None:
-        self._scheme = scheme
-        shared = SharedAmax()
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
-        if scheme is not None:
-            quantized = [module for module in linears if module in state.formats]
-            _check_formats(scheme, {module: state.formats[module] for module in quantized})
-            _check_no_state_is_lost(scheme, {*specs, *state.amax})
-            mixed = split_groups(quantized, set(linears) - set(quantized))
-            if mixed:
-                raise MappingError(f"fused groups must be quantized whole or not at all:{listing(mixed)}")
-            shared = share_amax(state, quantized, inputs=scheme.quantizes_inputs, missing=missing)
-        self._amax = shared.by_module
-        self.filled = shared.filled
+        self._schemes: dict[str, Scheme] = {}
+        self._amax: dict[str, GroupAmax] = {}
+        self._cache_scales: dict[str, tuple[str, Tensor]] = {}
+        self.filled: dict[str, str] = {}
+        if recipe is not None:
+            self._schemes = _choose(recipe, linears, state)
+            if state is not None:
+                self._take(recipe, state, specs, missing)
         self.output_specs = self._plan(tensors)
-        self.ignore = [module for module in linears if module not in self._amax and not module.endswith(_EMBEDDINGS)]
+        self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(EMBEDDINGS)]
 
     @property
     def quantized(self) -> list[str]:
         """The modules that are quantized, in the order of the model."""
-        return list(self._amax)
+        return list(self._schemes)
 
     @property
     def quantization_config(self) -> dict[str, object] | None:
         """For config.json; None where nothing is quantized."""
-        return self._scheme.config(self.ignore) if self._scheme else None
+        if not self._schemes:
+            return None
+        return quantization_config(self._schemes, self.ignore, kv_cache=bool(self._cache_scales))
 
     def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-        """What is written for a bundle, name and tensor."""
+        """What is written for a bundle, name and tensor.
+
+        Raises:
+            MappingError: a weight that is quantized holds NaN or Inf.
+        """
+        quantized = dict[str, Tensor]()
         for name, tensor in bundle.tensors.items():
             module = self._quantized_module(name)
-            if module is None or self._scheme is None:
+            if module is None:
                 yield name, _folded(name, tensor, bundle.state)
             else:
-                weight_amax = bundle.state.get(module + WEIGHT_QUANTIZER)
-                amax = self._complete(self._amax[module], module, bundle)
-                yield from self._scheme.quantize(module, tensor, amax, weight_amax).items()
+                quantized[module] = tensor
+            if name in self._cache_scales:
+                yield self._cache_scales[name]
+        block_amax = {module: bundle.state.get(module + WEIGHT_QUANTIZER) for module in quantized}
+        for group in groups_among(quantized):
+            weights = {member: quantized[member] for member in group.members}
+            blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
+            yield from self._schemes[group.primary].quantize(weights, self._amax.get(group.primary), blocks)
 
-    def _complete(self, amax: GroupAmax, module: str, bundle: Bundle) -> GroupAmax:
-        """The amax of a group with the weight's own maximum where the policy wants it; the bundle holds the group."""
-        if amax.weight is not None:
-            return amax
-        weights = [bundle.tensors.get(f"{member}.weight") for member in group_of(module).members]
-        return amax._replace(weight=max_of([weight.abs().max() for weight in weights if weight is not None]))
+    def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
+        """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
+        inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
+        weights = {
+            module
+            for module, scheme in self._schemes.items()
+            if scheme.needs_weight_amax or module + WEIGHT_QUANTIZER in state.missing
+        }
+        self._cache_scales = cache_scales(state, specs)
+        written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
+        known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
+        ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
+        _check_no_state_is_lost(known - ignored - written)
+        shared = share_amax(state, weights, inputs, missing=missing)
+        self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
+        self.filled = shared.filled
 
     def _plan(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         planned: dict[str, TensorSpec] = {}
         problems = []
         for name, spec in specs.items():
+            if name in self._cache_scales:
+                scale, tensor = self._cache_scales[name]
+                planned[scale] = TensorSpec.of(tensor)
             module = self._quantized_module(name)
-            if module is None or self._scheme is None:
+            if module is None:
                 planned[name] = spec
                 continue
             try:
-                planned |= self._scheme.output_specs(module, spec)
+                planned |= self._schemes[module].output_specs(module, spec, calibrated=module in self._amax)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
@@ -127,7 +149,7 @@ class Finalizer:
 
     def _quantized_module(self, name: str) -> str | None:
         module = module_of(name)
-        return module if name.endswith(".weight") and module in self._amax else None
+        return module if name.endswith(".weight") and module in self._schemes else None
 
 
 def _is_linear(name: str, spec: TensorSpec) -> bool:
@@ -140,23 +162,51 @@ def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
 
 
-def _check_formats(scheme: Scheme, formats: Mapping[str, str]) -> None:
-    if not formats:
+def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) -> dict[str, Scheme]:
+    """The scheme of each module that is quantized, checked against the fused groups and the quantizers."""
+    treated = {module: recipe.scheme_of(module, state) for module in linears}
+    chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
+    if not chosen:
         raise UsageError(
-            f"scheme={scheme.name} needs quantizers, and the model has none enabled; "
+            f"scheme={recipe.name} needs quantizers, and the model has none enabled; "
             "insert them with ModelOpt before the export, or choose scheme=none"
+            if state is not None
+            else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
         )
-    others = [f"{module}: {found}" for module, found in formats.items() if found != scheme.format]
+    split = split_groups({module: f"as {scheme.name}" if scheme else "not" for module, scheme in treated.items()})
+    if split:
+        raise MappingError(f"fused groups must be quantized as one:{listing(split)}")
+    if state is None:
+        static = [module for module, scheme in chosen.items() if scheme.needs_input_amax]
+        if static:
+            raise UsageError(
+                f"scheme={recipe.name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
+                "Give the quantizer state of a trained model, or choose a scheme without static inputs"
+            )
+        return chosen
+    left = [
+        module
+        for module, scheme in treated.items()
+        if scheme is None and module in state.formats and not is_targeted(module, recipe.ignore)
+    ]
+    if left:
+        raise UsageError(
+            f"{len(left)} modules have quantizers, and scheme={recipe.name} does not target them:{listing(left)}\n"
+            "Target them, or ignore them"
+        )
+    others = {module: scheme for module, scheme in chosen.items() if state.formats[module] != scheme.format}
     if others:
-        raise UsageError(f"scheme={scheme.name} needs {scheme.format} quantizers, but the model has:{listing(others)}")
+        wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
+        found = [f"{module}: {state.formats[module]}" for module in others]
+        raise UsageError(f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}")
+    return chosen
 
 
-def _check_no_state_is_lost(scheme: Scheme, names: Iterable[str]) -> None:
-    """The completeness gate: state of other quantizers than the scheme writes is refused, not dropped."""
-    written = ("weight_quantizer._amax", "weight_quantizer._global_amax", "input_quantizer._amax")
-    lost = sorted(name for name in names if is_quantizer_state(name) and not name.endswith(written))
+def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
+    """The completeness gate: state of other quantizers than the schemes write is refused, not dropped."""
+    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX)))
     if lost:
         raise UsageError(
-            f"scheme={scheme.name} has no place for {len(lost)} quantizer values:{listing(lost)}\n"
+            f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"
             "Disable these quantizers before the export, or choose another scheme"
         )

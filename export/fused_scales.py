@@ -6,7 +6,7 @@ made: a maximum in one scale convention is a minimum in the other.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from export.quant_state import QuantState
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from mappings.errors import AmaxError, UsageError, listing
-from mappings.fused_groups import FusedGroup, group_of, groups_among
+from mappings.fused_groups import FusedGroup, groups_among
 from mappings.tensors import max_of
 
 
@@ -58,13 +58,13 @@ class SharedAmax:
 
 
 def share_amax(
-    state: QuantState, modules: Iterable[str], *, inputs: bool, missing: MissingAmax = MissingAmax.ERROR
+    state: QuantState, weights: Collection[str], inputs: Collection[str], *, missing: MissingAmax = MissingAmax.ERROR
 ) -> SharedAmax:
     """The shared amax of each module's fused group.
 
     Args:
-        modules: the modules that will be quantized.
-        inputs: whether the scheme needs input amax.
+        weights: the modules that need a weight amax.
+        inputs: the modules that need an input amax.
         missing: what to do about an amax that makes no scale.
 
     Raises:
@@ -85,10 +85,10 @@ def share_amax(
             problems.extend(f"{name}: {value}" for name, value in bad.items())
         return max_of(good) if good else None
 
-    for group in groups_among(modules):
-        weight = combine(group, WEIGHT_QUANTIZER, state.weight_amax)
-        amax = GroupAmax(weight, combine(group, INPUT_QUANTIZER, state.input_amax) if inputs else None)
-        shared.by_module |= dict.fromkeys(group.members, amax)
+    for group in groups_among([*weights, *inputs]):
+        of_weights = combine(group, WEIGHT_QUANTIZER, state.weight_amax) if group.primary in weights else None
+        of_inputs = combine(group, INPUT_QUANTIZER, state.input_amax) if group.primary in inputs else None
+        shared.by_module |= dict.fromkeys(group.members, GroupAmax(of_weights, of_inputs))
     if problems:
         raise AmaxError(
             f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
@@ -98,14 +98,17 @@ def share_amax(
     return shared
 
 
-def split_groups(quantized: Iterable[str], others: Iterable[str]) -> list[str]:
-    """One line for each fused group of which some members are quantized and others are not."""
-    quantized, others = set(quantized), set(others)
-    mixed = {group: None for module in quantized if not others.isdisjoint((group := group_of(module)).members)}
+def split_groups(treatment: Mapping[str, str]) -> list[str]:
+    """One line for each fused group whose members are not treated alike.
+
+    Args:
+        treatment: module → what becomes of it, in a word.
+    """
+    groups = ({member: treatment[member] for member in group.members} for group in groups_among(treatment))
     return [
-        f"{', '.join(m for m in group.members if m in quantized)} quantized, "
-        f"{', '.join(m for m in group.members if m in others)} not"
-        for group in mixed
+        "; ".join(f"{', '.join(member for member in group if group[member] == word)} {word}" for word in words)
+        for group in groups
+        if len(words := dict.fromkeys(group.values())) > 1
     ]
 
 

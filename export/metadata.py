@@ -1,15 +1,18 @@
 """The files beside the tensors: config.json with its `quantization_config`, the index, and what is carried over."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.layout import Layout
+from export.schemes.scheme import Scheme, arguments
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
+_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -19,6 +22,50 @@ def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | 
     if quantization is not None:
         config["quantization_config"] = quantization
     return _json(config)
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], *, kv_cache: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors.
+
+    Only keys that all engines accept, and groups `group_0`, `group_1`, … with a format each. One scheme for all targets
+    the class `Linear`; several name their modules, because engines must not find both kinds of targets.
+
+    Args:
+        schemes: quantized module → its scheme.
+        ignore: the linear modules that are left as they are.
+        kv_cache: whether the layers have `k_scale` and `v_scale`, for a key-value cache in FP8.
+    """
+    members: dict[str, list[str]] = {}
+    for module, scheme in schemes.items():
+        members.setdefault(json.dumps(scheme.config_group), []).append(module)
+    groups = [json.loads(group) for group in members]
+    for group, modules in zip(groups, members.values(), strict=True):
+        others = (schemes.keys() - set(modules)) | set(ignore)
+        group["targets"] = ["Linear"] if len(groups) == 1 and "lm_head" not in schemes else _patterns(modules, others)
+        group["output_activations"] = None
+    formats = {group["format"] for group in groups}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "ignore": list(ignore),
+    }
+    return config | ({"kv_cache_scheme": arguments(8, "float", "tensor")} if kv_cache else {})
+
+
+def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets for just these modules: a pattern for those that differ in numbers, names where it would hit others."""
+    taken = {_DIGITS.sub("0", name) for name in others}
+    targets: dict[str, None] = {}
+    for module in modules:
+        if _DIGITS.sub("0", module) in taken:
+            targets[module] = None
+        else:
+            targets["re:" + r"\d+".join(map(re.escape, _DIGITS.split(module))) + "$"] = None
+    return list(targets)
 
 
 def index_json(layout: Layout) -> bytes | None:

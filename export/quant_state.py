@@ -33,7 +33,8 @@ class QuantState:
 
     Args:
         amax: quantizer buffer name (`….q_proj.weight_quantizer._amax`) → fp32 tensor on the CPU, `[]` per-tensor.
-        formats: quantized module (`….q_proj`) → name of the format of its weight quantizer (`nvfp4`, `fp8`, …).
+        formats: quantized module (`….q_proj`) → name of the format of its weight quantizer (`nvfp4`, `fp8`, …), and
+            quantizer of the key-value cache (`….self_attn.k_bmm_quantizer`) → its own.
         missing: buffer names of enabled static quantizers that were never calibrated.
         divergent: buffer names whose amax differed between ranks; `amax` holds the maximum.
     """
@@ -50,3 +51,7 @@ class QuantState:
     def input_amax(self, module: str) -> Tensor | None:
         """The per-tensor amax of a module's input."""
         return self.amax.get(module + INPUT_QUANTIZER)
+
+    def calibrates_input(self, module: str) -> bool:
+        """Whether a module has a static input quantizer, calibrated or not: W4A4, in contrast to weights only."""
+        return module + INPUT_QUANTIZER in self.amax or module + INPUT_QUANTIZER in self.missing

@@ -160,7 +160,7 @@ def state_for(modules: dict[str, tuple[float, float]]) -> QuantState:
 
 def test_a_group_shares_the_largest_amax() -> None:
     state = state_for({"l.q_proj": (1, 9), "l.k_proj": (3, 8), "l.v_proj": (2, 7), "l.o_proj": (5, 6)})
-    shared = share_amax(state, state.formats, inputs=True).by_module
+    shared = share_amax(state, state.formats, state.formats).by_module
     found = {module: tuple(float(value) for value in amax if value is not None) for module, amax in shared.items()}
     assert found == {
         "l.q_proj": (3, 9),
@@ -174,14 +174,14 @@ def test_a_group_shares_the_largest_amax() -> None:
 def test_an_amax_that_makes_no_scale_is_named(value: float) -> None:
     state = state_for({"l.q_proj": (1, 1), "l.k_proj": (1, value)})
     with pytest.raises(AmaxError, match=r"1 amax .*\n  l\.k_proj\.input_quantizer\._amax"):
-        share_amax(state, state.formats, inputs=True)
-    assert share_amax(state, state.formats, inputs=False).by_module["l.k_proj"].input is None
+        share_amax(state, state.formats, state.formats)
+    assert share_amax(state, state.formats, ()).by_module["l.k_proj"].input is None
 
 
 def test_every_missing_amax_is_named_at_once() -> None:
     state = QuantState({}, {"a": "nvfp4", "b": "nvfp4"})
     with pytest.raises(AmaxError, match="4 amax are missing") as raised:
-        share_amax(state, state.formats, inputs=True)
+        share_amax(state, state.formats, state.formats)
     assert str(raised.value).count(": missing") == 4
 
 
@@ -196,7 +196,7 @@ GOOD = {"model.layers.0.q_proj": (1.0, 2.0), "model.layers.0.k_proj": (3.0, 4.0)
 
 
 def test_finalizer_writes_what_it_planned() -> None:
-    finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state_for(GOOD))
+    finalizer = Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state_for(GOOD))
     written = dict(finalizer.finalize(Bundle.of(MODEL)))
     assert specs_of(written) == finalizer.output_specs
     assert finalizer.quantized == list(GOOD)
@@ -215,7 +215,7 @@ def test_without_a_scheme_everything_stays() -> None:
 
 def test_dequantized_weights_are_close() -> None:
     scheme = SCHEMES["nvfp4"]
-    finalizer = Finalizer(specs_of(MODEL), scheme, state_for(GOOD))
+    finalizer = Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state_for(GOOD))
     name = "model.layers.0.q_proj"
     found = scheme.dequantize(name, dict(finalizer.finalize(Bundle.of(MODEL)))).float()
     original = MODEL[f"{name}.weight"].float().clamp(-3, 3)
@@ -224,12 +224,12 @@ def test_dequantized_weights_are_close() -> None:
 
 class TestFinalizerRefuses:
     def test_a_group_quantized_in_part(self) -> None:
-        with pytest.raises(MappingError, match=r"q_proj quantized, .*k_proj not"):
-            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state_for({"model.layers.0.q_proj": (1, 1)}))
+        with pytest.raises(MappingError, match=r"q_proj as nvfp4; .*k_proj not"):
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state_for({"model.layers.0.q_proj": (1, 1)}))
 
     def test_a_model_without_quantizers(self) -> None:
         with pytest.raises(UsageError, match="has none enabled"):
-            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], QuantState())
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), QuantState())
 
     def test_quantizers_of_another_format(self) -> None:
         state = state_for(GOOD)
@@ -237,15 +237,15 @@ class TestFinalizerRefuses:
         with pytest.raises(
             UsageError, match=r"needs nvfp4 quantizers, but the model has:\n  model.layers.0.q_proj: fp8"
         ):
-            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], other)
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), other)
 
     def test_columns_that_make_no_blocks(self) -> None:
         model = {"m.down_proj.weight": torch.randn(4, 24)}
         with pytest.raises(MappingError, match=r"m\.down_proj\.weight: .*divisible by 16, not \[4, 24\]"):
-            Finalizer(specs_of(model), SCHEMES["nvfp4"], state_for({"m.down_proj": (1, 1)}))
+            Finalizer(specs_of(model), find_scheme("nvfp4"), state_for({"m.down_proj": (1, 1)}))
 
     def test_an_unknown_scheme(self) -> None:
-        with pytest.raises(UsageError, match="unknown scheme 'nvfp5'; known: nvfp4, none"):
+        with pytest.raises(UsageError, match=r"unknown scheme 'nvfp5'; known: nvfp4, .*, auto, none"):
             find_scheme("nvfp5")
 
 
@@ -266,7 +266,7 @@ class TestMissingAmax:
 
     def test_from_the_weights_of_the_whole_group(self) -> None:
         state = self.state("k_proj.weight_quantizer._amax")
-        finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state, missing=MissingAmax.FROM_WEIGHTS)
+        finalizer = Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state, missing=MissingAmax.FROM_WEIGHTS)
         assert finalizer.filled == {"model.layers.0.k_proj.weight_quantizer._amax": "the weights"}
         written = dict(finalizer.finalize(Bundle.of(MODEL)))
         amax = max(MODEL[f"{module}.weight"].float().abs().max().item() for module in GOOD)
@@ -275,7 +275,7 @@ class TestMissingAmax:
 
     def test_from_the_rest_of_the_group(self) -> None:
         state = self.state("k_proj.input_quantizer._amax")
-        finalizer = Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], state, missing=MissingAmax.GROUP_MAX)
+        finalizer = Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state, missing=MissingAmax.GROUP_MAX)
         assert finalizer.filled == {
             "model.layers.0.k_proj.input_quantizer._amax": "the largest of its fused group",
         }
@@ -285,16 +285,16 @@ class TestMissingAmax:
     @pytest.mark.parametrize(("bad", "policy"), [("_proj.input_quantizer._amax", p) for p in MissingAmax])
     def test_what_no_policy_can_fill_is_refused(self, bad: str, policy: MissingAmax) -> None:
         with pytest.raises(AmaxError, match="2 amax are missing"):
-            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], self.state(bad), missing=policy)
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), self.state(bad), missing=policy)
 
 
 def test_state_that_the_scheme_has_no_place_for_is_refused() -> None:
-    """Key-value cache quantizers, output quantizers, input scales: never dropped in silence."""
+    """Output quantizers, input scales: never dropped in silence."""
     state = state_for(GOOD)
-    for name in ("k_bmm_quantizer._amax", "q_proj.output_quantizer._amax", "q_proj.input_quantizer._pre_quant_scale"):
+    for name in ("q_proj.output_quantizer._amax", "q_proj.input_quantizer._pre_quant_scale"):
         more = QuantState({**state.amax, f"model.layers.0.{name}": torch.tensor(1.0)}, state.formats)
         with pytest.raises(UsageError, match=rf"no place for 1 quantizer values:\n  model\.layers\.0\.{name}"):
-            Finalizer(specs_of(MODEL), SCHEMES["nvfp4"], more)
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), more)
 
 
 def test_an_input_scale_is_folded_into_a_plain_weight() -> None:

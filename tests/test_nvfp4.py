@@ -1,6 +1,5 @@
 """NVFP4 bytes against the programs that define them: ModelOpt (run here), llm-compressor (golden file)."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,21 @@ import torch
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor, quantize_and_pack_fp4
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file
 from torch import Tensor
+from weights import (
+    WEIGHTS,
+    all_arithmetics,
+    all_dtypes,
+    assert_same_weight,
+    random_weight,
+    same_bytes,
+    weights_of_all_kinds,
+)
 
-from export.kernels import nvfp4
 from export.kernels.nvfp4 import (
     BLOCK,
     Arithmetic,
@@ -29,7 +34,6 @@ from export.kernels.nvfp4 import (
 )
 
 MODELOPT, COMPRESSED_TENSORS = Arithmetic.MODELOPT, Arithmetic.COMPRESSED_TENSORS
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SCHEME = preset_name_to_scheme("NVFP4A16", ["Linear"])
 GOLDEN = load_file(Path(__file__).parent / "golden" / "nvfp4_llmcompressor.safetensors")
 GROUPS = (
@@ -37,69 +41,6 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-
-def random_weight(rows: int = 24, columns: int = 96, std: float = 0.02, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * std
-
-
-def zeros_and_negative_zeros() -> Tensor:
-    """Return whole zero blocks, -0.0 blocks, and both beside numbers."""
-    weight = random_weight()
-    weight[:, :16] = 0.0
-    weight[::2, 16:32] = -0.0
-    weight[:, 32::3] = -0.0
-    weight[:, 33::3] = 0.0
-    return weight
-
-
-def ties() -> Tensor:
-    """Return every rounding tie of E2M1, its neighbours, and 6.0, in blocks of scale 2**-10 to 2**-3."""
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    block = torch.cat([bounds, -bounds, torch.tensor([6.0, -6.0])])
-    rows = torch.stack([block, block * (1 + 2**-10), block * (1 - 2**-10)])
-    rows[:, -2:] = block[-2:]  # the block's amax stays 6
-    return torch.cat([rows * 2.0**-k for k in range(3, 11)], dim=1)
-
-
-def block_scale_ties() -> Tensor:
-    """Return blocks whose scale lies on, or next to, a rounding tie of E4M3, down to its subnormals."""
-    e4m3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    middles = (e4m3[1:] + e4m3[:-1]) / 2
-    scales = torch.cat([middles, middles * (1 + 2**-7), middles * (1 - 2**-8), e4m3[1:]])
-    ramp = torch.linspace(-6.0, 6.0, BLOCK)
-    return (scales.unsqueeze(1) * ramp * 2.0**-10).reshape(-1, 9 * BLOCK)
-
-
-def extremes() -> Tensor:
-    """Return blocks over the whole range of fp32, subnormals included, in one tensor."""
-    ramp = torch.arange(BLOCK) - 7.5
-    exponents = ((0, 5, 10, 15), (20, 60, 126, 140))
-    return torch.stack([torch.cat([ramp * 2.0**-k for k in row]) for row in exponents])
-
-
-WEIGHTS: dict[str, Callable[[], Tensor]] = {
-    "small": random_weight,
-    "large": lambda: random_weight(std=30.0, seed=1),
-    "outlier": lambda: random_weight(seed=2).index_fill(0, torch.tensor([3]), 2.0),
-    "zeros": zeros_and_negative_zeros,
-    "ties": ties,
-    "block scale ties": block_scale_ties,
-    "extremes": extremes,
-}
-weights_of_all_kinds = pytest.mark.parametrize("kind", WEIGHTS)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-all_arithmetics = pytest.mark.parametrize("arithmetic", Arithmetic)
-
-
-def same_bytes(actual: Tensor, expected: Tensor) -> bool:
-    as_bytes = [tensor.contiguous().view(torch.uint8) for tensor in (actual, expected)]
-    return actual.dtype == expected.dtype and torch.equal(*as_bytes)
-
-
-def assert_same_weight(actual: NVFP4Weight, expected: NVFP4Weight) -> None:
-    for name in ("packed", "block_scale", "global_scale"):
-        assert same_bytes(getattr(actual, name), getattr(expected, name)), name
 
 
 def ulps_apart(a: Tensor, b: Tensor, integers: torch.dtype) -> int:
@@ -275,130 +216,3 @@ def test_global_scale_rounds_twice_in_the_weights_dtype() -> None:
 def test_compressed_tensors_goes_on_with_one_where_the_scale_overflows(amax: float) -> None:
     scale = global_scale(torch.tensor(amax), arithmetic=COMPRESSED_TENSORS, dtype=torch.bfloat16)
     assert scale.tolist() == [1.0]
-
-
-# Laws
-
-
-@given(
-    rows=st.integers(1, 9),
-    blocks=st.integers(1, 6),
-    chunk=st.integers(1, 200),
-    seed=st.integers(0, 2**31),
-    dtype=st.sampled_from(DTYPES),
-    arithmetic=st.sampled_from(Arithmetic),
-)
-@settings(max_examples=60, deadline=None)
-def test_chunks_do_not_show(
-    rows: int, blocks: int, chunk: int, seed: int, dtype: torch.dtype, arithmetic: Arithmetic
-) -> None:
-    weight = random_weight(rows, blocks * BLOCK, seed=seed).to(dtype)
-    amax = tensor_amax([weight], arithmetic=arithmetic)
-    whole = quantize(weight, amax, arithmetic=arithmetic)
-    values = dequantize(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvfp4, "_CPU_CHUNK", chunk)
-        assert_same_weight(quantize(weight, amax, arithmetic=arithmetic), whole)
-        assert torch.equal(dequantize(whole), values)
-    assert whole.packed.shape == (rows, blocks * BLOCK // 2)
-    assert whole.block_scale.shape == (rows, blocks)
-
-
-@given(seed=st.integers(0, 2**31), columns=st.integers(1, 5), arithmetic=st.sampled_from(Arithmetic))
-@settings(max_examples=40, deadline=None)
-def test_quantizing_rows_and_columns_apart_is_quantizing_the_whole(
-    seed: int, columns: int, arithmetic: Arithmetic
-) -> None:
-    """What lets ranks and shards quantize on their own, given the group's amax; slices may be strided."""
-    weight = random_weight(6, (columns + 1) * BLOCK, seed=seed).bfloat16()
-    amax = tensor_amax([weight[:2], weight[2:]], arithmetic=arithmetic)
-    assert amax == tensor_amax([weight], arithmetic=arithmetic)
-    whole = quantize(weight, amax, arithmetic=arithmetic)
-    part = quantize(weight[1::2, BLOCK:], amax, arithmetic=arithmetic)
-    assert same_bytes(part.packed, whole.packed[1::2, BLOCK // 2 :])
-    assert same_bytes(part.block_scale, whole.block_scale[1::2, 1:])
-
-
-@given(seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES), arithmetic=st.sampled_from(Arithmetic))
-@settings(max_examples=40, deadline=None)
-def test_a_value_moves_by_at_most_half_a_step(seed: int, dtype: torch.dtype, arithmetic: Arithmetic) -> None:
-    """The widest step of E2M1 is 2; a block scale is off by at most 1/16."""
-    weight = random_weight(8, 64, seed=seed).to(dtype)
-    amax = tensor_amax([weight], arithmetic=arithmetic)
-    error = dequantize(quantize(weight, amax, arithmetic=arithmetic), torch.float32) - weight.float()
-    block_amax = weight.float().abs().unflatten(1, (-1, BLOCK)).amax(-1, keepdim=True)
-    assert (error.unflatten(1, (-1, BLOCK)).abs() <= block_amax / 6 * (1 + 1 / 8)).all()
-
-
-@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0)])
-@all_arithmetics
-def test_an_empty_shard_stays_empty(shape: tuple[int, int], arithmetic: Arithmetic) -> None:
-    quantized = quantize(torch.zeros(shape), torch.tensor(1.0), arithmetic=arithmetic)
-    assert dequantize(quantized).shape == shape
-
-
-# Errors
-
-
-@pytest.mark.parametrize("shape", [(4, 24), (4, 8), (32,), (2, 4, 16)])
-def test_a_shape_that_does_not_fit_is_named(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
-        quantize(torch.ones(shape), torch.tensor(1.0), arithmetic=MODELOPT)
-
-
-@pytest.mark.parametrize("amax", [0.0, -1.0, 1e-39, float("nan"), float("inf")])
-def test_an_amax_without_a_scale_is_an_error(amax: float) -> None:
-    with pytest.raises(ValueError, match="positive and finite"):
-        quantize(torch.ones(1, BLOCK), torch.tensor(amax), arithmetic=MODELOPT)
-    with pytest.raises(ValueError, match="positive and finite"):
-        input_global_scale(torch.tensor(amax))
-
-
-@pytest.mark.parametrize("amax", [-1.0, float("inf")])
-def test_an_amax_that_breaks_compressed_tensors_is_an_error(amax: float) -> None:
-    with pytest.raises(ValueError, match="positive and finite"):
-        quantize(torch.ones(1, BLOCK), torch.tensor(amax), arithmetic=COMPRESSED_TENSORS)
-
-
-@all_arithmetics
-def test_amax_has_one_element_of_any_shape(arithmetic: Arithmetic) -> None:
-    weight = random_weight()
-    expected = quantize(weight, torch.tensor(0.1), arithmetic=arithmetic)
-    assert_same_weight(quantize(weight, torch.tensor([0.1]), arithmetic=arithmetic), expected)
-    with pytest.raises(ValueError, match=r"one amax .*\(24,\)"):
-        quantize(weight, torch.ones(24), arithmetic=arithmetic)
-
-
-@all_arithmetics
-def test_an_unsupported_dtype_is_an_error(arithmetic: Arithmetic) -> None:
-    with pytest.raises(ValueError, match="float64"):
-        quantize(torch.ones(1, BLOCK, dtype=torch.float64), torch.tensor(1.0), arithmetic=arithmetic)
-
-
-def test_amax_of_a_group_needs_weights_of_one_dtype() -> None:
-    with pytest.raises(ValueError, match="no weights"):
-        tensor_amax([], arithmetic=MODELOPT)
-    with pytest.raises(ValueError, match=r"\(0, 16\)"):
-        tensor_amax([torch.ones(0, 16)], arithmetic=MODELOPT)
-    mixed = [torch.ones(1, 16), torch.full((1, 16), 2.0, dtype=torch.bfloat16)]
-    with pytest.raises(ValueError, match=r"bfloat16, torch\.float32"):
-        tensor_amax(mixed, arithmetic=COMPRESSED_TENSORS)
-    assert tensor_amax(mixed, arithmetic=MODELOPT) == 2.0
-
-
-@all_arithmetics
-def test_a_nan_weight_shows_as_a_nan_scale(arithmetic: Arithmetic) -> None:
-    weight = random_weight()
-    weight[3, 20] = float("nan")
-    nan = quantize(weight, torch.tensor(0.1), arithmetic=arithmetic).block_scale.float().isnan()
-    assert nan.nonzero().tolist() == [[3, 1]]
-
-
-def test_a_quantized_weight_checks_its_tensors() -> None:
-    good = quantize(random_weight(), torch.tensor(0.1), arithmetic=MODELOPT)
-    with pytest.raises(ValueError, match=r"block_scale is torch\.uint8"):
-        NVFP4Weight(good.packed, good.block_scale.view(torch.uint8), good.global_scale)
-    with pytest.raises(ValueError, match=r"block_scale is .*\(24, 1\)"):
-        NVFP4Weight(good.packed, good.block_scale[:, :1], good.global_scale)
-    with pytest.raises(ValueError, match=r"global_scale is .* \(\)"):
-        NVFP4Weight(good.packed, good.block_scale, good.global_scale[0])

@@ -1,67 +1,70 @@
 """The quantization formats, one file each, and how the rest of the program sees them."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
-
-from export.fused_scales import GroupAmax
+from export.schemes.fp8 import FP8
+from export.schemes.fp8_block import FP8_BLOCK
+from export.schemes.fp8_dynamic import FP8_DYNAMIC
+from export.schemes.mxfp4 import MXFP4, MXFP4A16
+from export.schemes.mxfp8 import MXFP8, MXFP8A16
 from export.schemes.nvfp4 import NVFP4
+from export.schemes.nvfp4a16 import NVFP4A16
+from export.schemes.recipe import FromQuantizers, Groups, Recipe, SchemeGroup
+from export.schemes.scheme import Scheme
+from export.schemes.w4a16 import w4a16
+from export.schemes.w4a16_asym import w4a16_asym
+from export.schemes.w8a8 import W8A8
 from mappings.errors import UsageError
-from mappings.tensors import TensorSpec
+
+__all__ = ["SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme"]
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        NVFP4(), NVFP4A16, MXFP4, MXFP4A16, MXFP8, MXFP8A16, FP8, FP8_DYNAMIC, FP8_BLOCK, w4a16(), w4a16_asym(), W8A8
+    )
+}  # fmt: skip
 
 
-class Scheme(Protocol):
-    """One quantization format. Stateless; knows modules and tensors, neither files nor ranks."""
+def find_scheme(scheme: Any) -> Recipe | None:
+    """What users call a scheme.
 
-    @property
-    def name(self) -> str:
-        """As users choose it: `nvfp4`."""
+    Args:
+        scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
+            from the quantizers; `none`, to write the weights as they are; or a `QuantizationScheme` of its.
 
-    @property
-    def format(self) -> str:
-        """What the weight quantizers of a trained model must be for this scheme: `nvfp4`."""
-
-    @property
-    def quantizes_inputs(self) -> bool:
-        """Whether it needs an input amax for each module."""
-
-    def output_specs(self, module: str, weight: TensorSpec) -> dict[str, TensorSpec]:
-        """The tensors written for a module, from its weight's shape `[out, in]`.
-
-        Raises:
-            ValueError: the weight cannot be quantized in this format; says why.
-        """
-
-    def quantize(
-        self, module: str, weight: Tensor, amax: GroupAmax, weight_amax: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The tensors written for a module.
-
-        Args:
-            weight: `[out, in]`.
-            amax: per-tensor, shared by the fused group.
-            weight_amax: per-channel `[out, 1]` or per-block `[out, blocks]`, where training kept it.
-        """
-
-    def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a serving engine sees it, from the tensors written for the module."""
-
-    def config(self, ignore: Iterable[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
-
-
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (NVFP4(),)}
-
-
-def find_scheme(name: str) -> Scheme | None:
-    """The scheme that users call `name`; None for `none`, which writes the weights as they are.
+    Returns:
+        None for `none`.
 
     Raises:
-        UsageError: there is none; lists those there are.
+        UsageError: there is none such; lists those there are.
     """
+    if not isinstance(scheme, str):
+        return Groups((SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or ("Linear",)),))
+    name = {"int8": "w8a8"}.get(scheme.lower(), scheme.lower())
     if name == "none":
         return None
+    if name == "auto":
+        return FromQuantizers(tuple(SCHEMES.values()))
     if name not in SCHEMES:
-        raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, none")
-    return SCHEMES[name]
+        raise UsageError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}, auto, none")
+    return Groups.of(SCHEMES[name])
+
+
+def _of_compressed_tensors(wanted: Any) -> Scheme:
+    """The scheme that a `QuantizationScheme` describes. Read by its attributes: importing its library takes seconds."""
+    size = getattr(wanted.weights, "group_size", None)
+    more: tuple[Scheme, ...] = (w4a16(size), w4a16_asym(size)) if size else ()
+    for scheme in (*SCHEMES.values(), *more):
+        group = scheme.config_group
+        if all(_says(getattr(wanted, part), group[part]) for part in ("weights", "input_activations")):
+            return scheme
+    raise UsageError(f"no scheme writes {wanted!r}; known: {', '.join(SCHEMES)}")
+
+
+def _says(wanted: Any, arguments: Mapping[str, Any] | None) -> bool:
+    if wanted is None or arguments is None:
+        return wanted is arguments is None
+    values = {key: getattr(wanted, key) for key in arguments if key != "scale_dtype"}
+    return all(getattr(value, "value", value) == arguments[key] for key, value in values.items())

@@ -12,7 +12,7 @@ scales of the activations unrounded, and 86 % of bf16 activations differ from wh
 compute, against 0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,64 +22,64 @@ from torch import Tensor
 from export.fused_scales import GroupAmax
 from export.kernels import nvfp4
 from export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
+from export.schemes.scheme import NO_AMAX, arguments, naming
 from mappings.tensors import TensorSpec
-
-_BLOCKS = {
-    "num_bits": 4,
-    "type": "float",
-    "strategy": "tensor_group",
-    "group_size": BLOCK,
-    "symmetric": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class NVFP4:
-    """NVFP4 weights and activations, with the amax and the arithmetic of the training run."""
+    """NVFP4 weights, and activations where `needs_input_amax`."""
 
     name: str = "nvfp4"
+    needs_input_amax: bool = True
+    needs_weight_amax: bool = True
     format: str = "nvfp4"
-    quantizes_inputs: bool = True
 
-    def output_specs(self, module: str, weight: TensorSpec) -> dict[str, TensorSpec]:
+    @property
+    def config_group(self) -> dict[str, Any]:
+        blocks = arguments(4, "float", "tensor_group", group_size=BLOCK)
+        inputs = {**blocks, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
+        return {
+            "format": "nvfp4-pack-quantized",
+            "weights": blocks,
+            "input_activations": inputs if self.needs_input_amax else None,
+        }
+
+    def output_specs(self, module: str, weight: TensorSpec, *, calibrated: bool) -> dict[str, TensorSpec]:
         if len(weight.shape) != 2 or weight.shape[1] % BLOCK:
             raise ValueError(f"NVFP4 needs [out, in] with in divisible by {BLOCK}, not {list(weight.shape)}")
         rows, columns = weight.shape
-        return {
+        specs = {
             f"{module}.weight_packed": TensorSpec((rows, columns // 2), torch.uint8),
             f"{module}.weight_scale": TensorSpec((rows, columns // BLOCK), torch.float8_e4m3fn),
             f"{module}.weight_global_scale": TensorSpec((1,), torch.float32),
-            f"{module}.input_global_scale": TensorSpec((1,), torch.float32),
         }
+        if self.needs_input_amax:
+            specs[f"{module}.input_global_scale"] = TensorSpec((1,), torch.float32)
+        return specs
 
     def quantize(
-        self, module: str, weight: Tensor, amax: GroupAmax, weight_amax: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        assert amax.weight is not None and amax.input is not None, f"{module}: W4A4 needs both amax"
-        quantized = nvfp4.quantize(weight, amax.weight, arithmetic=Arithmetic.MODELOPT, block_amax=weight_amax)
-        return {
-            f"{module}.weight_packed": quantized.packed,
-            f"{module}.weight_scale": quantized.block_scale,
-            f"{module}.weight_global_scale": quantized.global_scale,
-            f"{module}.input_global_scale": nvfp4.input_global_scale(amax.input),
-        }
+        self,
+        weights: Mapping[str, Tensor],
+        amax: GroupAmax | None = None,
+        block_amax: Mapping[str, Tensor] = NO_AMAX,
+    ) -> Iterator[tuple[str, Tensor]]:
+        arithmetic = Arithmetic.COMPRESSED_TENSORS if amax is None else Arithmetic.MODELOPT
+        calibrated = amax or GroupAmax(None, None)
+        largest = calibrated.weight
+        if largest is None:
+            largest = nvfp4.tensor_amax(list(weights.values()), arithmetic=arithmetic)
+        for module, weight in weights.items():
+            with naming(module):
+                blocks = block_amax.get(module)
+                quantized = nvfp4.quantize(weight, largest, arithmetic=arithmetic, block_amax=blocks)
+            yield f"{module}.weight_packed", quantized.packed
+            yield f"{module}.weight_scale", quantized.block_scale
+            yield f"{module}.weight_global_scale", quantized.global_scale
+            if self.needs_input_amax:
+                assert calibrated.input is not None, f"{module}: W4A4 needs an input amax"
+                yield f"{module}.input_global_scale", nvfp4.input_global_scale(calibrated.input)
 
     def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         names = ("weight_packed", "weight_scale", "weight_global_scale")
         return nvfp4.dequantize(NVFP4Weight(*(tensors[f"{module}.{name}"] for name in names)))
-
-    def config(self, ignore: Iterable[str]) -> dict[str, Any]:
-        group = {
-            "targets": ["Linear"],
-            "weights": {**_BLOCKS, "dynamic": False},
-            "input_activations": {**_BLOCKS, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
-            "output_activations": None,
-            "format": "nvfp4-pack-quantized",
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(ignore),
-        }

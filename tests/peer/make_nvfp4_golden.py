@@ -79,14 +79,14 @@ def make_checkpoint(dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def quantize_with_peer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def quantize_with_peer(tensors: dict[str, Tensor], scheme: str = "NVFP4A16") -> dict[str, Tensor]:
     """Run ``model_free_ptq`` from a checkpoint directory to another, on the CPU."""
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory, "source"), Path(directory, "target")
         source.mkdir()
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
         (source / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-        model_free_ptq(source, target, scheme="NVFP4A16", device="cpu")
+        model_free_ptq(source, target, scheme=scheme, device="cpu")
         quantized: dict[str, Tensor] = load_file(target / "model.safetensors")
         return quantized
 
@@ -99,11 +99,16 @@ def main() -> None:
             tensors = {OVERFLOWS: tensors[OVERFLOWS]}
         golden |= {f"{label}/in/{name}": tensor for name, tensor in tensors.items()}
         golden |= {f"{label}/out/{name}": tensor for name, tensor in quantize_with_peer(tensors).items()}
+    save_golden(golden, GOLDEN)
+
+
+def save_golden(golden: dict[str, Tensor], path: Path) -> None:
+    """Write a golden file that says what made it."""
     packages = ("llmcompressor", "compressed-tensors", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    GOLDEN.parent.mkdir(exist_ok=True)
-    save_file(golden, GOLDEN, metadata={"made with": versions})  # one key: the order of several is not kept
-    print(f"{GOLDEN}: {len(golden)} tensors, {GOLDEN.stat().st_size} bytes")
+    path.parent.mkdir(exist_ok=True)
+    save_file(golden, path, metadata={"made with": versions})  # one key: the order of several is not kept
+    print(f"{path}: {len(golden)} tensors, {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

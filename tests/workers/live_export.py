@@ -40,7 +40,8 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
         plain = forward(model) if sizes["tp"] == 2 else torch.empty(0)
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
         set_amax_from_names(model)
-        bridge.save_hf_pretrained(model, out / "nvfp4", max_shard_bytes=30_000)
+        scheme = "auto" if "pp" in sizes else "nvfp4"  # the same bytes
+        bridge.save_hf_pretrained(model, out / "nvfp4", scheme=scheme, max_shard_bytes=30_000)
         if sizes["tp"] == 2:
             report["divergent"] = export_divergent(bridge, model, out / "divergent")
             report["errors"] = errors(bridge, model, out)

@@ -1,0 +1,97 @@
+"""E2M1, the 4-bit float of NVFP4 and MXFP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. Rounding, packing, reading.
+
+The plain torch here works on any device and defines the bytes. For bf16 weights on a CPU `quantize_by_tables` gives the
+same bytes from integer tables, which are this arithmetic evaluated on every magnitude that a bf16 can have.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def round_to_codes(scaled: Tensor) -> Tensor:
+    """E2M1 codes (uint8) of floats: nearest, ties to even, saturating at 6; bit 3 is the sign, -0.0 is code 0.
+
+    `searchsorted` is how ModelOpt rounds; seven comparisons say the same, treat ties to even without a correction,
+    and are faster.
+    """
+    magnitude = scaled.abs()
+    codes = (scaled < 0).to(torch.uint8) << 3
+    for bound in (0.25, 1.25, 2.5, 5.0):
+        codes += magnitude > bound
+    for bound in (0.75, 1.75, 3.5):
+        codes += magnitude >= bound
+    return codes
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes `[rows, columns]` as bytes `[rows, columns/2]`, the even column in the low nibble."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The values, fp32 `[rows, columns]`, of packed codes `[rows, columns/2]`."""
+    values = torch.tensor(VALUES + tuple(-value for value in VALUES), device=packed.device)
+    byte = torch.arange(256, device=packed.device)
+    pairs = torch.stack((values[byte & 0xF], values[byte >> 4]), dim=-1)  # [256, 2]
+    return pairs[packed.int()].flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What `e2m1_loops.quantize_blocks` looks up: `scale_of` uint8 `[32768]`, `bounds` uint16 `[256, 8]`, in numpy."""
+
+    scale_of: Any
+    bounds: Any
+
+    @classmethod
+    def of(cls, scale_bytes: Tensor, steps: Tensor, *, round_quotient: bool = False) -> "Tables":
+        """Tables from the reference arithmetic.
+
+        Args:
+            scale_bytes: uint8 `[32768]`, the scale of a block with each of `magnitudes()` as its amax.
+            steps: fp32 `[n]`, n ≤ 256: what a code of 1.0 stands for under each scale byte.
+            round_quotient: whether the reference rounds `value / step` to bf16.
+        """
+        from export.kernels import e2m1_loops  # numba, half a second, is imported where weights are quantized
+
+        return cls(scale_bytes.numpy(), e2m1_loops.code_bounds(steps.numpy(), round_quotient))
+
+
+@cache
+def magnitudes() -> Tensor:
+    """Every bf16 without a sign, in the order of its bits: `[32768]`, infinity and the NaN last."""
+    return torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
+
+
+def fits_loops(weight: Tensor) -> bool:
+    """Whether the compiled loops take this weight: bf16 in the memory of the CPU."""
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 `[out, in/2]` and scale bytes uint8 `[out, in/width]` of a bf16 weight `[out, in]` on the CPU.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
+    """
+    from export.kernels import e2m1_loops
+
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(rows, columns // width, dtype=torch.uint8)
+    bits = weight.contiguous().view(torch.uint16).numpy()
+    largest = e2m1_loops.quantize_blocks(
+        bits, width, tables.scale_of, tables.bounds, packed.numpy(), scales.reshape(-1).numpy()
+    )
+    if largest > 0x7F7F:
+        raise ValueError(NOT_FINITE)
+    return packed, scales
+
+
+NOT_FINITE = "the weight holds NaN or Inf"

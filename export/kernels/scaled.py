@@ -1,0 +1,213 @@
+"""Codes times scales: FP8 (E4M3), INT8 and packed INT4, with a scale for a tensor, a row, a group or a block.
+
+    weight = (code - zero_point) * scale
+
+Two programs define the bytes, as for NVFP4. Without a calibrated amax it is llm-compressor's ``model_free_ptq``: scales
+from the weight itself, every step rounded in the weight's dtype, and scales stored in it. With an amax it is ModelOpt's
+fake quantizer, fp32 throughout: ``code = round(weight * (bound / amax))``, fp32 scales ``amax / bound``.
+
+As in `nvfp4`, divisors are tensors on the weight's device, so that a division stays one; and bf16 weights on a CPU take
+the loops of `scaled_loops`, which give the same bytes.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.kernels.e2m1 import NOT_FINITE, fits_loops
+
+
+class Code(Enum):
+    """What a weight is stored as: the largest code in ModelOpt, and half the range in compressed-tensors."""
+
+    E4M3 = (448.0, 448.0)
+    INT8 = (127.0, 127.5)
+    INT4 = (7.0, 7.5)
+
+    @property
+    def bound(self) -> float:
+        return self.value[0]
+
+    @property
+    def half_range(self) -> float:
+        return self.value[1]
+
+    @property
+    def least(self) -> float:
+        """The smallest code."""
+        return -448.0 if self is Code.E4M3 else -self.bound - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self is Code.E4M3 else torch.int8
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The part of a weight that shares one scale: rows and columns, None for all of them. The last may be cut short."""
+
+    height: int | None = 1
+    width: int | None = None
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many blocks there are, down and across."""
+        return math.ceil(rows / (self.height or rows or 1)), math.ceil(columns / (self.width or columns or 1))
+
+    def size(self, weight: Tensor) -> tuple[int, int]:
+        """Rows and columns of a block of this weight."""
+        return self.height or len(weight), self.width or weight.shape[1]
+
+    def spread(self, scale: Tensor, weight: Tensor) -> Tensor:
+        """Scales `[blocks down, blocks across]` for every element of a weight `[out, in]`."""
+        height, width = self.size(weight)
+        rows = scale.repeat_interleave(height, 0)[: len(weight)] if height > 1 else scale
+        return rows.repeat_interleave(width, 1)[:, : weight.shape[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledWeight:
+    """Codes `[out, in]` (E4M3, or int8 for both integers), scales and zero points `[blocks down, blocks across]`."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def quantize(
+    weight: Tensor, code: Code, blocks: Blocks, *, amax: Tensor | None = None, symmetric: bool = True
+) -> ScaledWeight:
+    """Quantizes a weight `[out, in]`.
+
+    Args:
+        weight: bf16, fp16 or fp32.
+        code: what to.
+        blocks: what shares a scale.
+        amax: fp32 `[blocks down, blocks across]`, calibrated; None to take it from the weight.
+        symmetric: without zero points. Zero points are for weights without a calibrated amax.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf, or the amax does, or it is negative.
+    """
+    low, high = extremes(weight, blocks)
+    if amax is None:
+        scale, zero_point = _compressed_tensors_scale(low, high, code, symmetric)
+        return ScaledWeight(encode(weight, code, blocks, scale, zero_point), scale, zero_point)
+    if not (amax.isfinite() & (amax >= 0)).all():
+        raise ValueError("a calibrated amax is negative, NaN or Inf")
+    amax = amax.to(weight.device, torch.float32)
+    bound = torch.full_like(amax, code.bound)
+    amax = amax.where(amax > 0, bound)  # a row of zeros; ModelOpt's exporter does so too
+    return ScaledWeight(_encode(weight, code, blocks, bound / amax, None, divide=False), amax / bound)
+
+
+def dequantize(weight: ScaledWeight, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`(code - zero_point) * scale`, `[out, in]`, computed in fp32 and cast to `dtype`."""
+    codes = weight.codes.float()
+    if weight.zero_point is not None:
+        codes -= blocks.spread(weight.zero_point.float(), codes)
+    return (codes * blocks.spread(weight.scale.float(), codes)).to(dtype)
+
+
+def encode(weight: Tensor, code: Code, blocks: Blocks, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """The codes `[out, in]` under given scales, in the arithmetic of compressed-tensors: in the weight's dtype."""
+    return _encode(weight, code, blocks, scale, zero_point, divide=True)
+
+
+def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of each block and zero: `[blocks down, blocks across]`, in the weight's dtype.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
+    """
+    shape = blocks.shape(*weight.shape)
+    height, width = blocks.size(weight)
+    if fits_loops(weight):
+        from export.kernels import scaled_loops
+
+        low, high = torch.zeros(2, *shape, dtype=torch.int16)
+        bits = weight.contiguous().view(torch.int16).numpy()
+        scaled_loops.extremes(bits, height, width, low.numpy(), high.numpy())
+        low, high = low.view(weight.dtype), high.view(weight.dtype)
+    else:
+        missing = (0, shape[1] * width - weight.shape[1], 0, shape[0] * height - weight.shape[0])
+        padded = torch.nn.functional.pad(weight, missing) if any(missing) else weight
+        parts = padded.reshape(shape[0], height, shape[1], width)
+        low, high = parts.amin((1, 3)).clamp(max=0), parts.amax((1, 3)).clamp(min=0)
+    if not (low.isfinite() & high.isfinite()).all():
+        raise ValueError(NOT_FINITE)
+    return low, high
+
+
+def largest(weight: Tensor, blocks: Blocks) -> Tensor:
+    """The amax of each block, `[blocks down, blocks across]`, in the weight's dtype."""
+    low, high = extremes(weight, blocks)
+    return torch.maximum(low.abs(), high)
+
+
+def _compressed_tensors_scale(low: Tensor, high: Tensor, code: Code, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points as compressed-tensors' ``calculate_qparams``, in the weight's dtype."""
+    zero_point = None
+    if symmetric:
+        scale = torch.maximum(low.abs(), high) / torch.full_like(low, code.half_range)
+    else:
+        scale = (high - low) / torch.full_like(low, 2 * code.half_range)
+        zero_point = (code.least - low / scale).nan_to_num(0.0).clamp(code.least, code.bound).round().to(torch.int8)
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps), zero_point
+
+
+def _encode(
+    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, *, divide: bool
+) -> Tensor:
+    if fits_loops(weight):
+        return _encode_in_loops(weight, code, blocks, factor, zero_point, divide)
+    spread = blocks.spread(factor, weight)
+    scaled = weight / spread if divide else weight.float() * spread
+    if zero_point is not None:
+        scaled += blocks.spread(zero_point.to(scaled.dtype), weight)
+    scaled = scaled.clamp(code.least, code.bound)
+    return (scaled if code is Code.E4M3 else scaled.round()).to(code.dtype)
+
+
+def _encode_in_loops(
+    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, divide: bool
+) -> Tensor:
+    from export.kernels import scaled_loops
+
+    codes = torch.empty(weight.shape, dtype=code.dtype)
+    bits, factors = weight.contiguous().view(torch.uint16).numpy(), factor.float().numpy()
+    if code is Code.E4M3:
+        scaled_loops.encode_e4m3(bits, factors, divide, *blocks.size(weight), codes.view(torch.uint8).numpy())
+    else:
+        zeros = (torch.zeros_like(factor) if zero_point is None else zero_point).float().numpy()
+        least = np.float32(code.least)
+        scaled_loops.encode_integers(bits, factors, zeros, divide, *blocks.size(weight), least, codes.numpy())
+    return codes
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes -8 to 7, int8 `[rows, columns]`, as int32 `[rows, columns/8]`: eight a word, the first in the low bits.
+
+    The columns of a weight; for zero points `pack_int4(zero_point.T).T`. Columns are filled up with zero bits.
+    """
+    if codes.shape[1] % 8:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
+    if codes.device.type == "cpu":
+        from export.kernels import scaled_loops
+
+        packed = torch.empty(codes.numel() // 2, dtype=torch.uint8)
+        scaled_loops.pack_nibbles(codes.flatten().numpy(), packed.numpy())
+    else:
+        pairs = (codes + 8).flatten().view(torch.int16)
+        packed = (pairs | (pairs >> 4)).to(torch.uint8)  # of the pair 0x0b0a the byte 0xba
+    return packed.view(torch.int32).reshape(len(codes), -1)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """Codes int8 `[rows, columns]` of words int32 `[rows, columns/8]`."""
+    pairs = packed.contiguous().view(torch.uint8)
+    nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(1)[:, :columns]
+    return nibbles.view(torch.int8) - 8

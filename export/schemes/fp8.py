@@ -1,0 +1,24 @@
+"""FP8, static: E4M3 weights and inputs with one scale each, `float-quantized` in compressed-tensors.
+
+    weight        float8_e4m3fn  [out, in]
+    weight_scale  float32        [1]   amax / 448, a multiplier; equal in a fused group
+    input_scale   float32        [1]   the same of the input; equal in a fused group
+
+vLLM keeps one weight scale for a fused group, the largest of its members, and quantizes members with another once
+more. So a group shares its amax, as it did in training, where q, k and v are one weight with one quantizer.
+"""
+
+from export.kernels.scaled import Blocks, Code
+from export.schemes.scaled import Scaled
+from export.schemes.scheme import arguments
+
+_TENSOR = arguments(8, "float", "tensor")
+
+FP8 = Scaled(
+    "fp8",
+    format="fp8",
+    code=Code.E4M3,
+    blocks=Blocks(height=None, width=None),
+    config_group={"format": "float-quantized", "weights": _TENSOR, "input_activations": _TENSOR},
+    needs_input_amax=True,
+)

@@ -1,0 +1,23 @@
+"""FP8 in square blocks of 128, as DeepSeek-V3 is stored, `float-quantized`; engines scale 128 inputs as they come.
+
+weight        float8_e4m3fn  [out, in]
+weight_scale                 [out/128, in/128] rounded up   amax / 448: fp32 if calibrated, else in the weight's dtype
+"""
+
+from export.kernels.scaled import Blocks, Code
+from export.schemes.scaled import Scaled
+from export.schemes.scheme import arguments
+
+_BLOCK = 128
+
+FP8_BLOCK = Scaled(
+    "fp8_block",
+    format="fp8_block",
+    code=Code.E4M3,
+    blocks=Blocks(_BLOCK, _BLOCK),
+    config_group={
+        "format": "float-quantized",
+        "weights": arguments(8, "float", "block", block_structure=[_BLOCK, _BLOCK]),
+        "input_activations": arguments(8, "float", "group", group_size=_BLOCK, dynamic=True),
+    },
+)

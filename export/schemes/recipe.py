@@ -1,0 +1,96 @@
+"""Which scheme each module gets: one for all, several for different modules, or what its quantizers say."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from export.quant_state import QuantState
+from export.schemes.scheme import Scheme
+from mappings.errors import UsageError
+
+EVERY_LINEAR = "Linear"
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
+
+
+class Recipe(Protocol):
+    """What chooses the schemes."""
+
+    @property
+    def name(self) -> str:
+        """As users gave it."""
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """Targets that are left as they are, whatever else is said of them."""
+
+    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
+        """The scheme of a linear module, None to leave it as it is. Without a state, nothing was calibrated.
+
+        Raises:
+            UsageError: no scheme fits the module's quantizers.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeGroup:
+    """A scheme and the modules it is for: full names, `re:` patterns matched from the beginning, or `Linear`: all."""
+
+    scheme: Scheme
+    targets: tuple[str, ...] = (EVERY_LINEAR,)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups in order; the first that targets a module is its group. With a state, of its quantized modules only."""
+
+    groups: tuple[SchemeGroup, ...]
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "Groups":
+        """One scheme for everything."""
+        return cls((SchemeGroup(scheme),))
+
+    @property
+    def name(self) -> str:
+        return "+".join(group.scheme.name for group in self.groups)
+
+    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
+        if is_targeted(module, self.ignore) or (state is not None and module not in state.formats):
+            return None
+        return next((group.scheme for group in self.groups if is_targeted(module, group.targets)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class FromQuantizers:
+    """`scheme=auto`: the first of `schemes` that writes what a module's quantizers are."""
+
+    schemes: tuple[Scheme, ...]
+    ignore: tuple[str, ...] = ()
+    name: str = "auto"
+
+    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
+        if state is None:
+            raise UsageError("scheme=auto reads the formats from a quantizer state, and there is none")
+        if module not in state.formats or is_targeted(module, self.ignore):
+            return None
+        found, inputs = state.formats[module], state.calibrates_input(module)
+        for scheme in self.schemes:
+            if scheme.format == found and scheme.needs_input_amax == inputs:
+                return scheme
+        raise UsageError(
+            f"{module} has {found} weights and {'calibrated' if inputs else 'no calibrated'} inputs, which no scheme "
+            "writes; choose other quantizers, or a scheme by name"
+        )
+
+
+def is_targeted(module: str, targets: Iterable[str]) -> bool:
+    """Whether a target means a module: full name, `re:` pattern, or `Linear`, every module but the embeddings."""
+
+    def means(target: str) -> bool:
+        if target.startswith("re:"):
+            return re.match(target.removeprefix("re:"), module) is not None
+        return target == module or (target == EVERY_LINEAR and not module.endswith(EMBEDDINGS))
+
+    return any(map(means, targets))

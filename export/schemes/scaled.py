@@ -1,0 +1,125 @@
+"""FP8 and integer formats: codes times a scale for a tensor, a row, a group of columns or a square block.
+
+One class; `fp8.py`, `fp8_dynamic.py`, `fp8_block.py`, `w4a16.py`, `w4a16_asym.py` and `w8a8.py` say what each is.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.fused_scales import GroupAmax
+from export.kernels import scaled
+from export.kernels.scaled import Blocks, Code, ScaledWeight
+from export.schemes.scheme import NO_AMAX, naming
+from mappings.tensors import TensorSpec, max_of
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A format of codes and scales.
+
+    Args:
+        name: as users choose it.
+        format: of the weight quantizers it is for; "" where ModelOpt has none.
+        code: what a weight becomes; INT4 is packed, eight codes an int32.
+        blocks: what shares a scale.
+        config_group: its entry in config.json without targets.
+        needs_input_amax: whether inputs have one static scale.
+    """
+
+    name: str
+    format: str
+    code: Code
+    blocks: Blocks
+    config_group: dict[str, Any]
+    needs_input_amax: bool = False
+
+    @property
+    def needs_weight_amax(self) -> bool:
+        return self.blocks.height is None  # one scale for the tensor
+
+    @property
+    def _symmetric(self) -> bool:
+        return bool(self.config_group["weights"]["symmetric"])
+
+    def output_specs(self, module: str, weight: TensorSpec, *, calibrated: bool) -> dict[str, TensorSpec]:
+        width = self.blocks.width if self.blocks.height == 1 else None  # a square block may be cut short
+        if len(weight.shape) != 2 or (width and weight.shape[1] % width):
+            divisible = f" with in divisible by {width}" if width else ""
+            raise ValueError(f"{self.name} needs [out, in]{divisible}, not {list(weight.shape)}")
+        rows, columns = weight.shape
+        down, across = self.blocks.shape(rows, columns)
+        scale = TensorSpec(
+            (1,) if self.needs_weight_amax else (down, across), torch.float32 if calibrated else weight.dtype
+        )
+        if self.code is not Code.INT4:
+            specs = {"weight": TensorSpec((rows, columns), self.code.dtype), "weight_scale": scale}
+        else:
+            packed = TensorSpec((rows, math.ceil(columns / 8)), torch.int32)
+            specs = {"weight_packed": packed, "weight_scale": scale, "weight_shape": TensorSpec((2,), torch.int64)}
+        if not self._symmetric:
+            specs["weight_zero_point"] = TensorSpec((math.ceil(rows / 8), across), torch.int32)
+        if self.needs_input_amax:
+            specs["input_scale"] = TensorSpec((1,), torch.float32)
+        return {f"{module}.{name}": spec for name, spec in specs.items()}
+
+    def quantize(
+        self,
+        weights: Mapping[str, Tensor],
+        amax: GroupAmax | None = None,
+        block_amax: Mapping[str, Tensor] = NO_AMAX,
+    ) -> Iterator[tuple[str, Tensor]]:
+        for module, weight in weights.items():
+            with naming(module):
+                calibrated = None
+                if amax is not None:
+                    calibrated = self._calibrated(weights, module, amax.weight, block_amax.get(module))
+                quantized = scaled.quantize(weight, self.code, self.blocks, amax=calibrated, symmetric=self._symmetric)
+            for name, tensor in self._tensors(quantized).items():
+                yield f"{module}.{name}", tensor
+            if self.needs_input_amax:
+                assert amax is not None and amax.input is not None, f"{module}: {self.name} needs an input amax"
+                yield f"{module}.input_scale", (amax.input.float() / torch.full_like(amax.input, 448.0)).reshape(1)
+
+    def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        scale = tensors[f"{module}.weight_scale"]
+        scale = scale.reshape(1, 1) if self.needs_weight_amax else scale
+        if self.code is not Code.INT4:
+            return scaled.dequantize(ScaledWeight(tensors[f"{module}.weight"], scale), self.blocks)
+        rows, columns = tensors[f"{module}.weight_shape"].tolist()
+        zero_point = None
+        if not self._symmetric:
+            zero_point = scaled.unpack_int4(tensors[f"{module}.weight_zero_point"].T, rows).T
+        codes = scaled.unpack_int4(tensors[f"{module}.weight_packed"], columns)
+        return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.blocks)
+
+    def _calibrated(
+        self, weights: Mapping[str, Tensor], module: str, tensor_amax: Tensor | None, block_amax: Tensor | None
+    ) -> Tensor:
+        """The amax of each block of a module: of the block, of the tensor, or what the weights say."""
+        weight = weights[module]
+        shape = self.blocks.shape(*weight.shape)
+        if block_amax is not None:
+            return block_amax.reshape(shape)
+        if tensor_amax is None and self.needs_weight_amax:
+            tensor_amax = max_of([scaled.largest(member, self.blocks).squeeze() for member in weights.values()])
+        if tensor_amax is not None:
+            return tensor_amax.expand(shape)
+        return scaled.largest(weight, self.blocks)
+
+    def _tensors(self, quantized: ScaledWeight) -> dict[str, Tensor]:
+        scale = quantized.scale.reshape(1) if self.needs_weight_amax else quantized.scale
+        if self.code is not Code.INT4:
+            return {"weight": quantized.codes, "weight_scale": scale}
+        tensors = {
+            "weight_packed": scaled.pack_int4(quantized.codes),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(quantized.codes.shape),
+        }
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = scaled.pack_int4(quantized.zero_point.T).T.contiguous()
+        return tensors

@@ -1,0 +1,25 @@
+"""W4A16: 4-bit integers in groups of columns, 16-bit activations, `pack-quantized` in compressed-tensors.
+
+weight_packed  int32  [out, in/8]       eight codes plus 8 a word, the first column in the low bits
+weight_scale          [out, in/group]   amax / 7 in fp32 if calibrated, else amax / 7.5 in the weight's dtype
+weight_shape   int64  [2]               [out, in]
+"""
+
+from export.kernels.scaled import Blocks, Code
+from export.schemes.scaled import Scaled
+from export.schemes.scheme import arguments
+
+
+def w4a16(group_size: int = 128) -> Scaled:
+    """The scheme for groups of `group_size` columns."""
+    return Scaled(
+        "w4a16",
+        format="int4" if group_size == 128 else f"int4 group_size={group_size}",
+        code=Code.INT4,
+        blocks=Blocks(width=group_size),
+        config_group={
+            "format": "pack-quantized",
+            "weights": arguments(4, "int", "group", group_size=group_size),
+            "input_activations": None,
+        },
+    )

@@ -1,0 +1,241 @@
+"""Which scheme each module gets, what the state must hold for it, and what config.json says of it."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor
+
+from bridge.quant_state import format_name
+from export.finalizer import Bundle, Finalizer
+from export.quant_state import QuantState
+from export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme
+from mappings.errors import AmaxError, MappingError, UsageError
+from mappings.tensors import TensorSpec
+
+LAYER = "model.layers.{}"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LINEARS = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def model() -> dict[str, Tensor]:
+    """Return two layers of bf16 linears, the embedding and the head."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{layer}.{linear}" for layer in range(2) for linear in LINEARS]
+    names += ["model.embed_tokens", "lm_head"]
+    return {f"{name}.weight": torch.randn(16, 128, generator=generator).bfloat16() for name in names}
+
+
+def state_of(formats: dict[str, str], *, inputs: bool = True, cache: str | None = None) -> QuantState:
+    """Return a calibrated state: format by the last part of the names, and an FP8 key-value cache."""
+    amax, found = dict[str, Tensor](), dict[str, str]()
+    for number, name in enumerate(model()):
+        module = name.removesuffix(".weight")
+        for ending, form in formats.items():
+            if module.endswith(ending):
+                found[module] = form
+                amax[f"{module}.weight_quantizer._amax"] = torch.tensor(3.0 + number)
+                if inputs:
+                    amax[f"{module}.input_quantizer._amax"] = torch.tensor(5.0 + number)
+    for layer in range(2) if cache else ():
+        for letter in "kv":
+            quantizer = f"model.layers.{layer}.self_attn.{letter}_bmm_quantizer"
+            amax[f"{quantizer}._amax"] = torch.tensor(7.0 + layer)
+            found[quantizer] = cache or ""
+    return QuantState(amax, found)
+
+
+def finalizer_of(recipe: Recipe | None, state: QuantState | None, **options: Any) -> Finalizer:
+    return Finalizer({name: TensorSpec.of(tensor) for name, tensor in model().items()}, recipe, state, **options)
+
+
+def written(finalizer: Finalizer) -> dict[str, Tensor]:
+    tensors = dict(finalizer.finalize(Bundle.of(model())))
+    assert {name: TensorSpec.of(tensor) for name, tensor in tensors.items()} == finalizer.output_specs
+    return tensors
+
+
+def groups_of(finalizer: Finalizer) -> dict[str, list[str]]:
+    """Return format → targets."""
+    config: Any = finalizer.quantization_config
+    return {group["format"]: group["targets"] for group in config["config_groups"].values()}
+
+
+# Calibrated
+
+
+def test_static_fp8_shares_scales_in_a_group() -> None:
+    tensors = written(finalizer_of(find_scheme("fp8"), state_of(dict.fromkeys(LINEARS, "fp8"))))
+    for kind, amax in (("weight_scale", 5.0), ("input_scale", 7.0)):
+        scales = {tensors[f"model.layers.0.{module}.{kind}"].item() for module in QKV}
+        assert scales == {(torch.tensor(amax) / 448).item()}
+
+
+def test_weights_only_has_no_input_scales() -> None:
+    finalizer = finalizer_of(find_scheme("nvfp4a16"), state_of(dict.fromkeys(LINEARS, "nvfp4"), inputs=False))
+    assert not [name for name in written(finalizer) if "input" in name]
+    config: Any = finalizer.quantization_config
+    assert config["config_groups"]["group_0"]["input_activations"] is None
+
+
+def test_calibrated_inputs_are_not_dropped_for_a_scheme_without_them() -> None:
+    with pytest.raises(UsageError, match=r"no place for 14 quantizer values.*\n.*input_quantizer"):
+        finalizer_of(find_scheme("nvfp4a16"), state_of(dict.fromkeys(LINEARS, "nvfp4")))
+
+
+@pytest.mark.parametrize(
+    ("form", "inputs", "scheme"),
+    [
+        ("nvfp4", True, "nvfp4"),
+        ("nvfp4", False, "nvfp4a16"),
+        ("fp8", True, "fp8"),
+        ("fp8_channel", False, "fp8_dynamic"),
+        ("fp8_block", False, "fp8_block"),
+        ("int8", False, "w8a8"),
+        ("int4", False, "w4a16"),
+        ("mxfp4", False, "mxfp4"),
+        ("mxfp8", False, "mxfp8"),
+    ],
+)
+def test_auto_reads_the_scheme_from_the_quantizers(form: str, inputs: bool, scheme: str) -> None:
+    found = finalizer_of(find_scheme("auto"), state_of({"mlp.down_proj": form}, inputs=inputs))
+    assert found.quantized == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert "lm_head" in found.ignore and "model.layers.0.mlp.up_proj" in found.ignore
+    assert groups_of(found) == {SCHEMES[scheme].config_group["format"]: ["Linear"]}
+    written(found)
+
+
+def test_auto_of_mixed_quantizers() -> None:
+    state = state_of({"self_attn.o_proj": "nvfp4", "mlp.down_proj": "fp8"})
+    finalizer = finalizer_of(find_scheme("auto"), state)
+    assert groups_of(finalizer) == {
+        "nvfp4-pack-quantized": [r"re:model\.layers\.\d+\.self_attn\.o_proj$"],
+        "float-quantized": [r"re:model\.layers\.\d+\.mlp\.down_proj$"],
+    }
+    config: Any = finalizer.quantization_config
+    assert config["format"] == "mixed-precision"
+    written(finalizer)
+
+
+@pytest.mark.parametrize(("form", "inputs"), [("fp8", False), ("int8", True), ("num_bits=3", False)])
+def test_auto_refuses_quantizers_that_no_scheme_writes(form: str, inputs: bool) -> None:
+    with pytest.raises(UsageError, match=rf"down_proj has {form} weights and .*calibrated inputs"):
+        finalizer_of(find_scheme("auto"), state_of({"mlp.down_proj": form}, inputs=inputs))
+
+
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
+    "mxfp4": {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
+    "mxfp8": {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "fp8_channel": {"num_bits": (4, 3), "axis": 0},
+    "fp8_block": {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}},
+    "int8": {"num_bits": 8, "axis": 0},
+    "int4": {"num_bits": 4, "block_sizes": {-1: 128}},
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZERS)
+def test_quantizers_of_modelopt_are_named(form: str) -> None:
+    assert format_name(TensorQuantizer(QuantizerAttributeConfig(**QUANTIZERS[form]))) == form
+    assert form in {scheme.format for scheme in SCHEMES.values()}
+
+
+def test_other_quantizers_are_described() -> None:
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes={-1: 64}))
+    assert format_name(quantizer).startswith("num_bits=4 axis=")
+
+
+# Key-value cache
+
+
+@pytest.mark.parametrize("scheme", ["auto", "nvfp4"])
+def test_scales_of_the_key_value_cache(scheme: str) -> None:
+    finalizer = finalizer_of(find_scheme(scheme), state_of({"mlp.down_proj": "nvfp4"}, cache="fp8"))
+    tensors = written(finalizer)
+    for layer in range(2):
+        for letter in "kv":
+            scale = tensors[f"model.layers.{layer}.self_attn.{letter}_scale"]
+            assert torch.equal(scale, torch.tensor([7.0 + layer]) / 448)
+    config: Any = finalizer.quantization_config
+    assert config["kv_cache_scheme"] == {
+        "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False
+    }  # fmt: skip
+
+
+def test_a_key_value_cache_that_is_not_fp8_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"4 quantizers of the key-value cache .*\n.*k_bmm_quantizer: nvfp4"):
+        finalizer_of(find_scheme("nvfp4"), state_of({"mlp.down_proj": "nvfp4"}, cache="nvfp4"))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), None])
+def test_a_key_value_cache_without_a_scale_is_named(value: float | None) -> None:
+    state = state_of({"mlp.down_proj": "nvfp4"}, cache="fp8")
+    name = "model.layers.1.self_attn.v_bmm_quantizer._amax"
+    amax = {key: tensor for key, tensor in state.amax.items() if key != name}
+    if value is not None:
+        amax[name] = torch.tensor(value)
+    with pytest.raises(AmaxError, match=r"1 amax of the key-value cache .*\n  model\.layers\.1\.self_attn\.v_bmm"):
+        finalizer_of(find_scheme("nvfp4"), QuantState(amax, state.formats, frozenset() if value else frozenset({name})))
+
+
+# Without data
+
+
+def test_the_first_group_that_targets_a_module_wins() -> None:
+    attention = SchemeGroup(SCHEMES["fp8_dynamic"], ("re:.*self_attn",))
+    one = SchemeGroup(SCHEMES["w8a8"], ("model.layers.1.mlp.down_proj",))
+    rest = SchemeGroup(SCHEMES["nvfp4a16"])
+    finalizer = finalizer_of(Groups((attention, one, rest), ignore=("lm_head",)), None)
+    mlp = [rf"re:model\.layers\.\d+\.mlp\.{name}_proj$" for name in ("gate", "up")]
+    assert groups_of(finalizer) == {
+        "float-quantized": [rf"re:model\.layers\.\d+\.{re.escape(linear)}$" for linear in LINEARS[:4]],
+        "nvfp4-pack-quantized": [*mlp, "model.layers.0.mlp.down_proj"],
+        "int-quantized": ["model.layers.1.mlp.down_proj"],
+    }
+    assert finalizer.ignore == ["lm_head"]
+    assert written(finalizer)["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_a_head_is_a_target_by_name() -> None:
+    finalizer = finalizer_of(Groups((SchemeGroup(SCHEMES["w8a8"]),), ignore=()), None)
+    assert "re:lm_head$" in groups_of(finalizer)["int-quantized"]
+
+
+def test_a_group_of_two_schemes_is_refused() -> None:
+    recipe = Groups((SchemeGroup(SCHEMES["w8a8"], ("re:.*q_proj",)), SchemeGroup(SCHEMES["nvfp4a16"])))
+    with pytest.raises(MappingError, match=r"0\.self_attn\.q_proj as w8a8; .*k_proj, .*v_proj as nvfp4a16"):
+        finalizer_of(recipe, None)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "fp8"])
+def test_static_inputs_need_a_state(scheme: str) -> None:
+    with pytest.raises(UsageError, match="needs calibrated inputs"):
+        finalizer_of(find_scheme(scheme), None)
+
+
+def test_quantizers_that_no_group_targets_are_named() -> None:
+    state = state_of({"mlp.down_proj": "nvfp4"})
+    group = SchemeGroup(SCHEMES["nvfp4"], ("re:.*layers.0",))
+    with pytest.raises(UsageError, match=r"1 modules have quantizers.*\n  model\.layers\.1\.mlp\.down_proj"):
+        finalizer_of(Groups((group,)), state)
+    ignoring = finalizer_of(Groups((group,), ignore=("re:.*layers.1",)), state)
+    assert ignoring.quantized == ["model.layers.0.mlp.down_proj"]
+
+
+def test_nothing_to_quantize_is_an_error() -> None:
+    with pytest.raises(UsageError, match="finds no linear module"):
+        finalizer_of(Groups((SchemeGroup(SCHEMES["w8a8"]),), ignore=("re:.*",)), None)
+    with pytest.raises(UsageError, match="from a quantizer state"):
+        finalizer_of(find_scheme("auto"), None)
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    finalizer = finalizer_of(find_scheme("w8a8"), None)
+    bundle = model()
+    bundle["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    with pytest.raises(MappingError, match=r"model\.layers\.1\.mlp\.up_proj: the weight holds NaN or Inf"):
+        list(finalizer.finalize(Bundle.of(bundle)))
