@@ -54,7 +54,12 @@ def run_parity(launch: Launcher, root: Path) -> list[Case]:
     for count in sorted({processes(sizes) for _, sizes in planned}):
         chosen = [(name, sizes) for name, sizes in planned if processes(sizes) == count]
         out = root / f"found_{count}.json"
-        work = json.dumps([{"hf": str(directories[name]), "sizes": sizes} for name, sizes in chosen])
+        work = json.dumps(
+            [
+                {"hf": str(directories[name]), "sizes": sizes, "model_class": TINY_MODELS[name].model_class}
+                for name, sizes in chosen
+            ]
+        )
         launch(WORKERS / "live_parity.py", work, out, processes=count)
         results = json.loads(out.read_text())
         cases += [

@@ -9,13 +9,24 @@ from mappings.families.deepseek_v3 import DEEPSEEK_V3
 from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.llama import LLAMA
 from mappings.families.mixtral import MIXTRAL
+from mappings.families.nemotron_h import NEMOTRON_H
 from mappings.families.olmoe import OLMOE
 from mappings.families.qwen2 import QWEN2
 from mappings.families.qwen3 import QWEN3
 from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, OLMOE, DEEPSEEK_V3, GLM4_MOE)
+FAMILIES: tuple[ModelFamily, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    MIXTRAL,
+    OLMOE,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    NEMOTRON_H,
+)
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
