@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridge.fill import fill_parameters, fill_quantizers
 from bridge.hf_config import HFModel, read_hf_model
-from bridge.parameters import Parameter, unwrap, walk_parameters, walk_quantizers
+from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
 from bridge.plan import BundlePlan, plan_export
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
@@ -80,7 +80,7 @@ class AutoBridge:
         chunks = unwrap(model)
         config = self._module_config(chunks)
         state = self._collect_scalars(chunks)
-        tensors = list(state_parameters(walk_quantizers(chunks)))
+        tensors = list(state_parameters(self._quantizers(chunks)))
         amax = dict(state.amax)
         for bundle in self._stream(tensors, self._plan(tensors, config), config):
             amax |= bundle.state
@@ -92,7 +92,7 @@ class AutoBridge:
         Experts come one by one, also those of a family whose files pack them.
         """
         chunks = unwrap(model)
-        held, config = _held(chunks), self._module_config(chunks)
+        held, config = self._held(chunks), self._module_config(chunks)
         for bundle in self._stream(held, self._plan(held, config), config):
             yield from bundle.tensors.items()
 
@@ -107,7 +107,7 @@ class AutoBridge:
         chunks = unwrap(model)
         parameters = [
             replace(each, name=_EMBEDDING) if self._tied and each.name == _OUTPUT else each
-            for each in walk_parameters(chunks)
+            for each in self._parameters(chunks)
         ]
         with SafetensorsCheckpoint(self.hf.directory, self.hf.family.packed_experts) as checkpoint:
             config = self._module_config(chunks)
@@ -121,7 +121,7 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         config = self._module_config(chunks)
-        fill_quantizers(walk_quantizers(chunks), state, self.hf.registry, config, self._ranks())
+        fill_quantizers(self._quantizers(chunks), state, self.hf.registry, config, self._ranks())
 
     def save_hf_pretrained(
         self,
@@ -150,7 +150,7 @@ class AutoBridge:
         check_output(target, overwrite=overwrite)
         chosen = find_scheme(scheme)
         chunks = unwrap(model)
-        held, config = _held(chunks), self._module_config(chunks)
+        held, config = self._held(chunks), self._module_config(chunks)
         plan = self._plan(held, config)
         state = self._collect_scalars(chunks) if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
@@ -205,6 +205,16 @@ class AutoBridge:
         if index is not None:
             staged.write_file(INDEX_FILE, index)
 
+    def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
+        return walk_parameters(chunks, self.hf.family.spelling(layer_pattern(chunks)))
+
+    def _quantizers(self, chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
+        return walk_quantizers(chunks, self.hf.family.spelling(layer_pattern(chunks)))
+
+    def _held(self, chunks: Sequence[nn.Module]) -> list[Parameter]:
+        """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
+        return [*self._parameters(chunks), *state_parameters(self._quantizers(chunks))]
+
     def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
         tied = frozenset({_OUTPUT}) if self._tied else frozenset[str]()
         return plan_export(held, self.hf.registry, config, self._ranks(), skip=tied)
@@ -214,19 +224,22 @@ class AutoBridge:
         return stream_bundles(plan, tensors, config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(walk_quantizers(chunks), self.hf.registry, self._ranks())
+        return collect_scalars(self._quantizers(chunks), self.hf.registry, self._ranks())
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
         """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""
-        expected = self.hf.family.transformer_config(self.hf.config)
+        family, pattern = self.hf.family, layer_pattern(chunks)
+        described = family.layer_pattern(self.hf.config)
+        expected = (family.transformer_config if pattern is None else family.hybrid_config)(self.hf.config)
         config: Any = chunks[0].config
-        only_experts = all(expected.get("moe_layer_freq") or [False])
-        unused = {"ffn_hidden_size"} if only_experts else set[str]()
+        unused = set[str]() if "-" in described else {"ffn_hidden_size"}
         differ = [
             f"{name}: the Megatron model has {found}, config.json gives {value}"
             for name, value in expected.items()
             if name not in unused and (found := _setting(config, name)) != value
         ]
+        if pattern is not None and pattern.replace("|", "") != described:
+            differ.append(f"hybrid_layer_pattern: the Megatron model has {pattern}, config.json gives {described}")
         if differ:
             raise CheckpointError(
                 f"the Megatron model is not the one that {self.hf.directory} describes:{listing(differ)}"
@@ -255,11 +268,6 @@ class AutoBridge:
         if filled:
             rows = [f"{name}: from {source}" for name, source in filled.items()]
             _log.warning("%d amax were missing or unusable and are filled:%s", len(rows), listing(rows))
-
-
-def _held(chunks: Sequence[nn.Module]) -> list[Parameter]:
-    """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
-    return [*walk_parameters(chunks), *state_parameters(walk_quantizers(chunks))]
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -77,7 +77,10 @@ def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int =
         (layers % pp, f"PP={pp} does not divide {layers} layers"),
     ]
     experts = sizes.get("num_moe_experts")
-    if not experts or not all(sizes["moe_layer_freq"]):
+    for name, what in (("mamba_num_heads", "Mamba heads"), ("mamba_num_groups", "Mamba groups")):
+        count = sizes.get(name, 0)
+        reasons.append((count % tp, f"TP={tp} does not divide {count} {what}"))
+    if "-" in hf.family.layer_pattern(hf.config):
         width = sizes["ffn_hidden_size"]
         reasons.append((width % tp, f"TP={tp} does not divide the MLP width of {width}"))
     if experts:

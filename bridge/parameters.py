@@ -8,7 +8,7 @@ Nothing here imports Megatron or ModelOpt: modules are known by these attributes
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +58,25 @@ def _unwrap_one(chunk: Any) -> nn.Module:
     return chunk
 
 
-def walk_parameters(chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
-    """All parameters and persistent buffers of this rank, quantizer buffers left out."""
+def layer_pattern(chunks: Sequence[nn.Module]) -> str | None:
+    """The `hybrid_layer_pattern` of a HybridModel, None of a GPTModel."""
+    return getattr(chunks[0], "hybrid_layer_pattern", None)
+
+
+def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Parameter]:
+    """All parameters and persistent buffers of this rank, quantizer buffers left out.
+
+    Args:
+        spelling: global Megatron name → the mappings' name; see `ModelFamily.spelling`.
+    """
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, tensor in _persistent_tensors(chunk).items():
             if not is_quantizer_state(local_name):
-                yield from _one_by_one(canonical(names.of(local_name)), tensor, names.local_experts(local_name))
+                yield from _one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
 
 
-def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
+def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
     """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) is none itself."""
     for chunk in chunks:
         names = _GlobalNames(chunk)
@@ -78,7 +87,7 @@ def walk_quantizers(chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
                 rows = None if weight is None else weight.shape[0]
-                yield Quantizer(canonical(names.of(local_name)), module, rows, names.local_experts(local_name))
+                yield Quantizer(spelling(names.of(local_name)), module, rows, names.local_experts(local_name))
 
 
 def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from mappings.errors import UsageError
+from mappings.hybrid import hybrid_name, read_pattern, transformer_name, transformer_pattern
 from mappings.mapping import MegatronParamMapping
 from mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
 from mappings.registry import MappingRegistry
+from mappings.spelling import canonical
 
 type Source = str | Callable[[Mapping[str, Any]], Any]
 """Where a value comes from: a field of the Hugging Face config (see `look_up`), or a function of the config."""
@@ -38,7 +40,7 @@ class ModelFamily:
         architectures: entries of `architectures` in config.json that belong to it.
         mappings: the weights. Amax mappings and fused groups are derived.
         transformer: Megatron `TransformerConfig` field → where its value comes from.
-        model: Megatron `GPTModel` argument → where its value comes from.
+        model: Megatron `GPTModel` or `HybridModel` argument → where its value comes from.
         constants: `TransformerConfig` fields that are the same for every member of the family.
         derived: Hugging Face config → further `TransformerConfig` fields, where it depends on the model which ones.
         exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
@@ -48,6 +50,8 @@ class ModelFamily:
         activation: of the MLP, as Hugging Face configs name it.
         model_class: `gpt`, or a name of one in `bridge.megatron` where Megatron-Core has no such model.
         packed_experts: how files that are not quantized hold the experts of a layer; None for tensors of each expert.
+        hybrid_pattern: Hugging Face config → `hybrid_layer_pattern`, for a family that only HybridModel has and whose
+            layers are HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
     """
 
     architectures: tuple[str, ...]
@@ -62,6 +66,7 @@ class ModelFamily:
     activation: str = "silu"
     model_class: str = "gpt"
     packed_experts: PackedExperts | None = None
+    hybrid_pattern: Callable[[Mapping[str, Any]], str] | None = None
 
     @cached_property
     def registry(self) -> MappingRegistry:
@@ -81,8 +86,33 @@ class ModelFamily:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
         return _translate(self.layers, hf_config)
 
+    def layer_pattern(self, hf_config: Mapping[str, Any]) -> str:
+        """The `hybrid_layer_pattern` of the model as a HybridModel, without pipeline stages."""
+        if self.hybrid_pattern is not None:
+            return self.hybrid_pattern(hf_config)
+        return transformer_pattern(self.transformer_config(hf_config))
+
+    def hybrid_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """As `transformer_config`, for HybridModel, whose pattern says which layers there are."""
+        fields = {
+            **self.transformer_config(hf_config),
+            "num_layers": len(read_pattern(self.layer_pattern(hf_config)).decoder),
+        }
+        fields.pop("moe_layer_freq", None)
+        return fields
+
+    def spelling(self, pattern: str | None) -> Callable[[str], str]:
+        """Global Megatron name, of a parameter or quantizer → the name that this family's mappings have for it.
+
+        Args:
+            pattern: the `hybrid_layer_pattern` of a HybridModel, None for a GPTModel.
+        """
+        if pattern is None:
+            return canonical
+        return partial(transformer_name if self.hybrid_pattern is None else hybrid_name, pattern=pattern)
+
     def model_arguments(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments for Megatron's GPTModel: vocabulary, rotary base, tied embeddings."""
+        """Keyword arguments for Megatron's model class: vocabulary, rotary base, tied embeddings."""
         return _translate(self.model, hf_config)
 
 

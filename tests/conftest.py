@@ -216,6 +216,64 @@ def add_mtp_layers(directory: Path, first: int, count: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def nemotron_h(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Nemotron-H: two layers of Mamba, one each of MLP, attention and experts; two layers for MTP."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    directory = tmp_path_factory.mktemp("nemotron_h")
+    torch.manual_seed(19)
+    config = NemotronHConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=16,
+        chunk_size=8,
+        time_step_min=1e-30,  # transformers cuts steps off there, Megatron does not
+        n_routed_experts=8,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=48,
+        n_group=2,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=2,
+        mtp_layers_block_type=["full_attention", "moe"],
+        max_position_embeddings=64,
+        initializer_range=0.08,
+    )
+    model = NemotronHForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "mixer.gate." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith("mixer.gate"):
+            module.e_score_correction_bias = 0.1 * torch.randn(8)
+    model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for layer, like in enumerate(("backbone.layers.2", "backbone.layers.3") * 2):  # transformers does not build them
+        likes = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(f"{like}.")}
+        if layer % 2 == 0:
+            norm, projection = tensors["backbone.norm_f.weight"], torch.empty(64, 128, dtype=torch.bfloat16)
+            likes |= {".enorm.weight": norm, ".hnorm.weight": norm, ".eh_proj.weight": projection}
+        else:
+            likes[".final_layernorm.weight"] = norm
+        for name, tensor in likes.items():
+            tensors[f"mtp.layers.{layer}{name}"] = (0.1 * torch.randn(tensor.shape)).to(tensor.dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
 def live_mla(launch: Launcher, deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
     """What real Megatron ranks exported of the model with latent attention."""
     return LiveRanks(launch, "live_mla.py", deepseek_v3, tmp_path_factory.mktemp("live_mla"))

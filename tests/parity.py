@@ -58,8 +58,8 @@ def run_parity(launch: Launcher, root: Path) -> list[Case]:
         out = root / f"found_{count}.json"
         places = [(directories[name], root / f"back_{count}_{number}") for number, (name, _) in enumerate(chosen)]
         work = [
-            {"hf": str(hf), "back": str(back), "sizes": sizes}
-            for (hf, back), (_, sizes) in zip(places, chosen, strict=True)
+            {"hf": str(hf), "back": str(back), "sizes": sizes, "model_class": TINY_MODELS[name].model_class}
+            for (hf, back), (name, sizes) in zip(places, chosen, strict=True)
         ]
         launch(WORKERS / "live_parity.py", json.dumps(work), out, processes=count)
         results = json.loads(out.read_text())

@@ -39,6 +39,8 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Mistral-7B-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
     "OLMoE-1B-7B": 6_919_161_856,
+    "Nemotron-3-Nano-30B-A3B": "32B",
+    "Nemotron-H-8B": "8B",
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,
@@ -148,7 +150,10 @@ def test_a_published_model(name: str, plans: dict[str, dict[str, list[int]]]) ->
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The layers after the last, which DeepSeek's files hold and transformers does not build."""
-    first, count = hf.config["num_hidden_layers"], hf.config.get("num_nextn_predict_layers", 0)
+    count = hf.config.get("num_nextn_predict_layers", 0)
+    if not count:
+        return {}
+    first = hf.config["num_hidden_layers"]
     last = f"model.layers.{first - 1}."
     inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
     norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]

@@ -21,6 +21,7 @@ from mappings import (
     VocabParallelMapping,
 )
 from mappings.errors import MappingError
+from mappings.mamba import MambaConvolutionMapping, MambaProjectionMapping
 from mappings.ranks import Axis, ThreadRanks, run_threads
 
 SIZES = st.sampled_from([1, 2, 4, 8])
@@ -98,6 +99,42 @@ def test_gated_mlp(size: int, width: int, trailing: tuple[int, ...]) -> None:
     shards = round_trip(GatedMLPMapping("m", "g", "u"), {"g": gate, "u": gate + 1000}, None, size)
     for rank, shard in enumerate(shards):
         assert torch.equal(shard[:width], gate[rank * width : (rank + 1) * width]), "each rank: its gate, then its up"
+
+
+@given(
+    size=st.sampled_from([1, 2, 4]),
+    groups=st.sampled_from([4, 8]),
+    heads_per_group=st.integers(1, 2),
+    head_dim=st.integers(1, 3),
+    state=st.integers(1, 3),
+    trailing=st.sampled_from([(), (1,), (3,), (1, 4)]),
+)
+def test_mamba(
+    size: int, groups: int, heads_per_group: int, head_dim: int, state: int, trailing: tuple[int, ...]
+) -> None:
+    """Weights, biases, per-channel rows and the convolution's three dims."""
+    config = mamba_sizes(groups, groups * heads_per_group, head_dim, state)
+    inner, states, heads = groups * heads_per_group * head_dim, groups * state, groups * heads_per_group
+    round_trip(
+        MambaProjectionMapping("m", "h"), {"h": numbered(2 * inner + 2 * states + heads, *trailing)}, config, size
+    )
+    round_trip(MambaConvolutionMapping("m", "h"), {"h": numbered(inner + 2 * states, *trailing)}, config, size)
+
+
+def test_a_mamba_rank_has_its_share_of_each_piece() -> None:
+    """Two heads of one row, two groups of one state: z0 x0 B0 C0 dt0 | z1 x1 B1 C1 dt1."""
+    config = mamba_sizes(groups=2, heads=2, head_dim=1, state=1)
+    projection = MambaProjectionMapping("m", "h")
+    assert projection.split({"h": numbered(10)}, config, 1, 2).tolist() == [1, 3, 5, 7, 9]
+    assert MambaConvolutionMapping("m", "h").split({"h": numbered(6)}, config, 0, 2).tolist() == [0, 2, 4]
+    with pytest.raises(MappingError, match=r"m: 1 shard.*\[9\]"):
+        projection.join([numbered(9)], config)
+
+
+def mamba_sizes(groups: int, heads: int, head_dim: int, state: int) -> Any:
+    return SimpleNamespace(
+        mamba_num_groups=groups, mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_state_dim=state
+    )
 
 
 @given(size=SIZES, vocab=st.integers(1, 40), padding=st.integers(0, 9))

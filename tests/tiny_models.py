@@ -1,7 +1,7 @@
 """One tiny model of each family: what `parity.py` builds on both sides. A new family adds a row."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,14 @@ class TinyModel:
         meshes: parallel sizes to build it at, as `megatron.distributed` takes them; they need one or two processes.
         unbuildable: why Megatron cannot build it on a CPU; then its names and shapes are all that is tested.
         prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
+        model_class: Megatron's, as `megatron.build_model` takes it.
     """
 
     make: Callable[[], "PreTrainedConfig"]
     meshes: tuple[Mapping[str, int], ...] = DENSE
     unbuildable: str = ""
     prepare: Callable[[Any], None] = field(default=lambda model: None)
+    model_class: str | None = None
 
 
 def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"]:
@@ -65,7 +67,7 @@ def _expert_biases(model: Any) -> None:
     import torch
 
     for name, module in model.named_modules():
-        if name.endswith("mlp.gate"):
+        if name.endswith(".gate"):
             module.e_score_correction_bias = 0.1 * torch.randn(8)
 
 
@@ -175,6 +177,30 @@ TINY_MODELS: dict[str, TinyModel] = {
             },
         )
     ),
+    "Nemotron-H": TinyModel(
+        config(
+            "NemotronHForCausalLM",
+            layers_block_type=["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+            head_dim=32,
+            mamba_num_heads=8,
+            mamba_head_dim=16,
+            n_groups=2,
+            ssm_state_size=16,
+            chunk_size=8,
+            time_step_min=1e-30,  # transformers cuts steps off there, Megatron does not
+            n_routed_experts=8,
+            moe_intermediate_size=32,
+            moe_shared_expert_intermediate_size=48,
+            n_group=2,
+            routed_scaling_factor=2.5,
+        ),
+        MOE,
+        prepare=_expert_biases,
+    ),
+}
+TINY_MODELS |= {
+    f"{name}, HybridModel": replace(TINY_MODELS[name], model_class="hybrid")
+    for name in ("Qwen3, tied", "Qwen3-MoE", "DeepSeek-V3")
 }
 
 

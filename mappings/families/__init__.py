@@ -11,6 +11,7 @@ from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.gpt_oss import GPT_OSS
 from mappings.families.llama import LLAMA
 from mappings.families.mixtral import MIXTRAL
+from mappings.families.nemotron_h import NEMOTRON_H
 from mappings.families.olmoe import OLMOE
 from mappings.families.qwen2 import QWEN2
 from mappings.families.qwen3 import QWEN3
@@ -29,6 +30,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GPT_OSS,
     GEMMA2,
     GEMMA3,
+    NEMOTRON_H,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}

@@ -73,8 +73,11 @@ def insert_quantizers(chunk: Any) -> None:
         config.expert_model_parallel_size = size
 
 
-def set_amax_from_names(chunks: list[Any]) -> None:
-    """The numbers of layers and experts are found here by other means than the bridge's, whose errors must show."""
+def set_amax_from_names(chunks: list[Any], parts: int = 1) -> None:
+    """The numbers of layers and experts are found here by other means than the bridge's, whose errors must show.
+
+    A decoder layer of Hugging Face is `parts` layers of the model.
+    """
     rank = parallel_state.get_expert_model_parallel_rank()
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
         for name, module in layer.named_modules():
@@ -83,7 +86,7 @@ def set_amax_from_names(chunks: list[Any]) -> None:
             local = re.search(r"local_experts\.(\d+)", name)
             if local:
                 name = name.replace(local[0], str(rank * layer.mlp.num_local_experts + int(local[1])))
-            digest = hashlib.sha256(f"{layer.layer_number - 1}.{name}".encode()).digest()
+            digest = hashlib.sha256(f"{(layer.layer_number - 1) // parts}.{name}".encode()).digest()
             module._buffers.pop("_amax", None)  # in bf16, where different hashes would become one number
             module.amax = torch.tensor(0.25 + int.from_bytes(digest[:3], "little") / 2**24)
 

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N live_parity.py CASES_JSON OUT_JSON
 
-CASES_JSON is a list of {"hf": directory, "back": where to export to, "sizes": arguments of `megatron.distributed`}, all
-for N processes; beside the model lie the logits of transformers. All cases run in one process group, because starting
+CASES_JSON is a list of {"hf": directory, "back": where to export to, "sizes": arguments of `megatron.distributed`,
+"model_class": that of `megatron.build_model`}, all for
+N processes; beside the model lie the logits of transformers. All cases run in one process group, because starting
 one costs more than a case. Everything is fp32. What goes to `back` is plain; in `back/nvfp4` all quantizers have the
 same amax, as names are all that is of interest there.
 """
@@ -23,19 +24,19 @@ import torch  # noqa: E402
 from model import forward  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.parameters import walk_parameters, walk_quantizers  # noqa: E402
+from bridge.parameters import layer_pattern, walk_parameters, walk_quantizers  # noqa: E402
 from bridge.ranks import current_ranks, process_group, world_rank  # noqa: E402
 from mappings.ranks import Axis  # noqa: E402
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:
     with process_group():
-        found = [run(Path(case["hf"]), Path(case["back"]), case["sizes"]) for case in cases]
+        found = [run(Path(case["hf"]), Path(case["back"]), case["sizes"], case["model_class"]) for case in cases]
     if world_rank() == 0:
         out.write_text(json.dumps(found))
 
 
-def run(hf: Path, back: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def run(hf: Path, back: Path, sizes: dict[str, int], model_class: Any) -> dict[str, Any]:
     """What one case found, over all ranks.
 
     `logits` are the relative norm and the largest of the differences, `names` all Megatron names, `exported` all names
@@ -43,15 +44,16 @@ def run(hf: Path, back: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """
     bridge = AutoBridge.from_hf_pretrained(hf)
     with megatron.distributed(**sizes):
-        model = megatron.build_model(bridge.hf, dtype=torch.float32)
+        model = megatron.build_model(bridge.hf, dtype=torch.float32, model_class=model_class)
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, back, scheme="none")
         exported = [name for name, _ in bridge.export_hf_weights(model)]
-        names = [parameter.name for parameter in walk_parameters([model])]
+        spelling = bridge.hf.family.spelling(layer_pattern([model]))
+        names = [parameter.name for parameter in walk_parameters([model], spelling)]
         ranks = current_ranks()
         logits = compare(forward(model), torch.load(hf / "logits.pt"))
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG)
-        quantizers = list(walk_quantizers([model]))
+        quantizers = list(walk_quantizers([model], spelling))
         for quantizer in quantizers:
             quantizer.module.amax = torch.tensor(1.0)
         bridge.save_hf_pretrained(model, back / "nvfp4")

@@ -1,0 +1,143 @@
+"""Nemotron-H: Mamba-2, attention, MLP or experts, one to a layer; Megatron has it as a HybridModel only.
+
+Attention without a rotary embedding, squared ReLU without a gate, and experts that may work on a smaller latent vector
+(Nemotron 3 Super). The names are those of the published files, which transformers renames when it loads them. MTP
+layers lie outside `backbone`, counted through; transformers does not build them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mappings.family import ModelFamily, look_up, require
+from mappings.mamba import MambaConvolutionMapping, MambaProjectionMapping
+from mappings.mapping import MegatronParamMapping
+from mappings.weights import (
+    ColumnParallelMapping,
+    QKVMapping,
+    ReplicatedMapping,
+    RowParallelMapping,
+    VocabParallelMapping,
+)
+
+_LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+
+
+def _layers(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
+    """The mappings of all that a layer may be."""
+    attention, mlp, mixer = f"{megatron}.self_attention", f"{megatron}.mlp", f"{hf}.mixer"
+    yield ReplicatedMapping(f"{megatron}.norm.weight", f"{hf}.norm.weight")
+    yield QKVMapping(
+        f"{attention}.linear_qkv.weight",
+        q=f"{mixer}.q_proj.weight",
+        k=f"{mixer}.k_proj.weight",
+        v=f"{mixer}.v_proj.weight",
+    )
+    yield RowParallelMapping(f"{attention}.linear_proj.weight", f"{mixer}.o_proj.weight")
+    yield ColumnParallelMapping(f"{mlp}.linear_fc1.weight", f"{mixer}.up_proj.weight")
+    yield RowParallelMapping(f"{mlp}.linear_fc2.weight", f"{mixer}.down_proj.weight")
+    yield ReplicatedMapping(f"{mlp}.router.weight", f"{mixer}.gate.weight")
+    yield ReplicatedMapping(f"{mlp}.router.expert_bias", f"{mixer}.gate.e_score_correction_bias")
+    for latent in ("fc1_latent_proj", "fc2_latent_proj"):
+        yield ReplicatedMapping(f"{mlp}.{latent}.weight", f"{mixer}.{latent}.weight")
+    shared, hf_shared = f"{mlp}.shared_experts", f"{mixer}.shared_experts"
+    yield ColumnParallelMapping(f"{shared}.linear_fc1.weight", f"{hf_shared}.up_proj.weight")
+    yield RowParallelMapping(f"{shared}.linear_fc2.weight", f"{hf_shared}.down_proj.weight")
+    yield ColumnParallelMapping(f"{mlp}.experts.linear_fc1.weight*", f"{mixer}.experts.*.up_proj.weight")
+    yield RowParallelMapping(f"{mlp}.experts.linear_fc2.weight*", f"{mixer}.experts.*.down_proj.weight")
+
+
+def _mamba(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
+    """The mixer of a Mamba layer."""
+    yield MambaProjectionMapping(f"{megatron}.in_proj.weight", f"{hf}.in_proj.weight")
+    yield MambaConvolutionMapping(f"{megatron}.conv1d.weight", f"{hf}.conv1d.weight")
+    yield MambaConvolutionMapping(f"{megatron}.conv1d.bias", f"{hf}.conv1d.bias")
+    for name in ("A_log", "D", "dt_bias", "norm.weight"):
+        yield ColumnParallelMapping(f"{megatron}.{name}", f"{hf}.{name}")
+    yield RowParallelMapping(f"{megatron}.out_proj.weight", f"{hf}.out_proj.weight")
+
+
+def _pattern(hf_config: Mapping[str, Any]) -> str:
+    decoder = "".join(_LETTERS[kind] for kind in look_up(hf_config, "layers_block_type"))
+    mtp = "".join(_LETTERS[kind] for kind in hf_config.get("mtp_layers_block_type") or ())
+    return "/".join([decoder, *[mtp] * (_mtp_count(hf_config) or 0)])
+
+
+def _mtp_count(hf_config: Mapping[str, Any]) -> int | None:
+    """None, as Megatron says it, where there are none."""
+    return hf_config.get("num_nextn_predict_layers") or None
+
+
+def _derived(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The router and the experts, where there are any.
+
+    Raises:
+        UsageError: a layer that Megatron does not have.
+    """
+    require(
+        hf_config,
+        mlp_hidden_act="relu2",
+        mamba_hidden_act="silu",
+        conv_kernel=4,
+        use_conv_bias=True,
+        use_bias=False,
+        mamba_proj_bias=False,
+        attention_bias=False,
+        mlp_bias=False,
+        norm_topk_prob=True,
+    )
+    if "E" not in _pattern(hf_config):
+        return {}
+    grouped = hf_config["n_group"] > 1
+    return {
+        "num_moe_experts": hf_config["n_routed_experts"],
+        "moe_ffn_hidden_size": hf_config["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": hf_config["moe_shared_expert_intermediate_size"],
+        "moe_latent_size": hf_config["moe_latent_size"],
+        "moe_router_topk": hf_config["num_experts_per_tok"],
+        "moe_router_num_groups": hf_config["n_group"] if grouped else None,
+        "moe_router_group_topk": hf_config["topk_group"] if grouped else None,
+        "moe_router_topk_scaling_factor": hf_config["routed_scaling_factor"],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+
+
+NEMOTRON_H = ModelFamily(
+    architectures=("NemotronHForCausalLM",),
+    mappings=(
+        VocabParallelMapping("embedding.word_embeddings.weight", "backbone.embeddings.weight"),
+        *_layers("decoder.layers.*", "backbone.layers.*"),
+        *_mamba("decoder.layers.*.mixer", "backbone.layers.*.mixer"),
+        ReplicatedMapping("decoder.final_layernorm.weight", "backbone.norm_f.weight"),
+        VocabParallelMapping("output_layer.weight", "lm_head.weight"),
+        *_layers("mtp.layers.*", "mtp.layers.*"),
+        ReplicatedMapping("mtp.layers.*.enorm.weight", "mtp.layers.*.enorm.weight"),
+        ReplicatedMapping("mtp.layers.*.hnorm.weight", "mtp.layers.*.hnorm.weight"),
+        ColumnParallelMapping("mtp.layers.*.eh_proj.weight", "mtp.layers.*.eh_proj.weight"),
+        ReplicatedMapping("mtp.layers.*.final_layernorm.weight", "mtp.layers.*.final_layernorm.weight"),
+    ),
+    hybrid_pattern=_pattern,
+    transformer={
+        "num_layers": lambda hf_config: len(look_up(hf_config, "layers_block_type")),
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "kv_channels": "head_dim",
+        "layernorm_epsilon": "layer_norm_epsilon",
+        "mamba_num_heads": "mamba_num_heads",
+        "mamba_head_dim": "mamba_head_dim",
+        "mamba_num_groups": "n_groups",
+        "mamba_state_dim": "ssm_state_size",
+        "mtp_num_layers": _mtp_count,
+    },
+    derived=_derived,
+    activation="relu2",
+    model={
+        "vocab_size": "vocab_size",
+        "max_sequence_length": "max_position_embeddings",
+        "share_embeddings_and_output_weights": "tie_word_embeddings",
+        "position_embedding_type": lambda hf_config: "none",
+    },
+    constants={"normalization": "RMSNorm", "gated_linear_unit": False, "add_bias_linear": False},
+)
