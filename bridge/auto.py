@@ -1,7 +1,7 @@
 """AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,9 @@ from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_
 from bridge.plan import BundlePlan, plan_export
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
+from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
 from bridge.stream import stream_bundles
+from bridge.torch_dist import DistCheckpoint
 from export.checkpoint import SafetensorsCheckpoint
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import missing_policy
@@ -148,11 +150,88 @@ class AutoBridge:
         """
         target = Path(path).absolute()
         check_output(target, overwrite=overwrite)
-        chosen = find_scheme(scheme)
+        find_scheme(scheme)
         chunks = unwrap(model)
         held, config = self._held(chunks), self._module_config(chunks)
         plan = self._plan(held, config)
-        state = self._collect_scalars(chunks) if chosen else QuantState()
+        return self._save(
+            plan,
+            self._stream(held, plan, config),
+            lambda: self._collect_scalars(chunks),
+            target,
+            scheme=scheme,
+            missing_amax=missing_amax,
+            max_shard_bytes=max_shard_bytes,
+            dry_run=dry_run,
+        )
+
+    def convert_checkpoint(
+        self,
+        checkpoint: str | Path,
+        path: str | Path,
+        *,
+        scheme: str = "nvfp4",
+        missing_amax: str = "error",
+        overwrite: bool = False,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        dry_run: bool = False,
+    ) -> ExportReport:
+        """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
+
+        Several processes share the bundles; each reads what it writes, straight from the files. At any time a process
+        holds one bundle.
+
+        Raises:
+            CheckpointError: not a distributed checkpoint, or one that is damaged.
+        """
+        target = Path(path).absolute()
+        check_output(target, overwrite=overwrite)
+        opened = DistCheckpoint(Path(checkpoint))
+        family, hf_config = self.hf.family, self.hf.config
+        hybrid = FINAL_NORM_OF_HYBRID in opened.tensors
+        stored = StoredModel(opened, family.spelling(family.layer_pattern(hf_config) if hybrid else None))
+        fields = (family.hybrid_config if hybrid else family.transformer_config)(hf_config)
+        config = SimpleNamespace(**fields, vocab_size=hf_config["vocab_size"])
+        quantizers = stored.quantizers()
+        plan = self._plan([*stored.parameters(), *state_parameters(quantizers)], config)
+        me = self._ranks().rank(Axis.WORLD)
+        bundles = (
+            Bundle.of(
+                {
+                    name: tensor
+                    for part in bundle.parts
+                    for name, tensor in part.mapping.join([stored.read(part.name)], config).items()
+                }
+            )
+            for bundle in plan
+            if bundle.owner == me
+        )
+        return self._save(
+            plan,
+            bundles,
+            lambda: collect_scalars(quantizers, self.hf.registry, self._ranks()),
+            target,
+            scheme=scheme,
+            missing_amax=missing_amax,
+            max_shard_bytes=max_shard_bytes,
+            dry_run=dry_run,
+        )
+
+    def _save(
+        self,
+        plan: Sequence[BundlePlan],
+        bundles: Iterator[Bundle],
+        collect: Callable[[], QuantState],
+        target: Path,
+        *,
+        scheme: str,
+        missing_amax: str,
+        max_shard_bytes: int,
+        dry_run: bool,
+    ) -> ExportReport:
+        """What every export does once it has a plan. `collect` is called when there is something to quantize."""
+        chosen = find_scheme(scheme)
+        state = collect() if chosen else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, chosen, state, missing=missing_policy(missing_amax))
         output = self.hf.registry.megatron_to_hf_lookup(_OUTPUT)
@@ -163,7 +242,7 @@ class AutoBridge:
         layout = plan_layout(packer.specs, max_shard_bytes)
         self._warn(state, finalizer.filled)
         if not dry_run:
-            self._write(self._stream(held, plan, config), finalizer, packer, layout, StagedDirectory(target))
+            self._write(bundles, finalizer, packer, layout, StagedDirectory(target))
         return ExportReport(scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
 
     def _write(

@@ -105,6 +105,16 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def world() -> Iterator[Ranks]:
+    """The processes that `torchrun` started, as ranks that share work and no model; this process alone without it."""
+    if world_size() == 1:
+        yield LOCAL
+        return
+    with process_group():
+        yield ProcessRanks({})
+
+
 def current_ranks() -> Ranks:
     """The ranks of Megatron's parallel state where torch.distributed is initialized, else this process alone."""
     if not dist.is_initialized():

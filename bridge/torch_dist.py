@@ -1,10 +1,41 @@
-"""Megatron's distributed checkpoints (`torch_dist`) on the disk."""
+"""Megatron's distributed checkpoints (`torch_dist`) on the disk: global tensors, read in parts, in any process.
 
+A checkpoint is a directory of `.distcp` files and one `.metadata`, which says for every global tensor in which file
+each of its chunks lies. PyTorch's own reader does the reading; no process group, no Megatron and no model is needed.
+
+Checkpoints come from elsewhere, so no pickle in them may run code: tensors and states are loaded with `weights_only`,
+and `.metadata`, which PyTorch would unpickle as it is, may name only the classes that describe a checkpoint.
+"""
+
+import argparse
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mappings.errors import CheckpointError
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from mappings.errors import CheckpointError, listing
+from mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
+_METADATA = ".metadata"
+_COMMON_STATE = "common_state/"
 
 
 def checkpoint_iteration(path: Path) -> Path:
@@ -14,7 +45,214 @@ def checkpoint_iteration(path: Path) -> Path:
         CheckpointError: there is no distributed checkpoint.
     """
     latest = path / LATEST
-    directory = path / f"iter_{int(latest.read_text()):07d}" if latest.is_file() else path
-    if not (directory / ".metadata").is_file():
-        raise CheckpointError(f"{directory} is not a Megatron distributed checkpoint (torch_dist): no .metadata there")
+    directory = path
+    if latest.is_file():
+        iteration = latest.read_text().strip()
+        directory = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    if not (directory / _METADATA).is_file():
+        raise CheckpointError(
+            f"{directory} is not a Megatron distributed checkpoint (torch_dist): no {_METADATA} there"
+        )
     return directory
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a global tensor.
+
+    Args:
+        key: the tensor's name in the checkpoint.
+        index: taken from its first dims, one number each: a layer, an expert. Empty for all of it.
+    """
+
+    key: str
+    index: tuple[int, ...] = ()
+
+
+class DistCheckpoint:
+    """A distributed checkpoint, open for reading.
+
+    Args:
+        path: the training's save directory, or one `iter_NNNNNNN` in it.
+
+    Raises:
+        CheckpointError: not a distributed checkpoint, or files that are missing or too short; all are named.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.directory = checkpoint_iteration(path)
+        self._metadata = _read_metadata(self.directory)
+        self._check_files()
+        self._reader = FileSystemReader(self.directory)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every global tensor by its name in the checkpoint."""
+        return {
+            key: TensorSpec(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    @cached_property
+    def states(self) -> list[str]:
+        """The names of everything else: pickled state, `…/shard_0_1`."""
+        entries = self._metadata.state_dict_metadata
+        return [key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
+
+    def spec(self, region: Region) -> TensorSpec:
+        """Shape and dtype of a region."""
+        whole = self.tensors[region.key]
+        return TensorSpec(whole.shape[len(region.index) :], whole.dtype)
+
+    def cuts(self, region: Region) -> list[int]:
+        """Where along its first dim the ranks that saved it cut a region: the first row of each piece, from 0."""
+        depth = len(region.index)
+        return sorted(
+            {chunk.offsets[depth] for chunk in self._entry(region).chunks if _holds(chunk, region.index)},
+        )
+
+    def read(self, regions: Sequence[Region]) -> list[Tensor]:
+        """The tensors of some regions, on the CPU.
+
+        Raises:
+            CheckpointError: what the files hold is not what the metadata says.
+        """
+        targets: dict[str, Tensor] = {}
+        items: list[ReadItem] = []
+        for number, region in enumerate(regions):
+            spec, ones = self.spec(region), (1,) * len(region.index)
+            targets[str(number)] = torch.empty((*ones, *spec.shape), dtype=spec.dtype)
+            wanted = ChunkStorageMetadata(
+                torch.Size((*region.index, *(0 for _ in spec.shape))), torch.Size((*ones, *spec.shape))
+            )
+            found = create_read_items_for_chunk_list(region.key, self._entry(region), [wanted])
+            if sum(item.lengths.numel() for item in found) != targets[str(number)].numel():
+                raise CheckpointError(f"{self.directory}: {region.key} has chunks missing or twice in {_METADATA}")
+            items += [_renamed(item, str(number)) for item in found]
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(targets))
+        except Exception as error:  # whatever a damaged file makes torch raise
+            keys = sorted({region.key for region in regions})
+            raise CheckpointError(f"{self.directory} cannot be read: {error}; while reading{listing(keys)}") from error
+        return [
+            targets[str(number)].reshape(targets[str(number)].shape[len(region.index) :])
+            for number, region in enumerate(regions)
+        ]
+
+    def read_state(self, key: str) -> Any:
+        """One pickled state, without running code.
+
+        Raises:
+            CheckpointError: it holds classes that may run code; names them.
+        """
+        place = self._metadata.storage_data[MetadataIndex(key)]
+        with open(self.directory / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            value = load_safely(file.read(place.length), f"{key} of {self.directory}")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    def common_state(self) -> dict[str, Any]:
+        """What Megatron saved once for all ranks: iteration, arguments. Empty where there is none.
+
+        Raises:
+            CheckpointError: it holds classes that may run code; names them.
+        """
+        common = self.directory / "common.pt"  # before megatron-core 0.17
+        if common.is_file():
+            state = load_safely(common.read_bytes(), str(common))
+        else:
+            keys = [key for key in self.states if key.startswith(_COMMON_STATE)]
+            state = self.read_state(keys[0]) if keys else {}
+        return state if isinstance(state, dict) else {}
+
+    def _entry(self, region: Region) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[region.key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry
+
+    def _check_files(self) -> None:
+        needed: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        problems = []
+        for name, size in sorted(needed.items()):
+            file = self.directory / name
+            if not file.is_file():
+                problems.append(f"{name}: missing")
+            elif file.stat().st_size < size:
+                problems.append(f"{name}: truncated, {file.stat().st_size:,} of at least {size:,} bytes")
+        if problems:
+            raise CheckpointError(f"{self.directory} is damaged:{listing(problems)}\nCopy these files again")
+
+
+def load_safely(data: bytes, what: str) -> Any:
+    """A pickle of torch, tensors and plain values and argparse's Namespace only.
+
+    Raises:
+        CheckpointError: it holds other classes, which may run code.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{what} is refused, because loading it may run code: {reason}") from error
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into given tensors."""
+
+    def __init__(self, targets: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._targets = targets
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._targets[index.fqn]
+
+
+def _renamed(item: ReadItem, target: str) -> ReadItem:
+    return ReadItem(
+        item.type,
+        MetadataIndex(target),
+        item.dest_offsets,
+        item.storage_index,
+        item.storage_offsets,
+        item.lengths,
+    )
+
+
+def _holds(chunk: ChunkStorageMetadata, index: tuple[int, ...]) -> bool:
+    return all(begin <= at < begin + size for at, begin, size in zip(index, chunk.offsets, chunk.sizes, strict=False))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _MODULES = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+    _NAMES = (
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint._extension", "ZStandard"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if "." not in name and (module in self._MODULES or (module, name) in self._NAMES):
+            found = super().find_class(module, name)
+            described = isinstance(found, (torch.dtype, torch.memory_format)) or found is torch.Size
+            if module != "torch" or described:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _read_metadata(directory: Path) -> Metadata:
+    file = directory / _METADATA
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{file} is not the metadata of a distributed checkpoint: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{file} is not the metadata of a distributed checkpoint")
+    return metadata

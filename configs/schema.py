@@ -7,16 +7,6 @@ from omegaconf import MISSING
 
 
 @dataclass
-class ParallelConfig:
-    """How the model is spread over the processes."""
-
-    tp: int = 0  # tensor-parallel size; 0: all processes that pp and ep leave
-    pp: int = 1  # pipeline-parallel size
-    ep: int = 1  # expert-parallel size
-    etp: int = 0  # tensor-parallel size of the experts; 0: as tp
-
-
-@dataclass
 class CommonConfig:
     """Options that every command has."""
 
@@ -41,7 +31,6 @@ class ExportConfig(CommonConfig):
     overwrite: bool = False  # replace what is at output
     dry_run: bool = False  # show the plan, write nothing
     max_shard_gb: float = 5.0  # largest safetensors file, in 10^9 bytes
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     amax: AmaxConfig = field(default_factory=AmaxConfig)
 
 
