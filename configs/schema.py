@@ -27,7 +27,7 @@ class ExportConfig(CommonConfig):
     checkpoint: str = MISSING  # Megatron distributed checkpoint: the training's save directory, or one iter_NNNNNNN
     hf: str = MISSING  # Hugging Face directory or hub name: config.json, tokenizer
     output: str = MISSING  # directory to write
-    scheme: str = "nvfp4"  # nvfp4, or none for plain bf16
+    scheme: str = "nvfp4"  # nvfp4, fp8, …; auto: as the quantizers say; none: plain weights
     overwrite: bool = False  # replace what is at output
     dry_run: bool = False  # show the plan, write nothing
     max_shard_gb: float = 5.0  # largest safetensors file, in 10^9 bytes
