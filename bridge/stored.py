@@ -186,15 +186,17 @@ class StoredModel:
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """All quantizer buffers: small ones read at once, of larger ones a shape, and of an amax its maximum."""
-        stored = [each for name, each in self.tensors.items() if is_quantizer_state(name)]
-        small = [each for each in stored if each.spec.shape.count(1) == len(each.spec.shape)]
+        small, large = list[StoredTensor](), list[StoredTensor]()
+        for name, each in self.tensors.items():
+            if is_quantizer_state(name):
+                (small if each.spec.shape.count(1) == len(each.spec.shape) else large).append(each)
         values = self.checkpoint.read([each.regions[0] for each in small])
         yield from zip((each.name for each in small), values, strict=True)
-        for each in stored:
-            if each not in small:
-                yield each.name, each.spec.meta()
-                if each.name.endswith("._amax") and each.name.replace("._amax", "._global_amax") not in self.tensors:
-                    yield each.name.replace("._amax", "._global_amax"), self.read(each.name).max()
+        for each in large:
+            yield each.name, each.spec.meta()
+            whole = each.name.replace("._amax", "._global_amax")
+            if whole not in self.tensors and each.name.endswith("._amax"):
+                yield whole, self.read(each.name).max()
 
     def _experts(self) -> dict[str, tuple[int, ...]]:
         """The experts beside a quantizer that several share: module (`….experts.linear_fc1`) → their numbers."""

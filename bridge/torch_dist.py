@@ -10,9 +10,11 @@ and `.metadata`, which PyTorch would unpickle as it is, may name only the classe
 import argparse
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ class DistCheckpoint:
         self.directory = checkpoint_iteration(path)
         self._metadata = _read_metadata(self.directory)
         self._check_files()
+        self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -108,10 +111,7 @@ class DistCheckpoint:
 
     def cuts(self, region: Region) -> list[int]:
         """Where along its first dim the ranks that saved it cut a region: the first row of each piece, from 0."""
-        depth = len(region.index)
-        return sorted(
-            {chunk.offsets[depth] for chunk in self._entry(region).chunks if _holds(chunk, region.index)},
-        )
+        return sorted({chunk.offsets[len(region.index)] for chunk in self._entry(region).chunks})
 
     def read(self, regions: Sequence[Region]) -> list[Tensor]:
         """The tensors of some regions, on the CPU.
@@ -168,9 +168,19 @@ class DistCheckpoint:
         return state if isinstance(state, dict) else {}
 
     def _entry(self, region: Region) -> TensorStorageMetadata:
+        """What the metadata says of a tensor, cut down to the chunks that hold the region's index."""
         entry = self._metadata.state_dict_metadata[region.key]
         assert isinstance(entry, TensorStorageMetadata)
-        return entry
+        if not region.index:
+            return entry
+        depth = len(region.index)
+        if (region.key, depth) not in self._chunks:  # a tensor of all experts has tens of thousands: sorted once
+            chunks = self._chunks[region.key, depth] = defaultdict(list)
+            for chunk in entry.chunks:
+                spans = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+                for index in product(*(range(begin, begin + size) for begin, size in spans)):
+                    chunks[index].append(chunk)
+        return replace(entry, chunks=self._chunks[region.key, depth][region.index])
 
     def _check_files(self) -> None:
         needed: dict[str, int] = {}
@@ -221,10 +231,6 @@ def _renamed(item: ReadItem, target: str) -> ReadItem:
         item.storage_offsets,
         item.lengths,
     )
-
-
-def _holds(chunk: ChunkStorageMetadata, index: tuple[int, ...]) -> bool:
-    return all(begin <= at < begin + size for at, begin, size in zip(index, chunk.offsets, chunk.sizes, strict=False))
 
 
 class _MetadataUnpickler(pickle.Unpickler):
