@@ -16,6 +16,7 @@ from scripts import cli
 def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
+    from bridge.hf_config import read_hf_model
     from bridge.ranks import world, world_rank
     from bridge.torch_dist import checkpoint_iteration
     from export.fused_scales import missing_policy
@@ -26,9 +27,10 @@ def export(options: ExportConfig) -> None:
     check_output(Path(options.output), overwrite=options.overwrite)
     find_scheme(options.scheme)
     missing_policy(options.amax.missing)
+    hf = read_hf_model(options.hf)
     directory = checkpoint_iteration(Path(options.checkpoint))
     with world() as ranks:
-        report = AutoBridge.from_hf_pretrained(options.hf, ranks=ranks).convert_checkpoint(
+        report = AutoBridge(hf, ranks).convert_checkpoint(
             directory,
             options.output,
             scheme=options.scheme,
