@@ -132,7 +132,7 @@ class StoredModel:
         if orphans:
             raise CheckpointError(
                 f"{self.checkpoint.directory} has amax without a quantizer configuration:{listing(orphans)}\n"
-                "ModelOpt before 0.19 kept it elsewhere: load the checkpoint with a newer ModelOpt and save it again"
+                "Load it into a model with the ModelOpt that saved it, and export from there (save_hf_pretrained)"
             )
         return [
             Quantizer(

@@ -7,7 +7,6 @@ Checkpoints come from elsewhere, so no pickle in them may run code: tensors and 
 and `.metadata`, which PyTorch would unpickle as it is, may name only the classes that describe a checkpoint.
 """
 
-import argparse
 import io
 import pickle
 from collections import defaultdict
@@ -37,7 +36,6 @@ from mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
 _METADATA = ".metadata"
-_COMMON_STATE = "common_state/"
 
 
 def checkpoint_iteration(path: Path) -> Path:
@@ -153,20 +151,6 @@ class DistCheckpoint:
             value = load_safely(file.read(place.length), f"{key} of {self.directory}")
         return value[0] if isinstance(value, list) and len(value) == 1 else value
 
-    def common_state(self) -> dict[str, Any]:
-        """What Megatron saved once for all ranks: iteration, arguments. Empty where there is none.
-
-        Raises:
-            CheckpointError: it holds classes that may run code; names them.
-        """
-        common = self.directory / "common.pt"  # before megatron-core 0.17
-        if common.is_file():
-            state = load_safely(common.read_bytes(), str(common))
-        else:
-            keys = [key for key in self.states if key.startswith(_COMMON_STATE)]
-            state = self.read_state(keys[0]) if keys else {}
-        return state if isinstance(state, dict) else {}
-
     def _entry(self, region: Region) -> TensorStorageMetadata:
         """What the metadata says of a tensor, cut down to the chunks that hold the region's index."""
         entry = self._metadata.state_dict_metadata[region.key]
@@ -198,14 +182,13 @@ class DistCheckpoint:
 
 
 def load_safely(data: bytes, what: str) -> Any:
-    """A pickle of torch, tensors and plain values and argparse's Namespace only.
+    """A pickle of torch that holds tensors and plain values only.
 
     Raises:
         CheckpointError: it holds other classes, which may run code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{what} is refused, because loading it may run code: {reason}") from error
@@ -234,8 +217,11 @@ def _renamed(item: ReadItem, target: str) -> ReadItem:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+    """Allows the classes that describe a checkpoint, and no function but the one that pickles a tensor layout."""
+
+    _CLASSES_OF = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
     _NAMES = (
+        ("torch", "Size"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.distributed.checkpoint._extension", "ZStandard"),
         ("torch.serialization", "_get_layout"),
@@ -244,10 +230,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if "." not in name and (module in self._MODULES or (module, name) in self._NAMES):
+        if module in (*self._CLASSES_OF, "torch", *(known for known, _ in self._NAMES)) and "." not in name:
             found = super().find_class(module, name)
-            described = isinstance(found, (torch.dtype, torch.memory_format)) or found is torch.Size
-            if module != "torch" or described:
+            own_class = module in self._CLASSES_OF and isinstance(found, type) and found.__module__ == module
+            if own_class or (module, name) in self._NAMES or isinstance(found, torch.dtype | torch.memory_format):
                 return found
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 

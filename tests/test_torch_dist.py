@@ -122,6 +122,11 @@ class TestDamage:
         (saved / ".metadata").write_bytes(pickle.dumps(Attack()))
         assert "posix.system" in self.refuse(dense, saved)
 
+    def test_metadata_that_names_a_function(self, dense: LiveRanks, saved: Path) -> None:
+        """In a module whose classes are allowed."""
+        (saved / ".metadata").write_bytes(b"ctorch.distributed.checkpoint.planner\nreduce\n.")
+        assert "it names torch.distributed.checkpoint.planner.reduce" in self.refuse(dense, saved)
+
     def test_no_iteration(self, dense: LiveRanks, saved: Path) -> None:
         (saved.parent / "latest_checkpointed_iteration.txt").write_text("8")
         assert "iter_0000008 is not a Megatron distributed checkpoint" in self.refuse(dense, saved)
