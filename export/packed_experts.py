@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from export.kernels import e2m1, mx
 from mappings.errors import MappingError
 from mappings.family import PackedExperts
 from mappings.tensors import TensorSpec
@@ -25,7 +26,6 @@ from mappings.tensors import TensorSpec
 _PACKED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 _SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None)}
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,7 @@ class PackedSource:
             blocks: uint8 `[out, in/32, 16]`, two e2m1 values a byte, the even column in the low nibble.
             scales: uint8 `[out, in/32]`, a block's exponent plus 127.
         """
-        values = torch.tensor(_E2M1 + tuple(-value for value in _E2M1))
-        codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).flatten(-2)
-        rows = torch.ldexp(values[codes.int()], scales.int().unsqueeze(-1) - 127).flatten(1).bfloat16()
+        rows = mx.dequantize(e2m1.unpack(blocks.flatten(1)), scales)
         return self.cut(rows.t() if self.layout.transposed else rows)
 
 
