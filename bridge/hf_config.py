@@ -32,6 +32,11 @@ class HFModel:
     config: Mapping[str, Any]
     family: ModelFamily
 
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding; a pipeline's last stage has a copy of it all the same."""
+        return bool(self.config.get("tie_word_embeddings"))
+
     @cached_property
     def registry(self) -> MappingRegistry:
         """The mappings of this model."""

@@ -75,8 +75,10 @@ class StoredTensor:
         return tensor
 
 
-class StoredModel:
+class StoredModel(Mapping[str, Tensor]):
     """The model in a checkpoint: `parameters` and `quantizers` as a live model would have them.
+
+    As a mapping, every tensor by canonical global name, whole, and read when asked for.
 
     Args:
         checkpoint: open for reading.
@@ -87,9 +89,19 @@ class StoredModel:
         self.checkpoint = checkpoint
         self._spelling = spelling
 
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.tensors[name]
+        return stored.join(self.checkpoint.read(stored.regions))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the model by canonical global name, quantizer buffers included."""
+        """Where every tensor of the model lies, quantizer buffers included."""
         regions: dict[str, dict[str, Region]] = {}
         for key, spec in self.checkpoint.tensors.items():
             if not key.startswith(_NOT_THE_MODEL):
@@ -101,15 +113,6 @@ class StoredModel:
             name: StoredTensor(name, self._spec(parts), _in_order(parts), self._halves_alternate(name, regions))
             for name, parts in regions.items()
         }
-
-    def read(self, name: str) -> Tensor:
-        """One tensor by canonical global name, whole.
-
-        Raises:
-            CheckpointError: its file is damaged.
-        """
-        stored = self.tensors[name]
-        return stored.join(self.checkpoint.read(stored.regions))
 
     def parameters(self) -> Iterator[Parameter]:
         """All parameters and buffers but those of quantizers, as tensors without data."""
@@ -196,7 +199,7 @@ class StoredModel:
             yield each.name, each.spec.meta()
             whole = each.name.replace("._amax", "._global_amax")
             if whole not in self.tensors and each.name.endswith("._amax"):
-                yield whole, self.read(each.name).max()
+                yield whole, self[each.name].max()
 
     def _experts(self) -> dict[str, tuple[int, ...]]:
         """The experts beside a quantizer that several share: module (`….experts.linear_fc1`) → their numbers."""

@@ -31,7 +31,7 @@ def stream_bundles(
     """The bundles that this rank owns. Collective: exhaust it on every rank.
 
     Args:
-        tensors: this rank's shards by global Megatron name.
+        tensors: this rank's shards by global Megatron name; each is asked for when its bundle's turn comes.
         bucket_bytes: how much one rank contributes to one exchange, or one bundle.
     """
     me = ranks.members(Axis.WORLD)[ranks.rank(Axis.WORLD)]

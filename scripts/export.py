@@ -1,6 +1,6 @@
 """Megatron checkpoint → Hugging Face checkpoint in the compressed-tensors format.
 
-torchrun --nproc-per-node N scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4
+python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
 """
 
 import sys
@@ -16,22 +16,12 @@ from scripts import cli
 def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
-    from bridge.hf_config import read_hf_model
     from bridge.ranks import world, world_rank
-    from bridge.torch_dist import checkpoint_iteration
-    from export.fused_scales import missing_policy
-    from export.schemes import find_scheme
-    from export.writer import check_output
     from scripts.tables import export_table
 
-    check_output(Path(options.output), overwrite=options.overwrite)
-    find_scheme(options.scheme)
-    missing_policy(options.amax.missing)
-    hf = read_hf_model(options.hf)
-    directory = checkpoint_iteration(Path(options.checkpoint))
     with world() as ranks:
-        report = AutoBridge(hf, ranks).convert_checkpoint(
-            directory,
+        report = AutoBridge.from_hf_pretrained(options.hf, ranks=ranks).convert_checkpoint(
+            options.checkpoint,
             options.output,
             scheme=options.scheme,
             missing_amax=options.amax.missing,

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bridge.auto import ExportReport
+from bridge.save import ExportReport
 from configs.schema import ExportConfig
 from scripts.demo_check import Findings
 

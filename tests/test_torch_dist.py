@@ -80,9 +80,9 @@ def test_experts_and_layers_in_one_tensor(tmp_path: Path) -> None:
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     stored = StoredModel(DistCheckpoint(tmp_path))
     experts = "decoder.layers.1.mlp.experts.linear_fc1"
-    assert torch.equal(stored.read(f"{experts}.weight3"), weight[1, 3])
-    assert torch.equal(stored.read(f"{experts}.weight_quantizer.3._amax"), amax[1, 3])
-    assert len(stored.tensors) == 2 * (4 + 4 + 1)
+    assert torch.equal(stored[f"{experts}.weight3"], weight[1, 3])
+    assert torch.equal(stored[f"{experts}.weight_quantizer.3._amax"], amax[1, 3])
+    assert len(stored) == 2 * (4 + 4 + 1)
     with pytest.raises(CheckpointError, match="amax without a quantizer configuration"):
         stored.quantizers()
 
