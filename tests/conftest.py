@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tiny_models import NEMOTRON_H, config, expert_biases, randomize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,11 +133,7 @@ def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
         **sizes,
     )
     model = Qwen3MoeForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif "mlp.gate." in name:  # far apart, so that a last bit of difference seldom changes which experts are chosen
-            torch.nn.init.normal_(parameter, std=0.5)
+    randomize(model)
     model.bfloat16().save_pretrained(directory)
     return directory
 
@@ -181,15 +178,9 @@ def make_deepseek_v3(directory: Path, mtp_layers: int, sizes: dict[str, Any]) ->
         **sizes,
     )
     model = DeepseekV3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif "mlp.gate." in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    randomize(model)
     model.bfloat16()
-    for name, module in model.named_modules():
-        if name.endswith("mlp.gate"):
-            module.e_score_correction_bias = 0.1 * torch.randn(8)  # fp32, as DeepSeek stores it
+    expert_biases(model)
     model.save_pretrained(directory)
     if mtp_layers:
         add_mtp_layers(directory, config.num_hidden_layers, mtp_layers)
@@ -220,44 +211,15 @@ def nemotron_h(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Nemotron-H: two layers of Mamba, one each of MLP, attention and experts; two layers for MTP."""
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import NemotronHConfig, NemotronHForCausalLM
+    from transformers import NemotronHForCausalLM
 
     directory = tmp_path_factory.mktemp("nemotron_h")
     torch.manual_seed(19)
-    config = NemotronHConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        layers_block_type=["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        n_groups=2,
-        ssm_state_size=16,
-        chunk_size=8,
-        time_step_min=1e-30,  # transformers cuts steps off there, Megatron does not
-        n_routed_experts=8,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=48,
-        n_group=2,
-        routed_scaling_factor=2.5,
-        num_nextn_predict_layers=2,
-        mtp_layers_block_type=["full_attention", "moe"],
-        max_position_embeddings=64,
-        initializer_range=0.08,
-    )
-    model = NemotronHForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif "mixer.gate." in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    mtp = {"num_nextn_predict_layers": 2, "mtp_layers_block_type": ["full_attention", "moe"]}
+    model = NemotronHForCausalLM(config("NemotronHForCausalLM", **NEMOTRON_H, **mtp)())
+    randomize(model)
     model.bfloat16()
-    for name, module in model.named_modules():
-        if name.endswith("mixer.gate"):
-            module.e_score_correction_bias = 0.1 * torch.randn(8)
+    expert_biases(model)
     model.save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     for layer, like in enumerate(("backbone.layers.2", "backbone.layers.3") * 2):  # transformers does not build them

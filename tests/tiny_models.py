@@ -30,6 +30,22 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+NEMOTRON_H: Mapping[str, Any] = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+    "time_step_min": 1e-30,  # transformers cuts steps off there, Megatron does not
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "n_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -63,7 +79,22 @@ def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"
     return make
 
 
-def _expert_biases(model: Any) -> None:
+def randomize(model: Any) -> None:
+    """Norms and biases at random: at 1 and 0, where they start, one that is left out would not show.
+
+    Routers choose by a wide margin, so that a last bit of difference does not change which experts are chosen.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(("bias", "sinks")) or ".gate." in name or ".router." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
+def expert_biases(model: Any) -> None:
+    """In fp32, as DeepSeek stores them."""
     import torch
 
     for name, module in model.named_modules():
@@ -124,7 +155,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
         ),
         MOE,
-        prepare=_expert_biases,
+        prepare=expert_biases,
     ),
     "GLM-4.5": TinyModel(
         config(
@@ -139,7 +170,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             num_nextn_predict_layers=0,
         ),
         MOE,
-        prepare=_expert_biases,
+        prepare=expert_biases,
     ),
     "GPT-OSS": TinyModel(
         config(
@@ -178,24 +209,9 @@ TINY_MODELS: dict[str, TinyModel] = {
         )
     ),
     "Nemotron-H": TinyModel(
-        config(
-            "NemotronHForCausalLM",
-            layers_block_type=["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
-            head_dim=32,
-            mamba_num_heads=8,
-            mamba_head_dim=16,
-            n_groups=2,
-            ssm_state_size=16,
-            chunk_size=8,
-            time_step_min=1e-30,  # transformers cuts steps off there, Megatron does not
-            n_routed_experts=8,
-            moe_intermediate_size=32,
-            moe_shared_expert_intermediate_size=48,
-            n_group=2,
-            routed_scaling_factor=2.5,
-        ),
+        config("NemotronHForCausalLM", **NEMOTRON_H),
         MOE,
-        prepare=_expert_biases,
+        prepare=expert_biases,
     ),
 }
 TINY_MODELS |= {
@@ -205,22 +221,14 @@ TINY_MODELS |= {
 
 
 def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
-    """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes.
-
-    Norms and biases are random too: at 1 and 0, where they start, one that is left out would not show. Routers choose
-    by a wide margin, so that a last bit of difference does not change which experts are chosen.
-    """
+    """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes."""
     import torch
     from transformers import AutoModelForCausalLM
     from workers.model import TOKENS
 
     torch.manual_seed(17)
     model = AutoModelForCausalLM.from_config(tiny.make(), dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith(("bias", "sinks")) or ".gate." in name or ".router." in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    randomize(model)
     tiny.prepare(model)
     model.save_pretrained(directory)
     with torch.no_grad():
