@@ -20,6 +20,7 @@ from torch import Tensor
 
 from export.fused_scales import GroupAmax
 from export.schemes import SCHEMES
+from export.schemes.scheme import quantize_tensors
 
 CALIBRATED = GroupAmax(torch.tensor(0.1), torch.tensor(2.0))
 
@@ -56,9 +57,9 @@ def main() -> None:
 def jobs(weight: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, scheme in SCHEMES.items():
         if scheme.format:
-            yield f"{name}, calibrated", lambda scheme=scheme: list(scheme.quantize({"m": weight}, CALIBRATED))
+            yield f"{name}, calibrated", lambda scheme=scheme: list(quantize_tensors(scheme, {"m": weight}, CALIBRATED))
         if not scheme.needs_input_amax:
-            yield name, lambda scheme=scheme: list(scheme.quantize({"m": weight}))
+            yield name, lambda scheme=scheme: list(quantize_tensors(scheme, {"m": weight}))
 
 
 def two_threads(weight: Tensor) -> float:
@@ -67,7 +68,7 @@ def two_threads(weight: Tensor) -> float:
 
     def quantize(copy: Tensor) -> None:
         for _ in range(rounds):
-            list(SCHEMES["nvfp4"].quantize({"m": copy}, CALIBRATED))
+            list(quantize_tensors(SCHEMES["nvfp4"], {"m": copy}, CALIBRATED))
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(5):

@@ -16,6 +16,7 @@ from export.metadata import quantization_config
 from export.quant_state import QuantState
 from export.schemes import Recipe, Scheme
 from export.schemes.recipe import EMBEDDINGS, is_targeted
+from export.schemes.scheme import quantize_tensors
 from mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
 from mappings.fused_groups import groups_among
@@ -109,7 +110,7 @@ class Finalizer:
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
             blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
-            yield from self._schemes[group.primary].quantize(weights, self._amax.get(group.primary), blocks)
+            yield from quantize_tensors(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
 
     def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""

@@ -42,11 +42,17 @@ def missing_policy(name: str) -> MissingAmax:
 class GroupAmax(NamedTuple):
     """The amax that all members of a fused group share: fp32 scalars.
 
-    `weight` is None where it is to come from the weights themselves, `input` for weight-only schemes.
+    `weight` is None where it is to come from the weights themselves, `input` for weight-only schemes. `calibrated` says
+    whose arithmetic is used: ModelOpt's, as in training, or that of llm-compressor's `model_free_ptq`.
     """
 
     weight: Tensor | None
     input: Tensor | None
+    calibrated: bool = True
+
+
+DATA_FREE = GroupAmax(None, None, calibrated=False)
+"""Of a group that was never calibrated."""
 
 
 @dataclass(slots=True)

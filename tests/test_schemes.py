@@ -22,6 +22,7 @@ from export.kernels.scaled import unpack_int4
 from export.metadata import quantization_config
 from export.packed_experts import split_fused_moe_experts
 from export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
+from export.schemes.scheme import quantize_tensors
 from export.schemes.w4a16 import w4a16
 from mappings.errors import UsageError
 from mappings.tensors import TensorSpec
@@ -42,7 +43,7 @@ def golden(label: str, part: str) -> dict[str, Tensor]:
 
 def quantized(name: str, weight: Tensor, amax: GroupAmax | None = None, **options: Any) -> dict[str, Tensor]:
     """Return what the scheme writes for one module `m`, with the names that follow `m.`."""
-    written = SCHEMES[name].quantize({"m": weight}, amax, **options)
+    written = quantize_tensors(SCHEMES[name], {"m": weight}, amax, **options)
     return {name.removeprefix("m."): tensor for name, tensor in written}
 
 
@@ -198,7 +199,7 @@ def test_what_is_planned_is_written(name: str, shape: tuple[int, ...]) -> None:
         amax = GroupAmax(torch.tensor(0.1), torch.tensor(2.0)) if calibrated else None
         weight = random_weight(20, 256).bfloat16()
         specs = scheme.output_specs("m", TensorSpec.of(weight), calibrated=calibrated)
-        assert {key: TensorSpec.of(tensor) for key, tensor in scheme.quantize({"m": weight}, amax)} == specs
+        assert {key: TensorSpec.of(tensor) for key, tensor in quantize_tensors(scheme, {"m": weight}, amax)} == specs
         if scheme.config_group["weights"]["strategy"] not in ("channel", "tensor", "block") or len(shape) != 2:
             with pytest.raises(ValueError, match="needs"):
                 scheme.output_specs("m", TensorSpec(shape, torch.bfloat16), calibrated=calibrated)

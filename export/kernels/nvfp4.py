@@ -48,6 +48,11 @@ class Arithmetic(StrEnum):
     MODELOPT = "modelopt"
     COMPRESSED_TENSORS = "compressed_tensors"
 
+    @classmethod
+    def of(cls, *, calibrated: bool) -> "Arithmetic":
+        """Training's where an amax was calibrated, else the peer's."""
+        return cls.MODELOPT if calibrated else cls.COMPRESSED_TENSORS
+
 
 @dataclass(frozen=True, slots=True)
 class NVFP4Weight:

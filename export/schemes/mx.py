@@ -4,7 +4,7 @@ Nothing is calibrated: scales come from the weights, and engines scale activatio
 `scale_dtype` is what tells compressed-tensors that scales are powers of two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from export.fused_scales import GroupAmax
 from export.kernels import e2m1, mx
 from export.kernels.nvfp4 import Arithmetic
-from export.schemes.scheme import NO_AMAX, arguments, naming
+from export.schemes.scheme import arguments
 from mappings.tensors import TensorSpec
 
 
@@ -49,19 +49,22 @@ class MX:
         scales = TensorSpec((rows, columns // mx.BLOCK), torch.uint8)
         return {self._codes(module): codes, f"{module}.weight_scale": scales}
 
-    def quantize(
-        self,
-        weights: Mapping[str, Tensor],
-        amax: GroupAmax | None = None,
-        block_amax: Mapping[str, Tensor] = NO_AMAX,
-    ) -> Iterator[tuple[str, Tensor]]:
-        arithmetic = Arithmetic.COMPRESSED_TENSORS if amax is None else Arithmetic.MODELOPT
+    @property
+    def row_step(self) -> int:
+        return 1
+
+    def measure(self, rows: Tensor, *, calibrated: bool) -> None:
+        return None
+
+    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(
+        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
+    ) -> dict[str, Tensor]:
         quantize = mx.quantize_mxfp4 if self.bits == 4 else mx.quantize_mxfp8
-        for module, weight in weights.items():
-            with naming(module):
-                codes, exponents = quantize(weight, arithmetic)
-            yield self._codes(module), codes
-            yield f"{module}.weight_scale", exponents
+        codes, exponents = quantize(rows, Arithmetic.of(calibrated=amax.calibrated))
+        return {self._codes(module): codes, f"{module}.weight_scale": exponents}
 
     def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors[self._codes(module)]

@@ -12,7 +12,7 @@ scales of the activations unrounded, and 86 % of bf16 activations differ from wh
 compute, against 0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from export.fused_scales import GroupAmax
 from export.kernels import nvfp4
 from export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
-from export.schemes.scheme import NO_AMAX, arguments, naming
+from export.schemes.scheme import arguments
 from mappings.tensors import TensorSpec
 
 
@@ -58,27 +58,30 @@ class NVFP4:
             specs[f"{module}.input_global_scale"] = TensorSpec((1,), torch.float32)
         return specs
 
-    def quantize(
-        self,
-        weights: Mapping[str, Tensor],
-        amax: GroupAmax | None = None,
-        block_amax: Mapping[str, Tensor] = NO_AMAX,
-    ) -> Iterator[tuple[str, Tensor]]:
-        arithmetic = Arithmetic.COMPRESSED_TENSORS if amax is None else Arithmetic.MODELOPT
-        calibrated = amax or GroupAmax(None, None)
-        largest = calibrated.weight
-        if largest is None:
-            largest = nvfp4.tensor_amax(list(weights.values()), arithmetic=arithmetic)
-        for module, weight in weights.items():
-            with naming(module):
-                blocks = block_amax.get(module)
-                quantized = nvfp4.quantize(weight, largest, arithmetic=arithmetic, block_amax=blocks)
-            yield f"{module}.weight_packed", quantized.packed
-            yield f"{module}.weight_scale", quantized.block_scale
-            yield f"{module}.weight_global_scale", quantized.global_scale
-            if self.needs_input_amax:
-                assert calibrated.input is not None, f"{module}: W4A4 needs an input amax"
-                yield f"{module}.input_global_scale", nvfp4.input_global_scale(calibrated.input)
+    @property
+    def row_step(self) -> int:
+        return 1
+
+    def measure(self, rows: Tensor, *, calibrated: bool) -> Tensor:
+        return nvfp4.tensor_amax([rows], arithmetic=Arithmetic.of(calibrated=calibrated))
+
+    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+        assert amax.weight is not None, f"{module}: not measured"
+        arithmetic = Arithmetic.of(calibrated=amax.calibrated)
+        divisor = nvfp4.global_scale(amax.weight, arithmetic=arithmetic, dtype=weight.dtype)
+        constants = {f"{module}.weight_global_scale": divisor}
+        if self.needs_input_amax:
+            assert amax.input is not None, f"{module}: W4A4 needs an input amax"
+            constants[f"{module}.input_global_scale"] = nvfp4.input_global_scale(amax.input)
+        return constants
+
+    def quantize_rows(
+        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert amax.weight is not None, f"{module}: not measured"
+        arithmetic = Arithmetic.of(calibrated=amax.calibrated)
+        quantized = nvfp4.quantize(rows, amax.weight, arithmetic=arithmetic, block_amax=block_amax)
+        return {f"{module}.weight_packed": quantized.packed, f"{module}.weight_scale": quantized.block_scale}
 
     def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         names = ("weight_packed", "weight_scale", "weight_global_scale")

@@ -4,7 +4,7 @@ One class; `fp8.py`, `fp8_dynamic.py`, `fp8_block.py`, `w4a16.py`, `w4a16_asym.p
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from export.fused_scales import GroupAmax
 from export.kernels import scaled
 from export.kernels.scaled import Blocks, Code, ScaledWeight
-from export.schemes.scheme import NO_AMAX, naming
-from mappings.tensors import TensorSpec, max_of
+from mappings.tensors import TensorSpec
+
+_CODES_A_WORD = 8  # of 4 bits; zero points are packed along the rows
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,38 @@ class Scaled:
             specs["input_scale"] = TensorSpec((1,), torch.float32)
         return {f"{module}.{name}": spec for name, spec in specs.items()}
 
-    def quantize(
-        self,
-        weights: Mapping[str, Tensor],
-        amax: GroupAmax | None = None,
-        block_amax: Mapping[str, Tensor] = NO_AMAX,
-    ) -> Iterator[tuple[str, Tensor]]:
-        for module, weight in weights.items():
-            with naming(module):
-                calibrated = None
-                if amax is not None:
-                    calibrated = self._calibrated(weights, module, amax.weight, block_amax.get(module))
-                quantized = scaled.quantize(weight, self.code, self.blocks, amax=calibrated, symmetric=self._symmetric)
-            for name, tensor in self._tensors(quantized).items():
-                yield f"{module}.{name}", tensor
-            if self.needs_input_amax:
-                assert amax is not None and amax.input is not None, f"{module}: {self.name} needs an input amax"
-                yield f"{module}.input_scale", (amax.input.float() / torch.full_like(amax.input, 448.0)).reshape(1)
+    @property
+    def row_step(self) -> int:
+        packed_down = 1 if self._symmetric else _CODES_A_WORD
+        return max(self.blocks.height or 1, packed_down)
+
+    def measure(self, rows: Tensor, *, calibrated: bool) -> Tensor | None:
+        return scaled.largest(rows, self.blocks).squeeze().float() if self.needs_weight_amax else None
+
+    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+        constants = {}
+        if self.needs_weight_amax:
+            assert amax.weight is not None, f"{module}: not measured"
+            constants["weight_scale"] = self._scale(amax.weight)
+        if self.code is Code.INT4:
+            constants["weight_shape"] = torch.tensor(weight.shape)
+        if self.needs_input_amax:
+            assert amax.input is not None, f"{module}: {self.name} needs an input amax"
+            constants["input_scale"] = self._scale(amax.input)
+        return {f"{module}.{name}": tensor for name, tensor in constants.items()}
+
+    def quantize_rows(
+        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        calibrated = self._calibrated(rows, amax, block_amax) if amax.calibrated else None
+        quantized = scaled.quantize(rows, self.code, self.blocks, amax=calibrated, symmetric=self._symmetric)
+        packed = self.code is Code.INT4
+        tensors = {"weight_packed": scaled.pack_int4(quantized.codes)} if packed else {"weight": quantized.codes}
+        if not self.needs_weight_amax:
+            tensors["weight_scale"] = quantized.scale
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = scaled.pack_int4(quantized.zero_point.T).T.contiguous()
+        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
 
     def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         scale = tensors[f"{module}.weight_scale"]
@@ -97,29 +113,16 @@ class Scaled:
         codes = scaled.unpack_int4(tensors[f"{module}.weight_packed"], columns)
         return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.blocks)
 
-    def _calibrated(
-        self, weights: Mapping[str, Tensor], module: str, tensor_amax: Tensor | None, block_amax: Tensor | None
-    ) -> Tensor:
-        """The amax of each block of a module: of the block, of the tensor, or what the weights say."""
-        weight = weights[module]
-        shape = self.blocks.shape(*weight.shape)
+    def _calibrated(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None) -> Tensor:
+        """The amax of each block of some rows: of the block, of the tensor, or what the rows say."""
+        shape = self.blocks.shape(*rows.shape)
         if block_amax is not None:
             return block_amax.reshape(shape)
-        if tensor_amax is None and self.needs_weight_amax:
-            tensor_amax = max_of([scaled.largest(member, self.blocks).squeeze() for member in weights.values()])
-        if tensor_amax is not None:
-            return tensor_amax.expand(shape)
-        return scaled.largest(weight, self.blocks)
+        if amax.weight is not None:
+            return amax.weight.expand(shape)
+        return scaled.largest(rows, self.blocks)
 
-    def _tensors(self, quantized: ScaledWeight) -> dict[str, Tensor]:
-        scale = quantized.scale.reshape(1) if self.needs_weight_amax else quantized.scale
-        if self.code is not Code.INT4:
-            return {"weight": quantized.codes, "weight_scale": scale}
-        tensors = {
-            "weight_packed": scaled.pack_int4(quantized.codes),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor(quantized.codes.shape),
-        }
-        if quantized.zero_point is not None:
-            tensors["weight_zero_point"] = scaled.pack_int4(quantized.zero_point.T).T.contiguous()
-        return tensors
+    def _scale(self, amax: Tensor) -> Tensor:
+        """fp32 `[1]`; 1 for a tensor of zeros."""
+        bound = torch.full_like(amax, self.code.bound, dtype=torch.float32)
+        return (amax.float().where(amax > 0, bound) / bound).reshape(1)

@@ -5,6 +5,7 @@ import torch
 
 from export.fused_scales import GroupAmax
 from export.schemes import SCHEMES
+from export.schemes.scheme import quantize_tensors
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -20,7 +21,7 @@ def test_a_gpu_gives_the_same_bytes(name: str, dtype: torch.dtype, calibrated: b
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(300, 1024, generator=generator) * torch.rand(300, 1, generator=generator)).to(dtype)
     weight[1, :128] = 0.0
-    expected = dict(scheme.quantize({"m": weight}, amax))
-    found = dict(scheme.quantize({"m": weight.cuda()}, amax))
+    expected = dict(quantize_tensors(scheme, {"m": weight}, amax))
+    found = dict(quantize_tensors(scheme, {"m": weight.cuda()}, amax))
     for tensor, other in zip(found.values(), expected.values(), strict=True):
         assert torch.equal(tensor.cpu().flatten().view(torch.uint8), other.flatten().view(torch.uint8))
