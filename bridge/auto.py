@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, Unpack
@@ -63,7 +64,7 @@ class AutoBridge:
         state = self._collect_scalars(chunks)
         tensors = list(state_parameters(self._quantizers(chunks)))
         amax = dict(state.amax)
-        for bundle in self._stream(tensors, self._plan(tensors, config), config):
+        for bundle in self._stream(tensors, config, self._plan(tensors, config)):
             amax |= bundle.state
         return replace(state, amax=amax)
 
@@ -74,8 +75,9 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         held, config = self._held(chunks), self._module_config(chunks)
-        for bundle in self._stream(held, self._plan(held, config), config):
-            yield from bundle.tensors.items()
+        for bundle in self._stream(held, config, self._plan(held, config)):
+            for name, tensor in bundle.tensors.items():
+                yield from ((name, whole) for _, whole in tensor.parts())
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.
@@ -122,7 +124,7 @@ class AutoBridge:
         chunks = unwrap(model)
         held, config = self._held(chunks), self._module_config(chunks)
         plan = self._plan(held, config)
-        return saver.save(plan, self._stream(held, plan, config), lambda: self._collect_scalars(chunks))
+        return saver.save(plan, partial(self._stream, held, config), partial(self._collect_scalars, chunks))
 
     def convert_checkpoint(
         self, checkpoint: str | Path, path: str | Path, **options: Unpack[SaveOptions]
@@ -130,7 +132,7 @@ class AutoBridge:
         """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
 
         Several processes share the bundles; each reads what it writes, straight from the files. At any time a process
-        holds one bundle.
+        holds one bundle. An export that was interrupted goes on where it stopped when it is called again.
 
         Raises:
             CheckpointError: not a distributed checkpoint, or one that is damaged.
@@ -143,8 +145,12 @@ class AutoBridge:
         config = SimpleNamespace(**self._described(pattern), vocab_size=self.hf.config["vocab_size"])
         quantizers = stored.quantizers()
         plan = self._plan([*stored.parameters(), *state_parameters(quantizers)], config)
-        bundles = stream_bundles(plan, stored, config, ranks)
-        return saver.save(plan, bundles, lambda: collect_scalars(quantizers, self.hf.registry, ranks))
+        return saver.save(
+            plan,
+            lambda needed: stream_bundles(needed, stored, config, ranks),
+            lambda: collect_scalars(quantizers, self.hf.registry, ranks),
+            source=opened.fingerprint,
+        )
 
     def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
         return walk_parameters(chunks, self.hf.family.spelling(layer_pattern(chunks)))
@@ -160,7 +166,7 @@ class AutoBridge:
         tied = frozenset({OUTPUT_LAYER}) if self.hf.tied else frozenset[str]()
         return plan_export(held, self.hf.registry, config, self._ranks(), skip=tied)
 
-    def _stream(self, held: Sequence[Parameter], plan: Sequence[BundlePlan], config: Any) -> Iterator[Bundle]:
+    def _stream(self, held: Sequence[Parameter], config: Any, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         tensors = {parameter.name: parameter.tensor for parameter in held}
         return stream_bundles(plan, tensors, config, self._ranks())
 

@@ -59,6 +59,11 @@ class BundlePlan:
     group: tuple[int, ...]
 
     @property
+    def key(self) -> str:
+        """The bundle's name: the primary module of its fused group."""
+        return _bundle_key(self.parts[0].mapping)
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         """All its Hugging Face tensors, quantizer state included."""
         return {name: spec for part in self.parts for name, spec in part.tensors.items()}

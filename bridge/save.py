@@ -15,10 +15,12 @@ from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json,
 from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
 from export.schemes import find_scheme
-from export.writer import ShardWriter, StagedDirectory, check_output
-from mappings.errors import listing
+from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
+from mappings.errors import AmaxbridgeError, listing
 from mappings.names import is_routed_expert, module_of
 from mappings.ranks import Axis, Ranks
+
+type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 
 OUTPUT_LAYER = "output_layer.weight"
 """Megatron's name."""
@@ -83,12 +85,20 @@ class Saver:
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
 
     def save(
-        self, plan: Sequence[BundlePlan], bundles: Iterator[Bundle], collect: Callable[[], QuantState]
+        self,
+        plan: Sequence[BundlePlan],
+        stream: Stream,
+        collect: Callable[[], QuantState],
+        *,
+        source: str | None = None,
     ) -> ExportReport:
-        """Writes the bundles; those that this rank owns come from `bundles`. Collective.
+        """Writes the bundles of a plan. Collective.
 
         Args:
+            stream: gives those of some planned bundles that this rank owns.
             collect: gives the per-tensor state; called when there is something to quantize.
+            source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
+                model, whose weights may be others the next time.
         """
         state = collect() if self._recipe else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
@@ -102,35 +112,39 @@ class Saver:
         if self._first:
             _warn(state, finalizer.filled)
         if not self._dry_run:
-            self._write(bundles, finalizer, packer, layout)
+            fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, layout)
+            self._write(plan, stream, finalizer, packer, layout, fingerprint)
         return ExportReport(self._scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
 
     @property
     def _first(self) -> bool:
         return self._ranks.rank(Axis.WORLD) == 0
 
-    def _write(self, bundles: Iterator[Bundle], finalizer: Finalizer, packer: ExpertPacker, layout: Layout) -> None:
-        staged = StagedDirectory(self._target)
-        try:
-            if self._first:
-                staged.create(layout)
-                self._write_small_files(staged, finalizer, layout)
-            self._barrier()
-            writer = ShardWriter(staged.path, layout)
+    def _write(
+        self,
+        plan: Sequence[BundlePlan],
+        stream: Stream,
+        finalizer: Finalizer,
+        packer: ExpertPacker,
+        layout: Layout,
+        fingerprint: str | None,
+    ) -> None:
+        with StagedDirectory(self._target, fingerprint) as staged:
+            done = self._from_first(lambda: staged.open(layout))
+            needed = [bundle for bundle in plan if bundle.key not in done]
+            writer = ShardWriter(staged.path, layout, self._ranks.rank(Axis.WORLD))
             try:
-                for bundle in bundles:
-                    for name, part, tensor in packer.pack(dict(finalizer.finalize(bundle))):
-                        writer.write(name, tensor, part)
+                for bundle in stream(needed):
+                    for name, first, tensor in packer.pack(dict(finalizer.finalize(bundle))):
+                        writer.write(name, tensor, first)
+                    writer.done(bundle.key)
             finally:
                 writer.close()
             self._barrier()
             if self._first:
-                staged.commit(layout)
+                self._write_small_files(staged, finalizer, layout)
+                staged.commit()
             self._barrier()
-        except BaseException:
-            if self._first:
-                staged.discard()
-            raise
 
     def _write_small_files(self, staged: StagedDirectory, finalizer: Finalizer, layout: Layout) -> None:
         for file in carried_files(self._hf.directory):
@@ -139,6 +153,19 @@ class Saver:
         index = index_json(layout)
         if index is not None:
             staged.write_file(INDEX_FILE, index)
+
+    def _from_first(self, make: Callable[[], frozenset[str]]) -> frozenset[str]:
+        """What the first rank makes, or the error that it meets, on every rank."""
+        made: frozenset[str] | AmaxbridgeError = frozenset()
+        if self._first:
+            try:
+                made = make()
+            except AmaxbridgeError as error:
+                made = error
+        made = self._ranks.all_gather_object(Axis.WORLD, made)[0]
+        if isinstance(made, AmaxbridgeError):
+            raise made
+        return made
 
     def _barrier(self) -> None:
         self._ranks.all_gather_object(Axis.WORLD, None)

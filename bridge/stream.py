@@ -77,7 +77,7 @@ def _join(bundle: BundlePlan, shards: Mapping[str, list[Tensor]], tensors: Mappi
     joined: dict[str, Tensor] = {}
     for part in bundle.parts:
         joined |= part.mapping.join(shards.get(part.name) or [tensors[part.name].detach()], config)
-    return Bundle.of(joined)
+    return Bundle.of(joined, bundle.key)
 
 
 def _pack(bundles: Sequence[BundlePlan], tensors: Mapping[str, Tensor]) -> Tensor:

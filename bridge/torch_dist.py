@@ -7,6 +7,7 @@ Checkpoints come from elsewhere, so no pickle in them may run code: tensors and 
 and `.metadata`, which PyTorch would unpickle as it is, may name only the classes that describe a checkpoint.
 """
 
+import hashlib
 import io
 import pickle
 from collections import defaultdict
@@ -86,6 +87,14 @@ class DistCheckpoint:
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names this checkpoint: another one, or one that was written anew, has another."""
+        digest = hashlib.sha256((self.directory / _METADATA).read_bytes())
+        for file in sorted(self.directory.iterdir()):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:

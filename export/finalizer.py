@@ -4,6 +4,8 @@ A finalizer is made once, from the specs of all tensors and the quantizer state,
 follows is one call per bundle of tensors, in any order, on any rank.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -11,12 +13,13 @@ from typing import Self
 from torch import Tensor
 
 from export.cache_scales import cache_amax, cache_scales
-from export.fused_scales import GroupAmax, MissingAmax, share_amax, split_groups
+from export.fused_scales import DATA_FREE, GroupAmax, MissingAmax, share_amax, split_groups
 from export.metadata import quantization_config
 from export.quant_state import QuantState
+from export.rows import Rows, WholeTensor, Written
 from export.schemes import Recipe, Scheme
 from export.schemes.recipe import EMBEDDINGS, is_targeted
-from export.schemes.scheme import quantize_tensors
+from export.schemes.scheme import quantize_group
 from mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
 from mappings.fused_groups import groups_among
@@ -31,16 +34,18 @@ class Bundle:
     Args:
         tensors: weights, biases, norms by name.
         state: per-channel or per-block quantizer state by name (`….weight_quantizer._amax`), rows as in the weight.
+        key: the name of the bundle, the same in every run.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Rows]
     state: Mapping[str, Tensor]
+    key: str = ""
 
     @classmethod
-    def of(cls, mixed: Mapping[str, Tensor]) -> Self:
-        """Sorts tensors that come together into weights and quantizer state."""
+    def of(cls, mixed: Mapping[str, Tensor], key: str = "") -> Self:
+        """Sorts tensors that come together, in memory, into weights and quantizer state."""
         state = {name: tensor for name, tensor in mixed.items() if is_quantizer_state(name)}
-        return cls({name: tensor for name, tensor in mixed.items() if name not in state}, state)
+        return cls({name: WholeTensor(tensor) for name, tensor in mixed.items() if name not in state}, state, key)
 
 
 class Finalizer:
@@ -91,26 +96,43 @@ class Finalizer:
             return None
         return quantization_config(self._schemes, self.ignore, kv_cache=bool(self._cache_scales))
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what is made of the tensors: the scheme and the amax of every module."""
+        decided = {
+            module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
+            for module, scheme in self._schemes.items()
+        }
+        caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
+        return hashlib.sha256(json.dumps([decided, caches], sort_keys=True).encode()).hexdigest()
+
     def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-        """What is written for a bundle, name and tensor.
+        """As `finalize_rows`, of a bundle in memory: the name and the whole of each tensor."""
+        for name, _, tensor in self.finalize_rows(bundle):
+            yield name, tensor
+
+    def finalize_rows(self, bundle: Bundle) -> Iterator[Written]:
+        """What is written for a bundle.
 
         Raises:
             MappingError: a weight that is quantized holds NaN or Inf.
         """
-        quantized = dict[str, Tensor]()
+        quantized = dict[str, Rows]()
         for name, tensor in bundle.tensors.items():
             module = self._quantized_module(name)
             if module is None:
-                yield name, _folded(name, tensor, bundle.state)
+                for first, rows in tensor.parts():
+                    yield Written(name, first, _folded(name, rows, bundle.state))
             else:
                 quantized[module] = tensor
             if name in self._cache_scales:
-                yield self._cache_scales[name]
+                scale, value = self._cache_scales[name]
+                yield Written(scale, 0, value)
         block_amax = {module: bundle.state.get(module + WEIGHT_QUANTIZER) for module in quantized}
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
             blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
-            yield from quantize_tensors(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
+            yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
 
     def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
@@ -151,6 +173,10 @@ class Finalizer:
     def _quantized_module(self, name: str) -> str | None:
         module = module_of(name)
         return module if name.endswith(".weight") and module in self._schemes else None
+
+
+def _exactly(value: Tensor | bool | None) -> str:
+    return float(value).hex() if isinstance(value, Tensor) else str(value)
 
 
 def _is_linear(name: str, spec: TensorSpec) -> bool:

@@ -11,6 +11,7 @@ then the tensors). Inside a shard larger dtypes come first, so that every tensor
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -18,6 +19,8 @@ from mappings.names import natural_key
 from mappings.tensors import TensorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+SINGLE_FILE = "model.safetensors"
+"""The one file that readers find without an index."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -26,6 +29,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -50,7 +54,7 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.specs.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """All shards of a checkpoint."""
 
@@ -60,6 +64,16 @@ class Layout:
     def total_size(self) -> int:
         """Bytes of all tensors, as `metadata.total_size` of the index counts them."""
         return sum(spec.nbytes for shard in self.shards for spec in shard.specs.values())
+
+    @classmethod
+    def of(cls, files: Mapping[str, Mapping[str, TensorSpec]]) -> "Layout":
+        """The layout of given files: file name → the tensors in it."""
+        return cls(tuple(_shard(name, specs) for name, specs in files.items()))
+
+    @cached_property
+    def places(self) -> dict[str, tuple[Shard, int]]:
+        """Tensor name → its shard, and where it begins in the file."""
+        return {name: (shard, at) for shard in self.shards for name, at in shard.offsets.items()}
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -80,9 +94,9 @@ def plan_layout(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
         room -= specs[name].nbytes
     total = len(batches)
     if total == 1:
-        return Layout((_shard("model.safetensors", batches[0]),))
+        return Layout.of({SINGLE_FILE: batches[0]})
     names = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
-    return Layout(tuple(map(_shard, names, batches)))
+    return Layout.of(dict(zip(names, batches, strict=True)))
 
 
 def _shard(file_name: str, specs: Mapping[str, TensorSpec]) -> Shard:

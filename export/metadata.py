@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.layout import Layout
+from export.layout import SINGLE_FILE, Layout
 from export.schemes.scheme import Scheme, arguments
 
 CONFIG_FILE = "config.json"
@@ -69,8 +69,8 @@ def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def index_json(layout: Layout) -> bytes | None:
-    """The safetensors index, or None for a single file, which needs none."""
-    if len(layout.shards) == 1:
+    """The safetensors index, or None for the single file that needs none."""
+    if [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
         return None
     return _json({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
 

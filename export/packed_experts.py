@@ -13,12 +13,12 @@ What a packed tensor looks like differs: see `mappings.family.PackedExperts`.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from export.kernels import e2m1, mx
+from export.rows import Written
 from mappings.errors import MappingError
 from mappings.family import PackedExperts
 from mappings.tensors import TensorSpec
@@ -74,16 +74,8 @@ def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
     return PackedSource(f"{found[1]}.{packed}{'_bias' * (found[4] == 'bias')}", int(found[2]), half, layout)
 
 
-class Written(NamedTuple):
-    """A tensor on its way to the disk: the planned tensor's name, and which part along its first dim, None for all."""
-
-    name: str
-    part: int | None
-    tensor: Tensor
-
-
 class ExpertPacker:
-    """Puts experts into packed tensors; other tensors pass unchanged.
+    """Puts experts into packed tensors, of which each is a row; other tensors pass unchanged.
 
     Args:
         specs: everything that will come, by name.
@@ -98,7 +90,7 @@ class ExpertPacker:
         self.specs: dict[str, TensorSpec] = {}
         parts: dict[str, dict[int, TensorSpec]] = {}
         for name, part, tensor in self.pack({name: spec.meta() for name, spec in specs.items()}):
-            if part is None:
+            if name in specs:
                 self.specs[name] = specs[name]
             else:
                 parts.setdefault(name, {})[part] = TensorSpec.of(tensor)
@@ -113,7 +105,7 @@ class ExpertPacker:
         for name, tensor in tensors.items():
             source = packed_source(name, self._layout) if self._layout else None
             if source is None:
-                yield Written(name, None, tensor)
+                yield Written(name, 0, tensor)
             elif source.half is None:
                 yield self._part(source, tensor)
             elif source.half == 0:

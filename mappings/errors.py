@@ -8,7 +8,8 @@
     │   ├── UnmappedParameterError  a Megatron parameter that no mapping takes
     │   └── AmbiguousMappingError   two mappings claim one name
     ├── AmaxError                   a missing, zero, negative or non-finite amax
-    └── CheckpointError             files on disk that are not what they should be
+    ├── CheckpointError             files on disk that are not what they should be
+    └── WriteError                  the disk takes no more; what is written is kept, a second run goes on
 
 They live in the lowest room because every room above raises them. A message says what, where and what next;
 problems of one kind are collected and raised together (`listing` formats them).
@@ -55,6 +56,10 @@ class AmaxError(AmaxbridgeError, ValueError):
 
 class CheckpointError(AmaxbridgeError):
     """A checkpoint directory that is incomplete or is not what its metadata says."""
+
+
+class WriteError(AmaxbridgeError):
+    """The output cannot be written, for want of space. What is there is kept: the same command goes on from it."""
 
 
 def listing(items: Iterable[object], most: int = 8) -> str:

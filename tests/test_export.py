@@ -33,8 +33,8 @@ def specs_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
 def write(target: Path, tensors: dict[str, Tensor], max_shard_bytes: int = 10**9, writers: int = 1) -> None:
     layout = plan_layout(specs_of(tensors), max_shard_bytes)
     staged = StagedDirectory(target)
-    staged.create(layout)
-    shares = [ShardWriter(staged.path, layout) for _ in range(writers)]
+    staged.open(layout)
+    shares = [ShardWriter(staged.path, layout, rank) for rank in range(writers)]
     for index, (name, tensor) in enumerate(tensors.items()):
         shares[index % writers].write(name, tensor)
     for share in shares:
@@ -42,7 +42,7 @@ def write(target: Path, tensors: dict[str, Tensor], max_shard_bytes: int = 10**9
     index = index_json(layout)
     if index:
         staged.write_file("model.safetensors.index.json", index)
-    staged.commit(layout)
+    staged.commit()
 
 
 @given(
@@ -88,7 +88,7 @@ def test_layout_keeps_natural_order_and_the_limit() -> None:
 def test_nothing_appears_at_the_target_before_commit(tmp_path: Path) -> None:
     layout = plan_layout({"w": TensorSpec((4,), torch.uint8)})
     staged = StagedDirectory(tmp_path / "out")
-    staged.create(layout)
+    staged.open(layout)
     assert not (tmp_path / "out").exists()
     staged.discard()
     assert list(tmp_path.iterdir()) == []
@@ -109,8 +109,8 @@ def test_overwriting_replaces_the_directory_whole(tmp_path: Path) -> None:
 def test_a_tensor_that_was_not_planned_is_refused(tmp_path: Path) -> None:
     layout = plan_layout({"w": TensorSpec((4,), torch.uint8)})
     staged = StagedDirectory(tmp_path / "out")
-    staged.create(layout)
-    with pytest.raises(ValueError, match=r"w: planned \[4\] uint8, given \[4\] float32"):
+    staged.open(layout)
+    with pytest.raises(ValueError, match=r"w: planned \[4\] uint8, given \[4\] float32 at row 0"):
         ShardWriter(staged.path, layout).write("w", torch.ones(4))
 
 

@@ -44,13 +44,13 @@ def test_written_by_several_and_read_one_by_one(tmp_path: Path, transposed: bool
     packer = ExpertPacker(specs_of(bundles), layout)
     planned = plan_layout(packer.specs)
     staged = StagedDirectory(tmp_path / "out")
-    staged.create(planned)
+    staged.open(planned)
     for bundle in reversed(bundles):  # each by a writer of its own, in any order
         writer = ShardWriter(staged.path, planned)
         for name, part, tensor in packer.pack(bundle):
             writer.write(name, tensor, part)
         writer.close()
-    staged.commit(planned)
+    staged.commit()
     packed = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
     with SafetensorsCheckpoint(tmp_path / "out", layout) as checkpoint:
         assert checkpoint.weight_map.keys() == {f"mlp.experts.{name}" for name in packed} | {"mlp.router.weight"}
