@@ -1,17 +1,17 @@
 """Reading a Hugging Face directory of safetensors, tensor by tensor."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from export.metadata import INDEX_FILE
 from export.packed_experts import packed_source
+from export.safetensors_file import SafetensorsFile, StoredTensor
 from mappings.errors import CheckpointError, listing
 from mappings.family import PackedExperts
 
@@ -29,15 +29,17 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path, packed: PackedExperts | None = None) -> None:
         self.directory = directory
         self._packed = packed or PackedExperts()
-        self._open_files: dict[str, Any] = {}
-        self._stack = ExitStack()
+        self._files: dict[str, SafetensorsFile] = {}
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name → file name."""
+        """Tensor name → file name, as the index says."""
         index = self.directory / INDEX_FILE
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index} is not the index of a checkpoint: {error!r}") from error
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
@@ -48,7 +50,39 @@ class SafetensorsCheckpoint:
                 f"{self.directory} has {len(files)} safetensors files and no {INDEX_FILE}: "
                 + ("download the weights" if not files else "the index is missing")
             )
-        return dict.fromkeys(self._file(files[0]).keys(), files[0])
+        return dict.fromkeys(self.file(files[0]).tensors, files[0])
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by name; reads all headers.
+
+        Raises:
+            CheckpointError: index and files disagree, or a tensor stands in two files; all such are named.
+        """
+        names = sorted({*self.weight_map.values(), *(path.name for path in self.directory.glob("*.safetensors"))})
+        found = [(name, file, stored) for file in names for name, stored in self.file(file).tensors.items()]
+        tensors = {name: stored for name, file, stored in found if self.weight_map.get(name) == file}
+        problems = [f"{name}: in {file}, not in the index" for name, file, _ in found if name not in self.weight_map]
+        problems += [
+            f"{name}: in {file}, and in {self.weight_map[name]} as the index says"
+            for name, file, _ in found
+            if self.weight_map.get(name, file) != file
+        ]
+        problems += [
+            f"{name}: in the index, not in {file}" for name, file in self.weight_map.items() if name not in tensors
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.directory}: the index and the files disagree on {len(problems)} tensors:{listing(problems)}\n"
+                "Download the checkpoint again, or remove files that are not of it"
+            )
+        return tensors
+
+    def file(self, name: str) -> SafetensorsFile:
+        """One file of the directory."""
+        if name not in self._files:
+            self._files[name] = SafetensorsFile(self.directory / name)
+        return self._files[name]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU; an expert's also where the experts are packed.
@@ -56,28 +90,31 @@ class SafetensorsCheckpoint:
         Raises:
             CheckpointError: there is no such tensor.
         """
-        if name in self.weight_map:
-            tensor: Tensor = self._file(self.weight_map[name]).get_tensor(name)
-            return tensor
+        stored = self._find(name)
+        if stored is not None:
+            return stored.read()
         source = packed_source(name, self._packed)
-        if source is not None and source.name in self.weight_map:
-            return source.cut(self._part(source.name, source.expert))
-        if source is not None and f"{source.name}_blocks" in self.weight_map:
-            blocks, scales = (self._part(source.name + suffix, source.expert) for suffix in ("_blocks", "_scales"))
-            return source.cut_mxfp4(blocks, scales)
+        if source is not None and (packed := self._find(source.name)) is not None:
+            return source.cut(packed.row(source.expert).read())
+        if source is not None and (blocks := self._find(f"{source.name}_blocks")) is not None:
+            scales = self._find(f"{source.name}_scales")
+            if scales is not None:
+                return source.cut_mxfp4(blocks.row(source.expert).read(), scales.row(source.expert).read())
         raise CheckpointError(f"{self.directory} has no tensor {name}")
 
-    def _part(self, name: str, index: int) -> Tensor:
-        part: Tensor = self._file(self.weight_map[name]).get_slice(name)[index]
-        return part
+    def _find(self, name: str) -> StoredTensor | None:
+        file = self.weight_map.get(name)
+        if file is None:
+            return None
+        stored = self.file(file).tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.directory / file} has no tensor {name}, though the index says so")
+        return stored
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open_files:
-            try:
-                self._open_files[name] = self._stack.enter_context(safe_open(self.directory / name, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
-        return self._open_files[name]
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -85,5 +122,4 @@ class SafetensorsCheckpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        self._open_files.clear()
+        self.close()

@@ -1,0 +1,129 @@
+"""One safetensors file, read row by row, from any number of threads.
+
+The header is read and checked once, and says where every tensor lies. Data is read with `pread` into memory of the
+caller's choice, which can be used again and again: what is in flight is then all that is in memory, however large the
+file is (pages of a mapped file would count as the process's own, and a file that shrinks would end it).
+
+File format: see `layout`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.layout import DTYPE_NAMES
+from export.rows import Part
+from mappings.errors import CheckpointError
+from mappings.tensors import TensorSpec
+
+PART_BYTES = 8 << 20
+"""How much is read at a time: it stays in a processor's cache while it is quantized."""
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_MAX_HEADER = 100_000_000  # bytes; that of the safetensors library
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file, or consecutive rows of one.
+
+    Args:
+        file: where it lies.
+        begin: of its data, from the beginning of the file.
+        spec: shape and dtype.
+    """
+
+    file: "SafetensorsFile"
+    begin: int
+    spec: TensorSpec
+
+    def read(self, into: Tensor | None = None) -> Tensor:
+        """The tensor, on the CPU; in the memory of `into`, uint8 of at least its size, if given."""
+        memory = torch.empty(self.spec.nbytes, dtype=torch.uint8) if into is None else into[: self.spec.nbytes]
+        self.file.read(self.begin, memory)
+        return memory.view(self.spec.dtype).reshape(self.spec.shape)
+
+    def rows(self, first: int, count: int) -> "StoredTensor":
+        """Consecutive rows: a part along the first dim."""
+        row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
+        return StoredTensor(self.file, self.begin + first * row.nbytes, TensorSpec((count, *row.shape), row.dtype))
+
+    def row(self, index: int) -> "StoredTensor":
+        """One row, without its dim."""
+        row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
+        return StoredTensor(self.file, self.begin + index * row.nbytes, row)
+
+    def parts(self, step: int = 1, into: Tensor | None = None) -> Iterator[Part]:
+        """As `Rows`, in parts of a few megabytes, which `into` must hold."""
+        limit = PART_BYTES if into is None else len(into)
+        if self.spec.nbytes <= limit or not self.spec.shape:
+            yield Part(0, self.read(into))
+            return
+        total = self.spec.shape[0]
+        length = max(limit // (self.spec.nbytes // total) // step, 1) * step
+        for first in range(0, total, length):
+            part = self.rows(first, min(length, total - first))
+            memory = into if into is None or part.spec.nbytes <= len(into) else None  # one row that is larger
+            yield Part(first, part.read(memory))
+
+
+@dataclass(slots=True)
+class SafetensorsFile:
+    """One file, opened: its header is read and checked.
+
+    Raises:
+        CheckpointError: it is not whole, or not a safetensors file.
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor] = field(init=False)
+    _file: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+        try:
+            self.tensors = self._read_header()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.close()
+            raise CheckpointError(f"{self.path} cannot be read: {error}; copy the file again") from error
+
+    def read(self, begin: int, memory: Tensor) -> None:
+        """Fills `memory`, uint8, from the file."""
+        data = memoryview(memory.numpy())
+        while data:
+            count = os.preadv(self._file, [data], begin)
+            if not count:
+                raise CheckpointError(f"{self.path} ends at byte {begin:,}: it became shorter while it was read")
+            data, begin = data[count:], begin + count
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        size = os.fstat(self._file).st_size
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
+        entries = json.loads(os.pread(self._file, length, 8))
+        entries.pop("__metadata__", None)
+        begin, tensors = 8 + length, {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} has the dtype {entry['dtype']}, which is not known here")
+            spec = TensorSpec(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if 8 + length + start != begin or end - start != spec.nbytes:
+                raise ValueError(f"{name}: {spec} does not lie at bytes {start:,} to {end:,}")
+            tensors[name] = StoredTensor(self, begin, spec)
+            begin += spec.nbytes
+        if begin != size:
+            raise ValueError(f"{size:,} bytes, and its header says {begin:,}: truncated, or written to twice")
+        return tensors
