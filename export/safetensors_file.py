@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -106,6 +107,12 @@ class SafetensorsFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _read_header(self) -> dict[str, StoredTensor]:
         size = os.fstat(self._file).st_size

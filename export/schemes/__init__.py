@@ -1,6 +1,7 @@
 """The quantization formats, one file each, and how the rest of the program sees them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from export.schemes.fp8 import FP8
@@ -10,7 +11,7 @@ from export.schemes.mxfp4 import MXFP4, MXFP4A16
 from export.schemes.mxfp8 import MXFP8, MXFP8A16
 from export.schemes.nvfp4 import NVFP4
 from export.schemes.nvfp4a16 import NVFP4A16
-from export.schemes.recipe import FromQuantizers, Groups, Recipe, SchemeGroup
+from export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
 from export.schemes.scheme import Scheme
 from export.schemes.w4a16 import w4a16
 from export.schemes.w4a16_asym import w4a16_asym
@@ -27,12 +28,13 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 
 
-def find_scheme(scheme: Any) -> Recipe | None:
+def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
     """What users call a scheme.
 
     Args:
         scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
-            from the quantizers; `none`, to write the weights as they are; or a `QuantizationScheme` of its.
+            from the quantizers; `none`, to write the weights as they are; a `QuantizationScheme` of its; a `Recipe`.
+        ignore: modules that are left as they are: full names and `re:` patterns.
 
     Returns:
         None for `none`.
@@ -40,16 +42,19 @@ def find_scheme(scheme: Any) -> Recipe | None:
     Raises:
         UsageError: there is none such; lists those there are.
     """
+    if isinstance(scheme, Groups | FromQuantizers):
+        return replace(scheme, ignore=(*scheme.ignore, *ignore))
     if not isinstance(scheme, str):
-        return Groups((SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or ("Linear",)),))
+        group = SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or (EVERY_LINEAR,))
+        return Groups((group,), tuple(ignore))
     name = {"int8": "w8a8"}.get(scheme.lower(), scheme.lower())
     if name == "none":
         return None
     if name == "auto":
-        return FromQuantizers(tuple(SCHEMES.values()))
+        return FromQuantizers(tuple(SCHEMES.values()), tuple(ignore))
     if name not in SCHEMES:
         raise UsageError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}, auto, none")
-    return Groups.of(SCHEMES[name])
+    return Groups.of(SCHEMES[name], ignore)
 
 
 def _of_compressed_tensors(wanted: Any) -> Scheme:
