@@ -9,7 +9,7 @@ shape that the weight's join takes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +138,14 @@ def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
     if tensor.ndim == 4:
         return tensor.flatten(2).flatten(0, 1)
     return tensor.reshape(quantizer.rows, -1) if quantizer.rows else tensor
+
+
+def amax_shape(block_sizes: Mapping[Any, Any], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which ModelOpt keeps an amax `[rows, blocks]`: the inverse of `state_parameters`."""
+    rows, columns = shape
+    if block_sizes.get(-2):
+        return rows, 1, columns, 1
+    return (rows * columns, 1) if block_sizes.get(-1) else (rows, columns)
 
 
 def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
