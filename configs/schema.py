@@ -132,7 +132,7 @@ class QuantizeConfig(CommonConfig):
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
     quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
     amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
-    io: ShardsConfig = option("How to write.", ShardsConfig)
+    io: IoConfig = option("How to write.", IoConfig)
     workers: int = option("Threads.", 1)
     device: str | None = option("Where to quantize, cpu or cuda; null for a GPU if there is one.", None)
     dry_run: bool = option("Show the plan, write nothing.", False)

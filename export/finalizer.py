@@ -81,8 +81,13 @@ class Finalizer:
             self._schemes = _choose(recipe, linears, state)
             if state is not None:
                 self._take(recipe, state, specs, missing)
-        self.output_specs = self._plan(tensors)
+        self.outputs = self._plan(tensors)
         self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(EMBEDDINGS)]
+
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """Every tensor that is written."""
+        return {name: spec for made in self.outputs.values() for name, spec in made.items()}
 
     @property
     def quantized(self) -> list[str]:
@@ -151,24 +156,30 @@ class Finalizer:
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
 
-    def _plan(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        planned: dict[str, TensorSpec] = {}
+    def _plan(self, specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+        """Tensor → what is written for it."""
+        planned: dict[str, dict[str, TensorSpec]] = {}
         problems = []
         for name, spec in specs.items():
-            if name in self._cache_scales:
-                scale, tensor = self._cache_scales[name]
-                planned[scale] = TensorSpec.of(tensor)
             module = self._quantized_module(name)
-            if module is None:
-                planned[name] = spec
-                continue
             try:
-                planned |= self._schemes[module].output_specs(module, spec, calibrated=module in self._amax)
+                planned[name] = (
+                    {name: spec}
+                    if module is None
+                    else self._schemes[module].output_specs(module, spec, calibrated=module in self._amax)
+                )
             except ValueError as error:
                 problems.append(f"{name}: {error}")
+            if name in self._cache_scales:
+                scale, tensor = self._cache_scales[name]
+                planned[name] = {scale: TensorSpec.of(tensor), **planned[name]}
         if problems:
             raise MappingError(f"{len(problems)} weights cannot be quantized:{listing(problems)}")
         return planned
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is a weight that is quantized."""
+        return self._quantized_module(name) is not None
 
     def _quantized_module(self, name: str) -> str | None:
         module = module_of(name)

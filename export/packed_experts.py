@@ -23,7 +23,7 @@ from mappings.errors import MappingError
 from mappings.family import PackedExperts
 from mappings.tensors import TensorSpec
 
-_PACKED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight)?")
+_PACKED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight|(_bias))?")
 _SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None)}
 
@@ -72,6 +72,27 @@ def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
         return None
     packed, half = _HALVES[found[3]]
     return PackedSource(f"{found[1]}.{packed}{'_bias' * (found[4] == 'bias')}", int(found[2]), half, layout)
+
+
+def sources_in(name: str, shape: tuple[int, ...], layout: PackedExperts) -> dict[str, PackedSource]:
+    """What a tensor holds of single experts: names → where each lies in it; empty for a tensor that packs none.
+
+    Raises:
+        MappingError: its gate and up do not divide; names tensor and shape.
+    """
+    found = _PACKED.fullmatch(name)
+    if found is None or len(shape) != (2 if found[3] else 3):
+        return {}
+    kind = "bias" if found[3] else "weight"
+    halves = [(part, half) for part, (packed, half) in _HALVES.items() if packed == found[2]]
+    outputs = shape[-1] if layout.transposed or found[3] else shape[1]
+    if len(halves) == 2 and outputs % 2:
+        raise MappingError(f"{name}: {list(shape)} does not divide into gate and up of {shape[0]} experts")
+    return {
+        f"{found[1]}.{expert}.{part}.{kind}": PackedSource(name, expert, half, layout)
+        for expert in range(shape[0])
+        for part, half in halves
+    }
 
 
 class ExpertPacker:
@@ -125,17 +146,8 @@ def split_fused_moe_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = _PACKED.fullmatch(name)
-        if found is None or tensor.ndim != 3:
-            split[name] = tensor
-            continue
-        for expert, weight in enumerate(tensor):
-            if found[2] == "down_proj":
-                split[f"{found[1]}.{expert}.down_proj.weight"] = weight
-            else:
-                rows = _half(weight, name)
-                split[f"{found[1]}.{expert}.gate_proj.weight"] = weight[:rows]
-                split[f"{found[1]}.{expert}.up_proj.weight"] = weight[rows:]
+        found = sources_in(name, tuple(tensor.shape), PackedExperts())
+        split |= {single: source.cut(tensor[source.expert]) for single, source in found.items()} or {name: tensor}
     return split
 
 

@@ -1,6 +1,7 @@
 """The quantization formats, one file each, and how the rest of the program sees them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from export.schemes.fp8 import FP8
@@ -10,7 +11,7 @@ from export.schemes.mxfp4 import MXFP4, MXFP4A16
 from export.schemes.mxfp8 import MXFP8, MXFP8A16
 from export.schemes.nvfp4 import NVFP4
 from export.schemes.nvfp4a16 import NVFP4A16
-from export.schemes.recipe import FromQuantizers, Groups, Recipe, SchemeGroup
+from export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
 from export.schemes.scheme import Scheme
 from export.schemes.w4a16 import w4a16
 from export.schemes.w4a16_asym import w4a16_asym
@@ -27,13 +28,14 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 
 
-def find_scheme(scheme: Any) -> Recipe | None:
+def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
     """What users call a scheme.
 
     Args:
         scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
-            from the quantizers; `none` or None, to write the weights as they are; a `QuantizationScheme` of its; or a
-            recipe, which is taken as it is.
+            from the quantizers; `none` or None, to write the weights as they are; a `QuantizationScheme` of its; a
+            `Recipe`.
+        ignore: modules that are left as they are: full names and `re:` patterns.
 
     Returns:
         None for weights as they are.
@@ -41,15 +43,18 @@ def find_scheme(scheme: Any) -> Recipe | None:
     Raises:
         UsageError: there is none such; lists those there are.
     """
-    if scheme is None or isinstance(scheme, Groups | FromQuantizers):
-        return scheme
+    if scheme is None:
+        return None
+    if isinstance(scheme, Groups | FromQuantizers):
+        return replace(scheme, ignore=(*scheme.ignore, *ignore))
     if not isinstance(scheme, str):
-        return Groups((SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or ("Linear",)),))
+        group = SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or (EVERY_LINEAR,))
+        return Groups((group,), tuple(ignore))
     if scheme.lower() == "none":
         return None
     if scheme.lower() == "auto":
-        return FromQuantizers(tuple(SCHEMES.values()))
-    return Groups.of(named_scheme(scheme))
+        return FromQuantizers(tuple(SCHEMES.values()), tuple(ignore))
+    return Groups.of(named_scheme(scheme), ignore)
 
 
 def named_scheme(name: str, group_size: int | None = None) -> Scheme:

@@ -1,7 +1,7 @@
 """Which scheme each module gets: one for all, several for different modules, or what its quantizers say."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,10 @@ from mappings.errors import UsageError
 
 EVERY_LINEAR = "Linear"
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
+_LEFT_ALONE = re.compile(
+    r"(^|.*\.)(lm_head|output_layer|score|gate|router|router\.\w+|shared_expert_gate|eh_proj|\w*norm\d*|\w*embed\w*|wte|wpe)"
+    r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp)\..*"
+)
 
 
 class Recipe(Protocol):
@@ -48,9 +52,9 @@ class Groups:
     ignore: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, scheme: Scheme) -> "Groups":
+    def of(cls, scheme: Scheme, ignore: Iterable[str] = ()) -> "Groups":
         """One scheme for everything."""
-        return cls((SchemeGroup(scheme),))
+        return cls((SchemeGroup(scheme),), tuple(ignore))
 
     @property
     def name(self) -> str:
@@ -59,6 +63,8 @@ class Groups:
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
         if is_targeted(module, self.ignore) or (state is not None and module not in state.formats):
             return None
+        if state is None and is_left_alone(module):
+            return next((group.scheme for group in self.groups if is_named(module, group.targets)), None)
         return next((group.scheme for group in self.groups if is_targeted(module, group.targets)), None)
 
 
@@ -85,12 +91,23 @@ class FromQuantizers:
         )
 
 
-def is_targeted(module: str, targets: Iterable[str]) -> bool:
+def is_left_alone(module: str) -> bool:
+    """Whether a module is no target of `Linear` where nothing was calibrated: only its own name brings it in.
+
+    Heads, embeddings, routers and gates of shared experts, norms, towers for images and sound, and layers for
+    multi-token prediction, as the field names them. Engines run these unquantized.
+    """
+    return _LEFT_ALONE.fullmatch(module) is not None
+
+
+def is_named(module: str, targets: Iterable[str]) -> bool:
+    """Whether a target is a module's full name, or a `re:` pattern that matches from its beginning."""
+    return any(
+        re.match(target.removeprefix("re:"), module) is not None if target.startswith("re:") else target == module
+        for target in targets
+    )
+
+
+def is_targeted(module: str, targets: Collection[str]) -> bool:
     """Whether a target means a module: full name, `re:` pattern, or `Linear`, every module but the embeddings."""
-
-    def means(target: str) -> bool:
-        if target.startswith("re:"):
-            return re.match(target.removeprefix("re:"), module) is not None
-        return target == module or (target == EVERY_LINEAR and not module.endswith(EMBEDDINGS))
-
-    return any(map(means, targets))
+    return is_named(module, targets) or (EVERY_LINEAR in targets and not module.endswith(EMBEDDINGS))
