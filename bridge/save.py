@@ -17,7 +17,7 @@ from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json,
 from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
-from export.schemes import find_scheme
+from export.schemes import Recipe, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
 from mappings.errors import AmaxbridgeError, UsageError, listing
@@ -37,7 +37,7 @@ class SaveOptions(TypedDict, total=False):
     """How a checkpoint is saved; `Saver` has the defaults.
 
     Args:
-        scheme: `nvfp4` and so on, `auto`, or `none` for plain weights.
+        scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
@@ -45,7 +45,7 @@ class SaveOptions(TypedDict, total=False):
         quant_state: write `quant_state.safetensors`, too; beside plain weights, what a later run quantizes them with.
     """
 
-    scheme: str
+    scheme: str | Recipe | None
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -78,7 +78,7 @@ class Saver:
         ranks: Ranks,
         target: Path,
         *,
-        scheme: str = "nvfp4",
+        scheme: str | Recipe | None = "nvfp4",
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -88,7 +88,7 @@ class Saver:
         self._hf, self._ranks = hf, ranks
         self._target = target.absolute()
         check_output(self._target, overwrite=overwrite)
-        self._scheme, self._recipe = scheme, find_scheme(scheme)
+        self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
         self._keeps_state = quant_state
@@ -125,7 +125,9 @@ class Saver:
             output = _Output(finalizer, packer, layout, Layout((*layout.shards, *kept)), state)
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
-        return ExportReport(self._scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
+        return ExportReport(
+            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
+        )
 
     @property
     def _first(self) -> bool:
