@@ -46,7 +46,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {output} exists and is not a directory")
     if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give overwrite=true")
+        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
