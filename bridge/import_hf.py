@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from bridge import megatron
 from bridge.auto import AutoBridge
 from bridge.hf_config import HFModel
+from bridge.megatron.build import ModelClass
 from bridge.parameters import Quantizer, layer_pattern, walk_all_quantizers
 from bridge.quant_state import quantizer_mapping
 from bridge.saved_args import megatron_arguments
@@ -22,10 +24,11 @@ from export.exchange import replace_directory
 from export.schemes import Scheme
 from export.writer import check_output
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
-from mappings.errors import MappingError, listing
+from mappings.errors import MappingError, UsageError, listing
 from mappings.mapping import MegatronParamMapping
 from mappings.ranks import Axis, Ranks
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _log = logging.getLogger("amaxbridge")
 
 
@@ -46,7 +49,25 @@ class ImportReport:
     changed: Mapping[str, Changed]
 
 
-def import_hf(hf: HFModel, target: Path, *, overwrite: bool = False) -> ImportReport:
+def parameter_dtype(name: str) -> torch.dtype:
+    """What users call a dtype of parameters.
+
+    Raises:
+        UsageError: there is none such.
+    """
+    if name not in _DTYPES:
+        raise UsageError(f"unknown model.dtype={name}; known: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def import_hf(
+    hf: HFModel,
+    target: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    model_class: ModelClass | None = None,
+    overwrite: bool = False,
+) -> ImportReport:
     """Writes a Megatron checkpoint of the model at the parallel sizes of Megatron's parallel state. Collective.
 
     Nothing appears at `target` before all of it is written.
@@ -61,7 +82,9 @@ def import_hf(hf: HFModel, target: Path, *, overwrite: bool = False) -> ImportRe
     ranks = megatron.process_ranks()
     bridge = AutoBridge(hf, ranks)
     with bridge.open_weights() as weights:
-        chunks = megatron.build_chunks(hf, initialize=False)
+        if weights.schemes and dtype == torch.float16:
+            raise UsageError("model.dtype=float16 has too few exponents for weights that were quantized: use bfloat16")
+        chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=model_class)
         quantized = _insert(chunks, hf, weights) if weights.schemes else set[str]()
         bridge.load_from(weights, chunks)
         if weights.schemes:
@@ -93,9 +116,7 @@ def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckp
     return found
 
 
-def _schemes(
-    mapping: MegatronParamMapping, suffix: str, weights: DequantizedCheckpoint
-) -> dict[str, Scheme | None]:
+def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedCheckpoint) -> dict[str, Scheme | None]:
     """The scheme of each module whose weights or inputs a quantizer is for."""
     modules = [name.removesuffix(suffix) for name in mapping.targets if name.endswith(suffix)]
     return {module: weights.schemes.get(module) for module in modules}
@@ -145,6 +166,7 @@ def _save(chunks: Sequence[nn.Module], hf: HFModel, target: Path, ranks: Ranks) 
     if first:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
+    ranks.all_gather_object(Axis.WORLD, None)
     try:
         megatron.save_checkpoint(chunks, staged, iteration=None, arguments=megatron_arguments(hf, chunks[0].config))
         if first:

@@ -1,15 +1,18 @@
 """What the commands print: tables for people."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bridge.save import ExportReport
-from configs.schema import ExportConfig, QuantizeConfig
+from configs.schema import ExportConfig, ImportConfig, QuantizeConfig
 from export.model_free import ModelFreeReport
 from mappings.errors import listing
 from scripts.demo_check import Findings
+
+if TYPE_CHECKING:
+    from bridge.import_hf import ImportReport  # which imports Megatron
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
@@ -31,6 +34,20 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
         ("amax that differed between ranks", len(report.state.divergent)),
     ):
         table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
+    Console().print(table)
+
+
+def import_table(report: "ImportReport", options: ImportConfig) -> None:
+    """One screen on what was imported."""
+    table = Table(title=f"imported to {options.output}", title_justify="left")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for what, value in (
+        *((f"modules quantized as {scheme}", count) for scheme, count in report.schemes.items()),
+        ("quantized modules without a quantizer", len(report.left)),
+        ("weights whose bytes will not all come back", len(report.changed)),
+    ):
+        table.add_row(what, f"{value:,}")
     Console().print(table)
 
 

@@ -3,30 +3,63 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import WORKERS, Launcher, LiveRanks
-from test_megatron_moe import same_files
+from conftest import ROOT, WORKERS, Launcher, LiveRanks
+from test_megatron_moe import same_files, same_tensors
 
 from bridge.auto import AutoBridge
 
+IMPORT = ROOT / "scripts" / "import_hf.py"
 
-def import_and_load(launch: Launcher, source: Path, out: Path, sizes: dict[str, int], other: dict[str, int]) -> None:
-    """Imports at one topology, by as many processes as it needs; loads at it and at another."""
-    processes = sizes["tp"] * sizes.get("pp", 1) * sizes.get("ep", 1)
+
+def bring_in(launch: Launcher, source: Path, checkpoint: Path, **sizes: int) -> str:
+    """Runs the command at a topology, by as many processes as it needs."""
+    processes = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("ep", 1)
+    words = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
+    return launch(IMPORT, f"hf={source}", f"output={checkpoint}", *words, processes=processes)
+
+
+def assert_exports(
+    checkpoint: Path, source: Path, out: Path, *, scheme: str = "nvfp4", shard_bytes: int = 30_000
+) -> None:
+    """What comes out of a checkpoint is, byte for byte, what went in."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.convert_checkpoint(checkpoint, out, scheme=scheme, max_shard_bytes=shard_bytes)
+    same_files(out, source)
+
+
+def logits_at(launch: Launcher, source: Path, checkpoint: Path, *topologies: dict[str, int]) -> list[torch.Tensor]:
+    """Loads the checkpoint at topologies of two processes in turn; exports where there are two pipeline stages."""
+    out = checkpoint.parent
     steps = [
-        {"hf": str(source), "sizes": sizes, "import": str(out / "checkpoint")},
-        {"hf": str(source), "sizes": sizes, "load": str(out / "checkpoint"), "logits": str(out / "same.pt")},
-        {"hf": str(source), "sizes": other, "load": str(out / "checkpoint"), "logits": str(out / "other.pt")},
+        {"hf": str(source), "sizes": sizes, "load": str(checkpoint), "out": str(out / str(number))}
+        for number, sizes in enumerate(topologies)
     ]
-    launch(WORKERS / "live_import.py", json.dumps(steps), processes=processes)
+    launch(WORKERS / "live_import.py", json.dumps(steps), processes=2)
+    return [torch.load(out / f"{number}.pt") for number in range(len(steps)) if (out / f"{number}.pt").exists()]
 
 
 def test_dense(launch: Launcher, live: LiveRanks, tmp_path: Path) -> None:
-    source = live.at(tp=2) / "nvfp4"
-    import_and_load(launch, source, tmp_path, {"tp": 2}, {"tp": 1})
-    bridge = AutoBridge.from_hf_pretrained(source)
-    bridge.convert_checkpoint(tmp_path / "checkpoint", tmp_path / "out", scheme="nvfp4", max_shard_bytes=30_000)
-    same_files(tmp_path / "out", source)
-    same, other = torch.load(tmp_path / "same.pt"), torch.load(tmp_path / "other.pt")
-    assert (same - other).norm() < 1e-5 * same.norm()
+    """Imported at TP=2: it holds the source, computes the same at TP=1, and cuts into two pipeline stages."""
+    source, checkpoint = live.at(tp=2) / "nvfp4", tmp_path / "checkpoint"
+    assert "modules quantized as nvfp4" in bring_in(launch, source, checkpoint, tp=2)
+    assert_exports(checkpoint, source, tmp_path / "exported")
+    two, one = logits_at(launch, source, checkpoint, {"tp": 2}, {"tp": 1}, {"tp": 1, "pp": 2})
+    assert (two - one).norm() < 1e-5 * one.norm()
+    same_files(tmp_path / "2", source)
+
+
+def test_experts(launch: Launcher, live_moe: LiveRanks, tmp_path: Path) -> None:
+    """Imported at EP=2, loaded at EP=1."""
+    source, checkpoint = live_moe.at(processes=2, tp=1, ep=2) / "nvfp4", tmp_path / "checkpoint"
+    bring_in(launch, source, checkpoint, ep=2)
+    assert_exports(checkpoint, source, tmp_path / "exported", shard_bytes=60_000)
+    two, one = logits_at(launch, source, checkpoint, {"tp": 1, "ep": 2}, {"tp": 1})
+    assert (two - one).norm() < 1e-5 * one.norm()
+
+
+def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mixed: Path, tmp_path: Path) -> None:
+    bring_in(launch, qwen3_moe_mixed, tmp_path / "checkpoint", pp=2, vpp=2)
+    bridge = AutoBridge.from_hf_pretrained(qwen3_moe_mixed)
+    bridge.convert_checkpoint(tmp_path / "checkpoint", tmp_path / "out", scheme="none")
+    same_tensors(tmp_path / "out", qwen3_moe_mixed)

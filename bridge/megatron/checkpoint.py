@@ -19,14 +19,11 @@ from bridge.torch_dist import LATEST, RELEASE, checkpoint_iteration
 from mappings.errors import CheckpointError
 from mappings.ranks import Axis
 
-
 type Model = LanguageModule | Sequence[LanguageModule]
 """A rank's model, or the chunks of its virtual pipeline."""
 
 
-def save_checkpoint(
-    model: Model, path: Path, *, iteration: int | None, arguments: Namespace | None = None
-) -> Path:
+def save_checkpoint(model: Model, path: Path, *, iteration: int | None, arguments: Namespace | None = None) -> Path:
     """Saves weights and ModelOpt state as Megatron's training does, in `path/iter_NNNNNNN`, and notes it as the latest.
 
     The save is synchronous. Megatron hands its results over through a manager process, which would start by importing
