@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
+from bridge.described import check_described
 from bridge.fill import fill_parameters, fill_quantizers
 from bridge.hf_config import HFModel, read_hf_model
 from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
@@ -148,7 +149,7 @@ class AutoBridge:
         holds one bundle. An export that was interrupted goes on where it stopped when it is called again.
 
         Raises:
-            CheckpointError: not a distributed checkpoint, or one that is damaged.
+            CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
         ranks = self._ranks()
         saver = Saver(self.hf, ranks, Path(path), **options)
@@ -156,6 +157,7 @@ class AutoBridge:
         pattern = self.hf.family.layer_pattern(self.hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
         stored = StoredModel(opened, self.hf.family.spelling(pattern))
         config = SimpleNamespace(**self._described(pattern), vocab_size=self.hf.config["vocab_size"])
+        check_described(stored, self.hf, config, ranks)
         quantizers = stored.quantizers()
         plan = self._plan([*stored.parameters(), *state_parameters(quantizers)], config)
         return saver.save(

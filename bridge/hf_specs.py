@@ -1,7 +1,7 @@
-"""What a model is made of, without its weights: Hugging Face tensors by name, and the Megatron tensors that they become.
+"""What a model is made of, without weights: Hugging Face tensors by name, and the Megatron tensors they become.
 
-Names and shapes come from transformers' own model, built on the meta device, and the conversion that it publishes from
-its own names to those of files; layers that DeepSeek's files hold and transformers does not build are added. There is no
+Names and shapes come from transformers' own model, built on the meta device, and from the conversion that it publishes
+of its names to those of files; layers that DeepSeek's files hold and transformers does not build are added. There is no
 second table of shapes here that could disagree.
 """
 
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from bridge.hf_config import HFModel
 from export.packed_experts import packed_source
-
 from mappings.mapping import MegatronParamMapping
 from mappings.names import kind_of
 from mappings.tensors import TensorSpec
-
 
 
 def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
@@ -50,6 +48,7 @@ class MegatronSpecs:
     def __init__(self, hf: HFModel, config: SimpleNamespace) -> None:
         self._tensors = hf_tensors(hf)
         self._config = config
+        self._registry = hf.registry
         self._known: dict[tuple[str, int], TensorSpec] = {}
         self.mappings: dict[str, MegatronParamMapping] = {}
         for name in self._tensors:
@@ -69,13 +68,11 @@ class MegatronSpecs:
     def disagreements(self, found: Mapping[str, TensorSpec]) -> list[str]:
         """One line for each kind of tensor that `found`, by global Megatron name, has in another shape, or lacks.
 
-        A vocabulary may be padded.
+        A vocabulary may be padded. Names that no mapping takes are left to the plan.
         """
         missing = [name for name in self.mappings if name not in found]
-        more = [name for name in found if name not in self.mappings]
-        other = [
-            name for name in self.mappings if name in found and not _fits(found[name], self.shard(name, 1), name)
-        ]
+        more = [name for name in found if name not in self.mappings and self._registry.megatron_to_hf_lookup(name)]
+        other = [name for name in self.mappings if name in found and not _fits(found[name], self.shard(name, 1), name)]
         return [
             *(f"{kind}: {found[name]}, {self.shard(name, 1)} expected" for kind, name in _by_kind(other)),
             *(f"{kind}: missing, {self.shard(name, 1)} expected" for kind, name in _by_kind(missing)),

@@ -65,7 +65,7 @@ def import_hf(
     target: Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    model_class: ModelClass | None = None,
+    model_class: str | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
     """Writes a Megatron checkpoint of the model at the parallel sizes of Megatron's parallel state. Collective.
@@ -84,7 +84,7 @@ def import_hf(
     with bridge.open_weights() as weights:
         if weights.schemes and dtype == torch.float16:
             raise UsageError("model.dtype=float16 has too few exponents for weights that were quantized: use bfloat16")
-        chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=model_class)
+        chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
         quantized = _insert(chunks, hf, weights) if weights.schemes else set[str]()
         bridge.load_from(weights, chunks)
         if weights.schemes:
@@ -92,6 +92,12 @@ def import_hf(
     report = _report(weights, quantized, ranks)
     _save(chunks, hf, target, ranks)
     return report
+
+
+def _model_class(name: str | None) -> ModelClass | None:
+    if name not in (None, "gpt", "hybrid"):
+        raise UsageError(f"unknown model.model_class={name}; known: gpt, hybrid")
+    return name  # type: ignore[return-value]  # mypy does not narrow by a tuple
 
 
 def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckpoint) -> set[str]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,9 @@ class Mesh:
             raise ValueError(f"EP×ETP must divide TP×DP: {self}")
 
     @classmethod
-    def smallest(cls, *, tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None) -> "Mesh":
+    def smallest(
+        cls, *, tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None
+    ) -> "Mesh":
         """The mesh of the fewest ranks that has these sizes. `etp`: None for `tp`."""
         etp = etp or tp
         return cls(tp=tp, pp=pp, dp=math.lcm(tp, ep * etp) // tp, ep=ep, etp=etp, vpp=vpp or 1)
@@ -48,7 +50,7 @@ class Mesh:
         """The groups of world ranks along each axis."""
         ranks = range(self.world)
         stage = self.tp * self.dp
-        keys = {
+        keys: dict[Axis, Callable[[int], Any]] = {
             Axis.TP: lambda rank: rank // self.tp,
             Axis.DP: lambda rank: (rank // stage, rank % self.tp),
             Axis.PP: lambda rank: rank % stage,

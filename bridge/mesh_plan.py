@@ -4,7 +4,8 @@ What each rank would hold follows from config.json alone, so neither a checkpoin
 plan of a live export, made by the code that makes those, with an amax supposed for every quantizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,13 @@ from bridge.mesh import Mesh
 from bridge.plan import BundlePlan, RankReport, plan_reports
 from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver
 from bridge.stream import BUCKET_BYTES
+from export.checkpoint import SafetensorsCheckpoint
+from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from mappings.errors import CheckpointError, listing
 from mappings.names import module_of
 from mappings.ranks import LOCAL, Axis
 
@@ -64,6 +68,21 @@ class MeshPlan:
     needed_amax: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """A dry run of an import.
+
+    Args:
+        mesh: the ranks that it needs.
+        schemes: scheme → how many Hugging Face modules have it.
+        held: bytes of the bf16 shards of each rank, in rank order.
+    """
+
+    mesh: Mesh
+    schemes: Mapping[str, int]
+    held: Sequence[int]
+
+
 def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOptions]) -> MeshPlan:
     """The plan of an export at the given sizes.
 
@@ -72,15 +91,39 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOp
         MappingError: a module cannot be quantized as asked; all are named.
         ValueError: transformers has no causal language model of the architecture.
     """
-    check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
+    check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp, even=False)
     config = mapping_config(hf, padded_to=mesh.tp)
     reports = list(_reports(MegatronSpecs(hf, config), mesh))
     tied = frozenset({OUTPUT_LAYER}) if hf.tied else frozenset[str]()
     bundles = plan_reports(reports, hf.registry, config, skip=tied)
     state = _supposed_state(bundles, find_scheme(options.get("scheme", "nvfp4")))
-    report = Saver(hf, LOCAL, target, **{**options, "dry_run": True}).save(bundles, _nothing, lambda: state)
+    options["dry_run"] = True
+    report = Saver(hf, LOCAL, target, **options).save(bundles, _nothing, lambda: state)
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in reports]
     return MeshPlan(mesh, report, rank_shares(report, held), list(state.amax))
+
+
+def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
+    """The plan of an import at the given sizes: the directory is opened and checked, and nothing is built.
+
+    Raises:
+        UsageError: the model cannot be built at these sizes.
+        CheckpointError: files or tensors are missing; all are named.
+    """
+    check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
+    specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
+    with SafetensorsCheckpoint(hf.directory, hf.family.packed_experts) as checkpoint:
+        schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
+        missing = [
+            name
+            for mapping in specs.mappings.values()
+            for name in mapping.targets
+            if module_of(name) not in schemes and not checkpoint.has(name)
+        ]
+    if missing:
+        raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")
+    held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in _reports(specs, mesh)]
+    return ImportPlan(mesh, Counter(scheme.name for scheme in schemes.values()), held)
 
 
 def mapping_config(hf: HFModel, *, padded_to: int = 1) -> SimpleNamespace:
@@ -143,7 +186,7 @@ def _supposed_state(bundles: Sequence[BundlePlan], recipe: Recipe | None) -> Qua
     amax, formats = dict[str, torch.Tensor](), dict[str, str]()
     parts = (part for bundle in bundles for part in bundle.parts) if recipe is not None else ()
     for part in parts:
-        if any(name in f"{part.name}" for name in _NEVER_QUANTIZED):
+        if any(name in part.name for name in _NEVER_QUANTIZED):
             continue
         for name, spec in part.tensors.items():
             module = module_of(name)

@@ -104,6 +104,14 @@ def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
     return vars(arguments) if isinstance(arguments, Namespace) else None
 
 
+def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The sizes of the model among saved arguments, by the names of training."""
+    for name in (*_SHAPES, "padded_vocab_size"):
+        value = arguments.get(_ARGUMENTS.get(name, name))
+        if value:
+            yield _ARGUMENTS.get(name, name), value
+
+
 def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
     """One line for each size in which the saved arguments and config.json differ."""
     expected = hf.family.transformer_config(hf.config)

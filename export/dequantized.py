@@ -1,7 +1,7 @@
 """A quantized Hugging Face directory as training needs it: weights in 16 bits, and the amax that its scales stand for.
 
-Every weight is read and dequantized when it is asked for, so one is in memory at a time. For NVFP4 dequantizing is not
-enough: the weight is one that ModelOpt quantizes to the same bytes again (`kernels.nvfp4_restore`). Whether it does is
+Every weight is read and dequantized when it is asked for, so one is in memory at a time. For 4-bit formats dequantizing
+is not enough: the weight is one that ModelOpt quantizes to the same bytes again (`kernels.restore`). Whether it does is
 not assumed: each weight is quantized once more, and what does not come back is noted in `changed`.
 
 Formats that no ModelOpt quantizer has (zero points) are dequantized all the same, and have no entry in `formats`.
@@ -19,10 +19,11 @@ from torch import Tensor
 from export.checkpoint import SafetensorsCheckpoint
 from export.fused_scales import GroupAmax
 from export.kernels.nvfp4 import NVFP4Weight
-from export.kernels.nvfp4_restore import restore
+from export.kernels.restore import restore_mx, restore_nvfp4
 from export.quant_state import QuantState
 from export.restored_amax import amax_of_divisor, amax_of_scale
 from export.schemes import Groups, Scheme, SchemeGroup, find_scheme
+from export.schemes.mx import MX
 from export.schemes.nvfp4 import NVFP4
 from export.schemes.scaled import Scaled
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
@@ -106,9 +107,11 @@ class DequantizedCheckpoint:
             amax = amax_of_divisor(stored[f"{module}.weight_global_scale"])
             names = ("weight_packed", "weight_scale", "weight_global_scale")
             factor_2 = amax / torch.full_like(amax, 2688.0)
-            weight = restore(NVFP4Weight(*(stored[f"{module}.{each}"] for each in names)), factor_2)
+            weight = restore_nvfp4(NVFP4Weight(*(stored[f"{module}.{each}"] for each in names)), factor_2)
         else:
             weight = scheme.dequantize(module, stored)
+        if isinstance(scheme, MX):
+            weight = restore_mx(weight, stored[f"{module}.weight_scale"], 6.0 if scheme.bits == 4 else 448.0)
         if scheme.format:
             self._compare(module, scheme, stored, weight)
         return weight

@@ -17,15 +17,19 @@ from scripts import cli
 def import_hf(options: ImportConfig) -> None:
     """Builds the Megatron model, fills it, with quantizers and amax if the source is quantized, and saves it."""
     from bridge.hf_config import check_parallel_sizes, read_hf_model
+    from bridge.mesh import Mesh
+    from bridge.mesh_plan import plan_import
     from bridge.ranks import process_group, world_rank, world_size
     from export.writer import check_output
-    from scripts.tables import import_table
+    from scripts.tables import import_plan_table, import_table
 
     hf, sizes = read_hf_model(options.hf), asdict(options.parallel)
     check_output(Path(options.output), overwrite=options.io.overwrite)
-    check_parallel_sizes(hf, world=world_size(), **{axis: size for axis, size in sizes.items() if axis != "vpp"})
     if options.dry_run:
-        raise NotImplementedError
+        if world_rank() == 0:
+            import_plan_table(plan_import(hf, Mesh.smallest(**sizes)), options)
+        return
+    check_parallel_sizes(hf, world=world_size(), **{axis: size for axis, size in sizes.items() if axis != "vpp"})
     from bridge import import_hf as importing  # here, because Megatron takes many seconds to import
     from bridge import megatron
 

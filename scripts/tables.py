@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from bridge.mesh_plan import ImportPlan, MeshPlan
 from bridge.save import ExportReport
 from configs.schema import ExportConfig, ImportConfig, QuantizeConfig
 from export.model_free import ModelFreeReport
@@ -20,20 +21,65 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
     table = Table(title=f"{'plan for' if options.dry_run else 'exported'} {options.output}", title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
-    shards = report.layout.shards
     for what, value in (
+        *_export_rows(report),
+        ("amax collected", len(report.state.amax)),
+        ("amax that differed between ranks", len(report.state.divergent)),
+    ):
+        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
+    Console().print(table)
+
+
+def _export_rows(report: ExportReport) -> list[tuple[str, int | str]]:
+    shards = report.layout.shards
+    return [
         ("scheme", report.scheme),
         ("Megatron parameters", sum(len(bundle.parts) for bundle in report.bundles)),
+        ("fused groups", len(report.bundles)),
         ("tensors", sum(len(shard.specs) for shard in shards)),
         ("files", len(shards)),
         ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.specs.values())),
         ("bytes after", report.layout.total_size),
         ("modules quantized", len(report.quantized)),
         ("linear modules left as they are", len(report.ignored)),
-        ("amax collected", len(report.state.amax)),
-        ("amax that differed between ranks", len(report.state.divergent)),
-    ):
+    ]
+
+
+def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
+    """One screen on an export from a mesh that was only supposed: all of it, and what falls to the ranks."""
+    mesh = plan.mesh
+    sizes = f"TP={mesh.tp} PP={mesh.pp} EP={mesh.ep} ETP={mesh.etp} DP={mesh.dp}"
+    table = Table(title=f"plan for {options.output} from {mesh.world:,} ranks, {sizes}", title_justify="left")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for what, value in (*_export_rows(plan.export), ("amax that the checkpoint must have", len(plan.needed_amax))):
         table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
+    ranks = Table(title="of each rank", title_justify="left")
+    for column in ("what", "least", "mean", "most"):
+        ranks.add_column(column, justify="left" if column == "what" else "right")
+    for what, name in (
+        ("bytes of the model that it holds", "held"),
+        ("fused groups that it writes", "bundles"),
+        ("bytes received", "received"),
+        ("bytes written", "written"),
+        ("peak memory on top, bytes", "peak"),
+    ):
+        values = [getattr(share, name) for share in plan.shares]
+        ranks.add_row(what, *(f"{value:,.0f}" for value in (min(values), sum(values) / len(values), max(values))))
+    Console().print(table, ranks)
+
+
+def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
+    """What an import would make."""
+    table = Table(title=f"plan for {options.output} by {plan.mesh.world:,} ranks", title_justify="left")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for what, value in (
+        *((f"modules quantized as {scheme}", count) for scheme, count in plan.schemes.items()),
+        ("bytes that a rank holds, least", min(plan.held)),
+        ("bytes that a rank holds, most", max(plan.held)),
+    ):
+        table.add_row(what, f"{value:,}")
     Console().print(table)
 
 
