@@ -76,6 +76,6 @@ def identify(checkpoint: Path) -> str:
         if all(found):
             used = {(type(mapping), kind_of(mapping.megatron_param)) for mapping in found if mapping}
             unused[family.architectures[0]] = len(family.mappings) - len(used)
-    likely = [name for name, count in unused.items() if count == min(unused.values())]
-    what = f"has the tensors of {' or '.join(likely)}" if likely else "has the tensors of no family that is known"
+    likely = sorted(unused, key=lambda name: unused[name])  # those that would have the fewest others first
+    what = f"may be of {', '.join(likely)}" if likely else "has the tensors of no family that is known"
     return f"{opened.directory} {what}; {said}"

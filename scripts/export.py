@@ -3,23 +3,26 @@
 python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
 """
 
+import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # the checkout in place of scripts/, where this file would shadow the package `export`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.schema import ExportConfig
-from mappings.errors import UsageError
+from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 from scripts import cli
+
+if TYPE_CHECKING:
+    from bridge.hf_config import HFModel
 
 
 def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
-    from bridge.described import identify
-    from bridge.hf_config import read_hf_model
     from bridge.mesh import Mesh
     from bridge.mesh_plan import plan_on_mesh
     from bridge.ranks import world, world_rank
@@ -29,9 +32,7 @@ def export(options: ExportConfig) -> None:
 
     if options.checkpoint is None and not options.dry_run:
         raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
-    if options.hf is None:
-        found = identify(Path(options.checkpoint)) if options.checkpoint else "there is no checkpoint to tell from"
-        raise UsageError(f"hf= is required, for config.json and the tokenizer: {found}")
+    hf = _described_model(options)
     how: SaveOptions = {
         "scheme": recipe_of(options.scheme, options.ignore),
         "missing_amax": options.amax.missing,
@@ -41,13 +42,30 @@ def export(options: ExportConfig) -> None:
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))
-        mesh_table(plan_on_mesh(read_hf_model(options.hf), mesh, Path(options.output), **how), options)
+        mesh_table(plan_on_mesh(hf, mesh, Path(options.output), **how), options)
         return
     with world() as ranks:
-        bridge = AutoBridge.from_hf_pretrained(options.hf, ranks=ranks)
-        report = bridge.convert_checkpoint(options.checkpoint, options.output, **how)
+        report = AutoBridge(hf, ranks).convert_checkpoint(options.checkpoint, options.output, **how)
     if world_rank() == 0:
         export_table(report, options)
+
+
+def _described_model(options: ExportConfig) -> "HFModel":
+    """The model of `hf`; where that has no config.json, the error says what the checkpoint itself tells."""
+    from bridge.described import identify
+    from bridge.hf_config import read_hf_model
+
+    try:
+        if options.hf is None:
+            raise UsageError("hf= is required: config.json and the tokenizer come from it")
+        return read_hf_model(options.hf)
+    except UnknownArchitectureError:
+        raise
+    except UsageError as error:
+        found = ""
+        with contextlib.suppress(CheckpointError):
+            found = f"\n{identify(Path(options.checkpoint))}" if options.checkpoint else ""
+        raise UsageError(f"{error}{found}") from error
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class TestSavedArguments:
 
 def test_a_checkpoint_says_what_it_is(live: LiveRanks, live_moe: LiveRanks) -> None:
     dense = identify(live.at(tp=2) / "checkpoint")
-    assert "has the tensors of Qwen3ForCausalLM; no arguments" in dense
+    assert "may be of Qwen3ForCausalLM" in dense
     assert "Qwen3MoeForCausalLM" in identify(live_moe.at(processes=2, tp=1, ep=2) / "checkpoint")
 
 
