@@ -225,8 +225,9 @@ def _names(scheme: Scheme, module: str) -> list[str]:
 
 def _differences(one: Tensor, other: Tensor) -> int:
     """How many elements are not the same; -0.0 and 0.0 are not, scales in another dtype may be."""
-    if one.dtype != other.dtype:
-        return int((one.float() != other.float()).sum())
-    size = one.dtype.itemsize
-    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    return int((one.contiguous().view(view) != other.contiguous().view(view)).sum())
+    if one.dtype == other.dtype:
+        view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+        one, other = one.contiguous().view(view), other.contiguous().view(view)
+    else:
+        one, other = one.float(), other.float()
+    return 0 if torch.equal(one, other) else int((one != other).sum())

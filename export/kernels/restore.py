@@ -21,25 +21,37 @@ from torch import Tensor
 from export.kernels import e2m1, mx
 from export.kernels.nvfp4 import BLOCK, NVFP4Weight
 
-_CHUNK = 1 << 20  # elements at a time
+_CHUNK = 1 << 18  # elements at a time: they stay in the cache
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LEAST = 2.0**-9
 """The smallest block scale."""
 
 
-def restore_nvfp4(weight: NVFP4Weight, factor_2: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`[out, in]`, from which `nvfp4.quantize` in ModelOpt's arithmetic makes these codes and block scales.
+def restore_nvfp4(weight: NVFP4Weight, factor_2: Tensor) -> Tensor:
+    """bf16 `[out, in]`, from which `nvfp4.quantize` in ModelOpt's arithmetic makes these codes and block scales.
+
+    Two codes and their scale are looked up at once, in a table of all that there are; the few blocks under the smallest
+    scales are then made one by one.
 
     Args:
         factor_2: `amax / 2688` of the amax that will be given to it, fp32.
-        dtype: bf16 or fp32, whose smallest numbers are small enough.
     """
     rows, columns = weight.packed.shape[0], weight.packed.shape[1] * 2
-    restored = torch.empty(rows, columns, dtype=dtype)
+    every_scale = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(128, BLOCK // 2, 1).transpose(1, 2)
+    pairs = _values(every_byte, every_scale[:, None].expand(128, 256), factor_2)[..., :2].bfloat16()
+    table = pairs.reshape(-1, 2).view(torch.int32).flatten()  # [scale · 256 + byte]
+    restored = torch.empty(rows, columns, dtype=torch.bfloat16)
     step = max(1, _CHUNK // max(columns, 1))
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        values = _values(weight.packed[part], weight.block_scale[part].float(), factor_2)
+        packed = weight.packed[part].unflatten(1, (-1, BLOCK // 2))
+        scale = weight.block_scale[part]
+        index = (scale.view(torch.uint8).int() << 8).unsqueeze(-1) | packed
+        values = table[index].view(torch.bfloat16)
+        small = scale.float() <= 2 * _LEAST
+        if small.any():
+            values[small] = _values(packed[small], scale[small].float(), factor_2).bfloat16()
         restored[part] = values.flatten(1)
     return restored
 
@@ -66,12 +78,11 @@ def restore_mx(weight: Tensor, exponents: Tensor, largest_code: float) -> Tensor
 
 
 def _values(packed: Tensor, scale: Tensor, factor_2: Tensor) -> Tensor:
-    """fp32 `[rows, blocks, 16]`."""
-    codes = e2m1.unpack(packed).unflatten(1, (-1, BLOCK))
+    """fp32 `[…, 16]` of blocks `[…, 8]` under scales `[…]`."""
+    codes = e2m1.unpack(packed.reshape(-1, BLOCK // 2)).reshape(*scale.shape, BLOCK)
     largest = codes.abs().amax(-1)
     moved = (scale == 2 * _LEAST) & (largest == 4)
-    if moved.any():
-        codes = torch.where(moved.unsqueeze(-1) & (codes.abs() == 4), codes * (4.75 / 4), codes)
+    codes = torch.where(moved.unsqueeze(-1) & (codes.abs() == 4), codes * (4.75 / 4), codes)
     values: Tensor = codes * (scale * factor_2).unsqueeze(-1)
     values = torch.where((codes == 0) & codes.signbit(), -_TINY, values)
     hidden = (scale == _LEAST) & (values == 0).all(-1)
