@@ -167,8 +167,10 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
 
 
 def is_dynamic(quantizer: Any) -> bool:
-    """Whether a quantizer computes its amax anew for each tensor, so that there is none to collect."""
-    return bool(getattr(quantizer, "_dynamic", False))
+    """Whether a quantizer computes its amax anew for each tensor, or block (MX), so that there is none to collect."""
+    blocks = getattr(quantizer, "block_sizes", None) or {}
+    powers_of_two = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
+    return bool(getattr(quantizer, "_dynamic", False)) or powers_of_two
 
 
 def format_name(quantizer: Any) -> str:

@@ -4,10 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import ROOT, WORKERS, Launcher, LiveRanks
+from conftest import ROOT, WORKERS, Launcher, LiveRanks, tensors_in
+from safetensors.torch import save_file
 from test_megatron_moe import same_files, same_tensors
 
 from bridge.auto import AutoBridge
+from export.fused_scales import GroupAmax
+from export.metadata import quantization_config
+from export.schemes import SCHEMES, Scheme
+from export.schemes.scheme import quantize_tensors
+from mappings.fused_groups import groups_among
+from mappings.names import module_of
 
 IMPORT = ROOT / "scripts" / "import_hf.py"
 
@@ -56,6 +63,37 @@ def test_experts(launch: Launcher, live_moe: LiveRanks, tmp_path: Path) -> None:
     assert_exports(checkpoint, source, tmp_path / "exported", shard_bytes=60_000)
     two, one = logits_at(launch, source, checkpoint, {"tp": 1, "ep": 2}, {"tp": 1})
     assert (two - one).norm() < 1e-5 * one.norm()
+
+
+def quantized(source: Path, scheme: Scheme, directory: Path) -> Path:
+    """The source in a scheme, as training with amax of its weights, and of 3.3 for inputs, would leave it."""
+    directory.mkdir()
+    tensors = tensors_in(source)
+    linears = [module_of(name) for name in tensors if name.endswith("_proj.weight")]
+    weights = {module: tensors.pop(f"{module}.weight") for module in linears}
+    for group in groups_among(weights):
+        members = {member: weights[member] for member in group.members}
+        tensors |= dict(quantize_tensors(scheme, members, GroupAmax(None, torch.tensor(3.3))))
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization_config(dict.fromkeys(weights, scheme), ["lm_head"])
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_other_formats(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+    """The quantizers of each are what the export knows as its own, and have the amax that make its scales."""
+    names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
+    sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
+    steps = [
+        {"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
+        for name, source in sources.items()
+    ]
+    launch(WORKERS / "live_import.py", json.dumps(steps))
+    for name, source in sources.items():
+        bridge = AutoBridge.from_hf_pretrained(source)
+        bridge.convert_checkpoint(tmp_path / f"{name}_checkpoint", tmp_path / f"{name}_out", scheme="auto")
+        same_tensors(tmp_path / f"{name}_out", source)
 
 
 def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mixed: Path, tmp_path: Path) -> None:

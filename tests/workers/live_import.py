@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N live_import.py STEPS_JSON
 
 A step is `{"sizes": …, "hf": …, "load": CKPT, "out": PATH}`: logits go to `PATH.pt`; where there are pipeline stages,
-the live model is exported to PATH instead.
+the live model is exported to PATH instead. Or `{"sizes": …, "hf": …, "import": CKPT}`.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from model import forward  # noqa: E402
 
 from bridge import AutoBridge, megatron  # noqa: E402
+from bridge.import_hf import import_hf  # noqa: E402
 from bridge.ranks import process_group, world_rank  # noqa: E402
 
 
@@ -31,6 +32,11 @@ def main(steps: list[dict[str, Any]]) -> None:
 
 
 def take(step: dict[str, Any], bridge: AutoBridge) -> None:
+    if "import" in step:
+        report = import_hf(bridge.hf, Path(step["import"]))
+        assert not report.left, report.left
+        assert not report.changed, report.changed
+        return
     chunks = megatron.build_chunks(bridge.hf)
     megatron.load_checkpoint(chunks, Path(step["load"]))
     if step["sizes"].get("pp", 1) > 1:
