@@ -14,7 +14,7 @@ from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
-from export.schemes import find_scheme
+from export.schemes import Recipe, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.errors import AmaxbridgeError, listing
 from mappings.names import is_routed_expert, module_of
@@ -32,14 +32,14 @@ class SaveOptions(TypedDict, total=False):
     """How a checkpoint is saved; `Saver` has the defaults.
 
     Args:
-        scheme: `nvfp4` and so on, `auto`, or `none` for plain weights.
+        scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
         dry_run: plan and check everything, write nothing.
     """
 
-    scheme: str
+    scheme: str | Recipe | None
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -71,7 +71,7 @@ class Saver:
         ranks: Ranks,
         target: Path,
         *,
-        scheme: str = "nvfp4",
+        scheme: str | Recipe | None = "nvfp4",
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -80,7 +80,7 @@ class Saver:
         self._hf, self._ranks = hf, ranks
         self._target = target.absolute()
         check_output(self._target, overwrite=overwrite)
-        self._scheme, self._recipe = scheme, find_scheme(scheme)
+        self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
 
@@ -114,7 +114,9 @@ class Saver:
         if not self._dry_run:
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, layout)
             self._write(plan, stream, finalizer, packer, layout, fingerprint)
-        return ExportReport(self._scheme, plan, layout, finalizer.quantized, finalizer.ignore, state)
+        return ExportReport(
+            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
+        )
 
     @property
     def _first(self) -> bool:

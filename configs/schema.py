@@ -1,49 +1,194 @@
-"""The options of every command, with types and defaults. Hydra checks the command line against these."""
+"""The options of every command, with types, defaults and what they mean. Hydra checks the command line against these.
 
-from dataclasses import dataclass, field
+A command is one dataclass, and one YAML file that names the choices of its config groups. A config group (`scheme`,
+`amax`, `io`, `parallel`, `model`) is a dataclass here and a directory of choices beside this file.
+"""
+
+from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+
+from configs.options import help_template, option
 
 
 @dataclass
-class CommonConfig:
-    """Options that every command has."""
+class SchemeGroupConfig:
+    """One scheme of a recipe, and the modules it is for."""
 
-    debug: bool = False  # show tracebacks
+    scheme: str = option("Name of a scheme.")
+    targets: list[str] = option("Modules: full names, re: patterns matched from the beginning, or Linear.", ["Linear"])
+    group_size: int | None = option("Columns that share a scale, of w4a16 and w4a16_asym: 128 unless given.", None)
+
+
+@dataclass
+class SchemeConfig:
+    """A recipe: which module gets which scheme. None for plain weights."""
+
+    groups: list[SchemeGroupConfig] = option(
+        "Items {scheme: NAME, targets: [MODULE, re:PATTERN, Linear], group_size: N}; the first that targets a module "
+        "is its group.",
+        [],
+    )
+    from_quantizers: bool = option("Read the scheme of every module from its quantizers, in place of groups.", False)
+    ignore: list[str] = option("Modules that are left as they are: full names, or re: patterns.", [])
 
 
 @dataclass
 class AmaxConfig:
     """What to do about quantizer state that makes no scale."""
 
-    missing: str = "error"  # error, from_weights, or group_max: from the members of its fused group
+    missing: str = option(
+        "An amax that is missing, zero or not finite: error; from_weights; or group_max, the largest of its fused "
+        "group.",
+        "error",
+    )
+
+
+@dataclass
+class IoConfig:
+    """The output directory."""
+
+    overwrite: bool = option("Replace what is at output.", False)
+
+
+@dataclass
+class ShardsConfig(IoConfig):
+    """The output directory, of safetensors."""
+
+    max_shard_gb: float = option("Largest safetensors file, in 10^9 bytes.", 5.0)
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of a Megatron mesh; processes beyond TP times PP are data-parallel."""
+
+    tp: int = option("Tensor-parallel size.", 1)
+    pp: int = option("Pipeline-parallel size.", 1)
+    vpp: int | None = option("Model chunks of each pipeline rank; null for one, without a virtual pipeline.", None)
+    ep: int = option("Expert-parallel size.", 1)
+    etp: int | None = option("Tensor-parallel size of the experts; null for tp.", None)
+
+
+@dataclass
+class ModelConfig:
+    """How the Megatron model is built."""
+
+    model_class: str | None = option("gpt or hybrid; null for GPTModel where the family has it.", None)
+    dtype: str = option("Of the parameters: bfloat16, float16 or float32.", "bfloat16")
+
+
+@dataclass
+class CommonConfig:
+    """Options that every command has."""
+
+    debug: bool = option("Show tracebacks.", False)
 
 
 @dataclass
 class ExportConfig(CommonConfig):
-    """Options of scripts/export.py."""
+    """Megatron checkpoint → Hugging Face checkpoint in the compressed-tensors format.
 
-    checkpoint: str = MISSING  # Megatron distributed checkpoint: the training's save directory, or one iter_NNNNNNN
-    hf: str = MISSING  # Hugging Face directory or hub name: config.json, tokenizer
-    output: str = MISSING  # directory to write
-    scheme: str = "nvfp4"  # nvfp4, fp8, …; auto: as the quantizers say; none: plain weights
-    overwrite: bool = False  # replace what is at output
-    dry_run: bool = False  # show the plan, write nothing
-    max_shard_gb: float = 5.0  # largest safetensors file, in 10^9 bytes
-    amax: AmaxConfig = field(default_factory=AmaxConfig)
+    python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
+    """
+
+    checkpoint: str = option("Megatron distributed checkpoint: training's save directory, or one iter_NNNNNNN.")
+    hf: str = option("Hugging Face directory or hub name: config.json, tokenizer.")
+    output: str = option("Directory to write.")
+    scheme: SchemeConfig = option("How to quantize; auto: as the quantizers say; none: plain weights.", SchemeConfig)
+    ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
+    amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
+    io: ShardsConfig = option("How to write.", ShardsConfig)
+    parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
+    dry_run: bool = option("Show the plan, write nothing.", False)
+    json: str | None = option("File for the plan as JSON.", None)
+
+
+@dataclass
+class ImportConfig(CommonConfig):
+    """Hugging Face checkpoint, plain or compressed-tensors → Megatron distributed checkpoint.
+
+    torchrun --nproc-per-node 4 scripts/import_hf.py hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
+    """
+
+    hf: str = option("Hugging Face directory.")
+    output: str = option("Directory to write.")
+    model: ModelConfig = option("How the Megatron model is built.", ModelConfig)
+    parallel: ParallelConfig = option("Megatron's mesh.", ParallelConfig)
+    io: IoConfig = option("How to write.", IoConfig)
+    dry_run: bool = option("Show the plan, write nothing.", False)
+    json: str | None = option("File for the plan as JSON.", None)
+
+
+@dataclass
+class QuantizeConfig(CommonConfig):
+    """Hugging Face checkpoint → compressed-tensors, without Megatron and without a model.
+
+    python scripts/quantize.py input=HF_DIR output=OUT scheme=nvfp4a16
+    """
+
+    input: str = option("Hugging Face directory or hub name.")
+    output: str = option("Directory to write.")
+    scheme: SchemeConfig = option("How to quantize; auto: as quant_state says.", SchemeConfig)
+    ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
+    quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
+    amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
+    io: IoConfig = option("How to write.", IoConfig)
+    workers: int = option("Threads.", 1)
+    device: str | None = option("Where to quantize, cpu or cuda; null for a GPU if there is one.", None)
+    dry_run: bool = option("Show the plan, write nothing.", False)
+    verify: bool = option("Check the output at the end.", True)
+    json: str | None = option("File for the plan as JSON.", None)
+
+
+@dataclass
+class VerifyConfig(CommonConfig):
+    """Checks a compressed-tensors checkpoint; exit status 1 when it would not serve right.
+
+    python scripts/verify.py input=OUT [reference=HF_DIR]
+    """
+
+    input: str = option("Directory to check.")
+    reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    json: str | None = option("File for the findings as JSON.", None)
+    tp: int = option("Tensor-parallel size that it must serve at.", 1)
+
+
+@dataclass
+class ReportConfig(CommonConfig):
+    """What was exported, for people and for programs: report.html and report.json.
+
+    python scripts/report.py input=OUT [reference=HF_DIR]
+    """
+
+    input: str = option("Directory to report on.")
+    reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    output: str | None = option("Directory for the report; null for input.", None)
 
 
 @dataclass
 class DemoConfig(CommonConfig):
-    """Options of scripts/demo.py."""
+    """The whole road on a tiny model: trained in Megatron, quantized, exported, loaded and compared.
 
-    output: str = "demo-output"  # directory for everything the demo makes; replaced
-    processes: int = 2  # tensor-parallel ranks
+    python scripts/demo.py
+    """
+
+    output: str = option("Directory for everything the demo makes; replaced.", "demo-output")
+    processes: int = option("Tensor-parallel ranks.", 2)
+
+
+COMMANDS: dict[str, type[CommonConfig]] = {
+    "export": ExportConfig,
+    "import_hf": ImportConfig,
+    "quantize": QuantizeConfig,
+    "verify": VerifyConfig,
+    "report": ReportConfig,
+    "demo": DemoConfig,
+}
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra under the names that the YAML files use."""
+    """Makes the schemas and help texts known to Hydra under the names that the YAML files use."""
     store = ConfigStore.instance()
-    store.store(name="export_schema", node=ExportConfig)
-    store.store(name="demo_schema", node=DemoConfig)
+    for name, schema in COMMANDS.items():
+        store.store(name=f"{name}_schema", node=schema)
+        store.store(group="hydra/help", name=name, node={"template": help_template(schema)})

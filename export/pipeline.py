@@ -1,9 +1,11 @@
 """Reading, quantizing and writing at the same time: threads that each take a bundle through all three.
 
 While one thread waits for the disk or the GPU another computes, since none of these holds Python's lock: so the work
-overlaps without queues between stages, and what is in memory is one buffer for each thread. A fused group that fits
-the buffer is read once; a larger one is gone through in parts, twice where its amax must be measured first. On a GPU,
-a thread has a stream of its own and its buffer is pinned; threads take the GPUs in turn.
+overlaps without queues between stages, and what is in memory is the part of a tensor that each thread has in hand.
+
+On a CPU, weights are looked at in the memory of their file. For a GPU each thread has a stream, and a pinned buffer
+that is read into: a fused group that fits it crosses once, a larger one in parts, twice where its amax must be measured
+first. Threads take the GPUs in turn.
 """
 
 import os
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from export.rows import Part, Rows, WholeTensor
-from export.safetensors_file import PART_BYTES, StoredTensor
+from export.safetensors_file import StoredTensor
 from export.source import SourceBundle
 from mappings.tensors import TensorSpec
 
@@ -27,33 +29,27 @@ _ALIGNMENT = 64
 
 
 class Worker:
-    """What a thread has for itself: a device, a stream, a buffer to read into."""
+    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.memory = torch.empty(_MEMORY, dtype=torch.uint8, pin_memory=self.cuda)
-        self.part = self.memory if self.cuda else self.memory[:PART_BYTES]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.memory = torch.empty(_MEMORY if self.stream else 0, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
-        """The tensors of a bundle, so that they are read into this worker's buffer; weights that are quantized come
-        to its device.
-        """
-        weights = {name: rows for name, rows in tensors.items() if quantized(name)}
-        stored = {name: rows for name, rows in weights.items() if isinstance(rows, StoredTensor)}
+        """The tensors of a bundle; weights that are quantized come to the worker's device."""
+        moving = {name: rows for name, rows in tensors.items() if self.stream and quantized(name)}
         held: dict[str, Rows] = {}
+        stored = {name: rows for name, rows in moving.items() if isinstance(rows, StoredTensor)}
         if sum(_aligned(rows.spec.nbytes) for rows in stored.values()) <= len(self.memory):
             at = 0
             for name, rows in stored.items():
                 held[name] = WholeTensor(self.moved(rows.read(self.memory[at:])))
                 at += _aligned(rows.spec.nbytes)
-        return {name: held.get(name) or _Buffered(rows, self, moves=name in weights) for name, rows in tensors.items()}
+        return {**tensors, **{name: _Moving(rows, self) for name, rows in moving.items()}, **held}
 
     def moved(self, rows: Tensor) -> Tensor:
         """Rows on the worker's device; the buffer can be used again."""
-        if not self.cuda:
-            return rows
         assert self.stream is not None
         there = rows.to(self.device, non_blocking=True)
         self.stream.synchronize()
@@ -61,16 +57,15 @@ class Worker:
 
     def at_work(self) -> Any:
         """The context in which its thread works."""
-        return torch.cuda.stream(self.stream) if self.cuda else nullcontext()
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
-class _Buffered:
-    """Rows that come through a worker's buffer."""
+class _Moving:
+    """Rows that go to a worker's GPU, through its buffer."""
 
     source: Rows
     worker: Worker
-    moves: bool
 
     @property
     def spec(self) -> TensorSpec:
@@ -78,11 +73,11 @@ class _Buffered:
 
     def parts(self, step: int = 1) -> Iterator[Part]:
         if isinstance(self.source, StoredTensor):
-            parts = self.source.parts(step, self.worker.part)
+            parts = self.source.parts(step, self.worker.memory)
         else:
             parts = self.source.parts(step)
         for first, rows in parts:
-            yield Part(first, self.worker.moved(rows) if self.moves else rows)
+            yield Part(first, self.worker.moved(rows))
 
 
 def run(

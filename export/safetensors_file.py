@@ -1,13 +1,14 @@
 """One safetensors file, read row by row, from any number of threads.
 
-The header is read and checked once, and says where every tensor lies. Data is read with `pread` into memory of the
-caller's choice, which can be used again and again: what is in flight is then all that is in memory, however large the
-file is (pages of a mapped file would count as the process's own, and a file that shrinks would end it).
+The header is read and checked once, and says where every tensor lies. A tensor's rows are looked at where the kernel
+has them: a part of the file is mapped, used and given back, so nothing is copied, and what counts as the process's
+memory is the part in hand, however large the file is. Into memory of the caller's, pinned for a GPU, they are copied.
 
 File format: see `layout`.
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,12 @@ class StoredTensor:
         self.file.read(self.begin, memory)
         return memory.view(self.spec.dtype).reshape(self.spec.shape)
 
+    def look(self) -> Tensor:
+        """The tensor in the file's own memory: to be read, never written, and given back with `forget`."""
+        if self.begin % self.spec.dtype.itemsize or not self.spec.nbytes:
+            return self.read()
+        return self.file.look(self.begin, self.spec.nbytes).view(self.spec.dtype).reshape(self.spec.shape)
+
     def rows(self, first: int, count: int) -> "StoredTensor":
         """Consecutive rows: a part along the first dim."""
         row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
@@ -60,17 +67,19 @@ class StoredTensor:
         return StoredTensor(self.file, self.begin + index * row.nbytes, row)
 
     def parts(self, step: int = 1, into: Tensor | None = None) -> Iterator[Part]:
-        """As `Rows`, in parts of a few megabytes, which `into` must hold."""
+        """As `Rows`: parts of a few megabytes in the file's own memory, or of what `into` holds, in that."""
         limit = PART_BYTES if into is None else len(into)
-        if self.spec.nbytes <= limit or not self.spec.shape:
-            yield Part(0, self.read(into))
-            return
-        total = self.spec.shape[0]
-        length = max(limit // (self.spec.nbytes // total) // step, 1) * step
+        total = self.spec.shape[0] if self.spec.shape else 1
+        length = total
+        if self.spec.nbytes > limit and self.spec.shape:
+            length = max(limit // (self.spec.nbytes // total) // step, 1) * step
         for first in range(0, total, length):
-            part = self.rows(first, min(length, total - first))
-            memory = into if into is None or part.spec.nbytes <= len(into) else None  # one row that is larger
-            yield Part(first, part.read(memory))
+            part = self if length == total else self.rows(first, min(length, total - first))
+            if into is None:
+                yield Part(first, part.look())
+                self.file.forget(part.begin, part.spec.nbytes)
+            else:
+                yield Part(first, part.read(into if part.spec.nbytes <= limit else None))  # one row that is larger
 
 
 @dataclass(slots=True)
@@ -84,6 +93,7 @@ class SafetensorsFile:
     path: Path
     tensors: dict[str, StoredTensor] = field(init=False)
     _file: int = field(init=False)
+    _map: mmap.mmap = field(init=False)
 
     def __post_init__(self) -> None:
         try:
@@ -92,6 +102,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         try:
             self.tensors = self._read_header()
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.close()
             raise CheckpointError(f"{self.path} cannot be read: {error}; copy the file again") from error
@@ -104,6 +115,19 @@ class SafetensorsFile:
             if not count:
                 raise CheckpointError(f"{self.path} ends at byte {begin:,}: it became shorter while it was read")
             data, begin = data[count:], begin + count
+
+    def look(self, begin: int, nbytes: int) -> Tensor:
+        """A part of the file, uint8, without a copy; the kernel is told to read it ahead."""
+        start = begin - begin % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start, begin + nbytes - start)
+        return torch.frombuffer(self._map, dtype=torch.uint8, offset=begin, count=nbytes)
+
+    def forget(self, begin: int, nbytes: int) -> None:
+        """What was looked at leaves the process's memory, and stays in the kernel's."""
+        start = begin + -begin % mmap.PAGESIZE
+        end = (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         os.close(self._file)

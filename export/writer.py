@@ -46,7 +46,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {output} exists and is not a directory")
     if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give overwrite=true")
+        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
@@ -98,8 +98,8 @@ class StagedDirectory:
             raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
         for shard in layout.shards:
             with self._created(shard.file_name) as file:
+                os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
                 file.write(shard.header)
-                file.truncate(shard.nbytes)
         if self._plan is not None:  # last: a directory with a plan has all its shards
             self.write_file(_PLAN, self._plan.encode())
         return frozenset()
@@ -170,6 +170,7 @@ class ShardWriter:
         self._places = layout.places
         self._mutex = threading.Lock()
         self._files: dict[str, int] = {}
+        self._turns = {shard.file_name: threading.Lock() for shard in layout.shards}  # the kernel's own lock spins
         self._done: list[str] = []  # since the last sync
         self._unsynced = 0
         self._journal = directory / f"{_JOURNAL}{rank}"
@@ -198,7 +199,7 @@ class ShardWriter:
         at += first * TensorSpec(planned.shape[1:], planned.dtype).nbytes
         data = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
         file, size = self._open(shard.file_name), len(data)
-        with _explaining(self._directory / shard.file_name):
+        with self._turns[shard.file_name], _explaining(self._directory / shard.file_name):
             while data:
                 written = os.pwrite(file, data, at)
                 data, at = data[written:], at + written

@@ -17,16 +17,17 @@ def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
     from bridge.ranks import world, world_rank
+    from scripts.recipes import recipe_of
     from scripts.tables import export_table
 
     with world() as ranks:
         report = AutoBridge.from_hf_pretrained(options.hf, ranks=ranks).convert_checkpoint(
             options.checkpoint,
             options.output,
-            scheme=options.scheme,
+            scheme=recipe_of(options.scheme, options.ignore),
             missing_amax=options.amax.missing,
-            overwrite=options.overwrite,
-            max_shard_bytes=int(options.max_shard_gb * 1e9),
+            overwrite=options.io.overwrite,
+            max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
         )
     if world_rank() == 0:

@@ -20,7 +20,7 @@ def export_equals_live(live: LiveRanks, output: Path) -> None:
 
 def arguments(live: LiveRanks, output: Path) -> list[str]:
     checkpoint = live.at(tp=2) / "checkpoint"
-    return [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={output}", "max_shard_gb=3e-5"]
+    return [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={output}", "io.max_shard_gb=3e-5"]
 
 
 def test_the_checkpoint_export_equals_the_live_export(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ class TestWrongArguments:
     def test_output_is_not_empty(self, good: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("mine")
-        assert "overwrite=true" in self.refuse(good)
+        assert "io.overwrite=true" in self.refuse(good)
         assert (tmp_path / "out" / "precious").read_text() == "mine"
 
     def test_misspelled_option(self, good: dict[str, str]) -> None:
@@ -98,7 +98,7 @@ class TestWrongArguments:
         assert "checkpoint= is required" in self.refuse(good)
 
     def test_unknown_scheme(self, good: dict[str, str]) -> None:
-        assert "unknown scheme 'nvfp5'; known: nvfp4, " in self.refuse(good, "scheme=nvfp5")
+        assert "Could not find 'scheme/nvfp5'" in self.refuse(good, "scheme=nvfp5")
 
 
 def test_a_checkpoint_that_is_none_fails_with_1(

@@ -138,7 +138,7 @@ def test_a_checkpoint_saved_at_tp_2_exports_the_same_bytes(
 ) -> None:
     live: LiveRanks = request.getfixturevalue(model)
     checkpoint = live.at(tp=2) / "checkpoint"
-    words = [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={tmp_path / 'out'}", "max_shard_gb=6e-5"]
+    words = [f"checkpoint={checkpoint}", f"hf={live.hf}", f"output={tmp_path / 'out'}", "io.max_shard_gb=6e-5"]
     launch(ROOT / "scripts" / "export.py", *words)
     same_files(tmp_path / "out", live.at() / "nvfp4")
 

@@ -205,6 +205,6 @@ def test_a_checkpoint_saved_at_ep_2_exports_the_same_bytes(
     live_moe: LiveRanks, launch: Launcher, tmp_path: Path, processes: int
 ) -> None:
     checkpoint = live_moe.at(processes=2, ep=2) / "checkpoint"
-    words = [f"checkpoint={checkpoint}", f"hf={live_moe.hf}", f"output={tmp_path / 'out'}", "max_shard_gb=6e-5"]
+    words = [f"checkpoint={checkpoint}", f"hf={live_moe.hf}", f"output={tmp_path / 'out'}", "io.max_shard_gb=6e-5"]
     launch(ROOT / "scripts" / "export.py", *words, processes=processes)
     same_files(tmp_path / "out", live_moe.at() / "nvfp4")

@@ -55,7 +55,7 @@ def test_saved_at_ep_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
 def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None:
     """Where neither is installed."""
     saved = dense.at(tp=2, pp=2)
-    words = [f"checkpoint={saved / 'nvfp4'}", f"hf={dense.hf}", f"output={tmp_path / 'out'}", "max_shard_gb=6e-5"]
+    words = [f"checkpoint={saved / 'nvfp4'}", f"hf={dense.hf}", f"output={tmp_path / 'out'}", "io.max_shard_gb=6e-5"]
     code = (
         "import sys\n"
         "for name in ('megatron', 'modelopt'): sys.modules[name] = None\n"

@@ -18,7 +18,7 @@ from export.schemes.w4a16_asym import w4a16_asym
 from export.schemes.w8a8 import W8A8
 from mappings.errors import UsageError
 
-__all__ = ["SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme"]
+__all__ = ["SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "named_scheme"]
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -33,28 +33,49 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
 
     Args:
         scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
-            from the quantizers; `none`, to write the weights as they are; a `QuantizationScheme` of its; a `Recipe`.
+            from the quantizers; `none` or None, to write the weights as they are; a `QuantizationScheme` of its; a
+            `Recipe`.
         ignore: modules that are left as they are: full names and `re:` patterns.
 
     Returns:
-        None for `none`.
+        None for weights as they are.
 
     Raises:
         UsageError: there is none such; lists those there are.
     """
+    if scheme is None:
+        return None
     if isinstance(scheme, Groups | FromQuantizers):
         return replace(scheme, ignore=(*scheme.ignore, *ignore))
     if not isinstance(scheme, str):
         group = SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or (EVERY_LINEAR,))
         return Groups((group,), tuple(ignore))
-    name = {"int8": "w8a8"}.get(scheme.lower(), scheme.lower())
-    if name == "none":
+    if scheme.lower() == "none":
         return None
-    if name == "auto":
+    if scheme.lower() == "auto":
         return FromQuantizers(tuple(SCHEMES.values()), tuple(ignore))
-    if name not in SCHEMES:
-        raise UsageError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}, auto, none")
-    return Groups.of(SCHEMES[name], ignore)
+    return Groups.of(named_scheme(scheme), ignore)
+
+
+def named_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """One scheme by its name.
+
+    Args:
+        group_size: columns that share a scale, where the scheme leaves them open.
+
+    Raises:
+        UsageError: there is none such; lists those there are.
+    """
+    lower = name.lower()
+    known = {"int8": "w8a8"}.get(lower, lower)
+    if known not in SCHEMES:
+        raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, auto, none")
+    if group_size is None:
+        return SCHEMES[known]
+    sized = {"w4a16": w4a16, "w4a16_asym": w4a16_asym}
+    if known not in sized:
+        raise UsageError(f"scheme {name} has blocks of its own: group_size is for {', '.join(sized)}")
+    return sized[known](group_size)
 
 
 def _of_compressed_tensors(wanted: Any) -> Scheme:

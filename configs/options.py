@@ -1,0 +1,54 @@
+"""How an option is declared, and the help text that is made of the declarations.
+
+An option is a field of a dataclass: type, default, and what it means. `--help` shows these meanings, so they stand
+once. `$CONFIG` in the text is Hydra's: the values as they would be with the options given.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+_DIRECTORY = Path(__file__).parent
+_WIDTH = 110
+_HELP = "help"
+
+
+def option(meaning: str, default: Any = MISSING) -> Any:
+    """A field with its meaning. Without a default it must be given; a list or a dataclass as default is made anew."""
+    metadata = {_HELP: meaning}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    """Every option of a command by its name on the command line, a group before its members."""
+    for each in dataclasses.fields(schema):
+        yield prefix + each.name, each
+        if isinstance(each.type, type) and dataclasses.is_dataclass(each.type):
+            yield from options_of(each.type, f"{prefix}{each.name}.")
+
+
+def choices_of(group: str) -> list[str]:
+    """The names that `group=NAME` takes, those of `--config-dir` not among them."""
+    return sorted(path.stem for path in (_DIRECTORY / group).glob("*.yaml"))
+
+
+def help_template(schema: type) -> str:
+    """What `--help` prints, for Hydra to fill in."""
+    rows = [(name, each.metadata[_HELP], choices_of(name)) for name, each in options_of(schema)]
+    rows.sort(key=lambda row: row[0] == "debug")  # every command has it: last
+    column = max(len(name) for name, _, _ in rows) + 2
+    lines = [(schema.__doc__ or "").strip(), "", "Options, each as name=value:", ""]
+    for name, meaning, choices in rows:
+        text = f"{meaning} One of: {', '.join(choices)}." if choices else meaning
+        indent = " " * (column + 2)
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"  {name:<{column}}", subsequent_indent=indent)
+    more = "--cfg job shows only these values; --config-dir DIR adds choices of your own: DIR/scheme/mine.yaml."
+    return "\n".join([*lines, "", "Their values, ??? for those that must be given:", "", "$CONFIG", "", more, ""])

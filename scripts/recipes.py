@@ -1,0 +1,27 @@
+"""From the config group `scheme` to what the exporter takes."""
+
+from collections.abc import Sequence
+
+from configs.schema import SchemeConfig
+from export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
+from mappings.errors import UsageError
+
+
+def recipe_of(config: SchemeConfig, ignore: Sequence[str] = ()) -> Recipe | None:
+    """The recipe that a configuration describes, None for plain weights.
+
+    Args:
+        ignore: more modules to leave as they are.
+
+    Raises:
+        UsageError: a scheme that is unknown, or groups beside `from_quantizers`.
+    """
+    ignored = (*config.ignore, *ignore)
+    if config.from_quantizers:
+        if config.groups:
+            raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers say it all")
+        return FromQuantizers(tuple(SCHEMES.values()), ignored)
+    if not config.groups:
+        return None
+    groups = (SchemeGroup(named_scheme(each.scheme, each.group_size), tuple(each.targets)) for each in config.groups)
+    return Groups(tuple(groups), ignored)
