@@ -10,6 +10,8 @@ from export.runtime.matching import LINEAR, Matching
 from export.runtime.method import CompressedTensorsLinearMethod
 from export.runtime.signature import Arguments, Signature, UnsupportedQuantizationError
 
+_BLOCK = 128  # rows, columns and inputs that share a scale where weights have square blocks
+
 
 class CompressedTensorsConfig:
     """A checkpoint's quantization: one group for all linear layers, or, from `from_config`, several.
@@ -49,8 +51,9 @@ class CompressedTensorsConfig:
         input_dynamic: bool | str | None = None,
         input_symmetric: bool | None = None,
     ) -> None:
-        shared_size = {"group_size": group_size} if input_strategy in ("group", "tensor_group") else {}
-        block = {"block_structure": [128, 128]} if weight_strategy == "block" else {}
+        block = {"block_structure": [_BLOCK, _BLOCK]} if weight_strategy == "block" else {}
+        input_size = _BLOCK if block else group_size
+        shared_size = {"group_size": input_size} if input_strategy in ("group", "tensor_group") else {}
         weights = Arguments.of(
             {
                 "num_bits": weight_bits,
