@@ -1,4 +1,4 @@
-"""Layers of the runtime filled with what the schemes write, for its tests. Needs no framework; tests on a GPU use it."""
+"""Layers of the runtime filled with what the schemes write, for its tests; on a GPU too, so without a framework."""
 
 from collections.abc import Mapping, Sequence
 

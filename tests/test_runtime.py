@@ -1,4 +1,4 @@
-"""The runtime's layers against compressed-tensors, against exact integers, and merged and cut ones against whole ones."""
+"""Layers of the runtime against compressed-tensors and exact integers; merged and cut layers against whole ones."""
 
 from typing import Any
 
@@ -241,7 +241,7 @@ def test_what_was_never_loaded_is_named() -> None:
     ("name", "tensor", "message"),
     [
         ("weight_scale", torch.zeros(32, 4, dtype=torch.uint8), "has .* uint8, the layer needs .* float8_e4m3fn"),
-        ("weight_packed", torch.zeros(64, 32, dtype=torch.uint8), r"has \[64, 32\] .* needs \[32, 32\] uint8 on rank 0 of 1"),
+        ("weight_packed", torch.zeros(64, 32).byte(), r"has \[64, 32\] .* needs \[32, 32\] uint8 on rank 0 of 1"),
         ("weight_global_scale", torch.ones(2), r"has \[2\] float32, the layer needs \[1\]"),
     ],
 )  # fmt: skip

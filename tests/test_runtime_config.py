@@ -67,7 +67,7 @@ def test_a_fused_layer_is_ignored_whole_or_not_at_all() -> None:
         with pytest.raises(CheckpointError, match=r"a.qkv_proj runs as one layer(.|\n)*a.v_proj: group_0\nGive all"):
             config.get_quant_method(LINEAR, "a.qkv_proj")
         assert config.get_quant_method(LINEAR, "a.v_proj") is not None
-    with pytest.raises(CheckpointError, match="gate_proj: group_0\n.*up_proj: not quantized"):
+    with pytest.raises(CheckpointError, match=r"gate_proj: group_0\n.*up_proj: not quantized"):
         CompressedTensorsConfig(ignore=["re:.*up_proj"], **W4A16).get_quant_method(LINEAR, "mlp.gate_up_proj")
 
 
