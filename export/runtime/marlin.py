@@ -168,12 +168,12 @@ def _tile_order(num_bits: int) -> Tensor:
             codes = [row * _TILE_COLUMNS + column for column in columns for row in inputs]
             places = (0, 2, 4, 6, 1, 3, 5, 7) if num_bits == 4 else (0, 2, 1, 3, 4, 6, 5, 7)
             order += [codes[place] for place in places]
-    return torch.tensor(order)
+    return torch.tensor(order, device="cpu")  # cached: not on a device that happens to be the default
 
 
 def _scale_order(size_k: int, group_size: int) -> Tensor:
     grouped, single = get_scale_perms()
-    return torch.tensor(grouped if has_groups(size_k, group_size) else single)
+    return torch.tensor(grouped if has_groups(size_k, group_size) else single, device="cpu")
 
 
 def _reorder(s: Tensor, order: Tensor, size_n: int) -> Tensor:

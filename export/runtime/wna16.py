@@ -158,7 +158,7 @@ class CompressedTensorsWNA16Scheme:
 
         rows = x.reshape(-1, x.shape[-1])
         if self.has_g_idx:
-            rows = rows[:, data_of(layer, "g_idx_sort_indices")]
+            rows = rows.index_select(1, data_of(layer, "g_idx_sort_indices"))
         out = triton_kernels.int4_matmul(
             rows,
             data_of(layer, "weight_packed"),

@@ -24,12 +24,12 @@ from export.schemes.scheme import quantize_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-some_tokens = pytest.mark.parametrize("tokens", [1, 5, 70], ids="tokens={}".format)
+some_tokens = pytest.mark.parametrize("tokens", [1, 5, 70], ids="tokens{}".format)
 
 
 def random_integers(low: int, high: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randint(low, high, shape, generator=generator).to(DEVICE)
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def random_inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
