@@ -107,16 +107,21 @@ def test_logits_are_those_of_megatron(live: "LiveRanks") -> None:
     assert error(reference["nvfp4"], reference["plain"]) > 0.05
 
 
-def test_models_on_the_meta_device_and_tied_heads(quantized: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tied_heads_and_models_on_the_meta_device(quantized: Callable[[str], Path], tmp_path: Path) -> None:
     directory = shutil.copytree(quantized("w4a16"), tmp_path / "tied")
     change(directory, lambda tensors: tensors.pop("lm_head.weight"))
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with torch.device("meta"):
-        model = empty_model(directory, torch.bfloat16)
+    model = empty_model(directory, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, device="meta")
     load_model_(model, directory)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert logits(model).isfinite().all()
+    with torch.device("meta"):
+        model = empty_model(directory, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"rotary_emb\.inv_freq: in the model only"):
+        load_model_(model, directory)
 
 
 def test_several_groups_in_one_checkpoint(qwen3: Path, tmp_path: Path) -> None:

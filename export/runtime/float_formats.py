@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from export.runtime.activations import activation_for
-from export.runtime.parameters import Partition, check_loaded, create_parameters, module_parts, shared
+from export.runtime.parameters import (
+    Partition,
+    check_loaded,
+    create_parameters,
+    data_of,
+    module_parts,
+    replace_parameter,
+    shared,
+)
 from export.runtime.signature import Signature, UnsupportedQuantizationError
 from export.schemes.fp8 import FP8
 from export.schemes.fp8_block import FP8_BLOCK
@@ -65,7 +73,7 @@ class FloatScheme:
         create_parameters(layer, specs, partition, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Checks that all is there, and that merged modules agree where one GEMM needs them to.
+        """Checks that all is there, and that merged modules agree where one GEMM needs them to; keeps one input scale.
 
         Raises:
             CheckpointError: something was not loaded, or scales differ.
@@ -74,12 +82,12 @@ class FloatScheme:
         if self._format.format == "nvfp4":
             shared(layer, "weight_global_scale")
         if self._inputs is not None and self._inputs.scale:
-            shared(layer, self._inputs.scale)
+            replace_parameter(layer, self._inputs.scale, shared(layer, self._inputs.scale))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[*, in]` → `[*, out]`, all modules one after another, in the dtype of `x`."""
         if self._inputs is not None:
-            scale = shared(layer, self._inputs.scale) if self._inputs.scale else x
+            scale = data_of(layer, self._inputs.scale) if self._inputs.scale else x
             x = self._inputs.round(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
         return linear(x, self.weight(layer).to(x.dtype), bias)
 

@@ -115,7 +115,7 @@ def load_model_(model: nn.Module, directory: Path | str) -> None:
     """Fills a model from a checkpoint, in place; its quantized linear layers become `CompressedLinear`.
 
     Args:
-        model: built, with any values or on the meta device, e.g. by `AutoModelForCausalLM.from_config`.
+        model: built, with any values, e.g. by `AutoModelForCausalLM.from_config`; parameters may be on the meta device.
         directory: of the checkpoint.
 
     Raises:
@@ -136,6 +136,7 @@ def load_model_(model: nn.Module, directory: Path | str) -> None:
                 missing.append(name)
         for name, source in tied.items():
             _set(model, name, model.get_parameter(source))
+        missing += [name for name, buffer in model.named_buffers() if buffer.is_meta]  # not saved: it must be computed
         reader.check_all_read(missing)
 
 

@@ -150,7 +150,7 @@ class CompressedTensorsWNA16Scheme:
         scale = marlin.marlin_permute_scales(scale, layout.scaled_k, layout.size_n, self.group_size)
         replace_parameter(layer, "weight_packed", packed)
         replace_parameter(layer, "weight_scale", scale)
-        layer.workspace = marlin.marlin_make_workspace(packed.device)
+        layer.register_buffer("workspace", marlin.marlin_make_workspace(packed.device), persistent=False)
         layer.__dict__[_LAYOUT] = replace(layout, is_marlin=True)
 
     def _apply_on_gpu(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
