@@ -181,6 +181,7 @@ def test_signatures_that_nothing_computes(keywords: dict[str, Any], message: str
     [
         ({"quant_method": "gptq"}, "quant_method is gptq"),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
+        ({"config_groups": {}, "transform_config": {"config_groups": {"R1": {}}}}, "has transform_config"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": None}}}, "without weights"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int"}}}}, "without num_bits"),
     ],

@@ -87,10 +87,15 @@ class CompressedTensorsConfig:
         """From the `quantization_config` of config.json, with one group or several.
 
         Raises:
-            UnsupportedQuantizationError: it is not of compressed-tensors, or has no groups.
+            UnsupportedQuantizationError: it is not of compressed-tensors, has no groups, or asks for sparsity or transforms.
         """
         if config.get("quant_method", "compressed-tensors") != "compressed-tensors":
             raise UnsupportedQuantizationError(f"quant_method is {config['quant_method']}, not compressed-tensors")
+        unknown = [key for key in ("sparsity_config", "transform_config") if config.get(key)]
+        if unknown:
+            raise UnsupportedQuantizationError(
+                f"quantization_config has {', '.join(unknown)}, which is not computed here"
+            )
         groups = list(config.get("config_groups", {}).values())
         if not groups:
             raise UnsupportedQuantizationError("quantization_config has no config_groups")

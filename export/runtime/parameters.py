@@ -193,7 +193,7 @@ def shared(layer: nn.Module, name: str) -> Tensor:
         shown = [f"module {number}: {value.flatten()[:4].tolist()}" for number, value in enumerate(values)]
         raise CheckpointError(
             f"{name} differs between modules that run as one layer:{listing(shown)}\n"
-            "An engine keeps one and is off for the others, in silence: export with scales shared in the fused group"
+            "An engine keeps one and is off for the others, in silence: export the fused group with equal ones"
         )
     return values[0]
 
