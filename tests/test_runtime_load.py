@@ -124,6 +124,17 @@ def test_tied_heads_and_models_on_the_meta_device(quantized: Callable[[str], Pat
         load_model_(model, directory)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "w4a16", "fp8"])
+def test_a_cast_of_the_model_leaves_codes_and_scales(name: str, quantized: Callable[[str], Path]) -> None:
+    model = empty_model(quantized(name), torch.float32)
+    load_model_(model, quantized(name))
+    model.bfloat16()
+    held = model.model.layers[0].self_attn.q_proj.state_dict()
+    again = load_linear(quantized(name), Q).state_dict()
+    assert held.keys() == again.keys()
+    assert all(held[key].dtype == tensor.dtype and torch.equal(held[key], tensor) for key, tensor in again.items())
+
+
 def test_several_groups_in_one_checkpoint(qwen3: Path, tmp_path: Path) -> None:
     groups = (
         SchemeGroup(SCHEMES["nvfp4a16"], (r"re:.*\.(q|k|v)_proj$",)),
