@@ -87,7 +87,7 @@ class CompressedTensorsConfig:
         """From the `quantization_config` of config.json, with one group or several.
 
         Raises:
-            UnsupportedQuantizationError: it is not of compressed-tensors, has no groups, or asks for sparsity or transforms.
+            UnsupportedQuantizationError: it is not of compressed-tensors, has no groups, or has sparsity or transforms.
         """
         if config.get("quant_method", "compressed-tensors") != "compressed-tensors":
             raise UnsupportedQuantizationError(f"quant_method is {config['quant_method']}, not compressed-tensors")

@@ -81,7 +81,8 @@ class CompressedLinear(nn.Module):
             moved = fn(tensor)
             return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def dequantized(self) -> Tensor:
         """The weight `[out, in]` of this rank in bf16, as the layer computes with it."""
