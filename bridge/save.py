@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
@@ -13,12 +13,15 @@ from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.packed_experts import ExpertPacker
+from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
+from export.record import RECORD_FILE, record_json
 from export.schemes import Recipe, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.errors import AmaxbridgeError, listing
 from mappings.names import is_routed_expert, module_of
 from mappings.ranks import Axis, Ranks
+from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 
@@ -37,6 +40,8 @@ class SaveOptions(TypedDict, total=False):
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
         dry_run: plan and check everything, write nothing.
+        progress: is told how far it is.
+        record: how the export was asked for, kept in `amaxbridge.json` with the versions; None for no such file.
     """
 
     scheme: str | Recipe | None
@@ -44,18 +49,35 @@ class SaveOptions(TypedDict, total=False):
     overwrite: bool
     max_shard_bytes: int
     dry_run: bool
+    progress: Progress
+    record: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did, or with `dry_run` would do: the same on every rank."""
+    """What an export did, or with `dry_run` would do: the same on every rank.
+
+    Args:
+        scheme: as users gave it.
+        written: every tensor, experts one by one even where the files pack them.
+        quantized: module → the name of its scheme.
+        ignored: the linear modules that are left as they are.
+        filled: amax that were missing or unusable: quantizer → what filled it.
+    """
 
     scheme: str
     bundles: Sequence[BundlePlan]
+    written: Mapping[str, TensorSpec]
     layout: Layout
-    quantized: Sequence[str]
+    quantized: Mapping[str, str]
     ignored: Sequence[str]
     state: QuantState
+    filled: Mapping[str, str]
+
+    @property
+    def sources(self) -> dict[str, TensorSpec]:
+        """Every Hugging Face tensor that goes in, quantizer state included."""
+        return {name: spec for bundle in self.bundles for name, spec in bundle.specs.items()}
 
 
 class Saver:
@@ -76,6 +98,8 @@ class Saver:
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
+        progress: Progress | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self._hf, self._ranks = hf, ranks
         self._target = target.absolute()
@@ -83,6 +107,7 @@ class Saver:
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
+        self._progress, self._record = progress or NoProgress(), record
 
     def save(
         self,
@@ -115,7 +140,14 @@ class Saver:
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, layout)
             self._write(plan, stream, finalizer, packer, layout, fingerprint)
         return ExportReport(
-            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
+            self._recipe.name if self._recipe else "none",
+            plan,
+            finalizer.output_specs,
+            layout,
+            finalizer.scheme_names,
+            finalizer.ignore,
+            state,
+            finalizer.filled,
         )
 
     @property
@@ -134,12 +166,15 @@ class Saver:
         with StagedDirectory(self._target, fingerprint) as staged:
             done = self._from_first(lambda: staged.open(layout))
             needed = [bundle for bundle in plan if bundle.key not in done]
+            mine = self._begin(plan, done)
             writer = ShardWriter(staged.path, layout, self._ranks.rank(Axis.WORLD))
             try:
                 for bundle in stream(needed):
                     for name, first, tensor in packer.pack(dict(finalizer.finalize(bundle))):
                         writer.write(name, tensor, first)
                     writer.done(bundle.key)
+                    planned = mine[bundle.key]
+                    self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
             finally:
                 writer.close()
             self._barrier()
@@ -148,10 +183,23 @@ class Saver:
                 staged.commit()
             self._barrier()
 
+    def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
+        """The bundles that this rank owns, announced."""
+        me = self._ranks.members(Axis.WORLD)[self._ranks.rank(Axis.WORLD)]
+        mine = {bundle.key: bundle for bundle in plan if bundle.owner == me}
+        self._progress.begin(
+            tensors=sum(len(bundle.specs) for key, bundle in mine.items() if key not in done),
+            nbytes=sum(bundle.nbytes for bundle in mine.values()),
+            kept=sum(bundle.nbytes for key, bundle in mine.items() if key in done),
+        )
+        return mine
+
     def _write_small_files(self, staged: StagedDirectory, finalizer: Finalizer, layout: Layout) -> None:
         for file in carried_files(self._hf.directory):
             staged.write_file(file.name, file.read_bytes())
         staged.write_file(CONFIG_FILE, config_json(self._hf.written, finalizer.quantization_config))
+        if self._record is not None:
+            staged.write_file(RECORD_FILE, record_json(self._record))
         index = index_json(layout)
         if index is not None:
             staged.write_file(INDEX_FILE, index)

@@ -1,7 +1,7 @@
 """What all command lines share: the way a command starts, logs, fails and exits.
 
-Exit status: 0 done, 1 the job failed, 2 wrong arguments. An error is one message on standard error, from one rank,
-without a traceback unless `debug=true`.
+Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard
+error, from one rank, without a traceback unless `debug=true`.
 """
 
 import logging
@@ -18,6 +18,9 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from bridge.ranks import world_rank
 from configs.schema import register
 from mappings.errors import AmaxbridgeError, UsageError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -40,6 +43,8 @@ def run(name: str, command: Callable[[Any], None]) -> None:
         main()
     except SystemExit as stop:
         sys.exit(2 if stop.code == 1 and not started else stop.code)
+    except KeyboardInterrupt:  # before the command has started
+        sys.exit(INTERRUPTED)
 
 
 def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
@@ -53,15 +58,19 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         if config.debug:
             raise
         return _fail(error, error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written at the output", 130)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
     return 0
 
 
-def _fail(message: object, status: int) -> int:
-    """Says why on standard error. Errors of all ranks are the same by construction; one rank says it."""
+def _fail(error: BaseException, status: int, message: str = "") -> int:
+    """Says why on standard error, and what the error's notes add: what is kept for another run, say.
+
+    Errors of all ranks are the same by construction; one rank says it.
+    """
     if world_rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        lines = [f"error: {message or error}", *getattr(error, "__notes__", ())]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status
 
 

@@ -1,5 +1,8 @@
-"""What the commands print: tables for people."""
+"""What the commands print: tables for people, and JSON for programs."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -8,10 +11,29 @@ from rich.table import Table
 from bridge.save import ExportReport
 from configs.schema import ExportConfig
 from scripts.demo_check import Findings
+from scripts.plan_table import plan_json, plan_rows, plan_table
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
-    """One screen on what was exported, or would be."""
+    """What was exported on one screen, or for a dry run the plan; with `json`, in a file too."""
+    rows = plan_rows(report.sources, report.written, report.quantized)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.dry_run:
+        console.print(plan_table(rows))
+    console.print(_summary(report, options))
+    if options.json is not None:
+        plan = {
+            "output": options.output,
+            "scheme": report.scheme,
+            **plan_json(rows, report.layout),
+            "ignored": list(report.ignored),
+            "amax_filled": dict(report.filled),
+            "amax_divergent": {name: str(values) for name, values in report.state.divergent.items()},
+        }
+        Path(options.json).write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+
+
+def _summary(report: ExportReport, options: ExportConfig) -> Table:
     table = Table(title=f"{'plan for' if options.dry_run else 'exported'} {options.output}", title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
@@ -21,15 +43,16 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
         ("Megatron parameters", sum(len(bundle.parts) for bundle in report.bundles)),
         ("tensors", sum(len(shard.specs) for shard in shards)),
         ("files", len(shards)),
-        ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.specs.values())),
+        ("bytes before", sum(bundle.nbytes for bundle in report.bundles)),
         ("bytes after", report.layout.total_size),
         ("modules quantized", len(report.quantized)),
         ("linear modules left as they are", len(report.ignored)),
         ("amax collected", len(report.state.amax)),
+        ("amax that were missing and are filled", len(report.filled)),
         ("amax that differed between ranks", len(report.state.divergent)),
     ):
         table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
-    Console().print(table)
+    return table
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:
