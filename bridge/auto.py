@@ -75,10 +75,10 @@ class AutoBridge:
     ) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors that this rank owns, as it makes them: together the ranks yield each tensor once.
 
-        With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit, without
-        the disk: a serving engine can be given new weights after every step of a training. No more of the model is
-        held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by one, also
-        those of a family whose files pack them. `examples/refit.py` shows the use.
+        With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit,
+        without the disk: a serving engine can be given new weights after every step of a training. No more of the
+        model is held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by
+        one, also those of a family whose files pack them. `examples/refit.py` shows the use.
 
         Args:
             scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights as they are.

@@ -5,10 +5,10 @@ In one terminal what stands for the engine, in another the training, each for tw
     python examples/refit.py serve /tmp/refit 2
     torchrun --nproc-per-node 2 examples/refit.py train HF_DIR /tmp/refit OUT
 
-The training is that of a reinforcement-learning loop, without the learning: every step changes the weights. A rank sends
-the tensors that it owns as it makes them; together the ranks send every tensor once. They are those of the checkpoint
-that `save_hf_pretrained` writes at the end, bit for bit. The engine here puts them into a dict. A real one would load
-them into its modules, and between GPUs they would go by CUDA IPC or NCCL, not through a socket.
+The training is that of a reinforcement-learning loop, without the learning: every step changes the weights. A rank
+sends the tensors that it owns as it makes them; together the ranks send every tensor once. They are those of the
+checkpoint that `save_hf_pretrained` writes at the end, bit for bit. The engine here puts them into a dict. A real one
+would load them into its modules, and between GPUs they would go by CUDA IPC or NCCL, not through a socket.
 
 `export_hf_weights` is collective: a rank that waits for its engine holds up the others. So an engine must take from all
 ranks as they come, not from one after the other.

@@ -31,6 +31,7 @@ def export(options: ExportConfig) -> None:
             overwrite=options.io.overwrite,
             max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
+            quant_state=options.quant_state,
             progress=shown,
             record={"command": "export", "options": asdict(options)},
         )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from export.layout import DTYPE_NAMES, Layout
@@ -84,13 +85,13 @@ def plan_table(rows: Iterable[PlanRow]) -> Table:
     table.add_column("count", justify="right")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("read")
-    table.add_column("MB", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("written")
-    table.add_column("MB", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("scheme")
     for row in rows:
         shape = "×".join(map(str, row.shape))
-        before, after = (f"{nbytes / 1e6:,.1f}" for nbytes in (row.bytes_before, row.bytes_after))
+        before, after = (decimal(nbytes) if nbytes else "" for nbytes in (row.bytes_before, row.bytes_after))
         table.add_row(row.name, f"{row.count:,}", shape, row.read_as, before, row.written_as, after, row.scheme)
     return table
 
