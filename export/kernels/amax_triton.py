@@ -1,7 +1,6 @@
 """Maxima on a GPU: of a fused group in one launch a weight, and of the blocks of one weight."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -31,18 +30,18 @@ def tensor_amax(weights: Sequence[Tensor]) -> Tensor:
 
 
 @triton.jit
-def _tensor_amax(
-    values: Any, found: Any, size: Any, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr, TILE: tl.constexpr
-) -> None:
+def _tensor_amax(values, found, size, dtype: tl.constexpr, INTERPRETED: tl.constexpr, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     value = tl.load(values + at, mask=at < size, other=0.0)
-    amax = tl.reduce(tl.abs(widened(value, DTYPE)), 0, larger)
+    amax = tl.reduce(tl.abs(widened(value, dtype)), 0, larger)
     tl.atomic_max(found, amax.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
-def widened(value: Any, DTYPE: tl.constexpr) -> Any:
+def widened(value, dtype: tl.constexpr):
     """fp32 of values as they were read."""
-    if DTYPE == tl.bfloat16:
-        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return value.to(tl.float32)
+    if dtype == tl.bfloat16:
+        wide = (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide

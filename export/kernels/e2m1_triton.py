@@ -20,8 +20,6 @@ of a lane for four elements. Where they go:
 A thread takes a whole block of NVFP4: two reads of 16 bytes, a write of 8, no exchange with its neighbours.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +33,6 @@ from export.kernels.floats_triton import (
     on,
     options,
     report,
-    rounded,
     to_bf16,
     to_e4m3,
     words,
@@ -88,17 +85,17 @@ def quantize_nvfp4(
 def quantize_mxfp4(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes uint8 `[out, in/2]`, exponents uint8 `[out, in/32]` and a flag, as `quantize_nvfp4`."""
     codes, scales, bad = _outputs(weight, 32)
-    blocks, tile = scales.numel(), 64
+    blocks, threads = scales.numel(), 32 * _WARPS
     if blocks:
         with on(weight.device):
-            _mxfp4[(triton.cdiv(blocks, tile),)](
+            _mxfp4[(triton.cdiv(blocks, threads),)](
                 words(weight),
-                codes.view(-1).view(torch.int32),
+                codes.view(-1).view(torch.int64),
                 scales,
                 bad,
                 blocks,
                 MODELOPT=modelopt,
-                N=tile,
+                N=threads,
                 num_warps=_WARPS,
                 **options(weight),
             )
@@ -114,27 +111,27 @@ def _outputs(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def _nvfp4(
-    words: Any,
-    codes: Any,
-    scales: Any,
-    block_amax: Any,
-    bad: Any,
-    blocks: Any,
-    divisor_of_amax: Any,
-    factor_2: Any,
-    divisor: Any,
+    words,
+    codes,
+    scales,
+    block_amax,
+    bad,
+    blocks,
+    divisor_of_amax,
+    factor_2,
+    divisor,
     MODELOPT: tl.constexpr,
     STATIC: tl.constexpr,
     FAST: tl.constexpr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
     INTERPRETED: tl.constexpr,
     N: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = block < blocks
     at = (block * 8)[:, None] + tl.arange(0, 4)[None, :]
-    even, odd = halves(tl.load(words + at, mask=inside[:, None], other=0), DTYPE)
-    even_2, odd_2 = halves(tl.load(words + at + 4, mask=inside[:, None], other=0), DTYPE)
+    even, odd = halves(tl.load(words + at, mask=inside[:, None], other=0), dtype)
+    even_2, odd_2 = halves(tl.load(words + at + 4, mask=inside[:, None], other=0), dtype)
     amax = larger(amax_of(even, odd), amax_of(even_2, odd_2))
     report(bad, amax, inside)
 
@@ -147,9 +144,9 @@ def _nvfp4(
         code = to_e4m3(tl.clamp(tl.where(scale == 0.0, 1.0, scale), 0.001953125, 448.0), INTERPRETED)
     else:
         scale = tl.div_rn(amax, 6.0)
-        if DTYPE == tl.bfloat16:
+        if dtype == tl.bfloat16:
             scale = to_bf16(scale)
-        code = to_e4m3(tl.minimum(scale * divisor, 448.0), INTERPRETED)
+        code = to_e4m3(scale * divisor, INTERPRETED)
         code = tl.where(code == 0, 0x20, code).to(tl.uint8)  # 0.125
     tl.store(scales + block, code, mask=inside)
     step = from_e4m3(code) * factor_2 if MODELOPT else tl.div_rn(from_e4m3(code), divisor)
@@ -163,102 +160,115 @@ def _nvfp4(
     else:
         word = _eight_exactly(even, odd, step)
         word_2 = _eight_exactly(even_2, odd_2, step)
-    both = (word_2.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
-    tl.store(codes + block, both, mask=inside)
+    tl.store(codes + block, _pair(word, word_2), mask=inside)
 
 
 @triton.jit
 def _mxfp4(
-    words: Any,
-    codes: Any,
-    scales: Any,
-    bad: Any,
-    blocks: Any,
+    words,
+    codes,
+    scales,
+    bad,
+    blocks,
     MODELOPT: tl.constexpr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
     INTERPRETED: tl.constexpr,
     N: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = block < blocks
-    at = (block * 16)[:, None] + tl.arange(0, 16)[None, :]
-    even, odd = halves(tl.load(words + at, mask=inside[:, None], other=0), DTYPE)
-    amax = amax_of(even, odd)
+    at = words + (block * 16)[:, None] + tl.arange(0, 4)[None, :]
+    even, odd = halves(tl.load(at, mask=inside[:, None], other=0), dtype)
+    even_2, odd_2 = halves(tl.load(at + 4, mask=inside[:, None], other=0), dtype)
+    even_3, odd_3 = halves(tl.load(at + 8, mask=inside[:, None], other=0), dtype)
+    even_4, odd_4 = halves(tl.load(at + 12, mask=inside[:, None], other=0), dtype)
+    first_half = larger(amax_of(even, odd), amax_of(even_2, odd_2))
+    amax = larger(first_half, larger(amax_of(even_3, odd_3), amax_of(even_4, odd_4)))
     report(bad, amax, inside)
-    exponent = mx_exponent(amax, 6.0, 2, MODELOPT, DTYPE)
+    exponent = mx_exponent(amax, 6.0, 2, MODELOPT, dtype)
     tl.store(scales + block, exponent.to(tl.uint8), mask=inside)
 
-    # Dividing by a power of two is multiplying by another. A quotient that rounds to zero has no sign.
-    half = (power_of_two(254 - exponent) * 0.5)[:, None]
-    zero = power_of_two(exponent)[:, None]
-    if MODELOPT or DTYPE == tl.float32:
+    half = power_of_two(254 - exponent) * 0.5
+    zero = power_of_two(exponent)  # times the largest that rounds to zero
+    if MODELOPT or dtype == tl.float32:
         zero = zero * 2.0**-75 * 2.0**-75
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         zero = zero * 2.0**-67 * 2.0**-67
     else:
         zero = zero * 2.0**-25
-    even_codes = _code(tl.abs(even) * half, even < -zero)
-    odd_codes = _code(tl.abs(odd) * half, odd < -zero)
-    byte = tl.reshape(even_codes | (odd_codes << 4), (N * 4, 4))
-    word = tl.sum(byte << (8 * tl.arange(0, 4))[None, :], axis=1)
-    first = tl.program_id(0).to(tl.int64) * (N * 4) + tl.arange(0, N * 4)
-    tl.store(codes + first, word, mask=first < blocks * 4)
+    first = _pair(_eight_by_powers(even, odd, half, zero), _eight_by_powers(even_2, odd_2, half, zero))
+    second = _pair(_eight_by_powers(even_3, odd_3, half, zero), _eight_by_powers(even_4, odd_4, half, zero))
+    tl.store(codes + block * 2, first, mask=inside)
+    tl.store(codes + block * 2 + 1, second, mask=inside)
 
 
 @triton.jit
-def mx_exponent(amax: Any, LARGEST: tl.constexpr, FLOOR: tl.constexpr, MODELOPT: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+def mx_exponent(amax, LARGEST: tl.constexpr, FLOOR: tl.constexpr, MODELOPT: tl.constexpr, dtype: tl.constexpr):
     """The biased exponent, int32, of blocks with this amax; `FLOOR` is the binary logarithm of `LARGEST`, rounded down.
 
     As `mx._exponents` and `mx._scales`, in fp32 bits: of a bf16 they are its own.
     """
     if MODELOPT:  # the next power of two; 2^-127 is subnormal
         bits = tl.div_rn(amax, LARGEST).to(tl.int32, bitcast=True)
-        fraction = bits & 0x7FFFFF
-        return tl.minimum((bits >> 23) + (fraction > tl.where(bits < 0x800000, 0x400000, 0)).to(tl.int32), 254)
-    power = (amax.to(tl.int32, bitcast=True) + 0x200000) >> 23  # up from 1.75
-    if DTYPE == tl.float16:  # whose subnormals are numbers like others in fp32, and count as zero; up from 1.5 here
-        power = tl.where(amax < 0.00006103515625, tl.where(amax < 0.0000457763671875, 0, 113), power)
-    exponent = tl.where(power == 0, 0, tl.minimum(tl.maximum(power - FLOOR, 0), 254))
-    if DTYPE == tl.float16:  # a step below 2^-24 is zero in fp16, which compressed-tensors replaces by 1
-        exponent = tl.where(exponent < 127 - 24, 127, exponent)
+        beyond = (bits & 0x7FFFFF) > tl.where(bits < 0x800000, 0x400000, 0)
+        exponent = tl.minimum((bits >> 23) + beyond.to(tl.int32), 254)
+    else:
+        power = (amax.to(tl.int32, bitcast=True) + 0x200000) >> 23  # up from 1.75
+        if dtype == tl.float16:  # whose subnormals, not those of fp32, count as zero, but for those rounded up
+            power = tl.where(amax < 0.00006103515625, tl.where(amax < 0.0000457763671875, 0, 113), power)
+        exponent = tl.where(power == 0, 0, tl.minimum(tl.maximum(power - FLOOR, 0), 254))
+        if dtype == tl.float16:  # a step below 2^-24 is zero in fp16, which compressed-tensors replaces by 1
+            exponent = tl.where(exponent < 127 - 24, 127, exponent)
     return exponent
 
 
 @triton.jit
-def power_of_two(exponent: Any) -> Any:
+def power_of_two(exponent):
     """fp32 of a biased exponent; 0 is 2^-127, which is subnormal."""
     return tl.where(exponent == 0, 0x400000, exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _half(value: Any, high: Any, low: Any) -> Any:
+def _half(value, high, low):
     """Half the quotient's magnitude by a reciprocal in two parts."""
     magnitude = tl.abs(value)
     return tl.fma(magnitude, high[:, None], magnitude * low[:, None])
 
 
 @triton.jit
-def _eight_exactly(even: Any, odd: Any, step: Any) -> Any:
+def _eight_exactly(even, odd, step):
     """As `_eight`, by an IEEE division. A quotient that rounds to zero has no sign."""
     even, odd = tl.div_rn(even, step[:, None]), tl.div_rn(odd, step[:, None])
     return _eight(tl.abs(even) * 0.5, even < 0, tl.abs(odd) * 0.5, odd < 0)
 
 
 @triton.jit
-def _eight(even: Any, even_negative: Any, odd: Any, odd_negative: Any) -> Any:
+def _eight_by_powers(even, odd, half, zero):
+    """As `_eight`: dividing by a power of two is multiplying by another; up to `zero` a quotient rounds to zero."""
+    half, zero = half[:, None], zero[:, None]
+    return _eight(tl.abs(even) * half, even < -zero, tl.abs(odd) * half, odd < -zero)
+
+
+@triton.jit
+def _pair(low, high):
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _eight(even, even_negative, odd, odd_negative):
     """Four even and four odd columns as eight nibbles of an int32."""
-    byte = _code(even, even_negative) | (_code(odd, odd_negative) << 4)
+    byte = _code(even, even_negative) + (_code(odd, odd_negative) << 4)
     return tl.sum(byte << (8 * tl.arange(0, 4))[None, :], axis=1)
 
 
 @triton.jit
-def _code(half: Any, negative: Any) -> Any:
+def _code(half, negative):
     """E2M1 codes, int32, of half the quotients' magnitudes and whether they are negative.
 
     The floats that are added have steps of 1/4, 1/2 and 1; the bits of their sum, less their own, count the steps.
     """
-    low = tl.minimum(half, 1.0) + 2097152.0
+    low = tl.clamp(half, 0.0, 1.0) + tl.where(negative, 2097154.0, 2097152.0)  # eight steps more: the sign
     middle = tl.clamp(half - 1.0, 0.0, 1.0) + 4194304.0
     high = tl.clamp(half - 2.0, 0.0, 1.0) + 8388608.0
     steps = low.to(tl.int32, bitcast=True) + middle.to(tl.int32, bitcast=True) + high.to(tl.int32, bitcast=True)
-    return steps + 0x20800000 + tl.where(negative, 8, 0)
+    return steps + 0x20800000

@@ -30,7 +30,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def options(weight: Tensor) -> dict[str, Any]:
     """Arguments of every kernel that reads this weight."""
     return {
-        "DTYPE": _DTYPES[weight.dtype],
+        "dtype": _DTYPES[weight.dtype],
         "INTERPRETED": bool(triton.knobs.runtime.interpret),
         "enable_fp_fusion": False,
     }
@@ -48,67 +48,68 @@ def words(weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def halves(word: Any, DTYPE: tl.constexpr) -> Any:
+def halves(word, dtype: tl.constexpr):
     """The two values of words, as fp32: the even column, the odd one."""
-    if DTYPE == tl.bfloat16:
-        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-    if DTYPE == tl.float16:
-        even, odd = word.to(tl.int16), (word >> 16).to(tl.int16)
-        return even.to(tl.float16, bitcast=True).to(tl.float32), odd.to(tl.float16, bitcast=True).to(tl.float32)
-    return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    if dtype == tl.bfloat16:
+        even, odd = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        even = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        even = word.to(tl.int32).to(tl.float32, bitcast=True)
+        odd = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return even, odd
 
 
 @triton.jit
-def larger(one: Any, other: Any) -> Any:
+def larger(one, other):
     """The maximum, or NaN if either is one."""
     return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def amax_of(even: Any, odd: Any) -> Any:
+def amax_of(even, odd):
     """The largest magnitude along the second axis; NaN if there is one."""
     return tl.reduce(larger(tl.abs(even), tl.abs(odd)), 1, larger)
 
 
 @triton.jit
-def report(bad: Any, amax: Any, inside: Any) -> None:
+def report(bad, amax, inside):
     """Sets the flag if an amax is NaN or Inf. Nothing is written otherwise."""
     tl.store(bad + tl.zeros_like(inside).to(tl.int32), 1, mask=inside & ~(amax < _INFINITY))
 
 
 @triton.jit
-def to_bf16(value: Any) -> Any:
+def to_bf16(value):
     """fp32 rounded to bf16, ties to even; not for NaN."""
     bits = value.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def rounded(value: Any, DTYPE: tl.constexpr) -> Any:
+def rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """fp32 rounded to the dtype of the weight, as fp32."""
-    if DTYPE == tl.bfloat16:
-        return to_bf16(value)
-    if DTYPE == tl.float16:
-        return value.to(tl.float16).to(tl.float32)
-    return value
+    return to_bf16(value) if dtype == tl.bfloat16 and INTERPRETED else value.to(dtype).to(tl.float32)
 
 
 @triton.jit
-def to_e4m3(value: Any, INTERPRETED: tl.constexpr) -> Any:
-    """The E4M3 of an fp32 from -448 to 448, nearest, ties to even; a zero keeps its sign. As bits, uint8."""
-    if not INTERPRETED:
-        return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    in_steps = magnitude.to(tl.float32, bitcast=True) + 16384.0  # whose own step is 2^-9
-    subnormal = in_steps.to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, subnormal, normal)  # below 2^-6
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+def to_e4m3(value, INTERPRETED: tl.constexpr):
+    """The E4M3 of an fp32, nearest, ties to even, saturating at 448; a zero keeps its sign. As bits, uint8."""
+    if INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+        in_steps = magnitude.to(tl.float32, bitcast=True) + 16384.0  # whose own step is 2^-9
+        subnormal = in_steps.to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(magnitude < 0x3C800000, subnormal, normal)  # below 2^-6
+        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        code = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return code
 
 
 @triton.jit
-def from_e4m3(code: Any) -> Any:
+def from_e4m3(code):
     """The fp32 of a positive E4M3, given as bits. Both ranges as integers: the hardware converts by way of fp16."""
     code = code.to(tl.int32)
     normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
