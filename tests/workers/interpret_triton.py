@@ -31,15 +31,17 @@ MODELOPT = Arithmetic.MODELOPT
 
 
 def main() -> None:
-    hard = torch.cat([make().flatten() for make in WEIGHTS.values()]).view(-1, 32)
+    hard = torch.cat(
+        [make().flatten()[: 2048 if kind == "block scale ties" else 512] for kind, make in WEIGHTS.items()]
+    )
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        weight = hard.to(dtype)
+        weight = hard.view(4, -1).to(dtype)
         check_amax(weight)
         for arithmetic in Arithmetic:
             check_nvfp4(weight, arithmetic, nvfp4.tensor_amax([weight], arithmetic=arithmetic) * 0.01)
             check_mx(weight, arithmetic)
         check_nvfp4(weight, MODELOPT, torch.tensor(0.3), weight.float().abs().unflatten(1, (-1, 16)).amax(-1) * 1.3)
-        for blocks in (Blocks(), Blocks(None, None), Blocks(7, 16)):
+        for blocks in (Blocks(), Blocks(None, None), Blocks(3, 384)):
             check_fp8(weight, blocks)
 
 
