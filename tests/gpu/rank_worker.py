@@ -56,11 +56,10 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
         ranks.received = 0
         taken = seconds(lambda: bridge.save_hf_pretrained(model, out / "nvfp4"))
         received, ranks.received = ranks.received, 0
-        kind = "MoE" if bridge.hf.config.get("num_experts") else "dense"
-        everything = SimpleNamespace(
-            config=SimpleNamespace(**vars(model.config), vocab_size=bridge.hf.config["vocab_size"])
-        )
-        naive_taken = seconds(lambda: naive(ranks, everything, kind, parameters))
+        kind = "MoE" if model.config.num_moe_experts else "dense"
+        config = SimpleNamespace(**vars(model.config), vocab_size=bridge.hf.config["vocab_size"])
+        sized = SimpleNamespace(config=config)
+        naive_taken = seconds(lambda: naive(ranks, sized, kind, parameters))
         shards = sum(tensor.nbytes for tensor in parameters.values())
         figures = Figures(str(device), shards, taken, received, naive_taken, ranks.received)
         (out / f"figures_{world_rank()}.json").write_text(json.dumps(asdict(figures)))

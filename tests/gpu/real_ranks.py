@@ -64,12 +64,7 @@ def make_model(directory: Path, experts: int, *, tiny: bool) -> None:
     }
     torch.manual_seed(7)
     if experts:
-        moe = {
-            "num_experts": experts,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": hidden,
-            "norm_topk_prob": True,
-        }
+        moe = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2}
         model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **moe))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes))
@@ -94,7 +89,7 @@ def launch(work: Path, run: str, sizes: dict[str, int], *, gpu: bool) -> None:
 def print_figures(name: str, out: Path) -> None:
     for rank in range(2):
         figures = json.loads((out / f"figures_{rank}.json").read_text())
-        sizes = " | ".join(f"{figures[key] / MIB:.0f} MiB" for key in ("shards", "received", "naive_received"))
+        sizes = " | ".join(f"{figures[key] / MIB:.1f} MiB" for key in ("shards", "received", "naive_received"))
         times = " | ".join(f"{figures[key]:.2f}" for key in ("seconds", "naive_seconds"))
         print(f"| {name} | {figures['device']} | {rank} | {sizes} | {times} |", flush=True)
 
