@@ -27,8 +27,10 @@ def export(options: ExportConfig) -> None:
     from bridge.mesh_plan import plan_on_mesh
     from bridge.ranks import world, world_rank
     from bridge.save import SaveOptions
+    from scripts.mesh_tables import mesh_table
+    from scripts.progress import progress
     from scripts.recipes import recipe_of
-    from scripts.tables import export_table, mesh_table
+    from scripts.tables import export_table
 
     if options.checkpoint is None and not options.dry_run:
         raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
@@ -39,12 +41,15 @@ def export(options: ExportConfig) -> None:
         "overwrite": options.io.overwrite,
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
         "dry_run": options.dry_run,
+        "quant_state": options.quant_state,
+        "record": {"command": "export", "options": asdict(options)},
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))
         mesh_table(plan_on_mesh(hf, mesh, Path(options.output), **how), options)
         return
-    with world() as ranks:
+    with world() as ranks, progress(f"exporting to {options.output}") as shown:
+        how["progress"] = shown
         report = AutoBridge(hf, ranks).convert_checkpoint(options.checkpoint, options.output, **how)
     if world_rank() == 0:
         export_table(report, options)

@@ -1,120 +1,78 @@
-"""What the commands print: tables for people."""
+"""What the commands print: tables for people, and JSON for programs."""
 
-from typing import TYPE_CHECKING, Any
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bridge.mesh_plan import ImportPlan, MeshPlan
 from bridge.save import ExportReport
-from configs.schema import ExportConfig, ImportConfig, QuantizeConfig
+from configs.schema import ExportConfig, QuantizeConfig
 from export.model_free import ModelFreeReport
 from mappings.errors import listing
 from scripts.demo_check import Findings
-
-if TYPE_CHECKING:
-    from bridge.import_hf import ImportReport  # which imports Megatron
+from scripts.plan_table import plan_json, plan_rows, plan_table
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
-    """One screen on what was exported, or would be."""
-    table = Table(title=f"{'plan for' if options.dry_run else 'exported'} {options.output}", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for what, value in (
-        *_export_rows(report),
-        ("amax collected", len(report.state.amax)),
-        ("amax that differed between ranks", len(report.state.divergent)),
-    ):
-        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
-    Console().print(table)
-
-
-def _export_rows(report: ExportReport) -> list[tuple[str, int | str]]:
-    shards = report.layout.shards
-    return [
-        ("scheme", report.scheme),
-        ("Megatron parameters", sum(len(bundle.parts) for bundle in report.bundles)),
-        ("fused groups", len(report.bundles)),
-        ("tensors", sum(len(shard.specs) for shard in shards)),
-        ("files", len(shards)),
-        ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.specs.values())),
-        ("bytes after", report.layout.total_size),
-        ("modules quantized", len(report.quantized)),
-        ("linear modules left as they are", len(report.ignored)),
-    ]
-
-
-def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
-    """One screen on an export from a mesh that was only supposed: all of it, and what falls to the ranks."""
-    mesh = plan.mesh
-    sizes = f"TP={mesh.tp} PP={mesh.pp} EP={mesh.ep} ETP={mesh.etp} DP={mesh.dp}"
-    table = Table(title=f"plan for {options.output} from {mesh.world:,} ranks, {sizes}", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for what, value in (*_export_rows(plan.export), ("amax that the checkpoint must have", len(plan.needed_amax))):
-        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
-    ranks = Table(title="of each rank", title_justify="left")
-    for column in ("what", "least", "mean", "most"):
-        ranks.add_column(column, justify="left" if column == "what" else "right")
-    for what, name in (
-        ("bytes of the model that it holds", "held"),
-        ("fused groups that it writes", "bundles"),
-        ("bytes received", "received"),
-        ("bytes written", "written"),
-        ("peak memory on top, bytes", "peak"),
-    ):
-        values = [getattr(share, name) for share in plan.shares]
-        ranks.add_row(what, *(f"{value:,.0f}" for value in (min(values), sum(values) / len(values), max(values))))
-    Console().print(table, ranks)
-
-
-def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
-    """What an import would make."""
-    table = Table(title=f"plan for {options.output} by {plan.mesh.world:,} ranks", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for what, value in (
-        *((f"modules quantized as {scheme}", count) for scheme, count in plan.schemes.items()),
-        ("bytes that a rank holds, least", min(plan.held)),
-        ("bytes that a rank holds, most", max(plan.held)),
-    ):
-        table.add_row(what, f"{value:,}")
-    Console().print(table)
-
-
-def import_table(report: "ImportReport", options: ImportConfig) -> None:
-    """One screen on what was imported."""
-    table = Table(title=f"imported to {options.output}", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for what, value in (
-        *((f"modules quantized as {scheme}", count) for scheme, count in report.schemes.items()),
-        ("quantized modules without a quantizer", len(report.left)),
-        ("weights whose bytes will not all come back", len(report.changed)),
-    ):
-        table.add_row(what, f"{value:,}")
-    Console().print(table)
+    """What was exported on one screen, or for a dry run the plan; with `json`, in a file too."""
+    _show_plan(report, report.ignored, options)
+    rows: dict[str, int | str] = {
+        "scheme": report.scheme,
+        "Megatron parameters": sum(len(bundle.parts) for bundle in report.bundles),
+        "tensors": len(report.layout.places),
+        "files": len(report.layout.shards),
+        "bytes before": sum(bundle.nbytes for bundle in report.bundles),
+        "bytes after": report.layout.total_size,
+        "modules quantized": len(report.quantized),
+        "linear modules left as they are": len(report.ignored),
+        "amax collected": len(report.state.amax),
+        "amax filled": len(report.filled),
+        "amax that differed between ranks": len(report.state.divergent),
+    }
+    Console().print(two_columns(f"{'plan for' if options.dry_run else 'exported'} {options.output}", rows))
 
 
 def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
-    """One screen on what was quantized, or would be."""
-    table = Table(title=f"{'plan for' if options.dry_run else 'quantized'} {options.output}", title_justify="left")
+    """What was quantized on one screen, or for a dry run the plan; with `json`, in a file too."""
+    _show_plan(report, report.left, options)
+    rows = {
+        "tensors": len(report.layout.places),
+        "files": len(report.layout.shards),
+        "bytes before": report.source_bytes,
+        "bytes after": report.layout.total_size,
+        "modules quantized": len(report.quantized),
+        "2-D weights left as they are": len(report.left),
+        "amax filled": len(report.filled),
+        "bundles left by an interrupted run": report.resumed,
+    }
+    Console().print(two_columns(f"{'plan for' if options.dry_run else 'quantized'} {options.output}", rows))
+    print(f"left as they are:{listing(report.left)}")
+
+
+def two_columns(title: str, rows: Mapping[str, int] | Mapping[str, int | str]) -> Table:
+    """What, and how much."""
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
-    for what, value in (
-        ("tensors", len(report.layout.places)),
-        ("files", len(report.layout.shards)),
-        ("bytes before", report.source_bytes),
-        ("bytes after", report.layout.total_size),
-        ("modules quantized", len(report.quantized)),
-        ("2-D weights left as they are", len(report.left)),
-        ("amax filled", len(report.filled)),
-        ("bundles left by an interrupted run", report.resumed),
-    ):
-        table.add_row(what, f"{value:,}")
-    Console().print(table)
-    print(f"left as they are:{listing(report.left)}")
+    for what, value in rows.items():
+        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
+    return table
+
+
+def _show_plan(
+    report: ExportReport | ModelFreeReport, left: Sequence[str], options: ExportConfig | QuantizeConfig
+) -> None:
+    rows = plan_rows(report.sources, report.written, report.quantized)
+    if options.dry_run:  # wide where it goes to a file, or names would be folded
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(rows))
+    if options.json is not None:
+        plan = {"output": options.output, **plan_json(rows, report.layout)}
+        plan |= {"left_as_they_are": list(left), "amax_filled": dict(report.filled)}
+        Path(options.json).write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:
