@@ -200,10 +200,7 @@ class _Planner:
         return Part(mapping, shard, tensors)
 
     def _join(self, mapping: MegatronParamMapping, shard: TensorSpec, count: int) -> dict[str, TensorSpec]:
-        """What a mapping joins from equal shards: computed once for all layers and experts, which are alike.
-
-        A quantizer's mapping with its name on the wrong module would join to other targets, so those count too.
-        """
+        """What a mapping joins from equal shards: computed once for all layers and experts, which are alike."""
         kind = type(mapping), kind_of(mapping.megatron_param), *map(kind_of, mapping.targets), shard, count
         if kind not in self._joined:
             joined = mapping.join([shard.meta()] * count, self._config)

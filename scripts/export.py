@@ -13,7 +13,6 @@ if __name__ == "__main__":  # the checkout in place of scripts/, where this file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.schema import ExportConfig
-from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 from scripts import cli
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def export(options: ExportConfig) -> None:
     from bridge.mesh_plan import plan_on_mesh
     from bridge.ranks import world, world_rank
     from bridge.save import SaveOptions
+    from mappings.errors import UsageError
     from scripts.mesh_tables import mesh_table
     from scripts.progress import progress
     from scripts.recipes import recipe_of
@@ -59,6 +59,7 @@ def _described_model(options: ExportConfig) -> "HFModel":
     """The model of `hf`; where that has no config.json, the error says what the checkpoint itself tells."""
     from bridge.described import identify
     from bridge.hf_config import read_hf_model
+    from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 
     try:
         if options.hf is None:

@@ -1,5 +1,7 @@
 """What commands print of a Megatron mesh: dry runs, and imports."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -39,6 +41,9 @@ def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
     rows = {f"modules quantized as {scheme}": count for scheme, count in plan.schemes.items()}
     rows |= {"bytes that a rank holds, least": min(plan.held), "bytes that a rank holds, most": max(plan.held)}
     Console().print(two_columns(f"plan for {options.output} by {plan.mesh.world:,} ranks", rows))
+    if options.json is not None:
+        found = {"output": options.output, "schemes": dict(plan.schemes), "bytes_of_ranks": list(plan.held)}
+        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def import_table(report: "ImportReport", options: ImportConfig) -> None:
