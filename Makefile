@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-gpu parity lint golden peer bench-traffic bench-kernels clean
+.PHONY: setup demo test test-faults test-peer test-gpu parity lint golden peer bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -25,6 +25,14 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# A run that is killed at a hundred moments, and taken up.
+test-faults: setup
+	KILLS=100 $(BIN)/python -m pytest tests/test_faults.py
+
+# Whole checkpoints against llm-compressor's own model_free_ptq, byte for byte.
+test-peer: peer
+	$(BIN)/python -m pytest --override-ini addopts=-q tests/peer
+
 # On a machine with CUDA.
 test-gpu: setup
 	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
@@ -40,6 +48,10 @@ bench-traffic: setup
 # How fast one core quantizes, beside llm-compressor: the table of benchmarks/README.md.
 bench-kernels: peer
 	PYTHONPATH=. $(BIN)/python benchmarks/kernels.py --peer $(PEER)/bin/python
+
+# From directory to directory, beside llm-compressor and beside the disk.
+bench: peer
+	$(BIN)/python benchmarks/model_free.py --peer $(PEER)/bin/python
 
 lint: setup
 	$(BIN)/ruff check .

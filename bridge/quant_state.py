@@ -25,7 +25,8 @@ from mappings.ranks import Axis, Ranks
 from mappings.registry import MappingRegistry
 
 _NO_VALUE = float("-inf")
-_BUFFERS = ("_amax", "_global_amax", "_pre_quant_scale")
+_GLOBAL = "_global_amax"
+_BUFFERS = ("_amax", _GLOBAL, "_pre_quant_scale")
 _CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
 _FORMATS: dict[Any, str] = {  # num_bits, axis, columns and rows of a block, scale_bits
     ((2, 1), None, 16, None, (4, 3)): "nvfp4",
@@ -45,6 +46,7 @@ class _Local(NamedTuple):
     values: dict[str, float]  # per-tensor; minus infinity where a static quantizer was never calibrated
     formats: dict[str, str]  # by module, or quantizer of the key-value cache
     unmapped: list[str]
+    of_parts: set[str]  # names whose value is the largest of what follows a weight: ranks differ as their shards do
 
 
 def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
@@ -80,16 +82,21 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
     names = sorted({name for report in reports for name in report.values}, key=natural_key)
     least, greatest = _reduce(names, local.values, ranks)
     known = [name for name in names if greatest[name] != _NO_VALUE]
+    whole = set(known).difference(*(report.of_parts for report in reports))
     return QuantState(
         amax={name: torch.tensor(greatest[name]) for name in known},
         formats={module: found for report in reports for module, found in report.formats.items()},
         missing=frozenset(names) - frozenset(known),
-        divergent={name: Divergence(least[name], greatest[name]) for name in known if least[name] != greatest[name]},
+        divergent={
+            name: Divergence(least[name], greatest[name])
+            for name in known
+            if name in whole and least[name] != greatest[name]
+        },
     )
 
 
 def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> _Local:
-    local = _Local({}, {}, [])
+    local = _Local({}, {}, [], set())
     for quantizer in quantizers:
         mapping = quantizer_mapping(quantizer, registry)
         if mapping is None:
@@ -101,7 +108,10 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
             elif target.endswith(_CACHE_QUANTIZERS):
                 local.formats[target.removesuffix("._amax")] = format_name(quantizer.module)
         for buffer, value in _scalars(quantizer):
-            local.values.update((target.removesuffix("_amax") + buffer, value) for target in mapping.targets)
+            names = [target.removesuffix("_amax") + buffer for target in mapping.targets]
+            local.values.update(dict.fromkeys(names, value))
+            if buffer == _GLOBAL and _GLOBAL not in dict(_buffers(quantizer)):
+                local.of_parts.update(names)
     return local
 
 
@@ -126,8 +136,8 @@ def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
     for buffer, tensor in found.items():
         if tensor.numel() == 1:
             yield buffer, _not_nan(float(tensor))
-        elif buffer == "_amax" and "_global_amax" not in found:
-            yield "_global_amax", _not_nan(float(tensor.max()))
+        elif buffer == "_amax" and _GLOBAL not in found:
+            yield _GLOBAL, _not_nan(float(tensor.max()))
 
 
 def _not_nan(value: float) -> float:

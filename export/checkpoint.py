@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
-from export.metadata import INDEX_FILE
+from export.metadata import INDEX_FILE, QUANT_STATE_FILE
 from export.packed_experts import packed_source
 from export.safetensors_file import SafetensorsFile, StoredTensor
 from mappings.errors import CheckpointError, listing
@@ -44,7 +44,7 @@ class SafetensorsCheckpoint:
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
             return weight_map
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        files = self._files_of_weights()
         if len(files) != 1:
             raise CheckpointError(
                 f"{self.directory} has {len(files)} safetensors files and no {INDEX_FILE}: "
@@ -59,7 +59,7 @@ class SafetensorsCheckpoint:
         Raises:
             CheckpointError: index and files disagree, or a tensor stands in two files; all such are named.
         """
-        names = sorted({*self.weight_map.values(), *(path.name for path in self.directory.glob("*.safetensors"))})
+        names = sorted({*self.weight_map.values(), *self._files_of_weights()})
         found = [(name, file, stored) for file in names for name, stored in self.file(file).tensors.items()]
         tensors = {name: stored for name, file, stored in found if self.weight_map.get(name) == file}
         problems = [f"{name}: in {file}, not in the index" for name, file, _ in found if name not in self.weight_map]
@@ -101,6 +101,9 @@ class SafetensorsCheckpoint:
             if scales is not None:
                 return source.cut_mxfp4(blocks.row(source.expert).read(), scales.row(source.expert).read())
         raise CheckpointError(f"{self.directory} has no tensor {name}")
+
+    def _files_of_weights(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("*.safetensors") if path.name != QUANT_STATE_FILE)
 
     def _find(self, name: str) -> StoredTensor | None:
         file = self.weight_map.get(name)

@@ -82,7 +82,8 @@ class Finalizer:
             if state is not None:
                 self._take(recipe, state, specs, missing)
         self.outputs = self._plan(tensors)
-        self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(EMBEDDINGS)]
+        self.left = [module for module in linears if module not in self._schemes]
+        self.ignore = [module for module in self.left if not module.endswith(EMBEDDINGS)]
 
     @property
     def output_specs(self) -> dict[str, TensorSpec]:
@@ -93,6 +94,11 @@ class Finalizer:
     def quantized(self) -> list[str]:
         """The modules that are quantized, in the order of the model."""
         return list(self._schemes)
+
+    @property
+    def scheme_names(self) -> dict[str, str]:
+        """Quantized module → the name of its scheme."""
+        return {module: scheme.name for module, scheme in self._schemes.items()}
 
     @property
     def quantization_config(self) -> dict[str, object] | None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -53,6 +54,25 @@ class Shard:
         """Size of the whole file."""
         return len(self.header) + sum(spec.nbytes for spec in self.specs.values())
 
+    @classmethod
+    def of(cls, file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> Self:
+        """The file of some tensors, with `metadata` in its header."""
+        ordered = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))  # stable: natural order inside
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        begins, end = {}, 0
+        for name, spec in ordered.items():
+            begins[name] = end
+            end += spec.nbytes
+            entries[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begins[name], end],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return cls(file_name, ordered, header, {name: len(header) + begin for name, begin in begins.items()})
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -68,7 +88,7 @@ class Layout:
     @classmethod
     def of(cls, files: Mapping[str, Mapping[str, TensorSpec]]) -> "Layout":
         """The layout of given files: file name → the tensors in it."""
-        return cls(tuple(_shard(name, specs) for name, specs in files.items()))
+        return cls(tuple(Shard.of(name, specs) for name, specs in files.items()))
 
     @cached_property
     def places(self) -> dict[str, tuple[Shard, int]]:
@@ -97,21 +117,3 @@ def plan_layout(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
         return Layout.of({SINGLE_FILE: batches[0]})
     names = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
     return Layout.of(dict(zip(names, batches, strict=True)))
-
-
-def _shard(file_name: str, specs: Mapping[str, TensorSpec]) -> Shard:
-    ordered = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))  # stable: natural order inside
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins, end = {}, 0
-    for name, spec in ordered.items():
-        begins[name] = end
-        end += spec.nbytes
-        entries[name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [begins[name], end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return Shard(file_name, ordered, header, {name: len(header) + begin for name, begin in begins.items()})

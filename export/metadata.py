@@ -11,6 +11,7 @@ from export.schemes.scheme import Scheme, arguments
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+QUANT_STATE_FILE = "quant_state.safetensors"
 
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -68,9 +69,13 @@ def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     return list(targets)
 
 
-def index_json(layout: Layout) -> bytes | None:
-    """The safetensors index, or None for the single file that needs none."""
-    if [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
+def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
+    """The safetensors index, or None for the single file that needs none.
+
+    Args:
+        alone: whether no other safetensors file lies beside the shards. Without an index, vLLM and SGLang load all.
+    """
+    if alone and [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
         return None
     return _json({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
 

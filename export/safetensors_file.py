@@ -92,6 +92,7 @@ class SafetensorsFile:
 
     path: Path
     tensors: dict[str, StoredTensor] = field(init=False)
+    metadata: dict[str, str] = field(init=False)
     _file: int = field(init=False)
     _map: mmap.mmap = field(init=False)
 
@@ -144,7 +145,7 @@ class SafetensorsFile:
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
         entries = json.loads(os.pread(self._file, length, 8))
-        entries.pop("__metadata__", None)
+        self.metadata = entries.pop("__metadata__", None) or {}
         begin, tensors = 8 + length, {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]

@@ -4,14 +4,19 @@ The oracle is the Hugging Face weight itself: the amax of a row of q_proj is the
 Megatron interleaved and sharded it.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import WORKERS, Launcher, tensors_in
 from torch import Tensor
+from weights import same_bytes
 
+from export.metadata import QUANT_STATE_FILE
+from export.model_free import model_free_ptq
 from export.quant_state import QuantState
+from export.quant_state_file import read_quant_state
 from mappings.amax import PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 
 
@@ -95,6 +100,29 @@ def test_state_goes_back_into_megatron_and_out_again(collected: dict[int, Path],
     for path in static.iterdir():
         assert (mirrored / path.name).read_bytes() == path.read_bytes(), path.name
         assert (collected[1] / "static" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_state_beside_plain_weights_is_all_that_a_later_run_needs(
+    collected: dict[int, Path], tmp_path: Path, tp: int
+) -> None:
+    """bf16 and quant_state.safetensors, quantized without Megatron: the bytes of the export from Megatron."""
+    plain, static = collected[tp] / "plain", collected[tp] / "static"
+    config = json.loads((plain / "config.json").read_text())
+    saved = read_quant_state(plain / QUANT_STATE_FILE, config, tensors_in(plain))
+    assert saved.amax.keys() == state(collected[tp], "nvfp4_static").keys()
+    assert all(torch.equal(saved.amax[name], amax) for name, amax in state(collected[tp], "nvfp4_static").items())
+    model_free_ptq(plain, tmp_path / "out", "nvfp4", quant_state=saved)
+    expected, found = tensors_in(static), tensors_in(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(same_bytes(found[name], tensor) for name, tensor in expected.items())
+    for name in (QUANT_STATE_FILE, "model.safetensors", "model.safetensors.index.json"):  # whatever the ranks
+        assert (plain / name).read_bytes() == (collected[1] / "plain" / name).read_bytes(), name
+
+
+def test_state_is_not_kept_beside_weights_that_it_would_not_fit(collected: dict[int, Path]) -> None:
+    assert "14 input scales are folded into" in (collected[2] / "refused.txt").read_text()
+    assert not (collected[2] / "refused").exists()
 
 
 def test_the_largest_block_stands_for_the_tensor() -> None:

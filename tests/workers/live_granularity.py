@@ -23,6 +23,7 @@ from model import forward  # noqa: E402
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
+from mappings.errors import UsageError  # noqa: E402
 
 
 def static_blocks(model: Any) -> None:
@@ -65,8 +66,13 @@ def main(hf: Path, out: Path, tp: int) -> None:
             print(case, "quantizers", enabled, "values", len(state.amax), "missing", sorted(state.missing)[:4])
             if case == "smoothquant":
                 bridge.save_hf_pretrained(model, out / "folded", scheme="none")
+                try:
+                    bridge.save_hf_pretrained(model, out / "refused", scheme="none", quant_state=True)
+                except UsageError as error:
+                    (out / "refused.txt").write_text(str(error))
             if case == "nvfp4_static":
                 bridge.save_hf_pretrained(model, out / "static")
+                bridge.save_hf_pretrained(model, out / "plain", scheme="none", quant_state=True)
                 mirrored = megatron.build_model(bridge.hf)
                 bridge.load_hf_weights(mirrored)
                 quantize(mirrored)
