@@ -30,12 +30,14 @@ _WORKERS_OF_A_GPU = 8
 
 
 class Worker:
-    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer."""
+    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer, with its like there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.memory = torch.empty(_MEMORY if self.stream else 0, dtype=torch.uint8, pin_memory=self.stream is not None)
+        size = _MEMORY if self.stream else 0
+        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+        self._there = torch.empty(size, dtype=torch.uint8, device=device)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
         """The tensors of a bundle; weights that are quantized come to the worker's device."""
@@ -45,14 +47,18 @@ class Worker:
         if sum(_aligned(rows.spec.nbytes) for rows in stored.values()) <= len(self.memory):
             at = 0
             for name, rows in stored.items():
-                held[name] = WholeTensor(self.moved(rows.read(self.memory[at:])))
+                held[name] = WholeTensor(self.moved(rows.read(self.memory[at:]), at))
                 at += _aligned(rows.spec.nbytes)
         return {**tensors, **{name: _Moving(rows, self) for name, rows in moving.items()}, **held}
 
-    def moved(self, rows: Tensor) -> Tensor:
-        """Rows on the worker's device; the buffer can be used again."""
+    def moved(self, rows: Tensor, at: int = 0) -> Tensor:
+        """Rows on the worker's GPU, where they have a place of their own; the buffer can be used again."""
         assert self.stream is not None
-        there = rows.to(self.device, non_blocking=True)
+        there = self._there[at : at + rows.nbytes]
+        if len(there) < rows.nbytes:  # a row that is larger
+            return rows.to(self.device)
+        there = there.view(rows.dtype).view(rows.shape)
+        there.copy_(rows, non_blocking=True)
         self.stream.synchronize()
         return there
 
