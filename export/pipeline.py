@@ -10,6 +10,7 @@ first. Threads take the GPUs in turn.
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -87,6 +88,28 @@ class _Moving:
             yield Part(first, self.worker.moved(rows))
 
 
+class _Queue:
+    """Bundles for several threads: each keeps to an output file of its own while there are any, in the file's order,
+    because the kernel lets one thread at a time write to a file. In the end all help with what is left.
+    """
+
+    def __init__(self, bundles: Sequence[SourceBundle]) -> None:
+        files: dict[str, deque[SourceBundle]] = {}
+        for bundle in bundles:
+            files.setdefault(bundle.output, deque()).append(bundle)
+        self._untouched = deque(files.values())
+        self._taken: dict[int, deque[SourceBundle]] = {}
+        self._mutex = threading.Lock()
+
+    def take(self, worker: int) -> SourceBundle | None:
+        """The next bundle for a worker, None where all are taken."""
+        with self._mutex:
+            if not self._taken.get(worker):
+                others = max(self._taken.values(), key=len, default=deque[SourceBundle]())
+                self._taken[worker] = self._untouched.popleft() if self._untouched else others
+            return self._taken[worker].popleft() if self._taken[worker] else None
+
+
 def run(
     bundles: Sequence[SourceBundle],
     make: Callable[[SourceBundle, Worker], None],
@@ -94,22 +117,18 @@ def run(
     workers: int,
     devices: Sequence[torch.device],
 ) -> None:
-    """Makes all bundles, in about their order; the first error ends it, and so does Ctrl-C, after the bundles in hand.
+    """Makes all bundles; the first error ends it, and so does Ctrl-C, after the bundles in hand.
 
     Args:
         workers: threads.
         devices: taken in turn by the threads.
     """
-    remaining, mutex, stopped = iter(bundles), threading.Lock(), threading.Event()
+    queue, stopped = _Queue(bundles), threading.Event()
 
     def work(number: int) -> None:
         worker = Worker(devices[number % len(devices)])
         with worker.at_work():
-            while not stopped.is_set():
-                with mutex:
-                    bundle = next(remaining, None)
-                if bundle is None:
-                    return
+            while not stopped.is_set() and (bundle := queue.take(number)) is not None:
                 make(bundle, worker)
 
     def guarded(number: int) -> None:
