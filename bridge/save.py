@@ -13,7 +13,8 @@ from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
+from export.model_card import Conversion, companion_files
 from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
@@ -21,7 +22,7 @@ from export.schemes import Recipe, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
 from mappings.errors import AmaxbridgeError, UsageError, listing
-from mappings.names import is_routed_expert, module_of
+from mappings.names import is_quantizer_state, is_routed_expert, module_of
 from mappings.ranks import Axis, Ranks
 from mappings.tensors import TensorSpec
 
@@ -43,6 +44,7 @@ class SaveOptions(TypedDict, total=False):
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
         dry_run: plan and check everything, write nothing.
         quant_state: write `quant_state.safetensors`, too; beside plain weights, what a later run quantizes them with.
+        command: what the model card says that it was made by; see `command_line`.
     """
 
     scheme: str | Recipe | None
@@ -51,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     max_shard_bytes: int
     dry_run: bool
     quant_state: bool
+    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Saver:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
         quant_state: bool = False,
+        command: str = "",
     ) -> None:
         self._hf, self._ranks = hf, ranks
         self._target = target.absolute()
@@ -91,7 +95,7 @@ class Saver:
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
-        self._keeps_state = quant_state
+        self._keeps_state, self._command = quant_state, command
 
     def save(
         self,
@@ -109,6 +113,7 @@ class Saver:
             source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
                 model, whose weights may be others the next time.
         """
+        name = self._recipe.name if self._recipe else "none"
         state = collect() if self._recipe or self._keeps_state else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, self._recipe, state, missing=self._missing)
@@ -122,12 +127,12 @@ class Saver:
         if self._first:
             _warn(state, finalizer.filled)
         if not self._dry_run:
-            output = _Output(finalizer, packer, layout, Layout((*layout.shards, *kept)), state)
+            before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            conversion = Conversion(finalizer, layout, before, state, self._command)
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), state)
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
-        return ExportReport(
-            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
-        )
+        return ExportReport(name, plan, layout, finalizer.quantized, finalizer.ignore, state)
 
     @property
     def _first(self) -> bool:
@@ -149,7 +154,7 @@ class Saver:
             writer = ShardWriter(staged.path, output.files, self._ranks.rank(Axis.WORLD))
             try:
                 for bundle in stream(needed):
-                    for name, first, tensor in output.packer.pack(dict(output.finalizer.finalize(bundle))):
+                    for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
                         writer.write(name, tensor, first)
                     if self._keeps_state:
                         _write_all(writer, bundle.state)
@@ -165,10 +170,11 @@ class Saver:
             self._barrier()
 
     def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
-        for file in carried_files(self._hf.directory):
-            staged.write_file(file.name, file.read_bytes())
-        staged.write_file(CONFIG_FILE, config_json(self._hf.written, output.finalizer.quantization_config))
-        index = index_json(output.weights, alone=not self._keeps_state)
+        for name, content in companion_files(self._hf.directory, output.conversion):
+            staged.write_file(name, content)
+        quantization = output.conversion.finalizer.quantization_config
+        staged.write_file(CONFIG_FILE, config_json(self._hf.written, quantization))
+        index = index_json(output.conversion.layout, alone=not self._keeps_state)
         if index is not None:
             staged.write_file(INDEX_FILE, index)
 
@@ -191,11 +197,17 @@ class Saver:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """What is to be written: the shards of `weights`, and with those of the quantizer state, all `files`."""
+    """What is to be written.
 
-    finalizer: Finalizer
+    Args:
+        conversion: what is made, and of what; its layout is that of the weights.
+        packer: packs experts that stay as they are.
+        files: the layout of the weights, with the quantizer state where it is kept.
+        state: per-tensor amax and formats.
+    """
+
+    conversion: Conversion
     packer: ExpertPacker
-    weights: Layout
     files: Layout
     state: QuantState
 

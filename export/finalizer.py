@@ -95,6 +95,11 @@ class Finalizer:
         return list(self._schemes)
 
     @property
+    def scheme(self) -> str:
+        """What the modules are quantized to, by name: `nvfp4`, `fp8+nvfp4`, `none`."""
+        return "+".join(sorted({scheme.name for scheme in self._schemes.values()})) or "none"
+
+    @property
     def quantization_config(self) -> dict[str, object] | None:
         """For config.json; None where nothing is quantized."""
         if not self._schemes:

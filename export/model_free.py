@@ -20,7 +20,8 @@ from export.finalizer import Bundle
 from export.fused_scales import missing_policy
 from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
+from export.model_card import Conversion, companion_files
 from export.packed_experts import split_fused_moe_experts
 from export.pipeline import Worker, run
 from export.quant_state import QuantState
@@ -80,6 +81,7 @@ def model_free_ptq(
     missing_amax: str = "error",
     overwrite: bool = False,
     dry_run: bool = False,
+    command: str = "",
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
 
@@ -97,6 +99,7 @@ def model_free_ptq(
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at `save_directory`.
         dry_run: plan and check everything, write nothing.
+        command: what the model card says that it was made by; see `command_line`.
 
     Raises:
         UsageError: arguments that cannot work.
@@ -135,8 +138,16 @@ def model_free_ptq(
         with StagedDirectory(target, fingerprint) as staged:
             done = staged.open(plan.layout)
             _write(plan, staged.path, done, max_workers, devices_of(device))
-            for file in carried_files(source):
-                staged.write_file(file.name, file.read_bytes())
+            conversion = Conversion(
+                recipe.name if recipe else "none",
+                plan.finalizer,
+                plan.layout,
+                report.source_bytes,
+                quant_state,
+                command,
+            )
+            for name, content in companion_files(source, conversion):
+                staged.write_file(name, content)
             staged.write_file(CONFIG_FILE, config_json(config, plan.finalizer.quantization_config))
             if (index := index_json(plan.layout)) is not None:
                 staged.write_file(INDEX_FILE, index)
