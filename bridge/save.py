@@ -113,7 +113,6 @@ class Saver:
             source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
                 model, whose weights may be others the next time.
         """
-        name = self._recipe.name if self._recipe else "none"
         state = collect() if self._recipe or self._keeps_state else QuantState()
         specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
         finalizer = Finalizer(specs, self._recipe, state, missing=self._missing)
@@ -129,10 +128,12 @@ class Saver:
         if not self._dry_run:
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
             conversion = Conversion(finalizer, layout, before, state, self._command)
-            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), state)
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
-        return ExportReport(name, plan, layout, finalizer.quantized, finalizer.ignore, state)
+        return ExportReport(
+            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
+        )
 
     @property
     def _first(self) -> bool:
@@ -160,7 +161,7 @@ class Saver:
                         _write_all(writer, bundle.state)
                     writer.done(bundle.key)
                 if self._keeps_state and self._first:
-                    _write_all(writer, output.state.amax)
+                    _write_all(writer, output.conversion.state.amax)
             finally:
                 writer.close()
             self._barrier()
@@ -203,13 +204,11 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
-        state: per-tensor amax and formats.
     """
 
     conversion: Conversion
     packer: ExpertPacker
     files: Layout
-    state: QuantState
 
 
 def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:

@@ -56,6 +56,7 @@ class ShardsConfig(IoConfig):
     """The output directory, of safetensors."""
 
     max_shard_gb: float = option("Largest safetensors file, in 10^9 bytes.", 5.0)
+    quant_state: bool = option("Write quant_state.safetensors, too: amax and formats of all quantizers.", False)
 
 
 @dataclass
@@ -157,11 +158,12 @@ class VerifyConfig(CommonConfig):
 class ReportConfig(CommonConfig):
     """What was exported, for people and for programs: report.html and report.json.
 
-    python scripts/report.py input=OUT [reference=HF_DIR]
+    python scripts/report.py input=OUT [reference=HF_DIR] [quant_state=FILE]
     """
 
     input: str = option("Directory to report on.")
     reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    quant_state: str | None = option("quant_state.safetensors of the training; null for the one in input.", None)
     output: str | None = option("Directory for the report; null for input.", None)
 
 

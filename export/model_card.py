@@ -41,14 +41,14 @@ class Conversion:
         finalizer: what became of each module.
         layout: the files of weights.
         source_bytes: of all weights before.
-        state: what training calibrated; None where nothing was.
+        state: what training calibrated.
         command: as `command_line` gives it; "" for a call from a program.
     """
 
     finalizer: Finalizer = field(repr=False)
     layout: Layout = field(repr=False)
     source_bytes: int
-    state: QuantState | None = field(default=None, repr=False)
+    state: QuantState = field(default_factory=QuantState, repr=False)
     command: str = ""
 
 
@@ -87,7 +87,7 @@ def model_card(original: str, facts: Mapping[str, Any]) -> str:
 
 
 def _facts(source: Path, conversion: Conversion) -> dict[str, Any]:
-    finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state or QuantState()
+    finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
     config: Any = finalizer.quantization_config or {}
     groups = config.get("config_groups", {}).values()
     return {

@@ -138,14 +138,8 @@ def model_free_ptq(
         with StagedDirectory(target, fingerprint) as staged:
             done = staged.open(plan.layout)
             _write(plan, staged.path, done, max_workers, devices_of(device))
-            conversion = Conversion(
-                recipe.name if recipe else "none",
-                plan.finalizer,
-                plan.layout,
-                report.source_bytes,
-                quant_state,
-                command,
-            )
+            state = quant_state or QuantState()
+            conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, command)
             for name, content in companion_files(source, conversion):
                 staged.write_file(name, content)
             staged.write_file(CONFIG_FILE, config_json(config, plan.finalizer.quantization_config))

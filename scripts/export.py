@@ -30,6 +30,7 @@ def export(options: ExportConfig) -> None:
             overwrite=options.io.overwrite,
             max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
+            quant_state=options.io.quant_state,
             command=command_line(),
         )
     if world_rank() == 0:
