@@ -134,8 +134,11 @@ class QuantizeConfig(CommonConfig):
     quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
     amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
     io: IoConfig = option("How to write.", IoConfig)
-    workers: int = option("Threads.", 1)
-    device: str | None = option("Where to quantize, cpu or cuda; null for a GPU if there is one.", None)
+    converter: str | None = option(
+        "What dequantizes a source that is quantized already: fp8_block, as DeepSeek-V3's; or compressed_tensors.", None
+    )
+    workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
+    device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
     dry_run: bool = option("Show the plan, write nothing.", False)
     verify: bool = option("Check the output at the end.", True)
     json: str | None = option("File for the plan as JSON.", None)

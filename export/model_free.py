@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from export.model_card import Conversion, companion_files
 from export.packed_experts import split_fused_moe_experts
 from export.pipeline import Worker, run
 from export.quant_state import QuantState
+from export.quant_state_file import read_quant_state
 from export.safetensors_file import SafetensorsFile
 from export.schemes import find_scheme
 from export.schemes.recipe import is_named
@@ -54,7 +55,8 @@ class ModelFreeReport:
     Args:
         layout: the files.
         source_bytes: of all tensors that were read.
-        quantized: modules, and `ignored` those that were left as they are.
+        quantized: modules.
+        left: modules with a 2-D weight that is written as it is, embeddings among them.
         filled: amax that were missing: quantizer → what filled it.
         resumed: bundles that an interrupted run had left, of `bundles`.
     """
@@ -62,7 +64,7 @@ class ModelFreeReport:
     layout: Layout
     source_bytes: int
     quantized: Sequence[str]
-    ignored: Sequence[str]
+    left: Sequence[str]
     filled: Mapping[str, str]
     bundles: int
     resumed: int = 0
@@ -77,7 +79,7 @@ def model_free_ptq(
     device: str | torch.device | Sequence[str | torch.device] | None = None,
     converter: Converter | Sequence[Converter] | None = None,
     *,
-    quant_state: QuantState | None = None,
+    quant_state: QuantState | str | Path | None = None,
     missing_amax: str = "error",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -95,7 +97,7 @@ def model_free_ptq(
         max_workers: threads; each holds one buffer.
         device: where to quantize; a GPU if there is one. Several GPUs share the work.
         converter: applied first; from another format, say.
-        quant_state: amax and formats from training: quantizes with them what they are of, and leaves the rest.
+        quant_state: amax and formats from training, or a file of them: quantizes what they are of, and leaves the rest.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at `save_directory`.
         dry_run: plan and check everything, write nothing.
@@ -119,13 +121,15 @@ def model_free_ptq(
         model_files = {name: str(source / name) for name in dict.fromkeys(weight_map.values())}
         maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
         files = {path: checkpoint.file(name) for name, path in model_files.items()}
+        if isinstance(quant_state, str | Path):
+            quant_state = read_quant_state(Path(quant_state), config, weight_map)
         plan = plan_shards(maps, files, recipe, quant_state, config, converters, missing)
         _check_ignored(ignore, plan.modules)
         report = ModelFreeReport(
             plan.layout,
             sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
             plan.finalizer.quantized,
-            plan.finalizer.ignore,
+            plan.finalizer.left,
             plan.finalizer.filled,
             len(plan.bundles),
         )
@@ -137,6 +141,7 @@ def model_free_ptq(
         fingerprint = plan_fingerprint(_fingerprint(source, model_files), plan.finalizer.fingerprint, plan.layout)
         with StagedDirectory(target, fingerprint) as staged:
             done = staged.open(plan.layout)
+            report = replace(report, resumed=len(done))
             _write(plan, staged.path, done, max_workers, devices_of(device))
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, command)

@@ -26,6 +26,7 @@ from mappings.tensors import TensorSpec
 
 _MEMORY = 64 << 20  # bytes of the buffer of each thread
 _ALIGNMENT = 64
+_WORKERS_OF_A_GPU = 8
 
 
 class Worker:
@@ -123,6 +124,12 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
+
+
+def default_workers(device: str | torch.device | None = None) -> int:
+    """As many threads as keep everything busy: one a core, or several a GPU, each with another part of the work."""
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return min(cores(), gpus * _WORKERS_OF_A_GPU) if gpus else cores()
 
 
 def cores() -> int:

@@ -1,8 +1,9 @@
-"""From the config group `scheme` to what the exporter takes."""
+"""From options to what the exporter takes: the recipe, and converters that come before it."""
 
 from collections.abc import Sequence
 
 from configs.schema import SchemeConfig
+from export.inverse_maps import Converter
 from export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
 from mappings.errors import UsageError
 
@@ -25,3 +26,20 @@ def recipe_of(config: SchemeConfig, ignore: Sequence[str] = ()) -> Recipe | None
         return None
     groups = (SchemeGroup(named_scheme(each.scheme, each.group_size), tuple(each.targets)) for each in config.groups)
     return Groups(tuple(groups), ignored)
+
+
+def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
+    """What dequantizes a source that is quantized already: compressed-tensors' own converters.
+
+    Raises:
+        UsageError: there is none of that name; lists those there are.
+    """
+    if name is None:
+        return ()
+    from compressed_tensors.entrypoints import convert  # here, because it takes seconds
+
+    if name == "fp8_block":
+        return (convert.FP8BlockDequantizer.from_pretrained(directory),)
+    if name == "compressed_tensors":
+        return (convert.CompressedTensorsDequantizer(directory),)
+    raise UsageError(f"unknown converter {name!r}; known: fp8_block, compressed_tensors")

@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge.save import ExportReport
-from configs.schema import ExportConfig
+from configs.schema import ExportConfig, QuantizeConfig
+from export.model_free import ModelFreeReport
+from mappings.errors import listing
 from scripts.demo_check import Findings
 
 
@@ -30,6 +32,26 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
     ):
         table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
     Console().print(table)
+
+
+def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
+    """One screen on what was quantized, or would be."""
+    table = Table(title=f"{'plan for' if options.dry_run else 'quantized'} {options.output}", title_justify="left")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for what, value in (
+        ("tensors", len(report.layout.places)),
+        ("files", len(report.layout.shards)),
+        ("bytes before", report.source_bytes),
+        ("bytes after", report.layout.total_size),
+        ("modules quantized", len(report.quantized)),
+        ("2-D weights left as they are", len(report.left)),
+        ("amax filled", len(report.filled)),
+        ("bundles left by an interrupted run", report.resumed),
+    ):
+        table.add_row(what, f"{value:,}")
+    Console().print(table)
+    print(f"left as they are:{listing(report.left)}")
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:
