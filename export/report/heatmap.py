@@ -90,7 +90,7 @@ def heat_map(
         sum(level(value) == "none" for value in cells.values()),
         svg,
         cell * len(rows),
-        max(40 * len(columns), 160),
+        max(40 * len(columns), 240),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from export.report.facts import Facts, Json, ModuleFacts, rows_of
 from export.report.heatmap import LEVELS, HeatMap, heat_map
@@ -45,7 +46,13 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "count": "{:,}".format, "db": _db, "number": "{:.4g}".format}
+    environment.filters |= {
+        "size": _size,
+        "count": "{:,}".format,
+        "db": _db,
+        "number": "{:.4g}".format,
+        "breakable": _breakable,
+    }
     return environment.get_template("page.html.jinja").render(
         facts=facts,
         snr=snr_by_projection(facts.modules),
@@ -218,6 +225,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _breakable(name: str) -> Markup:
+    """A module's name, which may go on in the next line after a dot."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _db(value: float) -> str:
