@@ -14,7 +14,8 @@ _PARTS = (
     ("vision and audio", re.compile(r".*\b(vision|visual|audio)")),
     ("attention", re.compile(r".*\.(self_attn|attention|attn|linear_attn)\b")),
     ("state-space mixers", re.compile(r".*\.(mixer|mamba)\b")),
-    ("MLP and routers", re.compile(r".*\.(mlp|feed_forward|ffn|shared_expert\w*)\b")),
+    ("routers", re.compile(r".*\.(gate|router|shared_expert_gate)$")),
+    ("MLP", re.compile(r".*\.(mlp|feed_forward|ffn|shared_expert\w*)\b")),
 )
 
 

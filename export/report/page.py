@@ -56,7 +56,7 @@ def render(facts: Facts) -> str:
     return environment.get_template("page.html.jinja").render(
         facts=facts,
         snr=snr_by_projection(facts.modules),
-        snr_map=_by_layer("SNR in dB", facts.modules, lambda module: module.snr, _mean, logarithmic=False),
+        snr_map=_by_layer("mean SNR in dB", facts.modules, lambda module: module.snr, _mean, logarithmic=False),
         amax_maps=_amax_maps(facts.modules),
         expert_maps=_expert_maps(facts.modules),
         far=far_experts(facts.modules),
