@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-gpu parity lint golden peer bench-traffic bench-kernels clean
+.PHONY: setup demo test test-faults test-peer test-gpu parity lint golden peer bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -24,6 +24,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# A run that is killed at a hundred moments, and taken up.
+test-faults: setup
+	KILLS=100 $(BIN)/python -m pytest tests/test_faults.py
+
+# Whole checkpoints against llm-compressor's own model_free_ptq, byte for byte.
+test-peer: peer
+	$(BIN)/python -m pytest --override-ini addopts=-q tests/peer
 
 # On a machine with CUDA.
 test-gpu: setup

@@ -82,7 +82,8 @@ class Finalizer:
             if state is not None:
                 self._take(recipe, state, specs, missing)
         self.outputs = self._plan(tensors)
-        self.ignore = [module for module in linears if module not in self._schemes and not module.endswith(EMBEDDINGS)]
+        self.left = [module for module in linears if module not in self._schemes]
+        self.ignore = [module for module in self.left if not module.endswith(EMBEDDINGS)]
 
     @property
     def output_specs(self) -> dict[str, TensorSpec]:

@@ -54,7 +54,8 @@ class ModelFreeReport:
     Args:
         layout: the files.
         source_bytes: of all tensors that were read.
-        quantized: modules, and `ignored` those that were left as they are.
+        quantized: modules.
+        left: modules with a 2-D weight that is written as it is, embeddings among them.
         filled: amax that were missing: quantizer → what filled it.
         resumed: bundles that an interrupted run had left, of `bundles`.
     """
@@ -62,7 +63,7 @@ class ModelFreeReport:
     layout: Layout
     source_bytes: int
     quantized: Sequence[str]
-    ignored: Sequence[str]
+    left: Sequence[str]
     filled: Mapping[str, str]
     bundles: int
     resumed: int = 0
@@ -125,7 +126,7 @@ def model_free_ptq(
             plan.layout,
             sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
             plan.finalizer.quantized,
-            plan.finalizer.ignore,
+            plan.finalizer.left,
             plan.finalizer.filled,
             len(plan.bundles),
         )

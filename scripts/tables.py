@@ -45,13 +45,13 @@ def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
         ("bytes before", report.source_bytes),
         ("bytes after", report.layout.total_size),
         ("modules quantized", len(report.quantized)),
-        ("linear modules left as they are", len(report.ignored)),
+        ("2-D weights left as they are", len(report.left)),
         ("amax filled", len(report.filled)),
         ("bundles left by an interrupted run", report.resumed),
     ):
         table.add_row(what, f"{value:,}")
     Console().print(table)
-    print(f"left as they are:{listing(report.ignored)}")
+    print(f"left as they are:{listing(report.left)}")
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from export.fused_scales import DATA_FREE, GroupAmax
+from export.kernels.e2m1 import NOT_FINITE
 from export.rows import Rows, WholeTensor, Written
 from mappings.errors import MappingError
 from mappings.tensors import TensorSpec, max_of
@@ -101,7 +102,9 @@ def quantize_group(
         amax = amax._replace(weight=_measured(scheme, weights, amax.calibrated))
     for module, weight in weights.items():
         planned = scheme.output_specs(module, weight.spec, calibrated=amax.calibrated)
-        for name, tensor in scheme.constants(module, weight.spec, amax).items():
+        with naming(module):
+            constants = scheme.constants(module, weight.spec, amax)
+        for name, tensor in constants.items():
             yield Written(name, 0, tensor)
         count, step = weight.spec.shape[0], scheme.row_step
         blocks = block_amax.get(module)
@@ -132,8 +135,10 @@ def _measured(scheme: Scheme, weights: Mapping[str, Rows], calibrated: bool) -> 
         for _, rows in weight.parts(scheme.row_step):
             with naming(module):
                 measured = scheme.measure(rows, calibrated=calibrated)
-            if measured is None:
-                return None
+                if measured is None:
+                    return None
+                if not measured.isfinite():
+                    raise ValueError(NOT_FINITE)
             largest.append(measured)
     dtypes = {str(weight.spec.dtype) for weight in weights.values()}
     if not calibrated and len(dtypes) > 1:
