@@ -29,6 +29,7 @@ def export(options: ExportConfig) -> None:
             overwrite=options.io.overwrite,
             max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
+            verify=options.verify,
         )
     if world_rank() == 0:
         export_table(report, options)

@@ -2,7 +2,7 @@
 
     report = verify(directory)                  seconds, whatever the size of the model
     report = verify(directory, reference=HF)    reads all weights of both
-    report.check()                              raises where the checkpoint is not fit to serve
+    report.conclude(target)                     raises where the checkpoint is not fit to serve
 
 See README.md for the rules and how to add one.
 """

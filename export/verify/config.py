@@ -142,7 +142,7 @@ RULES = (
         "does not load in those versions; in others it matters to how activations are rounded",
         "Serve with another version, or remove the keys, and know that activations are then rounded otherwise",
         _gated,
-        Severity.WARNING,
+        Severity.NOTE,
     ),
     Rule(
         "group-names",

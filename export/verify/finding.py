@@ -13,10 +13,11 @@ from export.verify.view import CheckpointView
 
 
 class Severity(StrEnum):
-    """Errors make a checkpoint unfit to serve; warnings are for people to judge."""
+    """Errors make a checkpoint unfit to serve; warnings are for people to judge; notes are good to know."""
 
     ERROR = "error"
     WARNING = "warning"
+    NOTE = "note"
 
 
 class Problem(NamedTuple):

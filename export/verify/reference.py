@@ -8,7 +8,7 @@ Weights are read here, and nowhere else in this package: one module at a time, s
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ from mappings.errors import CheckpointError, UnknownArchitectureError
 from mappings.families import family_of
 from mappings.family import PackedExperts
 from mappings.fused_groups import groups_among
+from mappings.tensors import TensorSpec
 
 _ROWS = 4096  # at a time; every block's height divides it
 _CLIPPED = 1e-3
@@ -70,22 +71,23 @@ class Reference:
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        try:
-            self._packed = family_of(config).packed_experts or PackedExperts()
-        except UnknownArchitectureError:
-            self._packed = PackedExperts()
+        self._packed = _packed_experts(config)
         self._checkpoint = SafetensorsCheckpoint(directory, self._packed)
 
-    def expected(self, held: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes; packed experts one by one, unless `held` has them packed, too."""
-        expected: dict[str, tuple[int, ...]] = {}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name; GPT-OSS's MXFP4 as the weights that it is."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, stored in self._checkpoint.tensors.items():
-            shape = stored.spec.shape
-            sources = {} if name in held else sources_in(name, shape, self._packed)
-            expected |= {one: tuple(source.cut(stored.spec.meta()[0]).shape) for one, source in sources.items()}
-            if not sources:
-                expected[name] = shape
-        return expected
+            if name.endswith("_blocks") and len(stored.spec.shape) == 4:
+                experts, rows, blocks, _ = stored.spec.shape
+                plain = (rows, blocks * 32)
+                shapes[name.removesuffix("_blocks")] = (experts, *(plain[::-1] if self._packed.transposed else plain))
+            elif not (
+                name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in self._checkpoint.tensors
+            ):
+                shapes[name] = stored.spec.shape
+        return shapes
 
     def errors(self, view: CheckpointView) -> Iterator[WeightError]:
         """Of every quantized module that can be dequantized and that the reference has."""
@@ -109,6 +111,25 @@ class Reference:
 
     def __exit__(self, *error: object) -> None:
         self._checkpoint.close()
+
+
+def one_by_one(
+    shapes: Mapping[str, tuple[int, ...]], held: Container[str], config: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes with packed experts as the tensors of each expert, unless `held` has them packed, too."""
+    packed, single = _packed_experts(config), dict[str, tuple[int, ...]]()
+    for name, shape in shapes.items():
+        sources = {} if name in held else sources_in(name, shape, packed)
+        part = TensorSpec(shape[1:], torch.bfloat16)
+        single |= {each: tuple(source.cut(part.meta()).shape) for each, source in sources.items()} or {name: shape}
+    return single
+
+
+def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
+    try:
+        return family_of(config).packed_experts or PackedExperts()
+    except UnknownArchitectureError:
+        return PackedExperts()
 
 
 def error_rules(errors: list[WeightError]) -> tuple[Rule, ...]:

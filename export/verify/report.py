@@ -1,5 +1,6 @@
 """What a verification found, as data."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ from export.verify.parallel import ParallelSize
 from export.verify.reference import WeightError
 from mappings.errors import CheckpointError, listing
 
+_log = logging.getLogger("amaxbridge")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def text(finding: Finding) -> str:
+    """For a log or an error."""
+    return (
+        f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
+        f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
+    )
 
 
 class ProjectionError(NamedTuple):
@@ -55,12 +65,20 @@ class VerifyReport:
     @property
     def failures(self) -> list[Finding]:
         """Findings that make it unfit to serve."""
-        return [finding for finding in self.findings if finding.severity is Severity.ERROR]
+        return self._of(Severity.ERROR)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Findings for people to judge."""
+        return self._of(Severity.WARNING)
 
     @property
     def ok(self) -> bool:
         """Whether it is fit to serve, warnings or not."""
         return not self.failures
+
+    def _of(self, severity: Severity) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity is severity]
 
     @property
     def projections(self) -> list[ProjectionError]:
@@ -70,23 +88,19 @@ class VerifyReport:
             kinds.setdefault((_NUMBER.sub("*", each.module), each.scheme), []).append(each)
         return [ProjectionError.of(projection, scheme, errors) for (projection, scheme), errors in kinds.items()]
 
-    def text(self) -> str:
-        """Every failure: the rule, the tensors, what it would do in an engine, what to do next."""
-        return "\n".join(
-            f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
-            f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
-            for finding in self.failures
-        )
+    def conclude(self, target: Path) -> None:
+        """The end of an export: warnings go to the log, and failures stop it before anything is at `target`.
 
-    def check(self, what: str | None = None) -> None:
-        """Raises CheckpointError with `text` when the checkpoint is not fit to serve.
-
-        Args:
-            what: how the message calls it, if not by its directory.
+        Raises:
+            CheckpointError: it would not serve right; names every rule, the tensors and what an engine would do.
         """
+        for finding in self.warnings:
+            _log.warning("%s", text(finding))
         if not self.ok:
             raise CheckpointError(
-                f"{what or self.directory} would not serve right, {len(self.failures)} rules are broken:\n{self.text()}"
+                f"{target} would not serve right, and was not written:\n"
+                + "\n".join(map(text, self.failures))
+                + "\nWith verify=false it is written all the same"
             )
 
     def as_json(self) -> dict[str, Any]:

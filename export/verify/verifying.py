@@ -7,8 +7,8 @@ from pathlib import Path
 
 from export.verify import config, files, groups, matching, names, scales
 from export.verify.finding import Problem, Rule
-from export.verify.parallel import SIZES, parallel_sizes
-from export.verify.reference import Reference, WeightError, error_rules
+from export.verify.parallel import parallel_sizes
+from export.verify.reference import Reference, WeightError, error_rules, one_by_one
 from export.verify.report import VerifyReport
 from export.verify.state import state_rules
 from export.verify.view import CheckpointView
@@ -33,7 +33,8 @@ def verify(
         directory: of safetensors with config.json.
         reference: what it was made from: a directory of plain weights, to measure the error of each, or a file of
             quantizer state, to compare scales with amax.
-        expected: names and shapes of everything the unquantized model has; by default those of the reference.
+        expected: names and shapes of everything the unquantized model has, experts packed or not; by default those of
+            the reference.
         tp: tensor-parallel size that it must serve at.
 
     Raises:
@@ -44,17 +45,19 @@ def verify(
         if path and not path.exists():
             raise UsageError(f"{path} does not exist: give a local directory")
     with ExitStack() as stack:
-        view = stack.enter_context(CheckpointView(directory, expected=expected))
+        view = stack.enter_context(CheckpointView(directory))
         rules, errors = list(RULES), list[WeightError]()
         if reference and reference.is_dir():
             original = stack.enter_context(Reference(reference, view.config))
-            view.expected = original.expected(view.tensors) if expected is None else expected
+            expected = original.shapes if expected is None else expected
             errors += original.errors(view)
             rules += error_rules(errors)
         elif reference:
             rules += state_rules(reference)
         if tp > 1:
             rules.append(_tensor_parallel(tp))
+        if expected is not None:
+            view.expected = one_by_one(expected, view.tensors, view.config)
         findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
         return VerifyReport(
             directory,
@@ -79,6 +82,3 @@ def _tensor_parallel(tp: int) -> Rule:
         "Serve at a size that the table has, or leave these modules unquantized",
         misfits,
     )
-
-
-__all__ = ["RULES", "SIZES", "verify"]

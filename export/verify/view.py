@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from export.metadata import CONFIG_FILE, INDEX_FILE
+from export.metadata import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
 from export.safetensors_file import SafetensorsFile, StoredTensor
 from export.schemes import Scheme
 from export.schemes.nvfp4 import NVFP4
@@ -112,17 +112,17 @@ class Module:
 class CheckpointView:
     """The checkpoint in a directory, open until the context ends.
 
-    Args:
-        directory: what is verified.
-        expected: shapes by name of everything the unquantized model has, where that is known.
+    `expected` are the shapes by name of everything the unquantized model has, where that is known.
     """
 
-    def __init__(self, directory: Path, *, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.expected = expected
+        self.expected: Mapping[str, tuple[int, ...]] | None = None
         self.broken: dict[str, str] = {}
         self.files: dict[str, SafetensorsFile] = {}
         for path in sorted(directory.glob("*.safetensors")):
+            if path.name == QUANT_STATE_FILE:  # may lie beside a checkpoint and is no part of it
+                continue
             try:
                 self.files[path.name] = SafetensorsFile(path)
             except CheckpointError as error:
