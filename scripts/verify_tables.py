@@ -1,6 +1,7 @@
 """What `verify` found, as tables for people."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from export.verify import Finding, Severity, VerifyReport
@@ -30,18 +31,19 @@ def _schemes(report: VerifyReport) -> str:
 
 def _findings(report: VerifyReport) -> Table:
     table = Table(title="findings", title_justify="left", show_lines=True)
-    for column in ("rule", "what is wrong", "in an engine", "next step"):
-        table.add_column(column, overflow="fold")
+    table.add_column("rule")
+    table.add_column("what is wrong, what an engine does then, and what to do", overflow="fold")
     order = list(_COLOURS)
     for finding in sorted(report.findings, key=lambda each: order.index(each.severity)):
-        colour = _COLOURS[finding.severity]
-        table.add_row(f"[{colour}]{finding.rule}[/]", _problems(finding), finding.effect, finding.next_step)
+        then, do = escape(finding.effect), escape(finding.next_step)
+        text = f"{_problems(finding)}\n[dim]in an engine:[/] {then}\n[dim]next:[/] {do}"
+        table.add_row(f"[{_COLOURS[finding.severity]}]{finding.rule}[/]", text)
     return table
 
 
 def _problems(finding: Finding) -> str:
     more = len(finding.problems) - _SHOWN
-    shown = [str(problem).replace("[", "\\[") for problem in finding.problems[:_SHOWN]]
+    shown = [escape(str(problem)) for problem in finding.problems[:_SHOWN]]
     return "\n".join(shown + ([f"… and {more:,} more"] if more > 0 else []))
 
 
