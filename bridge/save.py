@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from bridge.hf_config import HFModel
+from bridge.hf_config import HFModel, expected_tensors
 from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import missing_policy
@@ -19,6 +19,7 @@ from export.packed_experts import ExpertPacker
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
 from export.schemes import Recipe, find_scheme
+from export.verify import verify
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
 from mappings.errors import AmaxbridgeError, UsageError, listing
@@ -52,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     overwrite: bool
     max_shard_bytes: int
     dry_run: bool
+    verify: bool
     quant_state: bool
     command: str
 
@@ -86,6 +88,7 @@ class Saver:
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
+        verify: bool = True,
         quant_state: bool = False,
         command: str = "",
     ) -> None:
@@ -94,7 +97,7 @@ class Saver:
         check_output(self._target, overwrite=overwrite)
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
-        self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
+        self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._keeps_state, self._command = quant_state, command
 
     def save(
@@ -126,9 +129,11 @@ class Saver:
         if self._first:
             _warn(state, finalizer.filled)
         if not self._dry_run:
-            before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            weights = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
+            before = sum(spec.nbytes for spec in weights.values())
             conversion = Conversion(finalizer, layout, before, state, self._command)
-            output = _Output(conversion, packer, Layout((*layout.shards, *kept)))
+            expected = {name: spec.shape for name, spec in weights.items()}
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), expected)
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
@@ -165,10 +170,17 @@ class Saver:
             finally:
                 writer.close()
             self._barrier()
+            self._from_first(lambda: self._finish(staged, output))
             if self._first:
-                self._write_small_files(staged, output)
                 staged.commit()
             self._barrier()
+
+    def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
+        """The files beside the shards; then everything is checked as it will be served."""
+        self._write_small_files(staged, output)
+        if self._verify:
+            expected = expected_tensors(self._hf.directory) or output.expected
+            verify(staged.path, expected=expected).conclude(self._target)
 
     def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
         for name, content in companion_files(self._hf.directory, output.conversion):
@@ -179,18 +191,18 @@ class Saver:
         if index is not None:
             staged.write_file(INDEX_FILE, index)
 
-    def _from_first(self, make: Callable[[], frozenset[str]]) -> frozenset[str]:
+    def _from_first[T](self, make: Callable[[], T]) -> T:
         """What the first rank makes, or the error that it meets, on every rank."""
-        made: frozenset[str] | AmaxbridgeError = frozenset()
+        made: T | AmaxbridgeError | None = None
         if self._first:
             try:
                 made = make()
             except AmaxbridgeError as error:
                 made = error
-        made = self._ranks.all_gather_object(Axis.WORLD, made)[0]
-        if isinstance(made, AmaxbridgeError):
-            raise made
-        return made
+        of_first: T | AmaxbridgeError = self._ranks.all_gather_object(Axis.WORLD, made)[0]
+        if isinstance(of_first, AmaxbridgeError):
+            raise of_first
+        return of_first
 
     def _barrier(self) -> None:
         self._ranks.all_gather_object(Axis.WORLD, None)
@@ -204,11 +216,13 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
+        expected: the shape of every tensor before it was quantized.
     """
 
     conversion: Conversion
     packer: ExpertPacker
     files: Layout
+    expected: Mapping[str, tuple[int, ...]]
 
 
 def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:

@@ -101,6 +101,7 @@ class ExportConfig(CommonConfig):
     io: ShardsConfig = option("How to write.", ShardsConfig)
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     dry_run: bool = option("Show the plan, write nothing.", False)
+    verify: bool = option("Check the output before it is moved into place.", True)
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -140,7 +141,7 @@ class QuantizeConfig(CommonConfig):
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
     dry_run: bool = option("Show the plan, write nothing.", False)
-    verify: bool = option("Check the output at the end.", True)
+    verify: bool = option("Check the output before it is moved into place.", True)
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -152,7 +153,9 @@ class VerifyConfig(CommonConfig):
     """
 
     input: str = option("Directory to check.")
-    reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    reference: str | None = option(
+        "What it was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.", None
+    )
     json: str | None = option("File for the findings as JSON.", None)
     tp: int = option("Tensor-parallel size that it must serve at.", 1)
 

@@ -32,6 +32,7 @@ def export(options: ExportConfig) -> None:
             dry_run=options.dry_run,
             quant_state=options.io.quant_state,
             command=command_line(),
+            verify=options.verify,
         )
     if world_rank() == 0:
         export_table(report, options)
