@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,6 +217,28 @@ def qwen3_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_why_it_would_not_serve(dense: Path, qwen3: Path, tmp_path: Path) -> None:
+    """An input scale of one of three that run as one, and sizes that cut blocks of 16."""
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    tensors = tensors_in(dense)
+    tensors["model.layers.0.self_attn.v_proj.input_global_scale"] *= 2
+    save_file(tensors, broken / "model.safetensors")
+    page = page_of(gather(broken))
+    assert re.search(r"Would it serve No\.", page.text)
+    assert "q_proj 672, k_proj 672, v_proj 1344" in page.text
+    assert re.search(r"Would it serve Yes", page_of(gather(dense)).text)
+    shards = {size: 96 // size for size in (1, 2, 4, 8, 16)}  # inputs of down_proj
+    assert all(shards[size] % 16 == 0 for size in (1, 2))
+    serving = json.loads(json.dumps(report_json(gather(dense))["serving"]))
+    assert {each["size"]: each["serves"] for each in serving["parallel"]} == {
+        size: width % 16 == 0 and 4 % size == 0 for size, width in shards.items()
+    }
+    assert "tensor parallel 1 ✓ 2 ✓ 4 ✗ 8 ✗ 16 ✗" in page.text
+
+
 def test_written_beside_the_checkpoint(dense: Path, qwen3: Path, tmp_path: Path) -> None:
     facts = write_report(dense, reference=qwen3, output=tmp_path / "here")
     found: dict[str, Any] = json.loads((tmp_path / "here" / "report.json").read_text())
@@ -224,6 +247,21 @@ def test_written_beside_the_checkpoint(dense: Path, qwen3: Path, tmp_path: Path)
     assert len(found["modules"]) == len(facts.modules)
     assert "NaN" not in (tmp_path / "here" / "report.json").read_text()
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["report.html", "report.json"]
+
+
+def test_the_command(
+    dense: Path, qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts import cli
+    from scripts.report import report
+
+    words = (f"input={dense}", f"reference={qwen3}", f"output={tmp_path / 'out'}")
+    monkeypatch.setattr("sys.argv", ["report.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("report", report)
+    assert not stop.value.code
+    assert (tmp_path / "out" / "report.json").is_file()
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_what_cannot_be_reported_on(dense: Path, qwen3_moe: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a report says, as data: gathered from the files of a checkpoint, one tensor at a time.
+"""What a report says, as data: gathered from the files of a checkpoint.
 
-Without a reference only headers and scales are read: seconds, whatever the size of the model. With one, every quantized
-weight is dequantized, as an engine has it, and compared.
+What the rules of `export.verify` find, and the errors that it measures against a reference, are taken over: there is
+one answer to whether a checkpoint serves. Sizes and amax are read here, from headers and scales.
 """
 
 import json
@@ -11,28 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from export.checkpoint import SafetensorsCheckpoint
 from export.kernels.nvfp4 import FP4_MAX, FP8_MAX
 from export.metadata import CONFIG_FILE, CONVERSION_FILE, QUANT_STATE_FILE
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
 from export.report.names import Place, place_of
-from export.report.quantization import schemes_of
-from export.safetensors_file import StoredTensor
-from export.schemes import Scheme
 from export.schemes.scaled import Scaled
-from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
-from mappings.families import family_of
-from mappings.family import PackedExperts
+from export.verify import VerifyReport, WeightError, verify
+from export.verify.view import CheckpointView, Module
+from mappings.errors import CheckpointError, UsageError
 from mappings.names import module_of, natural_key
 
 _NVFP4_RANGE = FP4_MAX * FP8_MAX
-_CODES = (torch.float8_e4m3fn, torch.int8)
-_PACKED = {torch.uint8: 2, torch.int32: 8}
-_ROWS = 4096  # compared at a time
 _SATURATED = 1.001  # an amax may have been rounded on its way through a scale
 
 type Json = dict[str, Any]
@@ -93,6 +85,7 @@ class Facts:
         parts: sizes.
         left: bytes and number of the linear modules that are not quantized, by name without numbers.
         state: what training calibrated, where it is kept.
+        serving: what the rules say of it, and at which parallel sizes it serves.
         measured: whether there was a reference.
     """
 
@@ -103,6 +96,7 @@ class Facts:
     parts: list[PartSize]
     left: dict[str, int]
     state: QuantState | None
+    serving: VerifyReport
     measured: bool
 
     @property
@@ -124,13 +118,13 @@ def gather(directory: Path, reference: Path | None = None, quant_state: Path | N
     """Reads a checkpoint for a report.
 
     Args:
-        directory: of safetensors, with config.json.
+        directory: of safetensors, with config.json. It need not be one that serves.
         reference: what it was made from, with plain weights.
         quant_state: file of the state of training; by default the one beside the weights.
 
     Raises:
         UsageError: no such directory, or a state of another model.
-        CheckpointError: files that are not whole.
+        CheckpointError: a file of metadata that is not JSON.
     """
     config = _json(directory / CONFIG_FILE)
     if config is None:
@@ -139,82 +133,51 @@ def gather(directory: Path, reference: Path | None = None, quant_state: Path | N
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
     state = read_quant_state(kept, config) if quant_state or kept.is_file() else None
-    with SafetensorsCheckpoint(directory) as checkpoint:
-        quantized = _quantized(checkpoint.tensors)
-        schemes = schemes_of(config.get("quantization_config") or {}, quantized)
-        original = SafetensorsCheckpoint(reference, _packed(config)) if reference else None
-        try:
-            modules = [
-                _module(name, checkpoint.tensors, schemes.get(name), state, original)
-                for name in sorted(quantized, key=natural_key)
-            ]
-        finally:
-            if original:
-                original.close()
-        parts = _parts(checkpoint.tensors, {module.name: module for module in modules})
-        left = _left(checkpoint.tensors, quantized)
-    conversion = _json(directory / CONVERSION_FILE) or {}
-    return Facts(directory.resolve().name, config, conversion, modules, parts, left, state, reference is not None)
+    serving = verify(directory, reference=reference)
+    errors = {error.module: error for error in serving.errors}
+    with CheckpointView(directory) as view:
+        quantized = sorted(view.quantized, key=lambda module: natural_key(module.name))
+        modules = [_module(module, state, errors.get(module.name)) for module in quantized]
+        return Facts(
+            directory.resolve().name,
+            config,
+            _json(directory / CONVERSION_FILE) or {},
+            modules,
+            _parts(view, {module.name: module for module in modules}),
+            _left(view),
+            state,
+            serving,
+            reference is not None,
+        )
 
 
-def _quantized(tensors: Mapping[str, StoredTensor]) -> set[str]:
-    """The modules that are stored as codes."""
-    return {
-        module_of(name)
-        for name, stored in tensors.items()
-        if name.endswith(".weight_packed") or (name.endswith(".weight") and stored.spec.dtype in _CODES)
-    }
-
-
-def _module(
-    name: str,
-    tensors: Mapping[str, StoredTensor],
-    scheme: Scheme | None,
-    state: QuantState | None,
-    original: SafetensorsCheckpoint | None,
-) -> ModuleFacts:
-    weight_amax, input_amax = _amax_of_scales(name, tensors, scheme)
+def _module(module: Module, state: QuantState | None, error: WeightError | None) -> ModuleFacts:
+    weight_amax, input_amax = _amax_of_scales(module)
     if state is not None:
-        weight_amax = _number(state.weight_amax(name)) or weight_amax
-        input_amax = _number(state.input_amax(name)) or input_amax
-    shape = _shape(name, tensors)
-    largest = snr = None
-    if original is not None and scheme is not None:
-        weight = original.read(f"{name}.weight")
-        if tuple(weight.shape) != shape:
-            raise CheckpointError(
-                f"{name}: {list(weight.shape)} in {original.directory}, {list(shape)} here: give this model's reference"
-            )
-        parts = {each: stored.read() for each, stored in _of_module(name, tensors).items()}
-        largest, snr = _compare(weight, scheme.dequantize(name, parts))
+        weight_amax = _number(state.weight_amax(module.name)) or weight_amax
+        input_amax = _number(state.input_amax(module.name)) or input_amax
     return ModuleFacts(
-        name, place_of(name), scheme.name if scheme else "?", shape, weight_amax, input_amax, largest, snr
+        module.name,
+        place_of(module.name),
+        module.scheme.name if module.scheme else "?",
+        module.shape or (0, 0),
+        weight_amax,
+        input_amax,
+        error.largest if error else None,
+        error.snr if error else None,
     )
 
 
-def _of_module(name: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    suffixes = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight_zero_point")
-    return {each: tensors[each] for suffix in suffixes if (each := f"{name}.{suffix}") in tensors}
-
-
-def _shape(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
-    packed = tensors.get(f"{name}.weight_packed")
-    rows, columns = (packed or tensors[f"{name}.weight"]).spec.shape
-    return rows, columns * (_PACKED[packed.spec.dtype] if packed else 1)
-
-
-def _amax_of_scales(
-    name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme | None
-) -> tuple[float | None, float | None]:
+def _amax_of_scales(module: Module) -> tuple[float | None, float | None]:
     """Per-tensor amax of weight and input, as the scales have them."""
 
     def read(suffix: str) -> Tensor | None:
-        stored = tensors.get(f"{name}.{suffix}")
-        return stored.read().float() if stored is not None else None
+        stored = module.tensors.get(suffix)
+        return stored.read().float() if stored is not None and stored.spec.nbytes else None
 
     weight = _inverse(read("weight_global_scale"))
-    if weight is None and isinstance(scheme, Scaled) and (scale := read("weight_scale")) is not None:
-        weight = float(scale.max()) * scheme.code.bound
+    if weight is None and isinstance(module.scheme, Scaled) and (scale := read("weight_scale")) is not None:
+        weight = float(scale.max()) * module.scheme.code.bound
     inputs = _inverse(read("input_global_scale"))
     if inputs is None and (scale := read("input_scale")) is not None:
         inputs = float(scale.max()) * FP8_MAX
@@ -229,48 +192,30 @@ def _number(amax: Tensor | None) -> float | None:
     return None if amax is None else float(amax.max())
 
 
-def _compare(weight: Tensor, served: Tensor) -> tuple[float, float]:
-    """The largest absolute weight, and the ratio of its power to that of the error, in dB."""
-    power = error = largest = 0.0
-    for first in range(0, len(weight), _ROWS):
-        rows = weight[first : first + _ROWS].float()
-        power += float(rows.square().sum(dtype=torch.float64))
-        error += float((rows - served[first : first + _ROWS].float()).square().sum(dtype=torch.float64))
-        largest = max(largest, float(rows.abs().max()))
-    return largest, 10 * math.log10(power / error) if error and power else (math.inf if not error else -math.inf)
-
-
-def _parts(tensors: Mapping[str, StoredTensor], modules: Mapping[str, ModuleFacts]) -> list[PartSize]:
+def _parts(view: CheckpointView, modules: Mapping[str, ModuleFacts]) -> list[PartSize]:
     """Sizes by part of the model; before, quantized weights had 16 bits, and no scales."""
-    sizes: dict[str, list[int]] = {}
-    for name, stored in tensors.items():
-        module = module_of(name)
-        size = sizes.setdefault(place_of(module).part, [0, 0])
-        size[1] += stored.spec.nbytes
-        if module not in modules:
-            size[0] += stored.spec.nbytes
-        elif name.endswith((".weight_packed", ".weight")):
-            size[0] += 2 * math.prod(modules[module].shape)
-        elif name.endswith(".bias"):
-            size[0] += stored.spec.nbytes
-    return sorted((PartSize(part, *size) for part, size in sizes.items()), key=lambda part: -part.before)
+    before, after = dict[str, int](), dict[str, int]()
+    for name, stored in view.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        part = place_of(module).part
+        after[part] = after.get(part, 0) + stored.spec.nbytes
+        if module not in modules or suffix == "bias":
+            original = stored.spec.nbytes
+        else:
+            original = 2 * math.prod(modules[module].shape) if suffix in ("weight", "weight_packed") else 0
+        before[part] = before.get(part, 0) + original
+    return sorted((PartSize(part, before[part], after[part]) for part in after), key=lambda each: -each.before)
 
 
-def _left(tensors: Mapping[str, StoredTensor], quantized: set[str]) -> dict[str, int]:
+def _left(view: CheckpointView) -> dict[str, int]:
     """The other matrices → how many, by name without numbers."""
+    quantized = {module.name for module in view.quantized}
     found: dict[str, int] = {}
-    for name, stored in tensors.items():
+    for name, stored in view.tensors.items():
         if name.endswith(".weight") and len(stored.spec.shape) == 2 and module_of(name) not in quantized:
             kind = place_of(module_of(name)).pattern
             found[kind] = found.get(kind, 0) + 1
     return found
-
-
-def _packed(config: Json) -> PackedExperts:
-    try:
-        return family_of(config).packed_experts or PackedExperts()
-    except UnknownArchitectureError:
-        return PackedExperts()
 
 
 def _json(file: Path) -> Json | None:
@@ -279,7 +224,7 @@ def _json(file: Path) -> Json | None:
     try:
         content: Json = json.loads(file.read_bytes())
     except ValueError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     return content
 
 

@@ -13,6 +13,7 @@ from export.report.facts import Facts, Json, ModuleFacts, rows_of
 from export.report.heatmap import LEVELS, HeatMap, heat_map
 
 _SHOWN = 12  # rows of a table; the rest is in the JSON
+_FEW = 3  # problems of one kind
 _FAR = 8
 
 
@@ -64,6 +65,7 @@ def render(facts: Facts) -> str:
         amax=_amax_notes(facts),
         levels=range(LEVELS),
         shown=_SHOWN,
+        few=_FEW,
     )
 
 
@@ -82,6 +84,7 @@ def report_json(facts: Facts) -> Json:
              "worst_db": _finite(each.worst), "worst_module": each.worst_module}
             for each in snr_by_projection(facts.modules)
         ],
+        "serving": facts.serving.as_json() | {"directory": facts.directory},
         "saturated": [module.name for module in facts.saturated],
         "amax": _amax_notes(facts),
         "modules": list(rows_of(facts)),

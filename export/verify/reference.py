@@ -47,6 +47,7 @@ class WeightError:
         swapped: the same with the two codes of each byte exchanged; NaN where a byte is one code.
         factor: what the dequantized weight would have to be multiplied by to be nearest.
         clipped: the share of weights beyond the largest that NVFP4's scale can hold; 0 in other formats.
+        largest: absolute weight of the reference.
     """
 
     module: str
@@ -56,6 +57,7 @@ class WeightError:
     swapped: float
     factor: float
     clipped: float
+    largest: float
 
     @property
     def snr(self) -> float:
@@ -201,9 +203,10 @@ def _measure(module: Module, weight: Tensor, divisor: float | None) -> WeightErr
     scheme = module.scheme
     assert scheme is not None and module.shape is not None
     nibbles = "weight_packed" in module.tensors
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums, largest = torch.zeros(6, dtype=torch.float64), 0.0
     for first in range(0, len(weight), _ROWS):
         rows = weight[first : first + _ROWS].float()
+        largest = max(largest, float(rows.abs().max()))
         tensors = _rows_of(module, first, len(rows), divisor)
         found = _dequantized(scheme, module.name, tensors)
         swapped = torch.tensor(math.nan)
@@ -227,6 +230,7 @@ def _measure(module: Module, weight: Tensor, divisor: float | None) -> WeightErr
         _ratio(exchanged_error, norm),
         product / own if own else math.nan,
         beyond / max(weight.numel(), 1),
+        largest,
     )
 
 
