@@ -56,7 +56,6 @@ class ShardsConfig(IoConfig):
     """The output directory, of safetensors."""
 
     max_shard_gb: float = option("Largest safetensors file, in 10^9 bytes.", 5.0)
-    quant_state: bool = option("Write quant_state.safetensors, too: amax and formats of all quantizers.", False)
 
 
 @dataclass
@@ -99,6 +98,7 @@ class ExportConfig(CommonConfig):
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
     amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
     io: ShardsConfig = option("How to write.", ShardsConfig)
+    quant_state: bool = option("Write quant_state.safetensors too; with scheme=none for quantizing later.", False)
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     dry_run: bool = option("Show the plan, write nothing.", False)
     verify: bool = option("Check the output before it is moved into place.", True)

@@ -96,9 +96,9 @@ class Finalizer:
         return list(self._schemes)
 
     @property
-    def scheme(self) -> str:
-        """What the modules are quantized to, by name: `nvfp4`, `fp8+nvfp4`, `none`."""
-        return "+".join(sorted({scheme.name for scheme in self._schemes.values()})) or "none"
+    def scheme_names(self) -> dict[str, str]:
+        """Quantized module → the name of its scheme."""
+        return {module: scheme.name for module, scheme in self._schemes.items()}
 
     @property
     def quantization_config(self) -> dict[str, object] | None:

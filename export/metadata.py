@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layout import SINGLE_FILE, Layout
+from export.record import RECORD_FILE
 from export.schemes.scheme import Scheme, arguments
 from mappings.errors import listing
 
@@ -15,8 +16,6 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STATE_FILE = "quant_state.safetensors"
 CARD_FILE = "README.md"
-CONVERSION_FILE = "amaxbridge.json"
-"""What an export notes down of itself."""
 
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
 _WEIGHT_SUFFIXES = (
@@ -24,7 +23,7 @@ _WEIGHT_SUFFIXES = (
     ".onnx", ".onnx_data", ".h5", ".msgpack",
 )  # fmt: skip
 _WRITTEN_ANEW = (
-    CONFIG_FILE, CARD_FILE, CONVERSION_FILE, "report.html", "report.json",
+    CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
     "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",  # of the source's quantization
 )  # fmt: skip
 

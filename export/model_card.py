@@ -4,8 +4,8 @@ The card's metadata is the source's, with what is true of the output put in its 
 evaluation results are left out (they are not of these weights), licence and languages stay. Our section comes first,
 the source's text follows unchanged, because it holds what users of the output must know: terms, prompts, citation.
 
-`amaxbridge.json` is for programs, `export/report` among them. Neither file holds a date, a host or a full path: the
-same export writes the same bytes, and both can be published.
+`amaxbridge.json` is for programs, `export/report` among them; how the export was asked for is in it, too. The card
+holds no date, no host and no full path: the same export writes the same card, and it can be published.
 """
 
 import re
@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import yaml
 
 from export.finalizer import Finalizer
 from export.layout import Layout
-from export.metadata import CARD_FILE, CONVERSION_FILE, carried_files, json_bytes
+from export.metadata import CARD_FILE, carried_files, json_bytes
 from export.quant_state import QuantState
+from export.record import RECORD_FILE, versions
 
-_PACKAGES = ("amaxbridge", "compressed-tensors", "torch", "megatron-core", "nvidia-modelopt", "transformers")
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
 _BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
@@ -42,14 +41,14 @@ class Conversion:
         layout: the files of weights.
         source_bytes: of all weights before.
         state: what training calibrated.
-        command: as `command_line` gives it; "" for a call from a program.
+        record: how it was asked for; its `command_line` is shown in the card.
     """
 
     finalizer: Finalizer = field(repr=False)
     layout: Layout = field(repr=False)
     source_bytes: int
     state: QuantState = field(default_factory=QuantState, repr=False)
-    command: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def companion_files(source: Path, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
@@ -60,8 +59,8 @@ def companion_files(source: Path, conversion: Conversion) -> Iterator[tuple[str,
     """
     for name, file in carried_files(source).items():
         yield name, file.read_bytes()
-    facts = _facts(source, conversion)
-    yield CONVERSION_FILE, json_bytes(facts)
+    facts = {**conversion.record, **_facts(source, conversion), "versions": versions()}
+    yield RECORD_FILE, json_bytes(facts)
     readme = source / CARD_FILE
     original = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     yield CARD_FILE, model_card(original, facts).encode()
@@ -92,11 +91,9 @@ def _facts(source: Path, conversion: Conversion) -> dict[str, Any]:
     groups = config.get("config_groups", {}).values()
     return {
         "base_model": _hub_name(source),
-        "scheme": finalizer.scheme,
+        "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
         "formats": list(dict.fromkeys(group["format"] for group in groups)),
         "kv_cache": "kv_cache_scheme" in config,
-        "command": conversion.command,
-        "versions": dict(_versions()),
         "bytes": {"before": conversion.source_bytes, "after": layout.total_size},
         "tensors": sum(len(shard.specs) for shard in layout.shards),
         "files": len(layout.shards),
@@ -109,14 +106,6 @@ def _facts(source: Path, conversion: Conversion) -> dict[str, Any]:
             "divergent": {name: list(values) for name, values in state.divergent.items()},
         },
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
 
 
 def _hub_name(source: Path) -> str | None:
@@ -167,7 +156,7 @@ def _section(facts: Mapping[str, Any]) -> str:
     if not facts["quantized"]:
         rows = {key: rows[key] for key in ("size", "made with")}
     serve = ["", "```sh", "vllm serve PATH_OF_THIS_DIRECTORY", "```"] if facts["quantized"] else []
-    command = ["", "```sh", facts["command"], "```"] if facts["command"] else []
+    command = ["", "```sh", facts["command_line"], "```"] if facts.get("command_line") else []
     table = ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
     head = f"# {name.rpartition('/')[2]}, {facts['scheme']}" if facts["base_model"] else f"# {what.capitalize()}"
     linked = f"[{name}](https://huggingface.co/{name})" if facts["base_model"] else name

@@ -79,7 +79,9 @@ def test_companions(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_the_card_keeps_the_licence_and_says_what_is_new(source: Path, tmp_path: Path) -> None:
-    model_free_ptq(source, tmp_path / "out", "nvfp4a16", command="python scripts/quantize.py scheme=nvfp4a16")
+    model_free_ptq(
+        source, tmp_path / "out", "nvfp4a16", record={"command_line": "python scripts/quantize.py scheme=nvfp4a16"}
+    )
     metadata, text = card(tmp_path / "out")
     assert metadata == {
         "library_name": "transformers",

@@ -42,7 +42,14 @@ def state_of(weights: dict[str, Tensor]) -> QuantState:
 
 def quantized(source: Path, target: Path) -> Path:
     state = state_of(experts_apart(tensors_in(source)))
-    model_free_ptq(source, target, "nvfp4", quant_state=state, missing_amax="from_weights", command="python a.py <b>")
+    model_free_ptq(
+        source,
+        target,
+        "nvfp4",
+        quant_state=state,
+        missing_amax="from_weights",
+        record={"command_line": "python a.py <b>"},
+    )
     return target
 
 

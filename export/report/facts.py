@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from export.kernels.nvfp4 import FP4_MAX, FP8_MAX
-from export.metadata import CONFIG_FILE, CONVERSION_FILE, QUANT_STATE_FILE
+from export.metadata import CONFIG_FILE, QUANT_STATE_FILE
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
+from export.record import RECORD_FILE
 from export.report.names import Place, place_of
 from export.schemes.scaled import Scaled
 from export.verify import VerifyReport, WeightError, verify
@@ -141,7 +142,7 @@ def gather(directory: Path, reference: Path | None = None, quant_state: Path | N
         return Facts(
             directory.resolve().name,
             config,
-            _json(directory / CONVERSION_FILE) or {},
+            _json(directory / RECORD_FILE) or {},
             modules,
             _parts(view, {module.name: module for module in modules}),
             _left(view),
