@@ -176,6 +176,18 @@ def test_the_page(request: pytest.FixtureRequest, kind: str) -> None:
         assert page.tags.count("svg") == 3 + 4
 
 
+def test_static_fp8(qwen3: Path, tmp_path: Path) -> None:
+    """Its scales are multipliers, shared in a fused group."""
+    state = state_of(tensors_in(qwen3))
+    fp8 = QuantState(state.amax, dict.fromkeys(state.formats, "fp8"), state.missing)
+    model_free_ptq(qwen3, tmp_path / "out", "fp8", quant_state=fp8, missing_amax="from_weights")
+    facts, written = gather(tmp_path / "out", qwen3), tensors_in(tmp_path / "out")
+    for module in facts.modules:
+        assert module.weight_amax == pytest.approx(448 * written[f"{module.name}.weight_scale"].item(), rel=1e-6)
+        assert module.input_amax == pytest.approx(448 * written[f"{module.name}.input_scale"].item(), rel=1e-6)
+    assert [module.name for module in facts.saturated] == [SATURATED]
+
+
 def test_without_a_reference_it_says_what_is_not_known(dense: Path, tmp_path: Path) -> None:
     page = page_of(gather(dense))
     assert "Not measured: give reference=HF_DIR" in page.text
@@ -207,6 +219,7 @@ def test_every_format_has_a_page(qwen3_wide: Path, tmp_path: Path, scheme: str) 
     assert {module.scheme for module in facts.modules} == ({scheme} if scheme != "none" else set())
     low = {"fp8_dynamic": 28.0, "mxfp4": 14.0, "w4a16": 14.0}
     assert all(low[scheme] < (module.snr or 0) < 40 for module in facts.modules)
+    assert not facts.saturated, "each block has its own scale"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
 from export.record import RECORD_FILE
 from export.report.names import Place, place_of
-from export.schemes.scaled import Scaled
 from export.verify import VerifyReport, WeightError, verify
 from export.verify.view import CheckpointView, Module
 from mappings.errors import CheckpointError, UsageError
@@ -84,7 +83,7 @@ class Facts:
         conversion: `amaxbridge.json`, {} where there is none.
         modules: the quantized ones, in the order of the model.
         parts: sizes.
-        left: bytes and number of the linear modules that are not quantized, by name without numbers.
+        left: how many matrices are not quantized, by name without numbers.
         state: what training calibrated, where it is kept.
         serving: what the rules say of it, and at which parallel sizes it serves.
         measured: whether there was a reference.
@@ -177,16 +176,18 @@ def _amax_of_scales(module: Module) -> tuple[float | None, float | None]:
         return stored.read().float() if stored is not None and stored.spec.nbytes else None
 
     weight = _inverse(read("weight_global_scale"))
-    if weight is None and isinstance(module.scheme, Scaled) and (scale := read("weight_scale")) is not None:
-        weight = float(scale.max()) * module.scheme.code.bound
+    if weight is None and module.scheme is not None and module.scheme.needs_weight_amax:
+        weight = _times_fp8(read("weight_scale"))
     inputs = _inverse(read("input_global_scale"))
-    if inputs is None and (scale := read("input_scale")) is not None:
-        inputs = float(scale.max()) * FP8_MAX
-    return weight, inputs
+    return weight, _times_fp8(read("input_scale")) if inputs is None else inputs
 
 
 def _inverse(divisor: Tensor | None) -> float | None:
     return None if divisor is None or not divisor.min() > 0 else _NVFP4_RANGE / float(divisor.min())
+
+
+def _times_fp8(scale: Tensor | None) -> float | None:
+    return None if scale is None else float(scale.max()) * FP8_MAX
 
 
 def _number(amax: Tensor | None) -> float | None:
