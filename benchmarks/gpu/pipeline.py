@@ -76,7 +76,7 @@ def calibrated(source: Path) -> QuantState:
 
 
 def limits(files: list[Path], nbytes: int, directory: Path) -> None:
-    """What the machine does alone: reading the files, writing and syncing a third of their bytes, copying to the GPU."""
+    """What the machine does alone: reading the files, writing and syncing a third of that, copying to the GPU."""
 
     def read(file: Path) -> None:
         buffer = bytearray(BLOCK)
