@@ -8,6 +8,7 @@ the source's text follows unchanged, because it holds what users of the output m
 holds no date, no host and no full path: the same export writes the same card, and it can be published.
 """
 
+import logging
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ from export.metadata import CARD_FILE, carried_files, json_bytes
 from export.quant_state import QuantState
 from export.record import RECORD_FILE, versions
 
+_log = logging.getLogger("amaxbridge")
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
 _BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
@@ -115,7 +117,7 @@ def _hub_name(source: Path) -> str | None:
 
 
 def _parsed(original: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text. A block that is no YAML mapping is the Hub's to complain of: it goes away."""
+    """Metadata and text. A block that is no YAML mapping, which the Hub would refuse, goes away with a warning."""
     found = _FRONT_MATTER.match(original)
     if found is None:
         return {}, original
@@ -123,7 +125,10 @@ def _parsed(original: str) -> tuple[dict[str, Any], str]:
         metadata = yaml.safe_load(found[1])
     except yaml.YAMLError:
         metadata = None
-    return metadata if isinstance(metadata, dict) else {}, original[found.end() :]
+    if not isinstance(metadata, dict):
+        _log.warning("the metadata of the source's %s is no YAML mapping, and is left out: set the licence", CARD_FILE)
+        metadata = {}
+    return metadata, original[found.end() :]
 
 
 def _front_matter(original: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
