@@ -13,7 +13,7 @@ Engines read the same config by different rules. The differences are data:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from export.schemes.recipe import EVERY_LINEAR
@@ -82,7 +82,7 @@ class Reading:
 
 def read(engine: Engine, layer: Layer, config: Quantization) -> Reading:
     """What the engine makes of the layer."""
-    ignored = {name: entry for name in layer.members if (entry := _ignored(engine, name, config.ignore)) is not None}
+    ignored = {name: entry for name in layer.members if (entry := _ignored(engine, name, config)) is not None}
     if layer.name in config.ignore or len(ignored) == len(layer.members):
         return Reading(why=f"ignored by {next(iter(ignored.values()), layer.name)!r}")
     if ignored:
@@ -103,16 +103,15 @@ def read(engine: Engine, layer: Layer, config: Quantization) -> Reading:
     return Reading(first, "" if first is not None else "neither targeted nor ignored")
 
 
-def _ignored(engine: Engine, name: str, ignore: Iterable[str]) -> str | None:
+def _ignored(engine: Engine, name: str, config: Quantization) -> str | None:
     """The entry of `ignore` that means a module."""
-    for entry in ignore:
-        if means(entry, name):
-            return entry
-        if engine.ignores_parts and not entry.startswith("re:") and entry.lower() in name.lower():
-            return entry
-        if engine.ignores_classes and entry == EVERY_LINEAR:
-            return entry
-    return None
+    if (entry := config.ignored_by(name)) is not None:
+        return entry
+    if engine.ignores_parts:
+        return next(
+            (entry for entry in config.ignore if not entry.startswith("re:") and entry.lower() in name.lower()), None
+        )
+    return EVERY_LINEAR if engine.ignores_classes and EVERY_LINEAR in config.ignore else None
 
 
 def _target(config: Quantization, group: int, name: str) -> str:
@@ -157,16 +156,17 @@ def _fused_name(members: tuple[str, ...]) -> str:
     return parent + dot + _FUSED_NAMES.get(projection, projection) if len(members) > 1 else members[0]
 
 
-def _readings(view: CheckpointView) -> Iterator[tuple[Engine, Layer, Reading, list[str]]]:
-    if not view.quantization.raw:
-        return
-    for engine in ENGINES:
-        for layer, modules in layers_of(view, engine):
-            yield engine, layer, read(engine, layer, view.quantization), modules
+def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[str]]]:
+    """What every engine makes of every layer, and the modules that it is for."""
+    return [
+        (engine, layer, read(engine, layer, view.quantization), modules)
+        for engine in (ENGINES if view.quantization.raw else ())
+        for layer, modules in layers_of(view, engine)
+    ]
 
 
 def _conflicts(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, _ in _readings(view):
+    for engine, layer, reading, _ in view.once(_readings):
         if reading.conflict:
             yield Problem(layer.name, f"{engine.name}: {reading.conflict}")
     for experts, projections in _first_experts(view).items():
@@ -178,14 +178,14 @@ def _conflicts(view: CheckpointView) -> Iterator[Problem]:
 def _first_experts(view: CheckpointView) -> dict[str, dict[str, int | None]]:
     """Layer of experts → the group that vLLM reads for each projection of the first expert."""
     layers: dict[str, dict[str, int | None]] = {}
-    for engine, layer, reading, _ in _readings(view):
+    for engine, layer, reading, _ in view.once(_readings):
         if engine is ENGINES[0] and (found := _EXPERT.fullmatch(layer.name)):
             layers.setdefault(found[1], {})[layer.name.rpartition(".")[2]] = reading.group
     return layers
 
 
 def _unread(view: CheckpointView) -> Iterator[Problem]:
-    for engine, _, reading, modules in _readings(view):
+    for engine, _, reading, modules in view.once(_readings):
         if reading.group is None and not reading.conflict:
             for name in modules:
                 if name in view.modules and view.modules[name].is_quantized:
@@ -194,7 +194,7 @@ def _unread(view: CheckpointView) -> Iterator[Problem]:
 
 def _misread(view: CheckpointView) -> Iterator[Problem]:
     config = view.quantization
-    for engine, _, reading, modules in _readings(view):
+    for engine, _, reading, modules in view.once(_readings):
         if reading.group is None:
             continue
         for name in modules:
@@ -211,7 +211,7 @@ def _misread(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _untargeted(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, modules in _readings(view):
+    for engine, layer, reading, modules in view.once(_readings):
         neither = reading.group is None and reading.why.startswith("neither")
         plain = all(name in view.modules and not view.modules[name].is_quantized for name in modules)
         if neither and plain and engine.refuses_untargeted and not layer.name.endswith(HEAD):
