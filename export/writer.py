@@ -131,7 +131,10 @@ class StagedDirectory:
         if self._lock < 0:  # committed, or never opened
             return
         resumable = isinstance(error, WriteError) or not isinstance(error, AmaxbridgeError)
-        if self._plan is not None and resumable and any(self._journals()):
+        kept = len(set(self._journals())) if self._plan is not None and resumable else 0
+        if kept:
+            if error is not None:
+                error.add_note(f"{self.path} keeps {kept:,} parts that are done: the same command goes on from there")
             self._unlock()
         else:
             self.discard()

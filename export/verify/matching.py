@@ -9,6 +9,7 @@ Engines read the same config by different rules. The differences are data:
   `model.layers.0.mlp.gate_proj`.
 - transformers has every module as it is in the checkpoint, a head is a `Linear` to it as any other, and classes may
   stand in `ignore`.
+- Our own runtime (`export.runtime`) asks about the members of a fused layer one by one, as its `matching` does.
 - Older vLLM and SGLang raise where a layer is neither targeted nor ignored; others leave it unquantized.
 """
 
@@ -16,22 +17,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from export.runtime.matching import LINEAR, Matching, fused_name
 from export.schemes.recipe import EVERY_LINEAR
 from export.verify.finding import Problem, Rule, Severity
-from export.verify.quantization import HEAD, Quantization, means
+from export.verify.quantization import HEAD, Quantization, is_sound, means
 from export.verify.view import CheckpointView
+from mappings.errors import CheckpointError
 from mappings.fused_groups import groups_among
 from mappings.names import is_routed_expert
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
-_FUSED_NAMES = {  # first member → how engines call the layer
-    "q_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "w1": "w13",
-    "q_a_proj": "fused_qkv_a_proj",
-    "in_proj_qkv": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +56,7 @@ ENGINES = (
     Engine("SGLang", ignores_parts=True, first_expert=True, refuses_untargeted=True),
     Engine("transformers", fuses=False, ignores_classes=True, head_is_linear=True),
 )
+RUNTIME = Engine("export.runtime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +148,37 @@ def _fused(modules: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _fused_name(members: tuple[str, ...]) -> str:
-    parent, dot, projection = members[0].rpartition(".")
-    return parent + dot + _FUSED_NAMES.get(projection, projection) if len(members) > 1 else members[0]
+    return fused_name(members[0]) if len(members) > 1 else members[0]
 
 
 def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[str]]]:
     """What every engine makes of every layer, and the modules that it is for."""
-    return [
-        (engine, layer, read(engine, layer, view.quantization), modules)
-        for engine in (ENGINES if view.quantization.raw else ())
+    config = view.quantization
+    if not config.raw:
+        return []
+    matching = Matching(tuple(_sound(group.targets) for group in config.groups), _sound(config.ignore))
+    readings = [
+        (engine, layer, read(engine, layer, config), modules)
+        for engine in ENGINES
         for layer, modules in layers_of(view, engine)
     ]
+    return readings + [
+        (RUNTIME, layer, _read_by_runtime(layer, matching), modules) for layer, modules in layers_of(view, RUNTIME)
+    ]
+
+
+def _sound(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Without patterns that are none: a rule of their own is about them."""
+    return tuple(target for target in targets if is_sound(target))
+
+
+def _read_by_runtime(layer: Layer, matching: Matching) -> Reading:
+    """Its own matching answers."""
+    try:
+        group = matching.group_of(layer.name, () if layer.name.endswith(HEAD) else LINEAR)
+    except CheckpointError as error:
+        return Reading(conflict=str(error))
+    return Reading(group, "" if group is not None else "ignored, or targeted by no group")
 
 
 def _conflicts(view: CheckpointView) -> Iterator[Problem]:

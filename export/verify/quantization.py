@@ -100,6 +100,11 @@ def means(target: str, name: str) -> bool:
     return compiled is not None and compiled.match(name) is not None
 
 
+def is_sound(target: str) -> bool:
+    """Whether it is a name or a class, or a pattern that compiles."""
+    return not target.startswith("re:") or _compiled(target) is not None
+
+
 @lru_cache(maxsize=4096)
 def _compiled(target: str) -> re.Pattern[str] | None:
     try:
