@@ -156,7 +156,10 @@ def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[s
     config = view.quantization
     if not config.raw:
         return []
-    matching = Matching(tuple(_sound(group.targets) for group in config.groups), _sound(config.ignore))
+    targets = tuple(
+        tuple(filter(is_sound, group.targets)) for group in config.groups
+    )  # others have a rule of their own
+    matching = Matching(targets, tuple(filter(is_sound, config.ignore)))
     readings = [
         (engine, layer, read(engine, layer, config), modules)
         for engine in ENGINES
@@ -165,11 +168,6 @@ def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[s
     return readings + [
         (RUNTIME, layer, _read_by_runtime(layer, matching), modules) for layer, modules in layers_of(view, RUNTIME)
     ]
-
-
-def _sound(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Without patterns that are none: a rule of their own is about them."""
-    return tuple(target for target in targets if is_sound(target))
 
 
 def _read_by_runtime(layer: Layer, matching: Matching) -> Reading:
