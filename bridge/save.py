@@ -166,8 +166,9 @@ class Saver:
         layout = plan_layout(packer.specs, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         if not self._dry_run:
-            expected = {name: spec.shape for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-            output = _Output(finalizer, packer, layout, Layout((*layout.shards, *kept)), state, expected)
+            output = _Output(
+                finalizer, packer, layout, Layout((*layout.shards, *kept)), state, self._expected(specs_of(plan))
+            )
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
@@ -219,12 +220,16 @@ class Saver:
                 staged.commit()
             self._barrier()
 
+    def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+        """What will be verified: what transformers expects, or where it has no such model, what is planned."""
+        expected = expected_tensors(self._hf.directory) if self._verify and self._first else None
+        return expected or {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
+
     def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
         """The files beside the shards; then everything is checked as it will be served."""
         self._write_small_files(staged, output)
         if self._verify:
-            expected = expected_tensors(self._hf.directory) or output.expected
-            verify(staged.path, expected=expected).conclude(self._target)
+            verify(staged.path, expected=output.expected).conclude(self._target)
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this rank owns, announced."""
@@ -268,7 +273,7 @@ class Saver:
 class _Output:
     """What is to be written: the shards of `weights`, and with those of the quantizer state, all `files`.
 
-    `expected` is the shape of every tensor before it was quantized.
+    `expected` are the shapes of all tensors before they are quantized.
     """
 
     finalizer: Finalizer
