@@ -166,11 +166,10 @@ class Saver:
         layout = plan_layout(packer.specs, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         if not self._dry_run:
-            weights = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-            before = sum(spec.nbytes for spec in weights.values())
+            specs = specs_of(plan)
+            before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
             conversion = Conversion(finalizer, layout, before, state, self._record)
-            expected = {name: spec.shape for name, spec in weights.items()}
-            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), expected)
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), self._expected(specs))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
@@ -222,6 +221,17 @@ class Saver:
                 staged.commit()
             self._barrier()
 
+    def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+        """What will be verified: what transformers expects, or where it has no such model, what is planned."""
+        expected = expected_tensors(self._hf.directory) if self._verify and self._first else None
+        return expected or {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
+
+    def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
+        """The files beside the shards; then everything is checked as it will be served."""
+        self._write_small_files(staged, output)
+        if self._verify:
+            verify(staged.path, expected=output.expected).conclude(self._target)
+
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this rank owns, announced."""
         me = self._ranks.members(Axis.WORLD)[self._ranks.rank(Axis.WORLD)]
@@ -232,13 +242,6 @@ class Saver:
             kept=sum(bundle.nbytes for key, bundle in mine.items() if key in done),
         )
         return mine
-
-    def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
-        """The files beside the shards; then everything is checked as it will be served."""
-        self._write_small_files(staged, output)
-        if self._verify:
-            expected = expected_tensors(self._hf.directory) or output.expected
-            verify(staged.path, expected=expected).conclude(self._target)
 
     def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
         for name, content in companion_files(self._hf.directory, output.conversion):
@@ -274,7 +277,7 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
-        expected: the shape of every tensor before it was quantized.
+        expected: the shapes of all tensors before they are quantized.
     """
 
     conversion: Conversion

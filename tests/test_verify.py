@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import LiveRanks
 from safetensors.torch import save_file
+from tiny_models import TINY_MODELS
 from verify_breaks import BREAKS, DENSE, DOWN, LAYER, MOE, Break, Q, drop, scale, swap_nibbles
 from verifying import Made, make, saved_amax
 
+from export.model_free import model_free_ptq
 from export.schemes import SCHEMES
 from export.verify import RULES, Severity, VerifyReport, verify
 from scripts import cli
@@ -120,6 +122,24 @@ def test_what_transformers_expects_is_expected(good: Callable[..., Made], tmp_pa
     del made.tensors[norm]
     [failure] = verify(made.write(tmp_path / "bad"), expected=expected).failures
     assert (failure.rule, failure.tensors) == ("expected-names", [norm])
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3", "Mixtral", "GPT-OSS", "Gemma 2", "Nemotron-H"])
+def test_other_families_pass(family: str, tmp_path: Path) -> None:
+    """Latent attention, w1 and w3, packed and transposed experts with biases, a tied head, Mamba."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bridge.hf_config import expected_tensors
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TINY_MODELS[family].make(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    model_free_ptq(tmp_path / "hf", tmp_path / "out", "nvfp4a16")
+    for known in ({"expected": expected_tensors(tmp_path / "hf")}, {"reference": tmp_path / "hf"}):
+        report = verify(tmp_path / "out", **known)  # type: ignore[arg-type]
+        assert report.findings == ()
+    assert report.modules == len(report.errors) > 0
 
 
 def test_which_sizes_will_serve(good: Callable[..., Made], tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """Rules about `quantization_config` in config.json, apart from what its targets hit: see `matching`."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from export.schemes.recipe import EVERY_LINEAR
 from export.verify.finding import Problem, Rule, Severity
-from export.verify.quantization import ConfigGroup
+from export.verify.quantization import is_sound
 from export.verify.view import CheckpointView
 
 _KEYS = frozenset(
@@ -108,17 +107,10 @@ def _is_class(target: str) -> bool:
 
 
 def _patterns(view: CheckpointView) -> Iterator[Problem]:
-    for where, target in _all_patterns(view.quantization.groups, view.quantization.ignore):
-        try:
-            re.compile(target.removeprefix("re:"))
-        except re.error as error:
-            yield Problem(f"{where}: {target}", f"is no regular expression: {error}")
-
-
-def _all_patterns(groups: tuple[ConfigGroup, ...], ignore: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for group in groups:
-        yield from ((group.name, target) for target in group.targets if target.startswith("re:"))
-    yield from (("ignore", entry) for entry in ignore if entry.startswith("re:"))
+    targets = [(group.name, target) for group in view.quantization.groups for target in group.targets]
+    for where, target in targets + [("ignore", entry) for entry in view.quantization.ignore]:
+        if not is_sound(target):
+            yield Problem(f"{where}: {target}", "is no regular expression")
 
 
 RULES = (

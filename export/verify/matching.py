@@ -9,29 +9,24 @@ Engines read the same config by different rules. The differences are data:
   `model.layers.0.mlp.gate_proj`.
 - transformers has every module as it is in the checkpoint, a head is a `Linear` to it as any other, and classes may
   stand in `ignore`.
+- Our own runtime (`export.runtime`) asks about the members of a fused layer one by one, as its `matching` does.
 - Older vLLM and SGLang raise where a layer is neither targeted nor ignored; others leave it unquantized.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from export.runtime.matching import LINEAR, Matching, fused_name
 from export.schemes.recipe import EVERY_LINEAR
 from export.verify.finding import Problem, Rule, Severity
-from export.verify.quantization import HEAD, Quantization, means
+from export.verify.quantization import HEAD, Quantization, is_sound, means
 from export.verify.view import CheckpointView
+from mappings.errors import CheckpointError
 from mappings.fused_groups import groups_among
 from mappings.names import is_routed_expert
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
-_FUSED_NAMES = {  # first member → how engines call the layer
-    "q_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "w1": "w13",
-    "q_a_proj": "fused_qkv_a_proj",
-    "in_proj_qkv": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +56,7 @@ ENGINES = (
     Engine("SGLang", ignores_parts=True, first_expert=True, refuses_untargeted=True),
     Engine("transformers", fuses=False, ignores_classes=True, head_is_linear=True),
 )
+RUNTIME = Engine("export.runtime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ class Reading:
 
 def read(engine: Engine, layer: Layer, config: Quantization) -> Reading:
     """What the engine makes of the layer."""
-    ignored = {name: entry for name in layer.members if (entry := _ignored(engine, name, config.ignore)) is not None}
+    ignored = {name: entry for name in layer.members if (entry := _ignored(engine, name, config)) is not None}
     if layer.name in config.ignore or len(ignored) == len(layer.members):
         return Reading(why=f"ignored by {next(iter(ignored.values()), layer.name)!r}")
     if ignored:
@@ -103,16 +99,15 @@ def read(engine: Engine, layer: Layer, config: Quantization) -> Reading:
     return Reading(first, "" if first is not None else "neither targeted nor ignored")
 
 
-def _ignored(engine: Engine, name: str, ignore: Iterable[str]) -> str | None:
+def _ignored(engine: Engine, name: str, config: Quantization) -> str | None:
     """The entry of `ignore` that means a module."""
-    for entry in ignore:
-        if means(entry, name):
-            return entry
-        if engine.ignores_parts and not entry.startswith("re:") and entry.lower() in name.lower():
-            return entry
-        if engine.ignores_classes and entry == EVERY_LINEAR:
-            return entry
-    return None
+    if (entry := config.ignored_by(name)) is not None:
+        return entry
+    if engine.ignores_parts:
+        return next(
+            (entry for entry in config.ignore if not entry.startswith("re:") and entry.lower() in name.lower()), None
+        )
+    return EVERY_LINEAR if engine.ignores_classes and EVERY_LINEAR in config.ignore else None
 
 
 def _target(config: Quantization, group: int, name: str) -> str:
@@ -153,20 +148,39 @@ def _fused(modules: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _fused_name(members: tuple[str, ...]) -> str:
-    parent, dot, projection = members[0].rpartition(".")
-    return parent + dot + _FUSED_NAMES.get(projection, projection) if len(members) > 1 else members[0]
+    return fused_name(members[0]) if len(members) > 1 else members[0]
 
 
-def _readings(view: CheckpointView) -> Iterator[tuple[Engine, Layer, Reading, list[str]]]:
-    if not view.quantization.raw:
-        return
-    for engine in ENGINES:
-        for layer, modules in layers_of(view, engine):
-            yield engine, layer, read(engine, layer, view.quantization), modules
+def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[str]]]:
+    """What every engine makes of every layer, and the modules that it is for."""
+    config = view.quantization
+    if not config.raw:
+        return []
+    targets = tuple(
+        tuple(filter(is_sound, group.targets)) for group in config.groups
+    )  # others have a rule of their own
+    matching = Matching(targets, tuple(filter(is_sound, config.ignore)))
+    readings = [
+        (engine, layer, read(engine, layer, config), modules)
+        for engine in ENGINES
+        for layer, modules in layers_of(view, engine)
+    ]
+    return readings + [
+        (RUNTIME, layer, _read_by_runtime(layer, matching), modules) for layer, modules in layers_of(view, RUNTIME)
+    ]
+
+
+def _read_by_runtime(layer: Layer, matching: Matching) -> Reading:
+    """Its own matching answers."""
+    try:
+        group = matching.group_of(layer.name, () if layer.name.endswith(HEAD) else LINEAR)
+    except CheckpointError as error:
+        return Reading(conflict=str(error))
+    return Reading(group, "" if group is not None else "ignored, or targeted by no group")
 
 
 def _conflicts(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, _ in _readings(view):
+    for engine, layer, reading, _ in view.once(_readings):
         if reading.conflict:
             yield Problem(layer.name, f"{engine.name}: {reading.conflict}")
     for experts, projections in _first_experts(view).items():
@@ -178,14 +192,14 @@ def _conflicts(view: CheckpointView) -> Iterator[Problem]:
 def _first_experts(view: CheckpointView) -> dict[str, dict[str, int | None]]:
     """Layer of experts → the group that vLLM reads for each projection of the first expert."""
     layers: dict[str, dict[str, int | None]] = {}
-    for engine, layer, reading, _ in _readings(view):
+    for engine, layer, reading, _ in view.once(_readings):
         if engine is ENGINES[0] and (found := _EXPERT.fullmatch(layer.name)):
             layers.setdefault(found[1], {})[layer.name.rpartition(".")[2]] = reading.group
     return layers
 
 
 def _unread(view: CheckpointView) -> Iterator[Problem]:
-    for engine, _, reading, modules in _readings(view):
+    for engine, _, reading, modules in view.once(_readings):
         if reading.group is None and not reading.conflict:
             for name in modules:
                 if name in view.modules and view.modules[name].is_quantized:
@@ -194,7 +208,7 @@ def _unread(view: CheckpointView) -> Iterator[Problem]:
 
 def _misread(view: CheckpointView) -> Iterator[Problem]:
     config = view.quantization
-    for engine, _, reading, modules in _readings(view):
+    for engine, _, reading, modules in view.once(_readings):
         if reading.group is None:
             continue
         for name in modules:
@@ -211,7 +225,7 @@ def _misread(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _untargeted(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, modules in _readings(view):
+    for engine, layer, reading, modules in view.once(_readings):
         neither = reading.group is None and reading.why.startswith("neither")
         plain = all(name in view.modules and not view.modules[name].is_quantized for name in modules)
         if neither and plain and engine.refuses_untargeted and not layer.name.endswith(HEAD):

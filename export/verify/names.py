@@ -8,20 +8,21 @@ every name and shape (`expected`).
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from export.verify.finding import Problem, Rule, Severity
 from export.verify.view import INPUT_SUFFIXES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from mappings.names import is_quantizer_state, is_routed_expert, natural_key
 
 _LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
-_STACKED = re.compile(r".*\.experts\.(?!\d+\.).*(_scale|_scale_2|_packed|_zero_point)")
+_EXPERTS = ".experts."
+_OF_SCALES = ("_scale", "_scale_2", "_packed", "_zero_point")
 _CACHE_SCALES = ("k_scale", "v_scale")
-_FOREIGN = re.compile(  # what other programs, or other steps of the export, leave behind
-    r".*(_quantizer\b.*|\._amax|\._extra_state|\.weight_scale_2|\.weight_scale_inv|\.output_scale|\.[kv]_cache_scale"
-    r"|\.weight_g_idx|\.pre_quant_scale)"
-)
+_FOREIGN = frozenset(  # what other programs, or other steps of an export, leave behind
+    (
+        "_amax", "_extra_state", "weight_scale_2", "weight_scale_inv", "output_scale", "k_cache_scale", "v_cache_scale",
+        "weight_g_idx", "pre_quant_scale",
+    )
+)  # fmt: skip
 _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -91,8 +92,10 @@ def _experts(view: CheckpointView) -> Iterator[Problem]:
     wanted = next((view.text_config[key] for key in _EXPERT_COUNTS if view.text_config.get(key)), None)
     layers: dict[str, dict[int, set[str]]] = {}
     for name in view.tensors:
-        if found := _EXPERT.fullmatch(name):
-            layers.setdefault(found[1], {}).setdefault(int(found[2]), set()).add(found[3])
+        layer, _, rest = name.partition(_EXPERTS)
+        expert, _, part = rest.partition(".")
+        if expert.isdigit():
+            layers.setdefault(f"{layer}.experts", {}).setdefault(int(expert), set()).add(part)
     for layer, experts in sorted(layers.items(), key=lambda item: natural_key(item[0])):
         count = wanted if isinstance(wanted, int) else max(experts) + 1
         for number in sorted(set(range(count)) - experts.keys()):
@@ -107,13 +110,15 @@ def _experts(view: CheckpointView) -> Iterator[Problem]:
 
 def _stacked(view: CheckpointView) -> Iterator[Problem]:
     for name, stored in view.tensors.items():
-        if _STACKED.fullmatch(name):
+        rest = name.partition(_EXPERTS)[2]
+        if rest.endswith(_OF_SCALES) and not rest[0].isdigit():
             yield Problem(name, f"{stored.spec} for all experts of the layer")
 
 
 def _suffixes(view: CheckpointView) -> Iterator[Problem]:
     """Every tensor of the scheme; those of inputs have a rule of their own."""
-    for module, planned in _planned(view):
+    for module in view.quantized:
+        planned = view.planned(module)
         for suffix in planned.keys() - module.tensors.keys() - set(INPUT_SUFFIXES):
             yield Problem(f"{module.name}.{suffix}", f"is not there; {_named(module)} has it")
     for module in view.quantized:
@@ -122,8 +127,9 @@ def _suffixes(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _inputs(view: CheckpointView) -> Iterator[Problem]:
-    for module, planned in _planned(view):
-        for suffix in INPUT_SUFFIXES:
+    for module in view.quantized:
+        planned = view.planned(module)
+        for suffix in INPUT_SUFFIXES if planned else ():
             name = f"{module.name}.{suffix}"
             if suffix in planned and suffix not in module.tensors:
                 yield Problem(name, "is not there; config.json says that inputs have a static scale")
@@ -133,14 +139,9 @@ def _inputs(view: CheckpointView) -> Iterator[Problem]:
 
 def _contract(view: CheckpointView) -> Iterator[Problem]:
     for module in view.quantized:
-        if module.scheme is None or module.shape is None:
-            continue
-        try:
-            planned = module.planned(module.shape)
-        except ValueError as error:
-            yield Problem(module.name, str(error))
-            continue
-        for suffix, allowed in planned.items():
+        if misfit := view.misfit(module):
+            yield Problem(module.name, misfit)
+        for suffix, allowed in view.planned(module).items():
             stored = module.tensors.get(suffix)
             if stored is not None and stored.spec not in allowed:
                 right = " or ".join(sorted(map(str, allowed)))
@@ -149,12 +150,13 @@ def _contract(view: CheckpointView) -> Iterator[Problem]:
 
 def _leftovers(view: CheckpointView) -> Iterator[Problem]:
     for name in view.tensors:
-        if is_quantizer_state(name) or _FOREIGN.fullmatch(name):
+        if is_quantizer_state(name) or name.rpartition(".")[2] in _FOREIGN:
             yield Problem(name, "is no tensor of the format")
-    for module, planned in _planned(view):
-        for suffix in module.tensors.keys() - planned.keys() - {"bias", *INPUT_SUFFIXES}:
-            if not _FOREIGN.fullmatch(f"{module.name}.{suffix}"):
-                yield Problem(f"{module.name}.{suffix}", f"is no tensor of {_named(module)}")
+    for module in view.quantized:
+        planned = view.planned(module)
+        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SUFFIXES}
+        for suffix in others if planned else ():
+            yield Problem(f"{module.name}.{suffix}", f"is no tensor of {_named(module)}")
 
 
 def _cache(view: CheckpointView) -> Iterator[Problem]:
@@ -170,17 +172,6 @@ def _cache(view: CheckpointView) -> Iterator[Problem]:
         for suffix in _CACHE_SCALES:
             if f"{attention}.{suffix}" not in found and not is_mtp(view, f"{attention}.{suffix}"):
                 yield Problem(f"{attention}.{suffix}", "is not there; config.json has a kv_cache_scheme")
-
-
-def _planned(view: CheckpointView) -> Iterator[tuple[Module, dict[str, Any]]]:
-    """Modules whose scheme and shape are known and fit, with what the scheme writes for them."""
-    for module in view.quantized:
-        if module.scheme is not None and module.shape is not None:
-            try:
-                planned = module.planned(module.shape)
-            except ValueError:  # `_contract` says so
-                continue
-            yield module, planned
 
 
 def _named(module: Module) -> str:

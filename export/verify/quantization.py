@@ -56,19 +56,29 @@ class Quantization:
     raw: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[ConfigGroup, ...] = ()
     ignore: tuple[str, ...] = ()
+    _ignored_names: frozenset[str] = frozenset()
+    _patterns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> "Quantization":
         raw = _mapping(config) or {}
         entries = _mapping(raw.get("config_groups")) or {}
         groups = tuple(ConfigGroup.of(name, entry) for name, entry in entries.items() if isinstance(entry, dict))
-        return cls(raw, groups, tuple(str(entry) for entry in raw.get("ignore") or ()))
+        ignore = tuple(str(entry) for entry in raw.get("ignore") or ())
+        patterns = tuple(entry for entry in ignore if entry.startswith("re:"))
+        return cls(raw, groups, ignore, frozenset(ignore), patterns)
 
     def group_of(self, module: str) -> int | None:
         """The group that targets a module of the checkpoint: by name, else by class. `ignore` is not asked."""
         named = self.named_by(module)
         is_linear = not module.endswith((*EMBEDDINGS, HEAD))
         return self.every_linear() if named is None and is_linear else named
+
+    def ignored_by(self, module: str) -> str | None:
+        """The entry of `ignore` that means a module: its name, or a pattern for it. There may be thousands of names."""
+        if module in self._ignored_names:
+            return module
+        return next((entry for entry in self._patterns if means(entry, module)), None)
 
     def named_by(self, module: str) -> int | None:
         """The first group with a target that is the module's name, or a pattern for it."""
@@ -88,6 +98,11 @@ def means(target: str, name: str) -> bool:
         return target == name
     compiled = _compiled(target)
     return compiled is not None and compiled.match(name) is not None
+
+
+def is_sound(target: str) -> bool:
+    """Whether it is a name or a class, or a pattern that compiles."""
+    return not target.startswith("re:") or _compiled(target) is not None
 
 
 @lru_cache(maxsize=4096)

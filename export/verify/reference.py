@@ -93,7 +93,7 @@ class Reference:
 
     def errors(self, view: CheckpointView) -> Iterator[WeightError]:
         """Of every quantized module that can be dequantized and that the reference has."""
-        modules = {module.name: module for module in view.quantized if _is_whole(module)}
+        modules = {module.name: module for module in view.quantized if _is_whole(view, module)}
         for group in groups_among(modules):
             members = [modules[name] for name in group.members]
             for module in members:
@@ -176,16 +176,12 @@ def _reason(each: WeightError) -> str:
     return ""
 
 
-def _is_whole(module: Module) -> bool:
+def _is_whole(view: CheckpointView, module: Module) -> bool:
     """Whether all that dequantizing needs is there, in the right dtypes and shapes."""
-    if module.scheme is None or module.shape is None:
-        return False
-    try:
-        planned = module.planned(module.shape)
-    except ValueError:
-        return False
-    weights = {suffix: allowed for suffix, allowed in planned.items() if not suffix.startswith("input")}
-    return all(suffix in module.tensors and module.tensors[suffix].spec in weights[suffix] for suffix in weights)
+    needed = {suffix: specs for suffix, specs in view.planned(module).items() if not suffix.startswith("input")}
+    return bool(needed) and all(
+        suffix in module.tensors and module.tensors[suffix].spec in specs for suffix, specs in needed.items()
+    )
 
 
 def _merged_scale(members: list[Module], view: CheckpointView) -> float | None:

@@ -7,9 +7,10 @@ reference, and by no others.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -30,6 +31,7 @@ QUANTIZED_SUFFIXES = frozenset(
     {"weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", *INPUT_SUFFIXES}
 )
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_CODES_IN = {torch.uint8: 2, torch.int32: 8}  # of 4 bits
 _CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
 
 
@@ -56,28 +58,20 @@ class Module:
         tensors: by the last part of their names: `weight_packed`, `bias`.
         scheme: what config.json says of the module; None for none, or for one that is not known.
         group: the number of its config group; None for none.
+        shape: `[out, in]` of the weight, from its codes; None where they are missing or are no matrix.
     """
 
     name: str
     tensors: Mapping[str, StoredTensor]
     scheme: Scheme | None
     group: int | None
+    shape: tuple[int, int] | None
 
     @property
     def is_quantized(self) -> bool:
         """Whether there are scales or packed codes, or codes in place of a weight."""
         weight = self.tensors.get("weight")
         return not QUANTIZED_SUFFIXES.isdisjoint(self.tensors) or (weight is not None and weight.spec.dtype in _CODES)
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """`[out, in]` of the weight, from its codes; None where they are missing or are no matrix."""
-        stored = self.tensors.get("weight_packed", self.tensors.get("weight"))
-        if stored is None or len(stored.spec.shape) != 2:
-            return None
-        rows, columns = stored.spec.shape
-        packed = {torch.uint8: 2, torch.int32: 8}.get(stored.spec.dtype, 1)
-        return rows, columns * packed if "weight_packed" in self.tensors else columns
 
     @property
     def group_scale(self) -> str | None:
@@ -91,23 +85,6 @@ class Module:
         """The tensor that holds the input's scale, where there is one."""
         return next((suffix for suffix in INPUT_SUFFIXES if suffix in self.tensors), None)
 
-    def planned(self, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
-        """What its scheme writes for a weight of this shape: last part of the name → the specs that are right.
-
-        There are several because scales have the dtype of the weight, or fp32 where an amax was calibrated.
-
-        Raises:
-            ValueError: the scheme cannot hold such a weight; says why.
-        """
-        assert self.scheme is not None
-        specs: dict[str, set[TensorSpec]] = {}
-        for dtype in _FLOATS:
-            for calibrated in (False, True):
-                written = self.scheme.output_specs("", TensorSpec(shape, dtype), calibrated=calibrated)
-                for name, spec in written.items():
-                    specs.setdefault(name.removeprefix("."), set()).add(spec)
-        return {name: frozenset(allowed) for name, allowed in specs.items()}
-
 
 class CheckpointView:
     """The checkpoint in a directory, open until the context ends.
@@ -119,6 +96,8 @@ class CheckpointView:
         self.directory = directory
         self.expected: Mapping[str, tuple[int, ...]] | None = None
         self.broken: dict[str, str] = {}
+        self._plans: dict[tuple[int | None, tuple[int, int]], dict[str, frozenset[TensorSpec]] | str] = {}
+        self._made: dict[Callable[[CheckpointView], Any], Any] = {}
         self.files: dict[str, SafetensorsFile] = {}
         for path in sorted(directory.glob("*.safetensors")):
             if path.name == QUANT_STATE_FILE:  # may lie beside a checkpoint and is no part of it
@@ -174,7 +153,7 @@ class CheckpointView:
             if plain or not QUANTIZED_SUFFIXES.isdisjoint(tensors):
                 group = self.quantization.group_of(name)
                 scheme = None if group is None else self.quantization.groups[group].scheme
-                modules[name] = Module(name, tensors, scheme, group)
+                modules[name] = Module(name, tensors, scheme, group, _shape(tensors))
         return modules
 
     @cached_property
@@ -206,6 +185,38 @@ class CheckpointView:
             if (scale := module.tensors.get("weight_scale")) is not None and scale.spec.nbytes
         }
 
+    def planned(self, module: Module) -> dict[str, frozenset[TensorSpec]]:
+        """What its scheme writes for a module: last part of the name → the specs that are right.
+
+        There are several because scales have the dtype of the weight, or fp32 where an amax was calibrated. Nothing
+        where scheme or shape are not known, or do not fit: see `misfit`.
+        """
+        found = self._plan(module)
+        return {} if isinstance(found, str) else found
+
+    def misfit(self, module: Module) -> str | None:
+        """Why the scheme cannot hold a weight of the module's shape."""
+        found = self._plan(module)
+        return found if isinstance(found, str) else None
+
+    def _plan(self, module: Module) -> dict[str, frozenset[TensorSpec]] | str:
+        if module.scheme is None or module.shape is None:
+            return {}
+        key = module.group, module.shape
+        if key not in self._plans:
+            try:
+                self._plans[key] = _output_specs(module.scheme, module.shape)
+            except ValueError as error:
+                self._plans[key] = str(error)
+        return self._plans[key]
+
+    def once[T](self, make: "Callable[[CheckpointView], T]") -> T:
+        """What `make` gives for this checkpoint, made when the first rule needs it."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
+
     def __enter__(self) -> Self:
         return self
 
@@ -214,6 +225,23 @@ class CheckpointView:
     ) -> None:
         for file in self.files.values():
             file.close()
+
+
+def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+    packed = tensors.get("weight_packed")
+    codes = packed or tensors.get("weight")
+    if codes is None or len(codes.spec.shape) != 2:
+        return None
+    rows, columns = codes.spec.shape
+    return rows, columns * _CODES_IN.get(codes.spec.dtype, 1) if packed else columns
+
+
+def _output_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
+    specs: dict[str, set[TensorSpec]] = {}
+    for dtype, calibrated in product(_FLOATS, (False, True)):
+        for name, spec in scheme.output_specs("", TensorSpec(shape, dtype), calibrated=calibrated).items():
+            specs.setdefault(name.removeprefix("."), set()).add(spec)
+    return {name: frozenset(allowed) for name, allowed in specs.items()}
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -247,17 +275,16 @@ def _read_run(names: list[str], first: StoredTensor | None) -> Iterator[tuple[st
 
 def _extent(stored: StoredTensor) -> Extent:
     if stored.spec.dtype == torch.float8_e4m3fn:
-        least, greatest = _aminmax(StoredTensor(stored.file, stored.begin, TensorSpec(stored.spec.shape, torch.uint8)))
+        least, greatest = _of_bytes(StoredTensor(stored.file, stored.begin, TensorSpec(stored.spec.shape, torch.uint8)))
         if greatest < 0x7F:  # positive numbers: their bytes have their order
-            return Extent(*torch.tensor([least, greatest]).to(torch.uint8).view(torch.float8_e4m3fn).tolist())
-    return Extent(*_aminmax(stored))
+            return Extent(*torch.tensor([least, greatest], dtype=torch.uint8).view(torch.float8_e4m3fn).tolist())
+    elif stored.spec.dtype == torch.uint8:
+        return Extent(*_of_bytes(stored))
+    parts = [rows.float().aminmax() for _, rows in stored.parts()]
+    return Extent(*(float(torch.stack(each).aminmax()[at]) for at, each in enumerate(zip(*parts, strict=True))))
 
 
-def _aminmax(stored: StoredTensor) -> tuple[float, float]:
-    """Least and greatest. Parts of a few megabytes: the second pass finds them in the processor's cache."""
-    parts = []
-    for _, rows in stored.parts():
-        rows = rows.float() if rows.dtype == torch.float8_e4m3fn else rows
-        parts.append(torch.stack((rows.amin(), rows.amax())))
-    found = torch.stack(parts)
-    return float(found[:, 0].amin()), float(found[:, 1].amax())
+def _of_bytes(stored: StoredTensor) -> tuple[int, int]:
+    """Least and greatest, by numpy: quick for small tensors. The second pass finds a part in the cache."""
+    parts = [(rows.min(), rows.max()) for rows in (part.rows.numpy() for part in stored.parts())]
+    return int(min(least for least, _ in parts)), int(max(greatest for _, greatest in parts))
