@@ -20,13 +20,13 @@ from export.finalizer import Bundle
 from export.fused_scales import missing_policy
 from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
+from export.model_card import Conversion, companion_files
 from export.packed_experts import split_fused_moe_experts
 from export.pipeline import Worker, run
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
-from export.record import RECORD_FILE, record_json
 from export.safetensors_file import SafetensorsFile
 from export.schemes import find_scheme
 from export.schemes.recipe import is_named
@@ -109,7 +109,7 @@ def model_free_ptq(
         overwrite: replace what is at `save_directory`.
         dry_run: plan and check everything, write nothing.
         progress: is told how far it is.
-        record: how this was asked for, kept in `amaxbridge.json` with the versions; None for no such file.
+        record: how this was asked for, kept in `amaxbridge.json`, and `command_line` of it in the model card.
 
     Raises:
         UsageError: arguments that cannot work.
@@ -153,11 +153,11 @@ def model_free_ptq(
             done = staged.open(plan.layout)
             report = replace(report, resumed=len(done))
             _write(plan, staged.path, done, max_workers, devices_of(device), progress or NoProgress())
-            for file in carried_files(source):
-                staged.write_file(file.name, file.read_bytes())
+            state = quant_state or QuantState()
+            conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
+            for name, content in companion_files(source, conversion):
+                staged.write_file(name, content)
             staged.write_file(CONFIG_FILE, config_json(config, plan.finalizer.quantization_config))
-            if record is not None:
-                staged.write_file(RECORD_FILE, record_json(record))
             if (index := index_json(plan.layout)) is not None:
                 staged.write_file(INDEX_FILE, index)
             staged.commit()

@@ -16,6 +16,7 @@ from scripts import cli
 
 def quantize(options: QuantizeConfig) -> None:
     """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
+    from export.model_card import command_line
     from export.model_free import model_free_ptq
     from export.pipeline import default_workers
     from scripts.progress import progress
@@ -35,7 +36,7 @@ def quantize(options: QuantizeConfig) -> None:
             overwrite=options.io.overwrite,
             dry_run=options.dry_run,
             progress=shown,
-            record={"command": "quantize", "options": asdict(options)},
+            record={"command": "quantize", "command_line": command_line(), "options": asdict(options)},
         )
     quantize_table(report, options)
 
