@@ -11,18 +11,23 @@ first. Threads take the GPUs in turn.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from export.finalizer import Bundle
+from export.progress import NoProgress, Progress
 from export.rows import Part, Rows, WholeTensor
 from export.safetensors_file import StoredTensor
+from export.shard_plan import ShardPlan
 from export.source import SourceBundle
+from export.writer import ShardWriter
 from mappings.tensors import TensorSpec
 
 _MEMORY = 64 << 20  # bytes of the buffer of each thread
@@ -149,6 +154,51 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
+
+
+def write_plan(
+    plan: ShardPlan,
+    directory: Path,
+    done: Collection[str] = (),
+    workers: int = 1,
+    *,
+    devices: Sequence[torch.device],
+    progress: Progress | None = None,
+) -> None:
+    """Writes the bundles of a plan into the shards of a staging directory.
+
+    Args:
+        done: the keys of those that are there already.
+    """
+    progress = progress or NoProgress()
+    needed = [bundle for bundle in plan.bundles if bundle.key not in done]
+    progress.begin(
+        tensors=sum(len(bundle.specs) for bundle in needed),
+        nbytes=sum(bundle.nbytes for bundle in plan.bundles),
+        kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
+    )
+    writer = ShardWriter(directory, plan.layout)
+
+    def make(bundle: SourceBundle, worker: Worker) -> None:
+        tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)
+        for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
+            writer.write(name, rows, first)
+        writer.done(bundle.key)
+        progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
+
+    try:
+        run(needed, make, workers=max(1, min(workers, len(needed))), devices=devices)
+    finally:
+        writer.close()
+
+
+def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
+    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none."""
+    if wanted is None:
+        gpus = range(torch.cuda.device_count())
+        return [torch.device("cuda", number) for number in gpus] or [torch.device("cpu")]
+    several = [wanted] if isinstance(wanted, str | torch.device) else list(wanted)
+    return [torch.device(each) for each in several]
 
 
 def default_workers(device: str | torch.device | None = None) -> int:

@@ -35,6 +35,7 @@ def quantize(options: QuantizeConfig) -> None:
             missing_amax=options.amax.missing,
             overwrite=options.io.overwrite,
             dry_run=options.dry_run,
+            verify=options.verify,
             progress=shown,
             record={"command": "quantize", "command_line": command_line(), "options": asdict(options)},
         )
