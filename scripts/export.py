@@ -26,6 +26,7 @@ def export(options: ExportConfig) -> None:
     from bridge.mesh_plan import plan_on_mesh
     from bridge.ranks import world, world_rank
     from bridge.save import SaveOptions
+    from export.model_card import command_line
     from mappings.errors import UsageError
     from scripts.mesh_tables import mesh_table
     from scripts.progress import progress
@@ -42,7 +43,8 @@ def export(options: ExportConfig) -> None:
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
         "dry_run": options.dry_run,
         "quant_state": options.quant_state,
-        "record": {"command": "export", "options": asdict(options)},
+        "verify": options.verify,
+        "record": {"command": "export", "command_line": command_line(), "options": asdict(options)},
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))

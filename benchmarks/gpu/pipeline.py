@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python3 benchmarks/gpu/pipeline.py [--gigabytes 11] [--workers 4 8 12]
 
-The source is in the page cache. The output is synced, to a disk and to memory (/dev/shm): the disk is often what limits.
-Each line is the best of three runs. First a small checkpoint is
+The source is in the page cache. The output is synced, to a disk and to memory (/dev/shm): the disk is often what
+limits. Each line is the best of three runs. First a small checkpoint is
 quantized on the GPU and on the CPU, and the files must be the same.
 """
 
