@@ -159,8 +159,11 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
 
 
 def is_dynamic(quantizer: Any) -> bool:
-    """Whether a quantizer computes its amax anew for each tensor, so that there is none to collect."""
-    return bool(getattr(quantizer, "_dynamic", False))
+    """Whether a quantizer computes its amax anew for each tensor, so that there is none to collect.
+
+    Those of MX formats do, though ModelOpt does not call them dynamic.
+    """
+    return bool(getattr(quantizer, "_dynamic", False) or getattr(quantizer, "is_mx_format", False))
 
 
 def format_name(quantizer: Any) -> str:
