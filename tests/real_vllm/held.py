@@ -92,9 +92,10 @@ def _of_experts(prefix: str, layer: RoutedExperts) -> Iterator[tuple[str, Tensor
             for number, shard in enumerate(shards):
                 value = held.reshape(-1) if held.ndim < 2 else held
                 count = len(value) // len(shards) if len(value) > 1 else 1
-                yield f"{prefix}.{expert}.{shard}.{suffix}", value[number * count : number * count + count] if len(
-                    value
-                ) > 1 else value
+                yield (
+                    f"{prefix}.{expert}.{shard}.{suffix}",
+                    value[number * count : number * count + count] if len(value) > 1 else value,
+                )
 
 
 def part_of(name: str, tensor: Tensor, rank: int, size: int, model: nn.Module) -> Tensor:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
 
 from conftest import WORKERS, Launcher  # noqa: E402
 from tiny_models import config, randomize  # noqa: E402
@@ -39,7 +40,10 @@ def main(out: Path) -> None:
     try:
         for name, (architecture, sizes, mesh) in MODELS.items():
             save_model(architecture, sizes, out / name / "source")
-            launcher(WORKERS / "live_engine.py", out / name / "source", out / name, json.dumps(mesh), processes=2)
+            work = (WORKERS / "live_engine.py", out / name / "source", out / name)
+            launcher(*work, json.dumps(mesh), processes=2)
+            other = 3 - mesh["tp"]
+            launcher(*work, json.dumps({"tp": other}), "logits", processes=other)
     finally:
         launcher.close()
 

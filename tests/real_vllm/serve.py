@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,24 +29,26 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import torch  # noqa: E402
-from held import computed, dequantized, fill_with_nan, held_tensors, part_of, shards_of  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.model_executor.kernels.linear import register_linear_kernel  # noqa: E402
-from vllm.model_executor.kernels.linear.mxfp4.emulation import EmulationMxfp4LinearKernel  # noqa: E402
-from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel  # noqa: E402
-from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel  # noqa: E402
-from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel  # noqa: E402
-from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts  # noqa: E402
-from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
-from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
-from vllm.platforms.interface import PlatformEnum  # noqa: E402
+import torch
+from held import computed, dequantized, fill_with_nan, held_tensors, part_of, shards_of
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels.linear import register_linear_kernel
+from vllm.model_executor.kernels.linear.mxfp4.emulation import EmulationMxfp4LinearKernel
+from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms.interface import PlatformEnum
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+DTYPES = ("float32", "bfloat16")
 GENERATED = 4
 
 
@@ -88,28 +91,30 @@ class WatchedLoader(DefaultModelLoader):
 
 
 def main(made: Path, out: Path) -> None:
-    torch.set_num_threads(1)
     register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
     register_linear_kernel(EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
-    only = os.environ.get("ONLY", "").split()
     found = []
     for model in ("dense", "moe"):
-        for reference in sorted((made / model).glob("*.safetensors")):
-            if only and f"{model}/{reference.stem}" not in only:
-                continue
-            found.append({"model": model, "scheme": reference.stem, "tp": WORLD, **examine(made / model, reference)})
-            print(json.dumps(found[-1]), flush=True)
-    gathered = [found]
+        references = sorted(file for file in (made / model).glob("*.safetensors") if ".tp" not in file.name)
+        work = [(file, DTYPES) for file in references] + [(made / model / "none.safetensors", DTYPES[1:])]
+        for reference, dtypes in work:
+            case = {"model": model, "scheme": reference.stem, "tp": WORLD}
+            if fnmatch(f"{model}/{reference.stem}", os.environ.get("ONLY", "*")):
+                found.append(case | examine(made / model, reference, dtypes))
+                print(json.dumps(found[-1]), flush=True)
     if RANK == 0:
-        out.write_text(json.dumps(gathered[0], indent=1))
+        out.write_text(json.dumps(found, indent=1))
 
 
-def examine(directory: Path, reference: Path) -> dict[str, Any]:
-    """One checkpoint."""
+def examine(directory: Path, reference: Path, dtypes: Sequence[str]) -> dict[str, Any]:
+    """One checkpoint, computed in the first of the dtypes for which there is a kernel."""
     checkpoint, expected = directory / reference.stem, load_file(reference)
+    at_this_size = directory / f"{reference.stem}.tp{WORLD}.safetensors"
+    if at_this_size.exists():
+        expected["logits"] = load_file(at_this_size)["logits"]
     Held.tensors, Held.only_load = {}, False
     found: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         try:
             found |= {"dtype": dtype, **serve(checkpoint, dtype, expected)}
             break
@@ -117,8 +122,13 @@ def examine(directory: Path, reference: Path) -> dict[str, Any]:
             found[dtype] = reason(error)
     else:
         Held.only_load = True
-        with unchecked(), contextlib.suppress(Loaded):
-            LLM(**arguments(checkpoint, "bfloat16", moe_backend="triton" if reference.stem == "w8a8" else "marlin"))
+        try:
+            with unchecked():
+                LLM(**arguments(checkpoint, "bfloat16", moe_backend="triton" if reference.stem == "w8a8" else "marlin"))
+        except Loaded:
+            pass
+        except Exception as error:
+            found["refused"] = reason(error)
         found["dtype"] = "bfloat16"
     gc.collect()
     return found | compare(checkpoint, expected, load_file(directory / "none" / "model.safetensors"))
@@ -136,6 +146,7 @@ def unchecked() -> Iterator[None]:
     register_linear_kernel(EmulationMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
     yes = (True, None)
     with (
+        patch.object(CPUFp8BlockScaledMMKernel, "is_supported", classmethod(lambda *_: yes)),
         patch.object(MarlinNvFp4LinearKernel, "is_supported", classmethod(lambda *_: yes)),
         patch.object(EmulationMxfp4LinearKernel, "can_implement", classmethod(lambda *_: yes)),
         patch.object(FusedMoEExperts, "is_supported_config", staticmethod(lambda *_: yes)),
@@ -201,7 +212,9 @@ def compare(checkpoint: Path, expected: dict[str, Tensor], source: dict[str, Ten
         "not stored": sorted(held.keys() - parts.keys()),
         "nan": nan,
         "differ": differ,
-        "cast": sorted({f"{parts[n].dtype} → {held[n].dtype}" for n in parts if n in held and held[n].dtype != parts[n].dtype}),
+        "cast": sorted(
+            {f"{parts[n].dtype} → {held[n].dtype}" for n in parts if n in held and held[n].dtype != parts[n].dtype}
+        ),
     }
     modules = [name for name in expected if name not in ("tokens", "logits")]
     errors: dict[str, list[float]] = {"ours": [], "source": [], "computed": []}
@@ -211,7 +224,7 @@ def compare(checkpoint: Path, expected: dict[str, Tensor], source: dict[str, Ten
             part_of(f"{module}.weight", tensor, RANK, WORLD, Held.model)
             for tensor in (expected[module], source[f"{module}.weight"])
         )
-        errors["ours"].append(float((weight.to(ours.dtype) != ours).float().mean()))
+        errors["ours"].append(float(((weight.to(ours.dtype) - ours).abs() / ours.abs().clamp(min=1e-30)).max()))
         errors["source"].append(float((weight - original.float()).norm() / original.float().norm()))
         if module in Held.computed:
             errors["computed"].append(float((Held.computed[module] - weight).abs().max() / weight.abs().max()))

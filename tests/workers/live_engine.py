@@ -1,11 +1,14 @@
 """Real Megatron ranks that export one model in every scheme, with the logits that an engine must find.
 
-    torchrun --nproc-per-node N live_engine.py HF_DIR OUT_DIR SIZES_JSON
+    torchrun --nproc-per-node N live_engine.py HF_DIR OUT_DIR SIZES_JSON [logits]
 
 For each scheme OUT_DIR/SCHEME is the checkpoint; OUT_DIR/SCHEME.safetensors has `tokens`, `logits` of Megatron's model
 as training computes it, and each quantized weight dequantized by us. ModelOpt has no fake quantizer for MX
 on a CPU, none that scales 128 inputs of FP8 as they come, and none with zero points. There the logits are those of a
-Megatron model with the dequantized weights, and `weights_only` says so.
+Megatron model with the dequantized weights.
+
+With `logits`, OUT_DIR/SCHEME.tpN.safetensors has the logits at another size of tensor parallelism, of the schemes
+whose result depends on it: a token's scale is that of the part of the token that a rank holds.
 """
 
 import copy
@@ -51,25 +54,34 @@ QUANTIZERS: Mapping[str, dict[str, Any]] = {
     "w8a8": INT8_ROWS_AND_TOKENS,
 }
 WEIGHTS_ONLY = ("mxfp4", "mxfp8", "fp8_block", "w4a16_asym")
+SCALED_BY_TOKEN = ("fp8_dynamic", "w8a8")
 
 
-def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
+def main(hf: Path, out: Path, sizes: dict[str, int], *, only_logits: bool) -> None:
     bridge = AutoBridge.from_hf_pretrained(hf)
-    out.mkdir(parents=True, exist_ok=True)
     with megatron.distributed(**sizes):
+        if only_logits:
+            for scheme in SCALED_BY_TOKEN:
+                note(out, f"{scheme}.tp{sizes['tp']}", forward(quantized(bridge, scheme)), {})
+            return
         model = megatron.build_model(bridge.hf)
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, out / "none", scheme="none")
         note(out, "none", forward(model), {})
-        for scheme, config in QUANTIZERS.items():
-            model = megatron.build_model(bridge.hf)
-            bridge.load_hf_weights(model)
-            mtq.quantize(model, copy.deepcopy(config), None if scheme in WEIGHTS_ONLY else forward)
+        for scheme in QUANTIZERS:
+            model = quantized(bridge, scheme)
             bridge.save_hf_pretrained(model, out / scheme, scheme=scheme, max_shard_bytes=500_000)
             finish(out, scheme, hf, None if scheme in WEIGHTS_ONLY else forward(model))
         if world_rank() == 0:
             model_free_ptq(str(out / "none"), out / "w4a16_asym", "w4a16_asym", ignore=ignored(out / "w4a16"))
         finish(out, "w4a16_asym", hf, None)
+
+
+def quantized(bridge: AutoBridge, scheme: str) -> Any:
+    """The model with the scheme's quantizers; those that need a calibration, calibrated."""
+    model = megatron.build_model(bridge.hf)
+    bridge.load_hf_weights(model)
+    return mtq.quantize(model, copy.deepcopy(QUANTIZERS[scheme]), None if scheme in WEIGHTS_ONLY else forward)
 
 
 def ignored(checkpoint: Path) -> list[str]:
@@ -113,9 +125,8 @@ def dequantized(checkpoint: Path, scheme: str) -> dict[str, Tensor]:
 def note(out: Path, scheme: str, logits: Tensor, weights: Mapping[str, Tensor]) -> None:
     if world_rank() == 0:
         found = {"tokens": TOKENS, "logits": logits.contiguous(), **weights}
-        metadata = {"weights_only": "true"} if scheme in WEIGHTS_ONLY else {}
-        save_file(found, out / f"{scheme}.safetensors", metadata=metadata)
+        save_file(found, out / f"{scheme}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), only_logits=sys.argv[4:] == ["logits"])
