@@ -51,7 +51,7 @@ def main() -> int:
     print(found)
     for file in TABLES:
         file.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], file.read_text()))
-    failures = [f"{label(case)}: {failure}" for case in cases for failure in failures_of(case)]
+    failures = [f"{label(case)} rank {case['rank']}: {failure}" for case in cases for failure in failures_of(case)]
     print("\n".join(failures) or f"{len(cases)} checkpoints loaded, nothing differs")
     return 1 if failures else 0
 
@@ -114,7 +114,7 @@ def rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def cells(loaded: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield ", ".join(f"TP={case['tp']}" for case in loaded) or "refused"
+    yield ", ".join(dict.fromkeys(f"TP={case['tp']}" for case in loaded)) or "refused"
     good, total = (
         sum(case["tensors"] - len(case["differ"]) - len(case["not held"]) for case in loaded),
         sum(case["tensors"] for case in loaded),
@@ -138,7 +138,7 @@ def reasons(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if "logprobs" not in case:
             said.setdefault(" ".join(case["bfloat16"].split()), []).append(label(case))
     for why, who in said.items():
-        yield f"- {', '.join(who)}: `{why}`"
+        yield f"- {', '.join(dict.fromkeys(who))}: `{why}`"
 
 
 if __name__ == "__main__":

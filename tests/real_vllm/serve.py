@@ -101,12 +101,16 @@ def main(made: Path, out: Path) -> None:
         references = sorted(file for file in (made / model).glob("*.safetensors") if ".tp" not in file.name)
         work = [(file, DTYPES) for file in references] + [(made / model / "none.safetensors", DTYPES[1:])]
         for reference, dtypes in work:
-            case = {"model": model, "scheme": reference.stem, "tp": WORLD}
+            case = {"model": model, "scheme": reference.stem, "tp": WORLD, "rank": RANK}
             if fnmatch(f"{model}/{reference.stem}", os.environ.get("ONLY", "*")):
                 found.append(case | examine(made / model, reference, dtypes))
                 print(json.dumps(found[-1]), flush=True)
+    everywhere = [found]
+    if WORLD > 1:
+        everywhere = everywhere * WORLD
+        torch.distributed.all_gather_object(everywhere, found)
     if RANK == 0:
-        out.write_text(json.dumps(found, indent=1))
+        out.write_text(json.dumps([case for of_rank in everywhere for case in of_rank], indent=1))
 
 
 def examine(directory: Path, reference: Path, dtypes: Sequence[str]) -> dict[str, Any]:
