@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench-traffic bench-kernels clean
+.PHONY: setup demo test test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -53,6 +53,10 @@ bench-traffic: setup
 # How fast one core quantizes, beside llm-compressor: the table of benchmarks/README.md.
 bench-kernels: peer
 	PYTHONPATH=. $(BIN)/python benchmarks/kernels.py --peer $(PEER)/bin/python
+
+# From directory to directory, beside llm-compressor and beside the disk.
+bench: peer
+	$(BIN)/python benchmarks/model_free.py --peer $(PEER)/bin/python
 
 lint: setup
 	$(BIN)/ruff check .

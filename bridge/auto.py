@@ -15,13 +15,15 @@ from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_
 from bridge.plan import BundlePlan, plan_export
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
-from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver
+from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver, decide
 from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
 from bridge.stream import stream_bundles
 from bridge.torch_dist import DistCheckpoint
 from export.checkpoint import SafetensorsCheckpoint
 from export.finalizer import Bundle
+from export.fused_scales import missing_policy
 from export.quant_state import QuantState
+from export.schemes import Recipe, find_scheme
 from mappings.errors import CheckpointError, listing
 from mappings.ranks import Ranks
 
@@ -68,16 +70,27 @@ class AutoBridge:
             amax |= bundle.state
         return replace(state, amax=amax)
 
-    def export_hf_weights(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """The unquantized Hugging Face tensors that this rank owns: together the ranks yield each tensor once.
+    def export_hf_weights(
+        self, model: Model, *, scheme: str | Recipe | None = None, missing_amax: str = "error"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face tensors that this rank owns, as it makes them: together the ranks yield each tensor once.
 
-        Experts come one by one, also those of a family whose files pack them.
+        With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit,
+        without the disk: a serving engine can be given new weights after every step of a training. No more of the
+        model is held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by
+        one, also those of a family whose files pack them. `examples/refit.py` shows the use.
+
+        Args:
+            scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights as they are.
         """
         chunks = unwrap(model)
+        recipe, missing = find_scheme(scheme), missing_policy(missing_amax)
         held, config = self._held(chunks), self._module_config(chunks)
-        for bundle in self._stream(held, config, self._plan(held, config)):
-            for name, tensor in bundle.tensors.items():
-                yield from ((name, whole) for _, whole in tensor.parts())
+        plan = self._plan(held, config)
+        state = self._collect_scalars(chunks) if recipe else QuantState()
+        finalizer = decide(self.hf, self._ranks(), plan, recipe, state, missing)
+        for bundle in self._stream(held, config, plan):
+            yield from finalizer.finalize(bundle)
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.

@@ -69,6 +69,11 @@ class BundlePlan:
         return {name: spec for part in self.parts for name, spec in part.tensors.items()}
 
     @property
+    def nbytes(self) -> int:
+        """Of all its Hugging Face tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
     def moved_parts(self) -> list[Part]:
         """The parts whose shards must come together at the owner."""
         return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]

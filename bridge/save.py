@@ -1,22 +1,24 @@
 """Saving: what every export does once it has a plan, whether its bundles come from a live model or from files."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
-from export.fused_scales import missing_policy
+from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.packed_experts import ExpertPacker
+from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
+from export.record import RECORD_FILE, record_json
 from export.schemes import Recipe, find_scheme
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
@@ -42,6 +44,8 @@ class SaveOptions(TypedDict, total=False):
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
         dry_run: plan and check everything, write nothing.
+        progress: is told how far it is.
+        record: how the export was asked for, kept in `amaxbridge.json` with the versions; None for no such file.
         quant_state: write `quant_state.safetensors`, too; beside plain weights, what a later run quantizes them with.
     """
 
@@ -50,19 +54,59 @@ class SaveOptions(TypedDict, total=False):
     overwrite: bool
     max_shard_bytes: int
     dry_run: bool
+    progress: Progress
+    record: Mapping[str, Any] | None
     quant_state: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did, or with `dry_run` would do: the same on every rank."""
+    """What an export did, or with `dry_run` would do: the same on every rank.
+
+    Args:
+        scheme: as users gave it.
+        written: every tensor, experts one by one even where the files pack them.
+        quantized: module → the name of its scheme.
+        ignored: the linear modules that are left as they are.
+        filled: amax that were missing or unusable: quantizer → what filled it.
+    """
 
     scheme: str
     bundles: Sequence[BundlePlan]
+    written: Mapping[str, TensorSpec]
     layout: Layout
-    quantized: Sequence[str]
+    quantized: Mapping[str, str]
     ignored: Sequence[str]
     state: QuantState
+    filled: Mapping[str, str]
+
+    @property
+    def sources(self) -> dict[str, TensorSpec]:
+        """Every Hugging Face tensor that goes in, quantizer state included."""
+        return specs_of(self.bundles)
+
+
+def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
+    """Every Hugging Face tensor of a plan, quantizer state included."""
+    return {name: spec for bundle in plan for name, spec in bundle.specs.items()}
+
+
+def decide(
+    hf: HFModel,
+    ranks: Ranks,
+    plan: Sequence[BundlePlan],
+    recipe: Recipe | None,
+    state: QuantState,
+    missing: MissingAmax,
+) -> Finalizer:
+    """What is made of every tensor of a plan; the first rank warns of amax that differ or had to be filled."""
+    finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
+    head = hf.registry.megatron_to_hf_lookup(OUTPUT_LAYER)
+    if hf.tied and head is not None:  # a Linear to every consumer, though it has no tensor of its own
+        finalizer.ignore += map(module_of, head.targets)
+    if ranks.rank(Axis.WORLD) == 0:
+        _warn(state, finalizer.filled)
+    return finalizer
 
 
 class Saver:
@@ -83,6 +127,8 @@ class Saver:
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
+        progress: Progress | None = None,
+        record: Mapping[str, Any] | None = None,
         quant_state: bool = False,
     ) -> None:
         self._hf, self._ranks = hf, ranks
@@ -91,6 +137,7 @@ class Saver:
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
+        self._progress, self._record = progress or NoProgress(), record
         self._keeps_state = quant_state
 
     def save(
@@ -110,23 +157,24 @@ class Saver:
                 model, whose weights may be others the next time.
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
-        specs = {name: spec for bundle in plan for name, spec in bundle.specs.items()}
-        finalizer = Finalizer(specs, self._recipe, state, missing=self._missing)
-        head = self._hf.registry.megatron_to_hf_lookup(OUTPUT_LAYER)
-        if self._hf.tied and head is not None:  # a Linear to every consumer, though it has no tensor of its own
-            finalizer.ignore += map(module_of, head.targets)
+        finalizer = decide(self._hf, self._ranks, plan, self._recipe, state, self._missing)
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
         layout = plan_layout(packer.specs, self._max_shard_bytes)
-        kept = self._state_file(state, specs) if self._keeps_state else ()
-        if self._first:
-            _warn(state, finalizer.filled)
+        kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         if not self._dry_run:
             output = _Output(finalizer, packer, layout, Layout((*layout.shards, *kept)), state)
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
-            self._recipe.name if self._recipe else "none", plan, layout, finalizer.quantized, finalizer.ignore, state
+            self._recipe.name if self._recipe else "none",
+            plan,
+            finalizer.output_specs,
+            layout,
+            finalizer.scheme_names,
+            finalizer.ignore,
+            state,
+            finalizer.filled,
         )
 
     @property
@@ -146,6 +194,7 @@ class Saver:
         with StagedDirectory(self._target, fingerprint) as staged:
             done = self._from_first(lambda: staged.open(output.files))
             needed = [bundle for bundle in plan if bundle.key not in done]
+            mine = self._begin(plan, done)
             writer = ShardWriter(staged.path, output.files, self._ranks.rank(Axis.WORLD))
             try:
                 for bundle in stream(needed):
@@ -154,6 +203,8 @@ class Saver:
                     if self._keeps_state:
                         _write_all(writer, bundle.state)
                     writer.done(bundle.key)
+                    planned = mine[bundle.key]
+                    self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
                 if self._keeps_state and self._first:
                     _write_all(writer, output.state.amax)
             finally:
@@ -164,10 +215,23 @@ class Saver:
                 staged.commit()
             self._barrier()
 
+    def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
+        """The bundles that this rank owns, announced."""
+        me = self._ranks.members(Axis.WORLD)[self._ranks.rank(Axis.WORLD)]
+        mine = {bundle.key: bundle for bundle in plan if bundle.owner == me}
+        self._progress.begin(
+            tensors=sum(len(bundle.specs) for key, bundle in mine.items() if key not in done),
+            nbytes=sum(bundle.nbytes for bundle in mine.values()),
+            kept=sum(bundle.nbytes for key, bundle in mine.items() if key in done),
+        )
+        return mine
+
     def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
         for file in carried_files(self._hf.directory):
             staged.write_file(file.name, file.read_bytes())
         staged.write_file(CONFIG_FILE, config_json(self._hf.written, output.finalizer.quantization_config))
+        if self._record is not None:
+            staged.write_file(RECORD_FILE, record_json(self._record))
         index = index_json(output.weights, alone=not self._keeps_state)
         if index is not None:
             staged.write_file(INDEX_FILE, index)

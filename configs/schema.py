@@ -98,6 +98,7 @@ class ExportConfig(CommonConfig):
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
     amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
     io: ShardsConfig = option("How to write.", ShardsConfig)
+    quant_state: bool = option("Write quant_state.safetensors too; with scheme=none for quantizing later.", False)
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     dry_run: bool = option("Show the plan, write nothing.", False)
     json: str | None = option("File for the plan as JSON.", None)

@@ -96,6 +96,11 @@ class Finalizer:
         return list(self._schemes)
 
     @property
+    def scheme_names(self) -> dict[str, str]:
+        """Quantized module → the name of its scheme."""
+        return {module: scheme.name for module, scheme in self._schemes.items()}
+
+    @property
     def quantization_config(self) -> dict[str, object] | None:
         """For config.json; None where nothing is quantized."""
         if not self._schemes:

@@ -23,8 +23,10 @@ from export.layout import Layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
 from export.packed_experts import split_fused_moe_experts
 from export.pipeline import Worker, run
+from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
+from export.record import RECORD_FILE, record_json
 from export.safetensors_file import SafetensorsFile
 from export.schemes import find_scheme
 from export.schemes.recipe import is_named
@@ -32,6 +34,7 @@ from export.shard_plan import ShardPlan, devices_of, plan_shards
 from export.source import SourceBundle
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.errors import UsageError, listing
+from mappings.tensors import TensorSpec
 
 __all__ = [
     "Converter",
@@ -54,7 +57,9 @@ class ModelFreeReport:
     Args:
         layout: the files.
         source_bytes: of all tensors that were read.
-        quantized: modules.
+        sources: what goes in, after the converters, packed experts one by one.
+        written: what comes out.
+        quantized: module → the name of its scheme.
         left: modules with a 2-D weight that is written as it is, embeddings among them.
         filled: amax that were missing: quantizer → what filled it.
         resumed: bundles that an interrupted run had left, of `bundles`.
@@ -62,7 +67,9 @@ class ModelFreeReport:
 
     layout: Layout
     source_bytes: int
-    quantized: Sequence[str]
+    sources: Mapping[str, TensorSpec]
+    written: Mapping[str, TensorSpec]
+    quantized: Mapping[str, str]
     left: Sequence[str]
     filled: Mapping[str, str]
     bundles: int
@@ -82,6 +89,8 @@ def model_free_ptq(
     missing_amax: str = "error",
     overwrite: bool = False,
     dry_run: bool = False,
+    progress: Progress | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
 
@@ -99,6 +108,8 @@ def model_free_ptq(
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at `save_directory`.
         dry_run: plan and check everything, write nothing.
+        progress: is told how far it is.
+        record: how this was asked for, kept in `amaxbridge.json` with the versions; None for no such file.
 
     Raises:
         UsageError: arguments that cannot work.
@@ -125,7 +136,9 @@ def model_free_ptq(
         report = ModelFreeReport(
             plan.layout,
             sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
-            plan.finalizer.quantized,
+            {name: spec for bundle in plan.bundles for name, spec in bundle.specs.items()},
+            plan.finalizer.output_specs,
+            plan.finalizer.scheme_names,
             plan.finalizer.left,
             plan.finalizer.filled,
             len(plan.bundles),
@@ -139,10 +152,12 @@ def model_free_ptq(
         with StagedDirectory(target, fingerprint) as staged:
             done = staged.open(plan.layout)
             report = replace(report, resumed=len(done))
-            _write(plan, staged.path, done, max_workers, devices_of(device))
+            _write(plan, staged.path, done, max_workers, devices_of(device), progress or NoProgress())
             for file in carried_files(source):
                 staged.write_file(file.name, file.read_bytes())
             staged.write_file(CONFIG_FILE, config_json(config, plan.finalizer.quantization_config))
+            if record is not None:
+                staged.write_file(RECORD_FILE, record_json(record))
             if (index := index_json(plan.layout)) is not None:
                 staged.write_file(INDEX_FILE, index)
             staged.commit()
@@ -174,7 +189,7 @@ def process_file(
         StagedDirectory(save_path) as staged,
     ):
         staged.open(plan.layout)
-        _write(plan, staged.path, frozenset(), 1, devices_of(device)[:1])
+        _write(plan, staged.path, frozenset(), 1, devices_of(device)[:1], NoProgress())
         (staged.path / save_path.name).replace(save_path)
     return plan.layout.total_size, plan.layout.weight_map
 
@@ -220,8 +235,19 @@ def _file_plan(
 
 
 def _write(
-    plan: ShardPlan, directory: Path, done: frozenset[str], workers: int, devices: Sequence[torch.device]
+    plan: ShardPlan,
+    directory: Path,
+    done: frozenset[str],
+    workers: int,
+    devices: Sequence[torch.device],
+    progress: Progress,
 ) -> None:
+    needed = [bundle for bundle in plan.bundles if bundle.key not in done]
+    progress.begin(
+        tensors=sum(len(bundle.specs) for bundle in needed),
+        nbytes=sum(bundle.nbytes for bundle in plan.bundles),
+        kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
+    )
     writer = ShardWriter(directory, plan.layout)
 
     def make(bundle: SourceBundle, worker: Worker) -> None:
@@ -229,9 +255,9 @@ def _write(
         for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
             writer.write(name, rows, first)
         writer.done(bundle.key)
+        progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
 
     try:
-        needed = [bundle for bundle in plan.bundles if bundle.key not in done]
         run(needed, make, workers=max(1, min(workers, len(needed))), devices=devices)
     finally:
         writer.close()

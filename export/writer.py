@@ -22,7 +22,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -37,6 +36,7 @@ from mappings.tensors import TensorSpec
 _PLAN = ".plan"
 _JOURNAL = ".done-"
 _SYNC_BYTES = 64 << 20
+_BYTES = "1"  # another number where this program makes other bytes of the same plan
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,8 +50,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
-    """Names everything that decides the bytes: what is read, what is made of it, where it lies, by which version."""
-    parts = [version("amaxbridge"), source, decisions, *(shard.header[8:].decode() for shard in layout.shards)]
+    """Names everything that decides the bytes: what is read, what is made of it, where it lies."""
+    parts = [_BYTES, source, decisions, *(shard.header[8:].decode() for shard in layout.shards)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -131,7 +131,10 @@ class StagedDirectory:
         if self._lock < 0:  # committed, or never opened
             return
         resumable = isinstance(error, WriteError) or not isinstance(error, AmaxbridgeError)
-        if self._plan is not None and resumable and any(self._journals()):
+        kept = len(set(self._journals())) if self._plan is not None and resumable else 0
+        if kept:
+            if error is not None:
+                error.add_note(f"{self.path} keeps {kept:,} parts that are done: the same command goes on from there")
             self._unlock()
         else:
             self.discard()

@@ -1,9 +1,14 @@
 """What all command lines share: the way a command starts, logs, fails and exits.
 
-Exit status: 0 done, 1 the job failed, 2 wrong arguments. An error is one message on standard error, from one rank,
-without a traceback unless `debug=true`.
+Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard
+error, from one rank, without a traceback unless `debug=true`.
+
+torch, and so every other room of the house, is imported when a command runs: it takes seconds, and `--help` and a
+misspelled option need none of it.
 """
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -15,9 +20,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
-from bridge.ranks import world_rank
 from configs.schema import register
-from mappings.errors import AmaxbridgeError, UsageError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -25,24 +31,35 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def run(name: str, command: Callable[[Any], None]) -> None:
     """Runs `command` with the Hydra configuration `name`, then exits.
 
-    Hydra itself exits with 1 for a misspelled option; before the command has started that becomes 2.
+    Hydra itself exits with 1 for a misspelled option; before the command has started that becomes 2. What it says until
+    then is the same on all ranks; one rank says it.
     """
     register()
     started = False
+    silence = contextlib.ExitStack()
 
     @hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")
     def main(config: DictConfig) -> None:
         nonlocal started
         started = True
+        silence.close()
         sys.exit(_guarded(command, config))
 
+    if _rank() != 0:
+        silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
-        main()
+        with silence:
+            main()
     except SystemExit as stop:
         sys.exit(2 if stop.code == 1 and not started else stop.code)
+    except KeyboardInterrupt:  # before the command has started
+        sys.exit(INTERRUPTED)
 
 
 def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
+    from mappings.errors import AmaxbridgeError, UsageError
+
     _quiet_logging()
     try:
         options = OmegaConf.to_object(config)
@@ -53,21 +70,30 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         if config.debug:
             raise
         return _fail(error, error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written at the output", 130)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
     return 0
 
 
-def _fail(message: object, status: int) -> int:
-    """Says why on standard error. Errors of all ranks are the same by construction; one rank says it."""
-    if world_rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _rank() -> int:
+    """As `bridge.ranks.world_rank`, without its imports."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(error: BaseException, status: int, message: str = "") -> int:
+    """Says why on standard error, and what the error's notes add: what is kept for another run, say.
+
+    Errors of all ranks are the same by construction; one rank says it.
+    """
+    if _rank() == 0:
+        lines = [f"error: {message or error}", *getattr(error, "__notes__", ())]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status
 
 
 def _quiet_logging() -> None:
     """Our own log at INFO on rank 0, warnings with a rank prefix elsewhere; the frameworks' chatter not at all."""
-    rank = world_rank()
+    rank = _rank()
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
     logging.getLogger("torch").setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or u
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":  # the checkout in place of scripts/, where this file would shadow the package `export`
@@ -17,10 +18,11 @@ def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
     from bridge.ranks import world, world_rank
+    from scripts.progress import progress
     from scripts.recipes import recipe_of
     from scripts.tables import export_table
 
-    with world() as ranks:
+    with world() as ranks, progress(f"exporting to {options.output}") as shown:
         report = AutoBridge.from_hf_pretrained(options.hf, ranks=ranks).convert_checkpoint(
             options.checkpoint,
             options.output,
@@ -29,6 +31,9 @@ def export(options: ExportConfig) -> None:
             overwrite=options.io.overwrite,
             max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
+            quant_state=options.quant_state,
+            progress=shown,
+            record={"command": "export", "options": asdict(options)},
         )
     if world_rank() == 0:
         export_table(report, options)

@@ -4,6 +4,7 @@ python scripts/quantize.py input=HF_DIR output=OUT scheme=nvfp4a16
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
@@ -17,21 +18,25 @@ def quantize(options: QuantizeConfig) -> None:
     """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
     from export.model_free import model_free_ptq
     from export.pipeline import default_workers
+    from scripts.progress import progress
     from scripts.recipes import converters_of, recipe_of
     from scripts.tables import quantize_table
 
-    report = model_free_ptq(
-        options.input,
-        options.output,
-        recipe_of(options.scheme, options.ignore),
-        max_workers=options.workers or default_workers(options.device),
-        device=options.device,
-        converter=converters_of(options.converter, options.input),
-        quant_state=options.quant_state,
-        missing_amax=options.amax.missing,
-        overwrite=options.io.overwrite,
-        dry_run=options.dry_run,
-    )
+    with progress(f"quantizing to {options.output}") as shown:
+        report = model_free_ptq(
+            options.input,
+            options.output,
+            recipe_of(options.scheme, options.ignore),
+            max_workers=options.workers or default_workers(options.device),
+            device=options.device,
+            converter=converters_of(options.converter, options.input),
+            quant_state=options.quant_state,
+            missing_amax=options.amax.missing,
+            overwrite=options.io.overwrite,
+            dry_run=options.dry_run,
+            progress=shown,
+            record={"command": "quantize", "options": asdict(options)},
+        )
     quantize_table(report, options)
 
 

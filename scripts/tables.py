@@ -1,5 +1,9 @@
-"""What the commands print: tables for people."""
+"""What the commands print: tables for people, and JSON for programs."""
 
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,48 +14,65 @@ from configs.schema import ExportConfig, QuantizeConfig
 from export.model_free import ModelFreeReport
 from mappings.errors import listing
 from scripts.demo_check import Findings
+from scripts.plan_table import plan_json, plan_rows, plan_table
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
-    """One screen on what was exported, or would be."""
-    table = Table(title=f"{'plan for' if options.dry_run else 'exported'} {options.output}", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    shards = report.layout.shards
-    for what, value in (
-        ("scheme", report.scheme),
-        ("Megatron parameters", sum(len(bundle.parts) for bundle in report.bundles)),
-        ("tensors", sum(len(shard.specs) for shard in shards)),
-        ("files", len(shards)),
-        ("bytes before", sum(spec.nbytes for bundle in report.bundles for spec in bundle.specs.values())),
-        ("bytes after", report.layout.total_size),
-        ("modules quantized", len(report.quantized)),
-        ("linear modules left as they are", len(report.ignored)),
-        ("amax collected", len(report.state.amax)),
-        ("amax that differed between ranks", len(report.state.divergent)),
-    ):
-        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
-    Console().print(table)
+    """What was exported on one screen, or for a dry run the plan; with `json`, in a file too."""
+    _show_plan(report, report.ignored, options)
+    rows: dict[str, int | str] = {
+        "scheme": report.scheme,
+        "Megatron parameters": sum(len(bundle.parts) for bundle in report.bundles),
+        "tensors": len(report.layout.places),
+        "files": len(report.layout.shards),
+        "bytes before": sum(bundle.nbytes for bundle in report.bundles),
+        "bytes after": report.layout.total_size,
+        "modules quantized": len(report.quantized),
+        "linear modules left as they are": len(report.ignored),
+        "amax collected": len(report.state.amax),
+        "amax filled": len(report.filled),
+        "amax that differed between ranks": len(report.state.divergent),
+    }
+    Console().print(two_columns(f"{'plan for' if options.dry_run else 'exported'} {options.output}", rows))
 
 
 def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
-    """One screen on what was quantized, or would be."""
-    table = Table(title=f"{'plan for' if options.dry_run else 'quantized'} {options.output}", title_justify="left")
+    """What was quantized on one screen, or for a dry run the plan; with `json`, in a file too."""
+    _show_plan(report, report.left, options)
+    rows = {
+        "tensors": len(report.layout.places),
+        "files": len(report.layout.shards),
+        "bytes before": report.source_bytes,
+        "bytes after": report.layout.total_size,
+        "modules quantized": len(report.quantized),
+        "2-D weights left as they are": len(report.left),
+        "amax filled": len(report.filled),
+        "bundles left by an interrupted run": report.resumed,
+    }
+    Console().print(two_columns(f"{'plan for' if options.dry_run else 'quantized'} {options.output}", rows))
+    print(f"left as they are:{listing(report.left)}")
+
+
+def two_columns(title: str, rows: Mapping[str, int] | Mapping[str, int | str]) -> Table:
+    """What, and how much."""
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
-    for what, value in (
-        ("tensors", len(report.layout.places)),
-        ("files", len(report.layout.shards)),
-        ("bytes before", report.source_bytes),
-        ("bytes after", report.layout.total_size),
-        ("modules quantized", len(report.quantized)),
-        ("2-D weights left as they are", len(report.left)),
-        ("amax filled", len(report.filled)),
-        ("bundles left by an interrupted run", report.resumed),
-    ):
-        table.add_row(what, f"{value:,}")
-    Console().print(table)
-    print(f"left as they are:{listing(report.left)}")
+    for what, value in rows.items():
+        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
+    return table
+
+
+def _show_plan(
+    report: ExportReport | ModelFreeReport, left: Sequence[str], options: ExportConfig | QuantizeConfig
+) -> None:
+    rows = plan_rows(report.sources, report.written, report.quantized)
+    if options.dry_run:  # wide where it goes to a file, or names would be folded
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(rows))
+    if options.json is not None:
+        plan = {"output": options.output, **plan_json(rows, report.layout)}
+        plan |= {"left_as_they_are": list(left), "amax_filled": dict(report.filled)}
+        Path(options.json).write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:

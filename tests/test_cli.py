@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks
+from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks, tensors_in
 
 EXPORT = ROOT / "scripts" / "export.py"
 
 
 def export_equals_live(live: LiveRanks, output: Path) -> None:
+    record = json.loads((output / "amaxbridge.json").read_text())
+    assert record["command"] == "export"
+    assert record["options"]["scheme"]["groups"] == [{"scheme": "nvfp4", "targets": ["Linear"], "group_size": None}]
+    assert record["options"]["output"] == str(output)
+    assert {"amaxbridge", "torch", "megatron-core", "nvidia-modelopt"} <= record["versions"].keys()
     for path in (live.at(tp=2) / "nvfp4").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (ROOT / "outputs").exists(), "Hydra left a folder"
@@ -38,9 +43,17 @@ def test_the_command_as_users_type_it(live: LiveRanks, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_dry_run_writes_nothing(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
-    assert "plan for" in launch(EXPORT, *arguments(live, tmp_path / "out"), "dry_run=true")
-    assert list(tmp_path.iterdir()) == []
+def test_dry_run_writes_nothing_but_the_plan(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    printed = launch(EXPORT, *arguments(live, tmp_path / "out"), "dry_run=true", f"json={plan}")
+    assert "plan for" in printed
+    assert "model.layers.{0-1}.mlp.gate_proj.weight" in printed
+    assert list(tmp_path.iterdir()) == [plan]
+    rows = {row["name"]: row for row in json.loads(plan.read_text())["tensors"]}
+    projection = rows["model.layers.{0-1}.mlp.gate_proj.weight"]
+    assert (projection["count"], projection["scheme"], projection["shape"]) == (2, "nvfp4", [96, 64])
+    exported = tensors_in(live.at(tp=2) / "nvfp4")
+    assert sum(row["bytes_after"] for row in rows.values()) == sum(tensor.nbytes for tensor in exported.values())
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -46,7 +46,8 @@ def export(ranks: Ranks, model: Model, mesh: Mesh, bucket_bytes: int = 1 << 20) 
     owned: dict[str, Tensor] = {}
     for bundle in stream_bundles(plan, tensors, model.config, counting, bucket_bytes=bucket_bytes):
         assert owned.keys().isdisjoint(bundle.tensors)
-        owned |= bundle.tensors
+        for name, rows in bundle.tensors.items():
+            ((_, owned[name]),) = rows.parts()
     return owned, counting.received
 
 

@@ -4,13 +4,10 @@ import errno
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ from export.quant_state import QuantState
 from mappings.errors import AmaxbridgeError, CheckpointError, MappingError, OutputExistsError, UsageError, WriteError
 
 FIRST, SECOND = "model-00001-of-00005.safetensors", "model-00002-of-00005.safetensors"
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 5))
 
 
 @pytest.fixture
@@ -249,32 +246,16 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     """
     tensors = dense_model(6)
     source = write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors))
-    model_free_ptq(source, tmp_path / "undisturbed", "nvfp4a16")
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
-    target, random = tmp_path / "out", Random(7)
-    script = (
-        "import sys, time\nfrom export import writer\nfrom export.model_free import model_free_ptq\n"
-        "import export.kernels.e2m1_loops\n"
-        "writer._SYNC_BYTES = 1 << 15\n"  # so that there is something to go on from
-        "print('ready', flush=True)\nmodel_free_ptq(sys.argv[1], sys.argv[2], 'nvfp4a16', overwrite=True)\n"
-    )
-    command = [sys.executable, "-c", script, source, target]
-    killed = 0
-    while killed < KILLS:
-        with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-            assert run.stdout is not None
-            assert run.stdout.readline() == "ready\n"
-            time.sleep(random.uniform(0, 0.15))
-            run.send_signal(signal.SIGKILL)
-        killed += 1
-        if target.exists():
-            assert {path.name: path.read_bytes() for path in target.iterdir()} == expected
-            (target / "old").write_text("")  # the next run must replace it, or leave it
-            if random.random() < 0.5:
-                (target / "old").unlink()
-    subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
+    command = [sys.executable, ROOT / "tests" / "workers" / "killed.py", source, tmp_path / "out", str(KILLS), "7"]
+    printed = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(printed)
+    assert result["whole"]
+    assert result["kills"] == KILLS
+    assert result["left unfinished"] > KILLS / 4
+    undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    model_free_ptq(source, tmp_path / "out", "nvfp4a16", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 def _no_space(*_: object) -> int:

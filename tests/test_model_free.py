@@ -187,7 +187,7 @@ def test_towers_routers_and_norms_are_left_alone(tmp_path: Path) -> None:
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[f"{name}.weight"], tensors[f"{name}.weight"]) for name in left)
     named = model_free_ptq(source, tmp_path / "named", Groups((SchemeGroup(SCHEMES["fp8_dynamic"], ("lm_head",)),)))
-    assert named.quantized == ["lm_head"]
+    assert named.quantized == {"lm_head": "fp8_dynamic"}
 
 
 def test_a_tied_head_is_ignored_by_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The options: the list of all, what Hydra says of wrong ones, and the config groups as recipes."""
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,23 @@ def test_wrong_options_end_with_2_and_a_message(
     assert status == 2
     assert said in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if (ROOT / "scripts" / f"{name}.py").exists()])
+def test_help_waits_for_no_torch(command: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = ['{command}.py', '--help']\n"
+        f"runpy.run_path('scripts/{command}.py', run_name='__main__')\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "Options, each as name=value" in printed
+
+
+def test_one_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run(monkeypatch, capsys, "export", "chekpoint=x") == (2, "", "")
 
 
 class TestSchemes:

@@ -201,7 +201,7 @@ def test_the_first_group_that_targets_a_module_wins() -> None:
 
 
 def test_a_head_is_a_target_by_name() -> None:
-    finalizer = finalizer_of(Groups((SchemeGroup(SCHEMES["w8a8"]),), ignore=()), None)
+    finalizer = finalizer_of(Groups((SchemeGroup(SCHEMES["w8a8"], ("Linear", "lm_head")),)), None)
     assert "re:lm_head$" in groups_of(finalizer)["int-quantized"]
 
 

@@ -1,11 +1,13 @@
 """E2M1, the 4-bit float of NVFP4 and MXFP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. Rounding, packing, reading.
 
 The plain torch here works on any device and defines the bytes. For bf16 weights on a CPU `quantize_by_tables` gives the
-same bytes from integer tables, which are this arithmetic evaluated on every magnitude that a bf16 can have.
+same bytes from integer tables, which are this arithmetic evaluated on every magnitude that a bf16 can have, and on a
+GPU the kernels of `e2m1_triton` do.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -72,6 +74,28 @@ def magnitudes() -> Tensor:
 def fits_loops(weight: Tensor) -> bool:
     """Whether the compiled loops take this weight: bf16 in the memory of the CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def fits_triton(weight: Tensor) -> bool:
+    """Whether the Triton kernels take this weight: on a GPU that they are for."""
+    return weight.is_cuda and _has_triton_kernels(weight.device.index)
+
+
+@cache
+def _has_triton_kernels(device: int) -> bool:
+    """Ada, Hopper and later: NVIDIA's GPUs that convert to E4M3."""
+    capable = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return capable and find_spec("triton") is not None
+
+
+def check_finite(bad: Tensor) -> None:
+    """Raises what a Triton kernel found; here the host waits for it.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
+    """
+    if bad.item():
+        raise ValueError(NOT_FINITE)
 
 
 def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,12 @@ def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     """
     if e2m1.fits_loops(weight):
         return e2m1.quantize_by_tables(weight, BLOCK, _tables(arithmetic))
+    if e2m1.fits_triton(weight):
+        from export.kernels import e2m1_triton
+
+        codes, exponents, bad = e2m1_triton.quantize_mxfp4(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
+        e2m1.check_finite(bad)
+        return codes, exponents
     exponents, steps = _scales(weight, _E2M1_MAX, arithmetic)
     scaled = weight / _BLOCKS.spread(steps, weight)
     return e2m1.pack(e2m1.round_to_codes(scaled)), exponents
@@ -42,6 +48,12 @@ def quantize_mxfp8(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
+    if e2m1.fits_triton(weight):
+        from export.kernels import e4m3_triton
+
+        codes, exponents, bad = e4m3_triton.quantize_mxfp8(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
+        e2m1.check_finite(bad)
+        return codes, exponents
     exponents, steps = _scales(weight, _E4M3_MAX, arithmetic)
     return encode(weight, Code.E4M3, _BLOCKS, steps), exponents
 

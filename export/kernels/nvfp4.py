@@ -15,7 +15,8 @@ Why not the obvious, shorter ways? Multiplying by a reciprocal instead of dividi
 ulp moves a code at a rounding tie. That includes the reciprocals that torch takes by itself: on CUDA it turns
 a division by a Python number or by a CPU scalar into a multiplication. Hence divisors here are tensors on the
 weight's device, and CPU and GPU give the same bytes. bf16 weights on a CPU take a way without floating point, from
-tables that are this arithmetic evaluated on every bf16: fifty times faster, the same bytes (``e2m1.Tables``).
+tables that are this arithmetic evaluated on every bf16: fifty times faster, the same bytes (``e2m1.Tables``). Weights
+on a GPU take Triton kernels where there is Triton (``e2m1_triton``): the same bytes in one pass.
 """
 
 from collections.abc import Sequence
@@ -105,8 +106,13 @@ def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
     if arithmetic == Arithmetic.COMPRESSED_TENSORS and len(dtypes) > 1:
         names = sorted(str(weight.dtype) for weight in weights)
         raise ValueError(f"NVFP4 group of shapes {shapes} mixes {', '.join(names)}: cast it to one dtype")
-    extremes = [torch.stack(torch.aminmax(weight)).abs().max() for weight in weights]
-    amax = torch.stack([extreme.to(weights[0].device, torch.float32) for extreme in extremes]).max()
+    if all(map(e2m1.fits_triton, weights)):
+        from export.kernels import amax_triton
+
+        amax = amax_triton.tensor_amax(weights)
+    else:
+        extremes = [torch.stack(torch.aminmax(weight)).abs().max() for weight in weights]
+        amax = torch.stack([extreme.to(weights[0].device, torch.float32) for extreme in extremes]).max()
     if arithmetic == Arithmetic.COMPRESSED_TENSORS:
         amax = amax.clamp(min=torch.finfo(torch.float32).tiny)
     return amax
@@ -178,6 +184,8 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax
         raise ValueError(f"NVFP4 quantizes bf16, fp16 and fp32 weights, not {weight.dtype}")
     if block_amax is not None and tuple(block_amax.shape) != (weight.shape[0], weight.shape[1] // BLOCK):
         raise ValueError(f"block amax {tuple(block_amax.shape)} does not fit weight {tuple(weight.shape)}")
+    if e2m1.fits_triton(weight):
+        return quantize_by_triton(weight, amax.cpu(), arithmetic, block_amax)
     scaling = _Scaling.of(amax.to(weight.device), arithmetic, weight.dtype)
     if block_amax is None and e2m1.fits_loops(weight):
         codes, scale_bytes = e2m1.quantize_by_tables(weight, BLOCK, _tables(scaling.key))
@@ -260,6 +268,25 @@ def _tables(key: _Key) -> e2m1.Tables:
     scaling = _Scaling(arithmetic, torch.tensor([divisor]), torch.tensor([factor_2]))
     every_scale = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn)
     return e2m1.Tables.of(scaling.block_scale(e2m1.magnitudes()).view(torch.uint8), scaling.step(every_scale))
+
+
+def quantize_by_triton(weight: Tensor, amax: Tensor, arithmetic: Arithmetic, block_amax: Tensor | None) -> NVFP4Weight:
+    """The scales of the group are made on the CPU; the GPU gets them as numbers and says if the weight is finite."""
+    from export.kernels import e2m1_triton
+
+    scaling = _Scaling.of(amax, arithmetic, weight.dtype)
+    _, divisor, factor_2 = scaling.key
+    codes, scales, bad = e2m1_triton.quantize_nvfp4(
+        weight,
+        modelopt=arithmetic == Arithmetic.MODELOPT,
+        amax=amax.float().item(),
+        divisor=divisor,
+        factor_2=factor_2,
+        block_amax=block_amax,
+    )
+    stored = torch.full((1,), divisor, device=weight.device)
+    e2m1.check_finite(bad)
+    return NVFP4Weight(codes, scales, stored)
 
 
 def _static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:

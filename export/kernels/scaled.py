@@ -7,7 +7,7 @@ from the weight itself, every step rounded in the weight's dtype, and scales sto
 fake quantizer, fp32 throughout: ``code = round(weight * (bound / amax))``, fp32 scales ``amax / bound``.
 
 As in `nvfp4`, divisors are tensors on the weight's device, so that a division stays one; and bf16 weights on a CPU take
-the loops of `scaled_loops`, which give the same bytes.
+the loops of `scaled_loops`, and E4M3 on a GPU the kernels of `e4m3_triton`, which give the same bytes.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.kernels.e2m1 import NOT_FINITE, fits_loops
+from export.kernels.e2m1 import NOT_FINITE, check_finite, fits_loops, fits_triton
 
 
 class Code(Enum):
@@ -92,10 +92,13 @@ def quantize(
     Raises:
         ValueError: the weight holds NaN or Inf, or the amax does, or it is negative.
     """
-    low, high = extremes(weight, blocks)
     if amax is None:
+        high = largest(weight, blocks) if symmetric else None
+        low, high = extremes(weight, blocks) if high is None else (-high, high)
         scale, zero_point = _compressed_tensors_scale(low, high, code, symmetric)
         return ScaledWeight(encode(weight, code, blocks, scale, zero_point), scale, zero_point)
+    if not _in_triton(weight, code, blocks):
+        extremes(weight, blocks)  # must be finite
     if not (amax.isfinite() & (amax >= 0)).all():
         raise ValueError("a calibrated amax is negative, NaN or Inf")
     amax = amax.to(weight.device, torch.float32)
@@ -143,7 +146,18 @@ def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
 
 
 def largest(weight: Tensor, blocks: Blocks) -> Tensor:
-    """The amax of each block, `[blocks down, blocks across]`, in the weight's dtype."""
+    """The amax of each block, `[blocks down, blocks across]`, in the weight's dtype.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
+    """
+    if _in_triton(weight, Code.E4M3, blocks):
+        from export.kernels import e4m3_triton
+
+        found = e4m3_triton.largest(weight, *blocks.size(weight), blocks.shape(*weight.shape))
+        if not found.isfinite().all():
+            raise ValueError(NOT_FINITE)
+        return found.to(weight.dtype)
     low, high = extremes(weight, blocks)
     return torch.maximum(low.abs(), high)
 
@@ -164,12 +178,26 @@ def _encode(
 ) -> Tensor:
     if fits_loops(weight):
         return _encode_in_loops(weight, code, blocks, factor, zero_point, divide)
+    if _in_triton(weight, code, blocks):
+        from export.kernels import e4m3_triton
+
+        codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), divide=divide)
+        check_finite(bad)
+        return codes
     spread = blocks.spread(factor, weight)
     scaled = weight / spread if divide else weight.float() * spread
     if zero_point is not None:
         scaled += blocks.spread(zero_point.to(scaled.dtype), weight)
     scaled = scaled.clamp(code.least, code.bound)
     return (scaled if code is Code.E4M3 else scaled.round()).to(code.dtype)
+
+
+def _in_triton(weight: Tensor, code: Code, blocks: Blocks) -> bool:
+    if code is not Code.E4M3 or not fits_triton(weight):
+        return False
+    from export.kernels import e4m3_triton
+
+    return e4m3_triton.fits(weight, blocks.size(weight)[1])
 
 
 def _encode_in_loops(

@@ -1,0 +1,151 @@
+"""From directory to directory on one GPU or several, beside what the machine reads, writes and copies in the same run.
+
+    PYTHONPATH=. python3 benchmarks/gpu/pipeline.py [--gigabytes 11] [--workers 4 8 12]
+
+The source is in the page cache; the output is synced. Each line is the best of three runs. First a small checkpoint is
+quantized on the GPU and on the CPU, and the files must be the same.
+"""
+
+import argparse
+import filecmp
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoints
+import torch
+
+from export.model_free import model_free_ptq
+from export.quant_state import QuantState
+
+BLOCK = 64 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=11.0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 12])
+    parser.add_argument("--directory", help="where to work; a temporary directory unless given")
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    print(f"{gpus} × {torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} cores\n")
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        same_as_cpu(Path(directory))
+        source = checkpoints.write(Path(directory, "in"), "dense", options.gigabytes, files=4)
+        files = list(source.glob("*.safetensors"))
+        nbytes = sum(file.stat().st_size for file in files)
+        limits(files, nbytes, Path(directory))
+        print("\n| scheme | workers | GB/s | seconds | GPU memory, all GPUs |\n|---|---:|---:|---:|---:|")
+        state = calibrated(source)
+        for scheme, given in (("nvfp4", state), ("nvfp4a16", None), ("mxfp4", None), ("fp8_dynamic", None)):
+            for workers in options.workers if scheme.startswith("nvfp4") else options.workers[1:2]:
+                seconds, memory = best(source, Path(directory, "out"), scheme, given, workers)
+                print(
+                    f"| {scheme} | {workers} | {nbytes / seconds / 1e9:.2f} | {seconds:.2f} | {memory / 1e9:.2f} GB |"
+                )
+
+
+def same_as_cpu(directory: Path) -> None:
+    source = checkpoints.write(directory / "small", "moe", 0.7)
+    for scheme in ("nvfp4a16", "mxfp4", "fp8_block", "w4a16"):
+        for device in ("cpu", "cuda"):
+            model_free_ptq(source, directory / device, scheme, max_workers=4, device=device, overwrite=True)
+        names = [file.name for file in (directory / "cpu").glob("*.safetensors")]
+        _, differ, errors = filecmp.cmpfiles(directory / "cpu", directory / "cuda", names, shallow=False)
+        print(f"{scheme}: GPU and CPU wrote {'the same bytes' if not differ + errors else f'other bytes: {differ}'}")
+        if differ + errors:
+            sys.exit(1)
+
+
+def calibrated(source: Path) -> QuantState:
+    """An amax for every linear of the layers."""
+    import json
+
+    weight_map = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    modules = [name.removesuffix(".weight") for name in weight_map if name.endswith("_proj.weight")]
+    amax = {f"{module}.{kind}_quantizer._amax": torch.tensor(0.1) for module in modules for kind in ("weight", "input")}
+    return QuantState(amax, dict.fromkeys(modules, "nvfp4"))
+
+
+def limits(files: list[Path], nbytes: int, directory: Path) -> None:
+    """What the machine does alone: reading the files, writing and syncing a third of that, copying to the GPU."""
+
+    def read(file: Path) -> None:
+        buffer = bytearray(BLOCK)
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+    def read_with(threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, files))
+
+    def write() -> None:
+        block = os.urandom(BLOCK)
+        with open(directory / "written", "wb", buffering=0) as stream:
+            for _ in range(nbytes // 3 // BLOCK):
+                stream.write(block)
+            os.fsync(stream.fileno())
+
+    pinned = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(BLOCK, dtype=torch.uint8, device="cuda")
+
+    def copy() -> None:
+        for _ in range(16):
+            there.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize()
+
+    print(f"\nreading, one thread: {nbytes / timed(lambda: read_with(1)) / 1e9:.2f} GB/s")
+    print(f"reading, {len(files)} threads: {nbytes / timed(lambda: read_with(len(files))) / 1e9:.2f} GB/s")
+    print(f"writing and syncing: {nbytes // 3 / timed(write) / 1e9:.2f} GB/s")
+    print(f"to the GPU, pinned: {16 * BLOCK / timed(copy) / 1e9:.2f} GB/s")
+
+
+def best(source: Path, target: Path, scheme: str, state: QuantState | None, workers: int) -> tuple[float, int]:
+    """Seconds, and the most GPU memory that was in use beyond what was before."""
+    used, stop = [0], threading.Event()
+    idle = gpu_memory()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            used.append(gpu_memory() - idle)
+
+    def run() -> None:
+        model_free_ptq(source, target, scheme, max_workers=workers, quant_state=state, overwrite=True)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    seconds = timed(run)
+    stop.set()
+    watcher.join()
+    shutil.rmtree(target)
+    torch.cuda.empty_cache()
+    return seconds, max(used)
+
+
+def gpu_memory() -> int:
+    """Bytes in use on all GPUs."""
+    pairs = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]
+    return sum(total - free for free, total in pairs)
+
+
+def timed(run: Callable[[], object], runs: int = 3) -> float:
+    """The best of some runs, in seconds."""
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()

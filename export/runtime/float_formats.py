@@ -1,0 +1,130 @@
+"""Layers with floating-point codes: NVFP4, MXFP4, MXFP8 and FP8, which compute by dequantizing.
+
+The tensors and how they are read are those of `export.schemes`, one object for each format on both sides of the disk.
+Inputs are rounded to codes and back, the product is one of the inputs' dtype. Weights are dequantized at every call, so
+that a layer stays as small as the checkpoint; engines have kernels for this.
+
+Merged modules keep their own weight scales: FP8's may differ, as engines allow. A global scale of NVFP4 may not:
+engines use the largest divisor for all modules and only warn. The scale of the inputs may not either: there is one
+input. Both are errors by name.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from export.runtime.activations import activation_for
+from export.runtime.parameters import (
+    Partition,
+    check_loaded,
+    create_parameters,
+    data_of,
+    module_parts,
+    replace_parameter,
+    shared,
+)
+from export.runtime.signature import Signature, UnsupportedQuantizationError
+from export.schemes.fp8 import FP8
+from export.schemes.fp8_block import FP8_BLOCK
+from export.schemes.fp8_dynamic import FP8_DYNAMIC
+from export.schemes.mxfp4 import MXFP4A16
+from export.schemes.mxfp8 import MXFP8A16
+from export.schemes.nvfp4 import NVFP4
+from export.schemes.nvfp4a16 import NVFP4A16
+from export.schemes.scaled import Scaled
+from export.schemes.scheme import Scheme
+
+
+class FloatScheme:
+    """A layer of one floating-point format.
+
+    Raises:
+        UnsupportedQuantizationError: the signature's weights or inputs are of none.
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        self._inputs = activation_for(signature)
+        self._format = _format(signature, has_input_scale=bool(self._inputs and self._inputs.scale))
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Registers what the checkpoint has for each module.
+
+        Raises:
+            ValueError: the format does not divide into these sizes.
+        """
+        sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
+        partition = Partition.of(*sizes, extra_weight_attrs)
+        self._check_blocks(partition)
+        specs = []
+        for weight in partition.weight_specs(params_dtype):
+            tensors = self._format.output_specs("", weight, calibrated=True)
+            specs.append({name.removeprefix("."): spec for name, spec in tensors.items()})
+        create_parameters(layer, specs, partition, extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Checks that all is there, and that merged modules agree where one GEMM needs them to; keeps one input scale.
+
+        Raises:
+            CheckpointError: something was not loaded, or scales differ.
+        """
+        check_loaded(layer)
+        if self._format.format == "nvfp4":
+            shared(layer, "weight_global_scale")
+        if self._inputs is not None and self._inputs.scale:
+            replace_parameter(layer, self._inputs.scale, shared(layer, self._inputs.scale))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` `[*, in]` → `[*, out]`, all modules one after another, in the dtype of `x`."""
+        if self._inputs is not None:
+            scale = data_of(layer, self._inputs.scale) if self._inputs.scale else x
+            x = self._inputs.round(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
+        return linear(x, self.weight(layer).to(x.dtype), bias)
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """The weight `[out, in]`, dequantized to bf16."""
+        parts = [{f".{name}": tensor for name, tensor in part.items()} for part in module_parts(layer)]
+        return torch.cat([self._format.dequantize("", part) for part in parts])
+
+    def _check_blocks(self, partition: Partition) -> None:
+        """A square block may be cut short at the end of a whole weight only."""
+        height = self._format.blocks.height if isinstance(self._format, Scaled) else 1
+        if not height or height == 1:
+            return
+        ends = partition.rows if partition.cuts_rows else partition.rows[:-1]
+        width = partition.columns if partition.columns != partition.all_columns else 0
+        if width % height or any(rows % height for rows in ends):
+            raise ValueError(
+                f"blocks of {height} do not divide outputs {list(partition.rows)} and inputs {partition.columns} of "
+                f"rank {partition.tp_rank} of {partition.tp_size}: use fewer ranks"
+            )
+
+
+def _format(signature: Signature, *, has_input_scale: bool) -> Scheme:
+    weights = signature.weights
+    known: dict[tuple[int, str, int | None], Scheme] = {
+        (4, "tensor_group", 16): NVFP4() if has_input_scale else NVFP4A16,
+        (4, "group", 32): MXFP4A16,
+        (8, "group", 32): MXFP8A16,
+        (8, "tensor", None): replace(FP8, needs_input_amax=has_input_scale),
+        (8, "channel", None): replace(FP8_DYNAMIC, needs_input_amax=has_input_scale),
+        (8, "block", None): FP8_BLOCK,
+    }
+    found = known.get((weights.bits, weights.strategy, weights.group_size))
+    blocks = weights.block_structure if weights.strategy == "block" else None
+    if found is None or weights.dynamic or not weights.symmetric or blocks not in (None, (128, 128)):
+        raise UnsupportedQuantizationError(
+            f"{signature}: these weights are not supported; supported, static and symmetric: float4 by tensor_group of "
+            "16 (NVFP4), float4 or float8 by group of 32 (MX), float8 by tensor, by channel and by block of [128, 128]"
+        )
+    return found
