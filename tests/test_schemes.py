@@ -164,7 +164,7 @@ def test_fp8_codes_are_those_of_the_fake_quantizer(factor: float, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_codes_at_ties_are_those_of_the_fake_quantizer(dtype: torch.dtype) -> None:
-    """Its 448 / amax rounds twice: with amax 0.234375 it takes 0.087890625, which is 168 of 448, to 176 and not to 160."""
+    """Its 448 / amax rounds twice: under amax 0.234375 it takes 0.087890625, 168 of 448, to 176, not to 160."""
     weight = torch.tensor([[0.087890625, -0.02197265625, 0.234375]]).to(dtype)
     amax = weight.float().abs().amax(1, keepdim=True)
     found = quantized("fp8_dynamic", weight, GroupAmax(None, None), block_amax={"m": amax})
