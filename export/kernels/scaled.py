@@ -4,7 +4,8 @@
 
 Two programs define the bytes, as for NVFP4. Without a calibrated amax it is llm-compressor's ``model_free_ptq``: scales
 from the weight itself, every step rounded in the weight's dtype, and scales stored in it. With an amax it is ModelOpt's
-fake quantizer, fp32 throughout: ``code = round(weight * (bound / amax))``, fp32 scales ``amax / bound``.
+fake quantizer, fp32 throughout: ``code = round(weight * (bound / amax))``, for E4M3 with ``1 / amax`` rounded before
+``* bound``; fp32 scales ``amax / bound``.
 
 As in `nvfp4`, divisors are tensors on the weight's device, so that a division stays one; and bf16 weights on a CPU take
 the loops of `scaled_loops`, and E4M3 on a GPU the kernels of `e4m3_triton`, which give the same bytes.
@@ -104,7 +105,9 @@ def quantize(
     amax = amax.to(weight.device, torch.float32)
     bound = torch.full_like(amax, code.bound)
     amax = usable(amax, bound)
-    return ScaledWeight(_encode(weight, code, blocks, bound / amax, None, divide=False), amax / bound)
+    # ModelOpt's 448.0 / amax is in torch amax.reciprocal() * 448.0; its bound of integers is a tensor, and divided.
+    factor = amax.reciprocal() * bound if code is Code.E4M3 else bound / amax
+    return ScaledWeight(_encode(weight, code, blocks, factor, None, divide=False), amax / bound)
 
 
 def usable(amax: Tensor, bound: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def usable(amax: Tensor, bound: Tensor) -> Tensor:
 
     Of zeros, as ModelOpt's exporter does, and of what is so near to zero that `bound / amax` is infinite.
     """
-    return amax.where((bound / amax).isfinite(), bound)
+    return amax.where((amax.reciprocal() * bound).isfinite(), bound)
 
 
 def dequantize(weight: ScaledWeight, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> Tensor:
