@@ -36,8 +36,8 @@ class Launcher:
             cwd=ROOT,
         )
 
-    def __call__(self, *command: object, processes: int = 1) -> str:
-        """What the ranks printed, all of them.
+    def __call__(self, *command: object, processes: int = 1, cwd: Path = ROOT) -> str:
+        """What the ranks printed, all of them, run in `cwd`.
 
         Raises:
             AssertionError: a rank failed; shows what they printed.
@@ -46,7 +46,8 @@ class Launcher:
         assert self._zygote.stdout is not None
         argv = [str(word) for word in command]
         log = self._logs / f"{len(list(self._logs.iterdir()))}.txt"
-        print(json.dumps({"argv": argv, "processes": processes, "log": str(log)}), file=self._zygote.stdin, flush=True)
+        request = {"argv": argv, "processes": processes, "log": str(log), "cwd": str(cwd)}
+        print(json.dumps(request), file=self._zygote.stdin, flush=True)
         status = self._zygote.stdout.readline().strip()
         assert status == "0", f"{' '.join(argv)} ended with {status or 'the zygote'}:\n{log.read_text()}"
         return log.read_text()

@@ -4,7 +4,7 @@ Importing them takes half a minute of processor time on a slow machine, and the 
 process imports them once, before any thread or process group exists, and forks a child for each rank. The children
 are ordinary processes with the environment that torchrun would give them; `test_cli.py` runs the real torchrun too.
 
-Protocol: one JSON request a line on standard input, {"argv", "processes", "log"}; one exit status a line back.
+Protocol: one JSON request a line on standard input, {"argv", "processes", "log", "cwd"}; one exit status a line back.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ def serve() -> None:
             importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(_run(request["argv"], request["processes"], request["log"])), flush=True)
+        print(json.dumps(_run(**request)), flush=True)
 
 
-def _run(argv: list[str], processes: int, log: str) -> int:
+def _run(argv: list[str], processes: int, log: str, cwd: str) -> int:
     """Forks the ranks and waits for all; the first that fails gives the status and ends the others, who wait for it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
@@ -48,6 +48,7 @@ def _run(argv: list[str], processes: int, log: str) -> int:
     for rank in range(processes):
         child = os.fork()
         if child == 0:
+            os.chdir(cwd)
             _become_rank(argv, rank, processes, port, log)
         children.add(child)
     failure = 0

@@ -1,0 +1,153 @@
+"""The documentation does what it says: every command in it is run, every message and every link in it exists.
+
+A page is run from its top to its end in a directory of its own, which has what the page's reader has (`places`). Run are
+lines of code blocks that start with `python scripts/`, `python examples/` or `torchrun`, and Python blocks that say
+on how many ranks: ```python ranks=2. A YAML block whose first line is a comment with a path is that file.
+"""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from checkpoints import dense_model, write_checkpoint
+from conftest import ROOT, Launcher, LiveRanks
+
+from export.fused_scales import GroupAmax
+from export.schemes import SCHEMES
+from export.schemes.scheme import quantize_tensors
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RANKS = "2"
+"""For `N` in a command."""
+
+page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pytest.fixture(scope="module")
+def places(live: LiveRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the names in the documentation stand for."""
+    trained = live.at(tp=2)
+    return {
+        "HF_DIR": live.hf,
+        "path/to/hf_dir": live.hf,
+        "CKPT": trained / "checkpoint",
+        "SERVED": trained / "nvfp4",
+        "FP8_DIR": block_quantized(tmp_path_factory.mktemp("fp8")),
+    }
+
+
+def block_quantized(directory: Path) -> Path:
+    """A small checkpoint in FP8 blocks as DeepSeek-V3 has them."""
+    tensors = dense_model(layers=1)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        weights = {module: tensors.pop(name)}
+        for made, tensor in quantize_tensors(SCHEMES["fp8_block"], weights, GroupAmax(None, None)):
+            tensors[made.replace("weight_scale", "weight_scale_inv")] = tensor
+    config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return write_checkpoint(
+        directory, tensors, config={"architectures": ["Qwen3ForCausalLM"], "quantization_config": config}
+    )
+
+
+@page_of
+def test_every_command_runs(page: Path, launch: Launcher, places: dict[str, Path], tmp_path: Path) -> None:
+    for name, place in places.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(place)
+    for number, (kind, text) in enumerate(steps(page.read_text())):
+        if kind == "file":
+            file = tmp_path / text.splitlines()[0].removeprefix("# ")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        elif kind == "command":
+            run(text, launch, tmp_path)
+        else:
+            (tmp_path / f"{number}.py").write_text(text)
+            clear(tmp_path, re.findall(r'save_\w+\(model, (?:Path\()?"(\w+)"', text))
+            launch(tmp_path / f"{number}.py", processes=int(kind), cwd=tmp_path)
+
+
+def run(command: str, launch: Launcher, directory: Path) -> None:
+    words = shlex.split(command, comments=True)
+    processes = "1"
+    if words.pop(0) == "torchrun":
+        option, _, processes = words.pop(0).partition("=")
+        assert option == "--nproc-per-node", command
+        processes = processes or words.pop(0)
+    clear(directory, [word.removeprefix("output=") for word in words if word.startswith("output=")])
+    script, *options = words
+    count = int(RANKS if processes == "N" else processes)
+    launch(ROOT / script, *options, processes=count, cwd=directory)
+
+
+def clear(directory: Path, outputs: list[str]) -> None:
+    """Commands of a page that write to one name are alternatives."""
+    for output in outputs:
+        shutil.rmtree(directory / output, ignore_errors=True)
+
+
+def steps(text: str) -> Iterator[tuple[str, str]]:
+    """Commands, files and programs of a page in order: what it is, or for a program how many ranks, and its text."""
+    for kind, block in blocks(text):
+        if ranks := re.fullmatch(r"python ranks=(\d+)", kind):
+            yield ranks[1], block
+        elif kind == "yaml" and block.startswith("# "):
+            yield "file", block
+        elif kind in ("", "sh", "bash", "console"):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = line.strip().removeprefix("$ ")
+                if re.match(r"python (scripts|examples)/|torchrun ", command):
+                    yield "command", command
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """The code blocks of a page, fenced or indented: the language of a fence, "" without one; the text."""
+    for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$|^((?: {4}.*\n|\n)+)", text, re.MULTILINE):
+        if found[3] is None:
+            yield found[1].strip(), found[2]
+        else:
+            yield "", re.sub(r"^ {4}", "", found[3], flags=re.MULTILINE)
+
+
+@page_of
+def test_every_make_target_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = page.read_text()
+    quoted = [*re.findall(r"`([^`\n]+)`", text), *(line.strip() for _, block in blocks(text) for line in block.splitlines())]
+    named = {word for line in quoted if line.startswith("make ") for word in shlex.split(line, comments=True)[1:]}
+    assert {word for word in named if "=" not in word} <= targets
+
+
+@page_of
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[\w-]+)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_message_is_one_of_the_program() -> None:
+    """Headings of the page about errors, with … for what differs from time to time."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(messages) > 20
+    assert [message for message in messages if not any(message in text for text in texts())] == []
+
+
+@cache
+def texts() -> tuple[str, ...]:
+    """All texts in the source, … for what is filled in."""
+    rooms = ("scripts", "bridge", "export", "mappings")
+    nodes = [node for room in rooms for file in (ROOT / room).rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    return tuple(found for node in nodes if (found := text_of(node)))
+
+
+def text_of(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
