@@ -120,8 +120,9 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 def test_every_make_target_exists(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = page.read_text()
-    quoted = [*re.findall(r"`([^`\n]+)`", text), *(line.strip() for _, block in blocks(text) for line in block.splitlines())]
-    named = {word for line in quoted if line.startswith("make ") for word in shlex.split(line, comments=True)[1:]}
+    lines = [line.strip() for _, block in blocks(text) for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", text)
+    named = {word for line in lines if line.startswith("make ") for word in shlex.split(line, comments=True)[1:]}
     assert {word for word in named if "=" not in word} <= targets
 
 
@@ -143,11 +144,11 @@ def test_every_message_is_one_of_the_program() -> None:
 def texts() -> tuple[str, ...]:
     """All texts in the source, … for what is filled in."""
     rooms = ("scripts", "bridge", "export", "mappings")
-    nodes = [node for room in rooms for file in (ROOT / room).rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
-    return tuple(found for node in nodes if (found := text_of(node)))
+    trees = [ast.parse(file.read_text()) for room in rooms for file in (ROOT / room).rglob("*.py")]
+    return tuple(found for tree in trees for node in ast.walk(tree) if (found := text_of(node)))
 
 
 def text_of(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(text_of(part) or "…" for part in node.values)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    return re.sub("%[ds]", "…", node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
