@@ -1,12 +1,11 @@
 """The documentation does what it says: every command in it is run, every message and every link in it exists.
 
-A page is run from its top to its end in a directory of its own, which has what the page's reader has (`places`). Run are
+A page is run from its top to its end in a directory of its own that has what the page's reader has (`places`). Run are
 lines of code blocks that start with `python scripts/`, `python examples/` or `torchrun`, and Python blocks that say
 on how many ranks: ```python ranks=2. A YAML block whose first line is a comment with a path is that file.
 """
 
 import ast
-import json
 import re
 import shlex
 import shutil
