@@ -67,6 +67,28 @@ def read_hf_model(path: str | Path) -> HFModel:
     return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)
 
 
+def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of all tensors of a model as transformers saves it unquantized; None if it has no such model.
+
+    The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
+    are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, ImportError):  # no config.json, or remote code: other rules remain
+        return None
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None) -> None:
     """Raises UsageError when the model cannot be built at these sizes; names every reason.
 

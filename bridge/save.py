@@ -8,22 +8,23 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.hf_config import HFModel
+from bridge.hf_config import HFModel, expected_tensors
 from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json
+from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
+from export.model_card import Conversion, companion_files
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
-from export.record import RECORD_FILE, record_json
 from export.schemes import Recipe, find_scheme
+from export.verify import verify
 from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
 from mappings.errors import AmaxbridgeError, UsageError, listing
-from mappings.names import is_routed_expert, module_of
+from mappings.names import is_quantizer_state, is_routed_expert, module_of
 from mappings.ranks import Axis, Ranks
 from mappings.tensors import TensorSpec
 
@@ -45,7 +46,7 @@ class SaveOptions(TypedDict, total=False):
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
         dry_run: plan and check everything, write nothing.
         progress: is told how far it is.
-        record: how the export was asked for, kept in `amaxbridge.json` with the versions; None for no such file.
+        record: how the export was asked for, kept in `amaxbridge.json`, and `command_line` of it in the model card.
         quant_state: write `quant_state.safetensors`, too; beside plain weights, what a later run quantizes them with.
     """
 
@@ -54,6 +55,7 @@ class SaveOptions(TypedDict, total=False):
     overwrite: bool
     max_shard_bytes: int
     dry_run: bool
+    verify: bool
     progress: Progress
     record: Mapping[str, Any] | None
     quant_state: bool
@@ -127,6 +129,7 @@ class Saver:
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         dry_run: bool = False,
+        verify: bool = True,
         progress: Progress | None = None,
         record: Mapping[str, Any] | None = None,
         quant_state: bool = False,
@@ -136,8 +139,8 @@ class Saver:
         check_output(self._target, overwrite=overwrite)
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
-        self._max_shard_bytes, self._dry_run = max_shard_bytes, dry_run
-        self._progress, self._record = progress or NoProgress(), record
+        self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
+        self._progress, self._record = progress or NoProgress(), record or {}
         self._keeps_state = quant_state
 
     def save(
@@ -163,7 +166,10 @@ class Saver:
         layout = plan_layout(packer.specs, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         if not self._dry_run:
-            output = _Output(finalizer, packer, layout, Layout((*layout.shards, *kept)), state)
+            specs = specs_of(plan)
+            before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            conversion = Conversion(finalizer, layout, before, state, self._record)
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), self._expected(specs))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
@@ -198,7 +204,7 @@ class Saver:
             writer = ShardWriter(staged.path, output.files, self._ranks.rank(Axis.WORLD))
             try:
                 for bundle in stream(needed):
-                    for name, first, tensor in output.packer.pack(dict(output.finalizer.finalize(bundle))):
+                    for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
                         writer.write(name, tensor, first)
                     if self._keeps_state:
                         _write_all(writer, bundle.state)
@@ -206,14 +212,25 @@ class Saver:
                     planned = mine[bundle.key]
                     self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
                 if self._keeps_state and self._first:
-                    _write_all(writer, output.state.amax)
+                    _write_all(writer, output.conversion.state.amax)
             finally:
                 writer.close()
             self._barrier()
+            self._from_first(lambda: self._finish(staged, output))
             if self._first:
-                self._write_small_files(staged, output)
                 staged.commit()
             self._barrier()
+
+    def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+        """What will be verified: what transformers expects, or where it has no such model, what is planned."""
+        expected = expected_tensors(self._hf.directory) if self._verify and self._first else None
+        return expected or {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
+
+    def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
+        """The files beside the shards; then everything is checked as it will be served."""
+        self._write_small_files(staged, output)
+        if self._verify:
+            verify(staged.path, expected=output.expected).conclude(self._target)
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this rank owns, announced."""
@@ -227,27 +244,26 @@ class Saver:
         return mine
 
     def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
-        for file in carried_files(self._hf.directory):
-            staged.write_file(file.name, file.read_bytes())
-        staged.write_file(CONFIG_FILE, config_json(self._hf.written, output.finalizer.quantization_config))
-        if self._record is not None:
-            staged.write_file(RECORD_FILE, record_json(self._record))
-        index = index_json(output.weights, alone=not self._keeps_state)
+        for name, content in companion_files(self._hf.directory, output.conversion):
+            staged.write_file(name, content)
+        quantization = output.conversion.finalizer.quantization_config
+        staged.write_file(CONFIG_FILE, config_json(self._hf.written, quantization))
+        index = index_json(output.conversion.layout, alone=not self._keeps_state)
         if index is not None:
             staged.write_file(INDEX_FILE, index)
 
-    def _from_first(self, make: Callable[[], frozenset[str]]) -> frozenset[str]:
+    def _from_first[T](self, make: Callable[[], T]) -> T:
         """What the first rank makes, or the error that it meets, on every rank."""
-        made: frozenset[str] | AmaxbridgeError = frozenset()
+        made: T | AmaxbridgeError | None = None
         if self._first:
             try:
                 made = make()
             except AmaxbridgeError as error:
                 made = error
-        made = self._ranks.all_gather_object(Axis.WORLD, made)[0]
-        if isinstance(made, AmaxbridgeError):
-            raise made
-        return made
+        of_first: T | AmaxbridgeError = self._ranks.all_gather_object(Axis.WORLD, made)[0]
+        if isinstance(of_first, AmaxbridgeError):
+            raise of_first
+        return of_first
 
     def _barrier(self) -> None:
         self._ranks.all_gather_object(Axis.WORLD, None)
@@ -255,13 +271,19 @@ class Saver:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """What is to be written: the shards of `weights`, and with those of the quantizer state, all `files`."""
+    """What is to be written.
 
-    finalizer: Finalizer
+    Args:
+        conversion: what is made, and of what; its layout is that of the weights.
+        packer: packs experts that stay as they are.
+        files: the layout of the weights, with the quantizer state where it is kept.
+        expected: the shapes of all tensors before they are quantized.
+    """
+
+    conversion: Conversion
     packer: ExpertPacker
-    weights: Layout
     files: Layout
-    state: QuantState
+    expected: Mapping[str, tuple[int, ...]]
 
 
 def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:

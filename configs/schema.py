@@ -101,6 +101,7 @@ class ExportConfig(CommonConfig):
     quant_state: bool = option("Write quant_state.safetensors too; with scheme=none for quantizing later.", False)
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     dry_run: bool = option("Show the plan, write nothing.", False)
+    verify: bool = option("Check the output before it is moved into place.", True)
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -140,7 +141,7 @@ class QuantizeConfig(CommonConfig):
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
     dry_run: bool = option("Show the plan, write nothing.", False)
-    verify: bool = option("Check the output at the end.", True)
+    verify: bool = option("Check the output before it is moved into place.", True)
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -152,7 +153,9 @@ class VerifyConfig(CommonConfig):
     """
 
     input: str = option("Directory to check.")
-    reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    reference: str | None = option(
+        "What it was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.", None
+    )
     json: str | None = option("File for the findings as JSON.", None)
     tp: int = option("Tensor-parallel size that it must serve at.", 1)
 
@@ -161,11 +164,12 @@ class VerifyConfig(CommonConfig):
 class ReportConfig(CommonConfig):
     """What was exported, for people and for programs: report.html and report.json.
 
-    python scripts/report.py input=OUT [reference=HF_DIR]
+    python scripts/report.py input=OUT [reference=HF_DIR] [quant_state=FILE]
     """
 
     input: str = option("Directory to report on.")
     reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
+    quant_state: str | None = option("quant_state.safetensors of the training; null for the one in input.", None)
     output: str | None = option("Directory for the report; null for input.", None)
 
 

@@ -1,20 +1,34 @@
 """The files beside the tensors: config.json with its `quantization_config`, the index, and what is carried over."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.layout import SINGLE_FILE, Layout
+from export.record import RECORD_FILE
 from export.schemes.scheme import Scheme, arguments
+from mappings.errors import listing
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STATE_FILE = "quant_state.safetensors"
+CARD_FILE = "README.md"
 
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".gguf",
+    ".onnx", ".onnx_data", ".h5", ".msgpack",
+)  # fmt: skip
+_WRITTEN_ANEW = (
+    CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",  # of the source's quantization
+)  # fmt: skip
+
+
+_log = logging.getLogger("amaxbridge")
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
@@ -22,7 +36,7 @@ def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | 
     config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if quantization is not None:
         config["quantization_config"] = quantization
-    return _json(config)
+    return json_bytes(config)
 
 
 def quantization_config(
@@ -77,17 +91,31 @@ def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
     """
     if alone and [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
         return None
-    return _json({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
+    return json_bytes({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
 
 
-def carried_files(source: Path) -> list[Path]:
-    """Files of a Hugging Face directory that go along unchanged: tokenizer, chat template, remote code, licence."""
-    return sorted(
-        path
-        for path in source.iterdir()
-        if path.is_file() and path.name != CONFIG_FILE and not path.name.endswith(_WEIGHT_SUFFIXES)
-    )
+def carried_files(source: Path) -> dict[str, Path]:
+    """Files of a Hugging Face directory that go along unchanged: path in the output → file.
+
+    Tokenizer, chat templates, remote code, generation config, licence, images of the card; directories too, but hidden
+    ones and those with weights of their own (`original/`, `onnx/`), which are the model once more.
+    """
+    carried = {}
+    left = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _WRITTEN_ANEW and not path.name.endswith(_WEIGHT_SUFFIXES):
+            carried[path.name] = path
+        elif path.is_dir() and not path.name.startswith((".", "__")):
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+            if any(file.name.endswith(_WEIGHT_SUFFIXES) for file in inside):
+                left.append(path.name)
+            else:
+                carried |= {file.relative_to(source).as_posix(): file for file in inside}
+    if left:
+        _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
+    return carried
 
 
-def _json(content: object) -> bytes:
+def json_bytes(content: object) -> bytes:
+    """As files of a checkpoint hold it."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

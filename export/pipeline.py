@@ -10,18 +10,24 @@ first. Threads take the GPUs in turn.
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from export.finalizer import Bundle
+from export.progress import NoProgress, Progress
 from export.rows import Part, Rows, WholeTensor
 from export.safetensors_file import StoredTensor
+from export.shard_plan import ShardPlan
 from export.source import SourceBundle
+from export.writer import ShardWriter
 from mappings.tensors import TensorSpec
 
 _MEMORY = 64 << 20  # bytes of the buffer of each thread
@@ -30,12 +36,14 @@ _WORKERS_OF_A_GPU = 8
 
 
 class Worker:
-    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer."""
+    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer, with its like there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.memory = torch.empty(_MEMORY if self.stream else 0, dtype=torch.uint8, pin_memory=self.stream is not None)
+        size = _MEMORY if self.stream else 0
+        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+        self._there = torch.empty(size, dtype=torch.uint8, device=device)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
         """The tensors of a bundle; weights that are quantized come to the worker's device."""
@@ -45,14 +53,18 @@ class Worker:
         if sum(_aligned(rows.spec.nbytes) for rows in stored.values()) <= len(self.memory):
             at = 0
             for name, rows in stored.items():
-                held[name] = WholeTensor(self.moved(rows.read(self.memory[at:])))
+                held[name] = WholeTensor(self.moved(rows.read(self.memory[at:]), at))
                 at += _aligned(rows.spec.nbytes)
         return {**tensors, **{name: _Moving(rows, self) for name, rows in moving.items()}, **held}
 
-    def moved(self, rows: Tensor) -> Tensor:
-        """Rows on the worker's device; the buffer can be used again."""
+    def moved(self, rows: Tensor, at: int = 0) -> Tensor:
+        """Rows on the worker's GPU, where they have a place of their own; the buffer can be used again."""
         assert self.stream is not None
-        there = rows.to(self.device, non_blocking=True)
+        there = self._there[at : at + rows.nbytes]
+        if len(there) < rows.nbytes:  # a row that is larger
+            return rows.to(self.device)
+        there = there.view(rows.dtype).view(rows.shape)
+        there.copy_(rows, non_blocking=True)
         self.stream.synchronize()
         return there
 
@@ -81,6 +93,28 @@ class _Moving:
             yield Part(first, self.worker.moved(rows))
 
 
+class _Queue:
+    """Bundles for several threads: each keeps to an output file of its own while there are any, in the file's order,
+    because the kernel lets one thread at a time write to a file. In the end all help with what is left.
+    """
+
+    def __init__(self, bundles: Sequence[SourceBundle]) -> None:
+        files: dict[str, deque[SourceBundle]] = {}
+        for bundle in bundles:
+            files.setdefault(bundle.output, deque()).append(bundle)
+        self._untouched = deque(files.values())
+        self._taken: dict[int, deque[SourceBundle]] = {}
+        self._mutex = threading.Lock()
+
+    def take(self, worker: int) -> SourceBundle | None:
+        """The next bundle for a worker, None where all are taken."""
+        with self._mutex:
+            if not self._taken.get(worker):
+                others = max(self._taken.values(), key=len, default=deque[SourceBundle]())
+                self._taken[worker] = self._untouched.popleft() if self._untouched else others
+            return self._taken[worker].popleft() if self._taken[worker] else None
+
+
 def run(
     bundles: Sequence[SourceBundle],
     make: Callable[[SourceBundle, Worker], None],
@@ -88,22 +122,18 @@ def run(
     workers: int,
     devices: Sequence[torch.device],
 ) -> None:
-    """Makes all bundles, in about their order; the first error ends it, and so does Ctrl-C, after the bundles in hand.
+    """Makes all bundles; the first error ends it, and so does Ctrl-C, after the bundles in hand.
 
     Args:
         workers: threads.
         devices: taken in turn by the threads.
     """
-    remaining, mutex, stopped = iter(bundles), threading.Lock(), threading.Event()
+    queue, stopped = _Queue(bundles), threading.Event()
 
     def work(number: int) -> None:
         worker = Worker(devices[number % len(devices)])
         with worker.at_work():
-            while not stopped.is_set():
-                with mutex:
-                    bundle = next(remaining, None)
-                if bundle is None:
-                    return
+            while not stopped.is_set() and (bundle := queue.take(number)) is not None:
                 make(bundle, worker)
 
     def guarded(number: int) -> None:
@@ -124,6 +154,51 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
+
+
+def write_plan(
+    plan: ShardPlan,
+    directory: Path,
+    done: Collection[str] = (),
+    workers: int = 1,
+    *,
+    devices: Sequence[torch.device],
+    progress: Progress | None = None,
+) -> None:
+    """Writes the bundles of a plan into the shards of a staging directory.
+
+    Args:
+        done: the keys of those that are there already.
+    """
+    progress = progress or NoProgress()
+    needed = [bundle for bundle in plan.bundles if bundle.key not in done]
+    progress.begin(
+        tensors=sum(len(bundle.specs) for bundle in needed),
+        nbytes=sum(bundle.nbytes for bundle in plan.bundles),
+        kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
+    )
+    writer = ShardWriter(directory, plan.layout)
+
+    def make(bundle: SourceBundle, worker: Worker) -> None:
+        tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)
+        for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
+            writer.write(name, rows, first)
+        writer.done(bundle.key)
+        progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
+
+    try:
+        run(needed, make, workers=max(1, min(workers, len(needed))), devices=devices)
+    finally:
+        writer.close()
+
+
+def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
+    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none."""
+    if wanted is None:
+        gpus = range(torch.cuda.device_count())
+        return [torch.device("cuda", number) for number in gpus] or [torch.device("cpu")]
+    several = [wanted] if isinstance(wanted, str | torch.device) else list(wanted)
+    return [torch.device(each) for each in several]
 
 
 def default_workers(device: str | torch.device | None = None) -> int:

@@ -27,7 +27,7 @@ from mappings.tensors import TensorSpec
 
 _KEY = "amaxbridge.quant_state"
 _VERSION = 1
-_HOW = f"an export writes {QUANT_STATE_FILE} with io.quant_state=true"
+_HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=true"
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 _log = logging.getLogger("amaxbridge")
@@ -121,9 +121,7 @@ def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[st
         CheckpointError: the file is damaged.
     """
     if not file.is_file():
-        raise UsageError(
-            f"quant_state={file}: no such file; an export writes {QUANT_STATE_FILE} with io.quant_state=true"
-        )
+        raise UsageError(f"quant_state={file}: no such file; an export writes {QUANT_STATE_FILE} with quant_state=true")
     with SafetensorsFile(file) as opened:
         if _KEY not in opened.metadata:
             raise UsageError(

@@ -1,20 +1,12 @@
-"""How a checkpoint was made, kept beside it: the options of the command, and the versions of what made it."""
+"""Which versions made a checkpoint: kept beside it, with how it was asked for and turned out; see `model_card`."""
 
-import json
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 RECORD_FILE = "amaxbridge.json"
 
 _PACKAGES = (
     "amaxbridge", "torch", "megatron-core", "nvidia-modelopt", "compressed-tensors", "transformers", "safetensors"
 )  # fmt: skip
-
-
-def record_json(record: Mapping[str, Any]) -> bytes:
-    """The file: what is given, then `versions`."""
-    return (json.dumps({**record, "versions": versions()}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from export.finalizer import Finalizer
@@ -109,15 +108,6 @@ def plan_shards(
         for name in bundle.specs:
             contents.setdefault(bundle.output, {}).update(finalizer.outputs[name])
     return ShardPlan(bundles, finalizer, Layout.of(contents), tensors)
-
-
-def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
-    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none."""
-    if wanted is None:
-        gpus = range(torch.cuda.device_count())
-        return [torch.device("cuda", number) for number in gpus] or [torch.device("cpu")]
-    several = [wanted] if isinstance(wanted, str | torch.device) else list(wanted)
-    return [torch.device(each) for each in several]
 
 
 def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:

@@ -18,6 +18,7 @@ def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
     from bridge.auto import AutoBridge
     from bridge.ranks import world, world_rank
+    from export.model_card import command_line
     from scripts.progress import progress
     from scripts.recipes import recipe_of
     from scripts.tables import export_table
@@ -31,9 +32,10 @@ def export(options: ExportConfig) -> None:
             overwrite=options.io.overwrite,
             max_shard_bytes=int(options.io.max_shard_gb * 1e9),
             dry_run=options.dry_run,
+            verify=options.verify,
             quant_state=options.quant_state,
             progress=shown,
-            record={"command": "export", "options": asdict(options)},
+            record={"command": "export", "command_line": command_line(), "options": asdict(options)},
         )
     if world_rank() == 0:
         export_table(report, options)

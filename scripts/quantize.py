@@ -16,6 +16,7 @@ from scripts import cli
 
 def quantize(options: QuantizeConfig) -> None:
     """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
+    from export.model_card import command_line
     from export.model_free import model_free_ptq
     from export.pipeline import default_workers
     from scripts.progress import progress
@@ -34,8 +35,9 @@ def quantize(options: QuantizeConfig) -> None:
             missing_amax=options.amax.missing,
             overwrite=options.io.overwrite,
             dry_run=options.dry_run,
+            verify=options.verify,
             progress=shown,
-            record={"command": "quantize", "options": asdict(options)},
+            record={"command": "quantize", "command_line": command_line(), "options": asdict(options)},
         )
     quantize_table(report, options)
 

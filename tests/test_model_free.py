@@ -13,16 +13,16 @@ from checkpoints import HIDDEN, MOE, cuts_inside_groups, dense_model, moe_model,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.finalizer import Bundle, Finalizer
-from export.kernels.nvfp4 import Arithmetic, tensor_amax
-from export.model_free import (
+from export import (
     build_microscale_inverse_weight_maps,
     model_free_ptq,
     process_file,
     process_file_microscale_scheme,
+    split_fused_moe_experts,
     validate_file,
 )
-from export.packed_experts import split_fused_moe_experts
+from export.finalizer import Bundle, Finalizer
+from export.kernels.nvfp4 import Arithmetic, tensor_amax
 from export.quant_state import QuantState
 from export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
 from mappings.fused_groups import groups_among

@@ -196,6 +196,16 @@ def test_mx_exponents_are_modelopts(kind: str) -> None:
     assert torch.equal(quantized("mxfp8", weight, none)["weight_scale"], expected)
 
 
+@pytest.mark.parametrize("amax", [0.0, 1e-40])
+def test_an_amax_that_is_all_but_zero_gives_zeros(amax: float) -> None:
+    """Where 448 / amax is infinite, 0 times it would be NaN."""
+    weight = torch.tensor([[0.0, 1e-40, -0.0, 3e-41]]).bfloat16()
+    for name in ("fp8", "fp8_dynamic", "w8a8"):
+        found = quantized(name, weight, GroupAmax(torch.tensor(amax), torch.tensor(2.0)))
+        assert not found["weight"].float().any(), name
+        assert found["weight_scale"].item() == 1
+
+
 # Structure
 
 

@@ -138,15 +138,15 @@ def _nvfp4(
     if STATIC:
         scale = tl.div_rn(tl.load(block_amax + block, mask=inside, other=1.0), 6.0)
         scale = tl.div_rn(tl.where(scale == 0.0, 1.0, scale) * 448.0, divisor_of_amax)
-        code = to_e4m3(tl.clamp(scale, 0.001953125, 448.0), INTERPRETED)
+        code = to_e4m3(tl.clamp(scale, 0.001953125, 448.0))
     elif MODELOPT:
         scale = tl.div_rn(amax, divisor_of_amax)
-        code = to_e4m3(tl.clamp(tl.where(scale == 0.0, 1.0, scale), 0.001953125, 448.0), INTERPRETED)
+        code = to_e4m3(tl.clamp(tl.where(scale == 0.0, 1.0, scale), 0.001953125, 448.0))
     else:
         scale = tl.div_rn(amax, 6.0)
         if dtype == tl.bfloat16:
             scale = to_bf16(scale)
-        code = to_e4m3(scale * divisor, INTERPRETED)
+        code = to_e4m3(scale * divisor)
         code = tl.where(code == 0, 0x20, code).to(tl.uint8)  # 0.125
     tl.store(scales + block, code, mask=inside)
     step = from_e4m3(code) * factor_2 if MODELOPT else tl.div_rn(from_e4m3(code), divisor)

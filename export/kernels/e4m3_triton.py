@@ -1,8 +1,8 @@
 """E4M3 codes on a GPU: MXFP8 in one pass, and the two passes of FP8, the bytes of `mx` and `scaled`.
 
-The hardware converts to E4M3 as torch does, nearest with ties to even, and saturates, so a code is a division and a
-conversion. The division is IEEE: 3 bytes move for an element, which leaves an H100 time for it. Where scales come from
-the weight itself, FP8 reads it twice, for the scale first: a row or a square block is more than a program holds.
+A code is a division and a conversion, which is done in integers (`floats_triton.to_e4m3`). The division is IEEE: 3
+bytes move for an element, which leaves an H100 time for it. Where scales come from the weight itself, FP8 reads it
+twice, for the scale first: a row or a square block is more than a program holds.
 """
 
 import torch
@@ -134,10 +134,10 @@ def _mxfp8(
     tl.store(scales + block, exponent.to(tl.uint8), mask=inside)
 
     factor = power_of_two(254 - exponent)[:, None]
-    tl.store(codes + at, _two(even * factor, odd * factor, INTERPRETED), mask=mask)
-    tl.store(codes + at + 4, _two(even_2 * factor, odd_2 * factor, INTERPRETED), mask=mask)
-    tl.store(codes + at + 8, _two(even_3 * factor, odd_3 * factor, INTERPRETED), mask=mask)
-    tl.store(codes + at + 12, _two(even_4 * factor, odd_4 * factor, INTERPRETED), mask=mask)
+    tl.store(codes + at, _two(even * factor, odd * factor), mask=mask)
+    tl.store(codes + at + 4, _two(even_2 * factor, odd_2 * factor), mask=mask)
+    tl.store(codes + at + 8, _two(even_3 * factor, odd_3 * factor), mask=mask)
+    tl.store(codes + at + 12, _two(even_4 * factor, odd_4 * factor), mask=mask)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def _encode(
         odd = rounded(tl.div_rn(odd, factor), dtype, INTERPRETED)
     else:
         even, odd = even * factor, odd * factor
-    tl.store(codes + at, _two(even, odd, INTERPRETED), mask=inside[:, None])
+    tl.store(codes + at, _two(even, odd), mask=inside[:, None])
 
 
 @triton.jit
@@ -198,7 +198,6 @@ def _largest(
 
 
 @triton.jit
-def _two(even, odd, INTERPRETED: tl.constexpr):
+def _two(even, odd):
     """Two E4M3 codes as an int16, the even column in the low byte."""
-    low, high = to_e4m3(even, INTERPRETED).to(tl.int16), to_e4m3(odd, INTERPRETED).to(tl.int16)
-    return low | (high << 8)
+    return (to_e4m3(even) | (to_e4m3(odd) << 8)).to(tl.int16)

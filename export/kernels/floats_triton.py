@@ -93,19 +93,18 @@ def rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def to_e4m3(value, INTERPRETED: tl.constexpr):
-    """The E4M3 of an fp32, nearest, ties to even, saturating at 448; a zero keeps its sign. As bits, uint8."""
-    if INTERPRETED:
-        bits = value.to(tl.int32, bitcast=True)
-        magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
-        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-        in_steps = magnitude.to(tl.float32, bitcast=True) + 16384.0  # whose own step is 2^-9
-        subnormal = in_steps.to(tl.int32, bitcast=True) - 0x46800000
-        code = tl.where(magnitude < 0x3C800000, subnormal, normal)  # below 2^-6
-        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-    else:
-        code = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return code
+def to_e4m3(value):
+    """The E4M3 of an fp32, nearest, ties to even, saturating at 448; a zero keeps its sign. As bits, int32.
+
+    In integers: Triton 3.6 has the hardware's conversion, and gets it wrong for tensors of two dims.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    in_steps = magnitude.to(tl.float32, bitcast=True) + 16384.0  # whose own step is 2^-9
+    subnormal = in_steps.to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)  # below 2^-6
+    return code | ((bits >> 24) & 0x80)
 
 
 @triton.jit

@@ -104,10 +104,18 @@ def quantize(
         raise ValueError("a calibrated amax is negative, NaN or Inf")
     amax = amax.to(weight.device, torch.float32)
     bound = torch.full_like(amax, code.bound)
-    amax = amax.where(amax > 0, bound)  # a row of zeros; ModelOpt's exporter does so too
+    amax = usable(amax, bound)
     # ModelOpt's 448.0 / amax is in torch amax.reciprocal() * 448.0; its bound of integers is a tensor, and divided.
     factor = amax.reciprocal() * bound if code is Code.E4M3 else bound / amax
     return ScaledWeight(_encode(weight, code, blocks, factor, None, divide=False), amax / bound)
+
+
+def usable(amax: Tensor, bound: Tensor) -> Tensor:
+    """An amax, fp32, with `bound` in place of one that makes no factor, which gives scale 1 and codes of zero.
+
+    Of zeros, as ModelOpt's exporter does, and of what is so near to zero that `bound / amax` is infinite.
+    """
+    return amax.where((amax.reciprocal() * bound).isfinite(), bound)
 
 
 def dequantize(weight: ScaledWeight, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> Tensor:

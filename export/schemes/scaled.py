@@ -123,6 +123,6 @@ class Scaled:
         return scaled.largest(rows, self.blocks)
 
     def _scale(self, amax: Tensor) -> Tensor:
-        """fp32 `[1]`; 1 for a tensor of zeros."""
+        """fp32 `[1]`."""
         bound = torch.full_like(amax, self.code.bound, dtype=torch.float32)
-        return (amax.float().where(amax > 0, bound) / bound).reshape(1)
+        return (scaled.usable(amax.float(), bound) / bound).reshape(1)

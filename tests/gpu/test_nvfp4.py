@@ -56,7 +56,7 @@ def test_hard_weights(kind: str, dtype: torch.dtype, arithmetic: Arithmetic, fac
 def test_steps_of_every_significand(dtype: torch.dtype, arithmetic: Arithmetic) -> None:
     """Amax whose steps have few bits, or are next to such: where a quotient lies on a bound, or next to one."""
     weight = torch.cat([make().flatten() for make in WEIGHTS.values()]).view(-1, 32).to(dtype)
-    short = torch.arange(1.0, 2.0, 1 / 64)
+    short = torch.arange(1.0, 2.0, 1 / 32)
     near = torch.stack([short * (1 + count * 2**-23) for count in range(-3, 4)]).flatten()
     for amax in torch.cat([near, near * 2688 / 2048, torch.rand(100, generator=torch.Generator().manual_seed(1)) + 1]):
         assert_gpu_agrees(weight, amax, arithmetic)

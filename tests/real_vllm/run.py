@@ -31,7 +31,7 @@ FROM_SOURCE = {
 ONE_BIT = 2**-7  # of bf16, at most
 UNLIKE_OURS = {"nvfp4": ONE_BIT, "nvfp4a16": ONE_BIT, "w4a16": ONE_BIT}  # relative, of each value; see README.md
 LOGPROBS = {"float32": 1e-5, "bfloat16": 0.03}  # mean; see README.md
-TURNED_CODES = ("fp8_dynamic", "w8a8")  # of which half the tokens must keep to the limit
+TURNED_CODES = ("fp8_dynamic", "w8a8")  # of which a tenth of the tokens must keep to the limit
 COMPUTED = {"float32": 1e-5, "bfloat16": 2**-7}  # of the largest weight: a kernel's rounding of its output
 # What vLLM's models have and checkpoints need not: the state of a quantized cache, and inputs of experts without any.
 UNUSED = {"nvfp4a16": re.compile(r"\.attn\.[qkv]_(scale|zero_point)$|\.experts\..*\.input_global_scale$")}
@@ -96,7 +96,7 @@ def failures_of(case: Mapping[str, Any]) -> Iterator[str]:
             yield f"{what}: {case[what]:.2g}, more than {limit:.2g}"
     if "logprobs" in case:
         limit = LOGPROBS[case["dtype"]]
-        found = case["logprobs"]["half of the tokens" if scheme in TURNED_CODES else "mean"]
+        found = case["logprobs"]["a tenth" if scheme in TURNED_CODES else "mean"]
         if not found <= limit:
             yield f"log-probabilities differ by {found:.2g}, more than {limit:.2g}"
         if case["dtype"] == "float32" and scheme not in TURNED_CODES and not case["next tokens"]:
@@ -107,7 +107,7 @@ def rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown: a row for each model and scheme, the worst of its meshes."""
     yield (
         "| model | scheme | loaded at | tensors as stored | vLLM's dequantization | from the source "
-        "| weights in the kernel | log-probabilities: half the tokens | mean | largest | in |"
+        "| weights in the kernel | log-probabilities: a tenth of the tokens | mean | largest | in |"
     )
     yield "|---|---|---|---:|---|---:|---:|---:|---:|---:|---|"
     for key in dict.fromkeys(map(row_of, cases)):
@@ -132,7 +132,7 @@ def cells(loaded: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         worst = max((case[what] for case in loaded if what in case), default=None)
         yield "–" if worst is None else format(worst, form)
     served = [case for case in loaded if "logprobs" in case]
-    for what in ("half of the tokens", "mean", "largest"):
+    for what in ("a tenth", "mean", "largest"):
         yield f"{max(case['logprobs'][what] for case in served):.0e}" if served else "–"
     yield ", ".join(dict.fromkeys(case["dtype"] for case in served)) or "no kernel"
 

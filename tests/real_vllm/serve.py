@@ -179,7 +179,7 @@ def serve(checkpoint: Path, dtype: str, expected: dict[str, Tensor]) -> dict[str
         "logprobs": {
             "mean": float(difference.mean()),
             "largest": float(difference.max()),
-            "half of the tokens": float(difference.mean(-1).median()),
+            "a tenth": float(difference.mean(-1).quantile(0.1)),  # of the tokens
         },
         "next tokens": first == expected["logits"][:, -1].argmax(-1).tolist(),
     }

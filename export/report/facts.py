@@ -1,0 +1,240 @@
+"""What a report says, as data: gathered from the files of a checkpoint.
+
+What the rules of `export.verify` find, and the errors that it measures against a reference, are taken over: there is
+one answer to whether a checkpoint serves. Sizes and amax are read here, from headers and scales.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from export.kernels.nvfp4 import FP4_MAX, FP8_MAX
+from export.metadata import CONFIG_FILE, QUANT_STATE_FILE
+from export.quant_state import QuantState
+from export.quant_state_file import read_quant_state
+from export.record import RECORD_FILE
+from export.report.names import Place, place_of
+from export.verify import VerifyReport, WeightError, verify
+from export.verify.view import CheckpointView, Module
+from mappings.errors import CheckpointError, UsageError
+from mappings.names import module_of, natural_key
+
+_NVFP4_RANGE = FP4_MAX * FP8_MAX
+_SATURATED = 1.001  # an amax may have been rounded on its way through a scale
+
+type Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """One quantized module.
+
+    Args:
+        name: of the module.
+        place: layer, projection, expert.
+        scheme: its name; "?" for one that is not known here.
+        shape: `[out, in]`.
+        weight_amax: per-tensor; None where the format shares none.
+        input_amax: the same of its input; None where inputs are not calibrated.
+        largest: the largest absolute weight in the reference.
+        snr: of the dequantized weight against the reference, in dB; infinite where it is exact.
+    """
+
+    name: str
+    place: Place
+    scheme: str
+    shape: tuple[int, int]
+    weight_amax: float | None = None
+    input_amax: float | None = None
+    largest: float | None = None
+    snr: float | None = None
+
+    @property
+    def saturation(self) -> float:
+        """How many times its amax the largest weight is; 0 where it is not known."""
+        return self.largest / self.weight_amax if self.largest and self.weight_amax else 0.0
+
+    @property
+    def is_saturated(self) -> bool:
+        return self.saturation > _SATURATED
+
+
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """Bytes of a part of the model, before and after."""
+
+    part: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything on a page.
+
+    Args:
+        directory: name of the checkpoint's.
+        config: config.json.
+        conversion: `amaxbridge.json`, {} where there is none.
+        modules: the quantized ones, in the order of the model.
+        parts: sizes.
+        left: how many matrices are not quantized, by name without numbers.
+        state: what training calibrated, where it is kept.
+        serving: what the rules say of it, and at which parallel sizes it serves.
+        measured: whether there was a reference.
+    """
+
+    directory: str
+    config: Json
+    conversion: Json
+    modules: list[ModuleFacts]
+    parts: list[PartSize]
+    left: dict[str, int]
+    state: QuantState | None
+    serving: VerifyReport
+    measured: bool
+
+    @property
+    def before(self) -> int:
+        return sum(part.before for part in self.parts)
+
+    @property
+    def after(self) -> int:
+        return sum(part.after for part in self.parts)
+
+    @property
+    def saturated(self) -> list[ModuleFacts]:
+        """Modules with weights beyond their amax, the worst first."""
+        found = [module for module in self.modules if module.is_saturated]
+        return sorted(found, key=lambda module: -module.saturation)
+
+
+def gather(directory: Path, reference: Path | None = None, quant_state: Path | None = None) -> Facts:
+    """Reads a checkpoint for a report.
+
+    Args:
+        directory: of safetensors, with config.json. It need not be one that serves.
+        reference: what it was made from, with plain weights.
+        quant_state: file of the state of training; by default the one beside the weights.
+
+    Raises:
+        UsageError: no such directory, or a state of another model.
+        CheckpointError: a file of metadata that is not JSON.
+    """
+    config = _json(directory / CONFIG_FILE)
+    if config is None:
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    if reference is not None and not reference.is_dir():
+        raise UsageError(f"reference={reference} is not a directory")
+    kept = quant_state or directory / QUANT_STATE_FILE
+    state = read_quant_state(kept, config) if quant_state or kept.is_file() else None
+    serving = verify(directory, reference=reference)
+    errors = {error.module: error for error in serving.errors}
+    with CheckpointView(directory) as view:
+        quantized = sorted(view.quantized, key=lambda module: natural_key(module.name))
+        modules = [_module(module, state, errors.get(module.name)) for module in quantized]
+        return Facts(
+            directory.resolve().name,
+            config,
+            _json(directory / RECORD_FILE) or {},
+            modules,
+            _parts(view, {module.name: module for module in modules}),
+            _left(view),
+            state,
+            serving,
+            reference is not None,
+        )
+
+
+def _module(module: Module, state: QuantState | None, error: WeightError | None) -> ModuleFacts:
+    weight_amax, input_amax = _amax_of_scales(module)
+    if state is not None:
+        weight_amax = _number(state.weight_amax(module.name)) or weight_amax
+        input_amax = _number(state.input_amax(module.name)) or input_amax
+    return ModuleFacts(
+        module.name,
+        place_of(module.name),
+        module.scheme.name if module.scheme else "?",
+        module.shape or (0, 0),
+        weight_amax,
+        input_amax,
+        error.largest if error else None,
+        error.snr if error else None,
+    )
+
+
+def _amax_of_scales(module: Module) -> tuple[float | None, float | None]:
+    """Per-tensor amax of weight and input, as the scales have them."""
+
+    def read(suffix: str) -> Tensor | None:
+        stored = module.tensors.get(suffix)
+        return stored.read().float() if stored is not None and stored.spec.nbytes else None
+
+    weight = _inverse(read("weight_global_scale"))
+    if weight is None and module.scheme is not None and module.scheme.needs_weight_amax:
+        weight = _times_fp8(read("weight_scale"))
+    inputs = _inverse(read("input_global_scale"))
+    return weight, _times_fp8(read("input_scale")) if inputs is None else inputs
+
+
+def _inverse(divisor: Tensor | None) -> float | None:
+    return None if divisor is None or not divisor.min() > 0 else _NVFP4_RANGE / float(divisor.min())
+
+
+def _times_fp8(scale: Tensor | None) -> float | None:
+    return None if scale is None else float(scale.max()) * FP8_MAX
+
+
+def _number(amax: Tensor | None) -> float | None:
+    return None if amax is None else float(amax.max())
+
+
+def _parts(view: CheckpointView, modules: Mapping[str, ModuleFacts]) -> list[PartSize]:
+    """Sizes by part of the model; before, quantized weights had 16 bits, and no scales."""
+    before, after = dict[str, int](), dict[str, int]()
+    for name, stored in view.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        part = place_of(module).part
+        after[part] = after.get(part, 0) + stored.spec.nbytes
+        if module not in modules or suffix == "bias":
+            original = stored.spec.nbytes
+        else:
+            original = 2 * math.prod(modules[module].shape) if suffix in ("weight", "weight_packed") else 0
+        before[part] = before.get(part, 0) + original
+    return sorted((PartSize(part, before[part], after[part]) for part in after), key=lambda each: -each.before)
+
+
+def _left(view: CheckpointView) -> dict[str, int]:
+    """The other matrices → how many, by name without numbers."""
+    quantized = {module.name for module in view.quantized}
+    found: dict[str, int] = {}
+    for name, stored in view.tensors.items():
+        if name.endswith(".weight") and len(stored.spec.shape) == 2 and module_of(name) not in quantized:
+            kind = place_of(module_of(name)).pattern
+            found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def _json(file: Path) -> Json | None:
+    if not file.is_file():
+        return None
+    try:
+        content: Json = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    return content
+
+
+def rows_of(facts: Facts) -> Iterator[Json]:
+    """Every module for report.json; numbers that JSON does not have are null."""
+    for module in facts.modules:
+        row = asdict(module)
+        del row["place"]
+        yield {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }

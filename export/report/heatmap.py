@@ -1,0 +1,109 @@
+"""A heat map as one small SVG: a path for each colour, cells of a row run together.
+
+94 layers of 128 experts are 12,032 cells. As rectangles they would be half a megabyte for each map; as paths they are
+a fifth of that. The SVG has no text: labels are HTML around it, which stays readable at any width.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+LEVELS = 10
+_TALLEST = 480  # px of a whole map
+_CELL = 18  # px of a row, at most
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """A map, ready for the page.
+
+    Args:
+        title: what it shows.
+        rows: labels, all of them or the first and the last.
+        columns: labels of the first and the last column.
+        least, greatest: the values at the ends of the colours.
+        missing: cells without a value, drawn in the colour of a warning.
+        svg: the picture.
+        height: of the picture, in px.
+        width: of the picture at most, in px.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, str]
+    least: float
+    greatest: float
+    missing: int
+    svg: str
+    height: int
+    width: int
+
+
+def heat_map(
+    title: str,
+    cells: Mapping[tuple[int, int], float | None],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    logarithmic: bool,
+    all_rows: bool = False,
+) -> HeatMap | None:
+    """The map of some cells.
+
+    Args:
+        cells: row and column → value; None for a value that should be there and is not. Other cells stay empty.
+        logarithmic: equal ratios, not equal differences, are equally far apart in colour.
+        all_rows: label every row, not just the first and the last.
+
+    Returns:
+        None where there are no values.
+    """
+    values = [value for value in cells.values() if value is not None and math.isfinite(value) and value > 0]
+    if not values:
+        return None
+    least, greatest = min(values), max(values)
+    scale = math.log if logarithmic else float
+    low, high = scale(least), scale(greatest)
+
+    def level(value: float | None) -> str:
+        if value is None or not (math.isfinite(value) and value > 0):
+            return "none"
+        share = (scale(value) - low) / (high - low) if high > low else 0.5
+        return f"l{min(int(share * LEVELS), LEVELS - 1)}"
+
+    paths: dict[str, list[str]] = {}
+    for name, row, first, count in _runs({at: level(value) for at, value in cells.items()}):
+        paths.setdefault(name, []).append(f"M{first} {row}.5h{count}")
+    drawn = "".join(f'<path class="{name}" d="{"".join(paths[name])}"/>' for name in sorted(paths))
+    svg = (
+        f'<svg class="map" viewBox="0 0 {len(columns)} {len(rows)}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{title}: {len(rows)} rows, {len(columns)} columns">{drawn}</svg>'
+    )
+    cell = max(min(_CELL, _TALLEST // len(rows)), 4)
+    labels = tuple(rows) if all_rows or len(rows) < 3 else (rows[0], rows[-1])
+    return HeatMap(
+        title,
+        labels,
+        (columns[0], columns[-1]),
+        least,
+        greatest,
+        sum(level(value) == "none" for value in cells.values()),
+        svg,
+        cell * len(rows),
+        max(40 * len(columns), 240),
+    )
+
+
+def _runs(levels: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, int, int, int]]:
+    """Cells of one level beside one another: level, row, first column, how many."""
+    begin: tuple[str, int, int, int] | None = None
+    for row, column in sorted(levels):
+        level = levels[row, column]
+        if begin and begin[:2] == (level, row) and begin[2] + begin[3] == column:
+            begin = (level, row, begin[2], begin[3] + 1)
+            continue
+        if begin:
+            yield begin
+        begin = (level, row, column, 1)
+    if begin:
+        yield begin

@@ -1,0 +1,84 @@
+"""`verify`: all rules on one checkpoint."""
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from export.verify import config, files, groups, matching, names, scales
+from export.verify.finding import Problem, Rule
+from export.verify.parallel import parallel_sizes
+from export.verify.reference import Reference, WeightError, error_rules, one_by_one
+from export.verify.report import VerifyReport
+from export.verify.state import state_rules
+from export.verify.view import CheckpointView
+from mappings.errors import UsageError
+
+RULES: tuple[Rule, ...] = (
+    *files.RULES, *config.RULES, *names.RULES, *matching.RULES, *groups.RULES, *scales.RULES
+)  # fmt: skip
+"""Those that need nothing but the checkpoint."""
+
+
+def verify(
+    directory: str | Path,
+    *,
+    reference: str | Path | None = None,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    tp: int = 1,
+) -> VerifyReport:
+    """Checks a checkpoint, quantized or not. Reads headers and scales; weights only with a reference.
+
+    Args:
+        directory: of safetensors with config.json.
+        reference: what it was made from: a directory of plain weights, to measure the error of each, or a file of
+            quantizer state, to compare scales with amax.
+        expected: names and shapes of everything the unquantized model has, experts packed or not; by default those of
+            the reference.
+        tp: tensor-parallel size that it must serve at.
+
+    Raises:
+        UsageError: there is no such directory or reference.
+    """
+    directory, reference = Path(directory), reference and Path(reference)
+    for path in (directory, reference):
+        if path and not path.exists():
+            raise UsageError(f"{path} does not exist: give a local directory")
+    with ExitStack() as stack:
+        view = stack.enter_context(CheckpointView(directory))
+        rules, errors = list(RULES), list[WeightError]()
+        if reference and reference.is_dir():
+            original = stack.enter_context(Reference(reference, view.config))
+            expected = original.shapes if expected is None else expected
+            errors += original.errors(view)
+            rules += error_rules(errors)
+        elif reference:
+            rules += state_rules(reference)
+        if tp > 1:
+            rules.append(_tensor_parallel(tp))
+        if expected is not None:
+            view.expected = one_by_one(expected, view.tensors, view.config)
+        findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
+        return VerifyReport(
+            directory,
+            tensors=len(view.tensors),
+            modules=len(view.quantized),
+            schemes=dict(Counter(each.scheme.name if each.scheme else "unknown" for each in view.quantized)),
+            rules=len(rules),
+            findings=tuple(findings),
+            parallel=parallel_sizes(view),
+            errors=tuple(errors),
+        )
+
+
+def _tensor_parallel(tp: int) -> Rule:
+    def misfits(view: CheckpointView) -> tuple[Problem, ...]:
+        return parallel_sizes(view, (tp,))[0].problems
+
+    return Rule(
+        "tensor-parallel",
+        "it serves at the wanted tensor-parallel size",
+        "does not load, or loads and is wrong (NVFP4 with blocks that are cut)",
+        "Serve at a size that the table has, or leave these modules unquantized",
+        misfits,
+    )
