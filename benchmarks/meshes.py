@@ -8,53 +8,17 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bridge.mesh import Mesh
 from bridge.parameters import Parameter
 from mappings.mapping import MegatronParamMapping
 from mappings.names import is_routed_expert
 from mappings.ranks import Axis
 from mappings.registry import MappingRegistry
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Sizes of a mesh. Ranks are numbered as Megatron does: TP fastest, then DP, then PP; experts ETP, EP, DP, PP."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    def __post_init__(self) -> None:
-        if (self.tp * self.dp) % (self.ep * self.etp):
-            raise ValueError(f"EP×ETP must divide TP×DP: {self}")
-
-    def groups(self) -> dict[Axis, list[list[int]]]:
-        """The groups of world ranks along each axis."""
-        ranks = range(self.world)
-        stage = self.tp * self.dp
-        keys = {
-            Axis.TP: lambda rank: rank // self.tp,
-            Axis.DP: lambda rank: (rank // stage, rank % self.tp),
-            Axis.PP: lambda rank: rank % stage,
-            Axis.ETP: lambda rank: rank // self.etp,
-            Axis.EP: lambda rank: (rank // (self.etp * self.ep), rank % self.etp),
-        }
-        grouped: dict[Axis, dict[Any, list[int]]] = {axis: {} for axis in keys}
-        for axis, key in keys.items():
-            for rank in ranks:
-                grouped[axis].setdefault(key(rank), []).append(rank)
-        return {axis: list(groups.values()) for axis, groups in grouped.items()}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
+from bridge.described import check_described
 from bridge.fill import fill_parameters, fill_quantizers
 from bridge.hf_config import HFModel, read_hf_model
 from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
@@ -20,6 +22,7 @@ from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
 from bridge.stream import stream_bundles
 from bridge.torch_dist import DistCheckpoint
 from export.checkpoint import SafetensorsCheckpoint
+from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
 from export.quant_state import QuantState
@@ -95,19 +98,30 @@ class AutoBridge:
     def load_hf_weights(self, model: Model) -> None:
         """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.
 
+        A compressed-tensors checkpoint is dequantized on the way. `import_hf` restores its amax too.
+
         Raises:
             UnmappedParameterError: parameters without a mapping.
             CheckpointError: a file or a tensor is missing.
             MappingError: a tensor does not have the shape that the model needs.
         """
+        with self.open_weights() as weights:
+            self.load_from(weights, model)
+
+    @contextlib.contextmanager
+    def open_weights(self) -> Iterator[DequantizedCheckpoint]:
+        """The tensors of the Hugging Face directory."""
+        with SafetensorsCheckpoint(self.hf.directory, self.hf.family.packed_experts) as checkpoint:
+            yield DequantizedCheckpoint(checkpoint, self.hf.written.get("quantization_config"))
+
+    def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
+        """As `load_hf_weights`, from tensors that are open."""
         chunks = unwrap(model)
         parameters = [
             replace(each, name=_EMBEDDING) if self.hf.tied and each.name == OUTPUT_LAYER else each
             for each in self._parameters(chunks)
         ]
-        with SafetensorsCheckpoint(self.hf.directory, self.hf.family.packed_experts) as checkpoint:
-            config = self._module_config(chunks)
-            fill_parameters(parameters, checkpoint.read, self.hf.registry, config, self._ranks())
+        fill_parameters(parameters, weights.read, self.hf.registry, self._module_config(chunks), self._ranks())
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
@@ -148,7 +162,7 @@ class AutoBridge:
         holds one bundle. An export that was interrupted goes on where it stopped when it is called again.
 
         Raises:
-            CheckpointError: not a distributed checkpoint, or one that is damaged.
+            CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
         ranks = self._ranks()
         saver = Saver(self.hf, ranks, Path(path), **options)
@@ -156,6 +170,7 @@ class AutoBridge:
         pattern = self.hf.family.layer_pattern(self.hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
         stored = StoredModel(opened, self.hf.family.spelling(pattern))
         config = SimpleNamespace(**self._described(pattern), vocab_size=self.hf.config["vocab_size"])
+        check_described(stored, self.hf, config, ranks)
         quantizers = stored.quantizers()
         plan = self._plan([*stored.parameters(), *state_parameters(quantizers)], config)
         return saver.save(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bridge.parameters import Parameter, Quantizer
 from bridge.plan import find_mappings
-from bridge.quant_state import is_dynamic, quantizer_mapping
+from bridge.quant_state import amax_shape, is_dynamic, quantizer_mapping
 from export.quant_state import QuantState
 from mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
 from mappings.ranks import Ranks
@@ -47,6 +47,8 @@ def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
     held = getattr(quantizer.module, "_amax", None)
     if held is not None and held.numel() == amax.numel():
         amax = amax.reshape(held.shape).to(held.device)
+    elif amax.numel() > 1:
+        amax = amax.reshape(amax_shape(quantizer.module.block_sizes or {}, amax.shape))
     if held is not None:
         del quantizer.module._amax
     quantizer.module.amax = amax.clone()

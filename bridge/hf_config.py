@@ -89,11 +89,14 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None) -> None:
+def check_parallel_sizes(
+    hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None, even: bool = True
+) -> None:
     """Raises UsageError when the model cannot be built at these sizes; names every reason.
 
     Args:
         etp: tensor-parallel size of the experts; None for `tp`.
+        even: whether all pipeline stages must have as many layers, as those that are built here.
     """
     sizes = hf.family.transformer_config(hf.config)
     heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
@@ -101,7 +104,7 @@ def check_parallel_sizes(hf: HFModel, *, world: int, tp: int, pp: int, ep: int =
         (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
         (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
         (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
-        (layers % pp, f"PP={pp} does not divide {layers} layers"),
+        (even and layers % pp, f"PP={pp} does not divide {layers} layers"),
     ]
     experts = sizes.get("num_moe_experts")
     for name, what in (("mamba_num_heads", "Mamba heads"), ("mamba_num_groups", "Mamba groups")):

@@ -78,12 +78,17 @@ def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] 
 
 def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
     """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) is none itself."""
+    return (each for each in walk_all_quantizers(chunks, spelling) if each.module.is_enabled)
+
+
+def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
+    """As `walk_quantizers`, disabled ones too."""
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, module in chunk.named_modules():
             if isinstance(module, (nn.ModuleList, nn.Sequential)):
                 continue
-            if is_quantizer_state(local_name) and getattr(module, "is_enabled", False):
+            if is_quantizer_state(local_name) and hasattr(module, "is_enabled"):
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
                 rows = None if weight is None else weight.shape[0]

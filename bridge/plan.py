@@ -17,7 +17,7 @@ from bridge.parameters import Parameter
 from mappings.errors import MappingError, UnmappedParameterError, listing
 from mappings.fused_groups import group_of
 from mappings.mapping import MegatronParamMapping
-from mappings.names import module_of, natural_key
+from mappings.names import kind_of, module_of, natural_key
 from mappings.ranks import Axis, Ranks
 from mappings.registry import MappingRegistry
 from mappings.tensors import TensorSpec
@@ -79,11 +79,11 @@ class BundlePlan:
         return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]
 
 
-class _Report(NamedTuple):
+class RankReport(NamedTuple):
     """What one rank holds, and its group on each axis that shards parameters."""
 
-    specs: dict[str, TensorSpec]
-    groups: dict[Axis, tuple[int, ...]]
+    specs: Mapping[str, TensorSpec]
+    groups: Mapping[Axis, tuple[int, ...]]
 
 
 def plan_export(
@@ -101,8 +101,14 @@ def plan_export(
         MappingError: shapes that do not fit, on any rank, or a Hugging Face name that would be written twice.
     """
     specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
-    report = _Report(specs, {axis: ranks.members(axis) for axis in (Axis.TP, Axis.ETP)})
-    reports: list[_Report] = ranks.all_gather_object(Axis.WORLD, report)
+    report = RankReport(specs, {axis: ranks.members(axis) for axis in (Axis.TP, Axis.ETP)})
+    return plan_reports(ranks.all_gather_object(Axis.WORLD, report), registry, config, skip=skip)
+
+
+def plan_reports(
+    reports: Sequence[RankReport], registry: MappingRegistry, config: Any, *, skip: frozenset[str]
+) -> list[BundlePlan]:
+    """As `plan_export`, from the reports of all ranks, which need not exist."""
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
     return _Planner(reports, config).plan(find_mappings(names, registry).values())
 
@@ -132,11 +138,16 @@ def _bundle_key(mapping: MegatronParamMapping) -> str:
 class _Planner:
     """Chooses owners and collects problems."""
 
-    def __init__(self, reports: list[_Report], config: Any) -> None:
+    def __init__(self, reports: Sequence[RankReport], config: Any) -> None:
         self._reports = reports
         self._config = config
         self._load = [0] * len(reports)
         self._specs = {name: spec for report in reports for name, spec in report.specs.items()}
+        self._holders: dict[str, list[int]] = {}
+        for rank, report in enumerate(reports):
+            for name in report.specs:
+                self._holders.setdefault(name, []).append(rank)
+        self._joined: dict[tuple[object, ...], list[TensorSpec]] = {}
         self._problems: list[str] = []
         self._writers: dict[str, str] = {}
 
@@ -156,11 +167,11 @@ class _Planner:
 
     def _bundle(self, mappings: Sequence[MegatronParamMapping]) -> BundlePlan:
         names = [mapping.megatron_param for mapping in mappings]
-        holders = [rank for rank, report in enumerate(self._reports) if all(name in report.specs for name in names)]
+        holders = set(self._holders[names[0]]).intersection(*(self._holders[name] for name in names[1:]))
         if not holders:
             self._problems.append(f"{', '.join(names)} are fused, and no rank holds all of them")
             return BundlePlan((), 0, None, (0,))
-        owner = min(holders, key=lambda rank: self._load[rank])
+        owner = min(holders, key=lambda rank: (self._load[rank], rank))
         sharded = next((mapping for mapping in mappings if mapping.shard_dim is not None), None)
         axis = sharded.axis if sharded is not None else None
         group = self._reports[owner].groups[axis] if axis is not None else (owner,)
@@ -170,8 +181,7 @@ class _Planner:
 
     def _part(self, mapping: MegatronParamMapping, owner: int, group: tuple[int, ...]) -> Part | None:
         name = mapping.megatron_param
-        holders = {rank for rank, report in enumerate(self._reports) if name in report.specs}
-        shards = {rank: self._reports[rank].specs.get(name) for rank in {*group, *holders}}
+        shards = {rank: self._reports[rank].specs.get(name) for rank in {*group, *self._holders[name]}}
         if len(set(shards.values())) != 1:
             held = ", ".join(f"rank {rank}: {spec or 'nothing'}" for rank, spec in sorted(shards.items()))
             self._problems.append(f"{name}: ranks of {mapping.axis} hold different shards: {held}")
@@ -179,7 +189,7 @@ class _Planner:
         shard = self._reports[owner].specs[name]
         count = len(group) if mapping.shard_dim is not None else 1
         try:
-            tensors = mapping.join([shard.meta()] * count, self._config)
+            tensors = self._join(mapping, shard, count)
         except MappingError as error:
             self._problems.append(str(error))
             return None
@@ -187,4 +197,14 @@ class _Planner:
             first = self._writers.setdefault(target, name)
             if first != name:
                 self._problems.append(f"{target} would be written by {first} and by {name}")
-        return Part(mapping, shard, {target: TensorSpec.of(tensor) for target, tensor in tensors.items()})
+        return Part(mapping, shard, tensors)
+
+    def _join(self, mapping: MegatronParamMapping, shard: TensorSpec, count: int) -> dict[str, TensorSpec]:
+        """What a mapping joins from equal shards: computed once for all layers and experts, which are alike."""
+        kind = type(mapping), kind_of(mapping.megatron_param), *map(kind_of, mapping.targets), shard, count
+        if kind not in self._joined:
+            joined = mapping.join([shard.meta()] * count, self._config)
+            if tuple(joined) != mapping.targets:
+                return {target: TensorSpec.of(tensor) for target, tensor in joined.items()}
+            self._joined[kind] = [TensorSpec.of(tensor) for tensor in joined.values()]
+        return dict(zip(mapping.targets, self._joined[kind], strict=True))

@@ -9,7 +9,7 @@ shape that the weight's join takes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +150,14 @@ def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
     return tensor.reshape(quantizer.rows, -1) if quantizer.rows else tensor
 
 
+def amax_shape(block_sizes: Mapping[Any, Any], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which ModelOpt keeps an amax `[rows, blocks]`: the inverse of `state_parameters`."""
+    rows, columns = shape
+    if block_sizes.get(-2):
+        return rows, 1, columns, 1
+    return (rows * columns, 1) if block_sizes.get(-1) else (rows, columns)
+
+
 def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
     """Least and greatest value of each name over all ranks that have one, in one collective."""
     values = torch.tensor([local.get(name, _NO_VALUE) for name in names], dtype=torch.float32)
@@ -159,11 +167,10 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
 
 
 def is_dynamic(quantizer: Any) -> bool:
-    """Whether a quantizer computes its amax anew for each tensor, so that there is none to collect.
-
-    Those of MX formats do, though ModelOpt does not call them dynamic.
-    """
-    return bool(getattr(quantizer, "_dynamic", False) or getattr(quantizer, "is_mx_format", False))
+    """Whether a quantizer computes its amax anew for each tensor, or block (MX), so that there is none to collect."""
+    blocks = getattr(quantizer, "block_sizes", None) or {}
+    powers_of_two = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
+    return bool(getattr(quantizer, "_dynamic", False)) or powers_of_two
 
 
 def format_name(quantizer: Any) -> str:

@@ -36,6 +36,8 @@ from mappings.errors import CheckpointError, listing
 from mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name, in place of an iteration, for weights that training starts from."""
 _METADATA = ".metadata"
 
 
@@ -154,11 +156,15 @@ class DistCheckpoint:
         Raises:
             CheckpointError: it holds classes that may run code; names them.
         """
+        value = load_safely(self.state_bytes(key), f"{key} of {self.directory}")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    def state_bytes(self, key: str) -> bytes:
+        """One state as it was pickled."""
         place = self._metadata.storage_data[MetadataIndex(key)]
         with open(self.directory / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            value = load_safely(file.read(place.length), f"{key} of {self.directory}")
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+            return file.read(place.length)
 
     def _entry(self, region: Region) -> TensorStorageMetadata:
         """What the metadata says of a tensor, cut down to the chunks that hold the region's index."""

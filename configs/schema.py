@@ -91,8 +91,15 @@ class ExportConfig(CommonConfig):
     python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
     """
 
-    checkpoint: str = option("Megatron distributed checkpoint: training's save directory, or one iter_NNNNNNN.")
-    hf: str = option("Hugging Face directory or hub name: config.json, tokenizer.")
+    checkpoint: str | None = option(
+        "Megatron distributed checkpoint: training's save directory, or one iter_NNNNNNN. Without it, dry_run=true "
+        "plans the export of a model of this mesh from config.json alone.",
+        None,
+    )
+    hf: str | None = option(
+        "Hugging Face directory or hub name: config.json, tokenizer. Without it, the error names the model.",
+        None,
+    )
     output: str = option("Directory to write.")
     scheme: SchemeConfig = option("How to quantize; auto: as the quantizers say; none: plain weights.", SchemeConfig)
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])

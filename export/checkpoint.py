@@ -84,6 +84,12 @@ class SafetensorsCheckpoint:
             self._files[name] = SafetensorsFile(self.directory / name)
         return self._files[name]
 
+    def has(self, name: str) -> bool:
+        """Whether `read` would find a tensor; opens no file."""
+        source = packed_source(name, self._packed)
+        packed = (source.name, f"{source.name}_blocks") if source is not None else ()
+        return any(each in self.weight_map for each in (name, *packed))
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU; an expert's also where the experts are packed.
 

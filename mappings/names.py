@@ -16,6 +16,7 @@ from functools import cache, cached_property
 _WILDCARD = re.compile(r"\*\*|\*")
 _REGEX = {"*": r"(\d+)", "**": r"(.+)"}
 _DIGITS = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")  # not that of fc1
 
 Captures = tuple[str, ...]
 
@@ -70,6 +71,11 @@ def pattern(text: str) -> NamePattern:
 def natural_key(name: str) -> tuple[str | int, ...]:
     """Sort key under which `layers.2` comes before `layers.10`."""
     return tuple(int(part) if index % 2 else part for index, part in enumerate(_DIGITS.split(name)))
+
+
+def kind_of(name: str) -> str:
+    """A name without the numbers of layers and experts: tensors of one kind are alike."""
+    return _NUMBER.sub("*", name)
 
 
 def module_of(tensor_name: str) -> str:

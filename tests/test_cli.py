@@ -61,6 +61,17 @@ def test_dry_run_writes_nothing_but_the_plan(live: LiveRanks, launch: Launcher, 
     assert sum(row["bytes_after"] for row in rows.values()) == sum(tensor.nbytes for tensor in exported.values())
 
 
+def test_dry_run_without_a_checkpoint(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"hf={qwen3}", f"output={tmp_path / 'out'}", "dry_run=true", "parallel.tp=2", "parallel.pp=2")
+    status, printed, _ = run(monkeypatch, capsys, *words)
+    assert status == 0
+    assert "4 ranks" in printed
+    assert "The checkpoint must have" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Runs scripts/export.py in this process: its exit status, standard output and standard error."""
     from scripts import cli
@@ -114,6 +125,12 @@ class TestWrongArguments:
     def test_option_left_out(self, good: dict[str, str]) -> None:
         del good["checkpoint"]
         assert "checkpoint= is required" in self.refuse(good)
+
+    def test_no_hf_says_what_the_checkpoint_is(self, good: dict[str, str], live: LiveRanks) -> None:
+        del good["hf"]
+        message = self.refuse({**good, "checkpoint": str(live.at(tp=2) / "checkpoint")})
+        assert "hf= is required" in message
+        assert "may be of Qwen3ForCausalLM" in message
 
     def test_unknown_scheme(self, good: dict[str, str]) -> None:
         assert "Could not find 'scheme/nvfp5'" in self.refuse(good, "scheme=nvfp5")

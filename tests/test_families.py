@@ -6,24 +6,23 @@ export of the real model, built at that size, plans to write.
 """
 
 import json
-import re
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import WORKERS, Launcher
 from tiny_models import LLAMA3, TINY_MODELS, YARN
 from torch import Tensor
 
 from bridge.hf_config import HFModel, check_parallel_sizes
-from export.packed_experts import ExpertPacker, packed_source
+from bridge.hf_specs import hf_tensors
+from export.packed_experts import ExpertPacker
 from mappings.errors import UsageError
 from mappings.families import FAMILIES, family_of
 from mappings.mapping import MegatronParamMapping
+from mappings.names import kind_of
 from mappings.tensors import TensorSpec
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -53,47 +52,15 @@ def published(name: str) -> Any:
     return AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text()))
 
 
-def checkpoint_of(config: Any) -> dict[str, Tensor]:
-    """Meta tensors under the names that transformers' `save_pretrained` would give them.
-
-    In memory transformers packs the experts of a layer and has names of its own; its published conversion undoes both.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    tensors = revert_weight_conversion(model, model.state_dict())
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-
 def hf_model(config: Any) -> HFModel:
     fields = config.to_dict()
     return HFModel(Path(), fields, fields, family_of(fields))
 
 
-def one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Packed experts as the tensors of each expert, which mappings know; packing them again gives what was there."""
-    layout = hf.family.packed_experts
-    if layout is None:
-        return tensors
-    singles: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        experts, packed, kind = name.rpartition(".experts.")
-        if not packed:
-            singles[name] = tensor
-            continue
-        projections = ("gate_proj", "up_proj") if kind.startswith("gate_up") else ("down_proj",)
-        for expert, projection in product(range(len(tensor)), projections):
-            single = f"{experts}.experts.{expert}.{projection}.{'bias' if kind.endswith('bias') else 'weight'}"
-            source = packed_source(single, layout)
-            assert source is not None
-            assert source.name == name
-            singles[single] = source.cut(tensor[expert])
-    packer = ExpertPacker({name: TensorSpec.of(tensor) for name, tensor in singles.items()}, layout)
-    assert packer.specs == {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    return singles
+def packed(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """What files hold: packed experts where the family has them."""
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    return ExpertPacker(specs, hf.family.packed_experts).specs if hf.family.packed_experts else specs
 
 
 def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
@@ -101,9 +68,8 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
 
     Shapes for one parameter of each kind: layers and experts of a kind are alike.
     """
-    tensors = one_by_one(hf, tensors)
-    shapes = {_kind(name): tensor.shape for name, tensor in tensors.items()}
-    assert all(tensor.shape == shapes[_kind(name)] for name, tensor in tensors.items())
+    shapes = {kind_of(name): tensor.shape for name, tensor in tensors.items()}
+    assert all(tensor.shape == shapes[kind_of(name)] for name, tensor in tensors.items())
     found = {name: hf.registry.hf_to_megatron_lookup(name) for name in tensors}
     assert not [name for name, mapping in found.items() if mapping is None]
     written: list[str] = []
@@ -112,7 +78,7 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
         mapping = hf.registry.megatron_to_hf_lookup(name)
         assert mapping is not None, name
         written += mapping.targets
-        examples[_kind(name)] = mapping
+        examples[kind_of(name)] = mapping
     assert sorted(written) == sorted(tensors)
     sizes = SimpleNamespace(**hf.family.transformer_config(hf.config), vocab_size=hf.config["vocab_size"])
     for mapping in examples.values():
@@ -120,11 +86,6 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
         assert {name: tensor.shape for name, tensor in joined.items()} == {
             name: tensors[name].shape for name in mapping.targets
         }
-
-
-def _kind(name: str) -> str:
-    """The name without its numbers of layers and experts."""
-    return re.sub(r"\.\d+\.|\d+$", ".*.", name)
 
 
 @pytest.fixture(scope="module")
@@ -139,34 +100,23 @@ def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_a_published_model(name: str, plans: dict[str, dict[str, list[int]]]) -> None:
     hf = hf_model(published(name))
-    tensors = checkpoint_of(published(name))
-    count = sum(tensor.numel() for tensor in tensors.values())
+    tensors = hf_tensors(hf)
+    after = [
+        f"model.layers.{hf.config.get('num_hidden_layers', 0) + n}."
+        for n in range(8)
+        if "num_hidden_layers" in hf.config
+    ]
+    count = sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith(tuple(after)))
     known = PARAMETERS[name]
     assert known == (f"{count / 1e9:.0f}B" if isinstance(known, str) else count)
-    tensors |= _mtp_layers(hf, tensors)
     assert_names_close(hf, tensors)
-    assert plans[name] == {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layers after the last, which DeepSeek's files hold and transformers does not build."""
-    count = hf.config.get("num_nextn_predict_layers", 0)
-    if not count:
-        return {}
-    first = hf.config["num_hidden_layers"]
-    last = f"model.layers.{first - 1}."
-    inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
-    norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]
-    inner |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), norm)
-    inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)
-    inner["embed_tokens.weight"] = inner["shared_head.head.weight"] = tensors["model.embed_tokens.weight"]
-    return {f"model.layers.{first + n}.{name}": tensor for n in range(count) for name, tensor in inner.items()}
+    assert plans[name] == {name: list(spec.shape) for name, spec in packed(hf, tensors).items()}
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_tiny_model(name: str) -> None:
-    config = TINY_MODELS[name].make()
-    assert_names_close(hf_model(config), checkpoint_of(config))
+    hf = hf_model(TINY_MODELS[name].make())
+    assert_names_close(hf, hf_tensors(hf))
 
 
 @pytest.mark.parametrize(

@@ -7,5 +7,16 @@ HybridModel); what has to follow is here.
 from bridge.megatron.build import build_chunks, build_model
 from bridge.megatron.checkpoint import load_checkpoint, save_checkpoint
 from bridge.megatron.groups import distributed, process_ranks
+from bridge.megatron.quantizers import enable_inputs, enable_weights, insert_quantizers
 
-__all__ = ["build_chunks", "build_model", "distributed", "load_checkpoint", "process_ranks", "save_checkpoint"]
+__all__ = [
+    "build_chunks",
+    "build_model",
+    "distributed",
+    "enable_inputs",
+    "enable_weights",
+    "insert_quantizers",
+    "load_checkpoint",
+    "process_ranks",
+    "save_checkpoint",
+]

@@ -61,13 +61,13 @@ def quantize_mxfp8(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
 def dequantize(codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`code * 2 ** (exponent - 127)` of codes `[out, in]`, in `dtype`."""
     codes = codes.float()
-    return (codes * _BLOCKS.spread(_power_of_two(exponents), codes)).to(dtype)
+    return (codes * _BLOCKS.spread(power_of_two(exponents), codes)).to(dtype)
 
 
 def _scales(weight: Tensor, largest_code: float, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Exponents uint8 `[out, in/32]` and what they stand for."""
     exponents = _exponents(largest(weight, _BLOCKS), largest_code, arithmetic)
-    steps = _power_of_two(exponents)
+    steps = power_of_two(exponents)
     if arithmetic == Arithmetic.MODELOPT:
         return exponents, steps
     steps = steps.to(weight.dtype)  # in fp16 a small one is zero, which compressed-tensors replaces by 1
@@ -89,7 +89,7 @@ def _exponents(amax: Tensor, largest_code: float, arithmetic: Arithmetic) -> Ten
     return (exponent.clamp(-127, 127) + 127).masked_fill(amax == 0, 0).to(torch.uint8)
 
 
-def _power_of_two(exponents: Tensor) -> Tensor:
+def power_of_two(exponents: Tensor) -> Tensor:
     """fp32, by its bits: a power computed on a GPU may be off. 2^-127 is subnormal."""
     return (exponents.int() << 23).masked_fill(exponents == 0, 1 << 22).view(torch.float32)
 
@@ -97,5 +97,5 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 @cache
 def _tables(arithmetic: Arithmetic) -> e2m1.Tables:
     scales = _exponents(e2m1.magnitudes(), _E2M1_MAX, arithmetic)
-    steps = _power_of_two(torch.arange(256, dtype=torch.uint8))
+    steps = power_of_two(torch.arange(256, dtype=torch.uint8))
     return e2m1.Tables.of(scales, steps, round_quotient=arithmetic == Arithmetic.COMPRESSED_TENSORS)

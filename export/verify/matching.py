@@ -160,13 +160,15 @@ def _readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[s
         tuple(filter(is_sound, group.targets)) for group in config.groups
     )  # others have a rule of their own
     matching = Matching(targets, tuple(filter(is_sound, config.ignore)))
-    readings = [
-        (engine, layer, read(engine, layer, config), modules)
-        for engine in ENGINES
+    return [
+        (
+            engine,
+            layer,
+            _read_by_runtime(layer, matching) if engine is RUNTIME else read(engine, layer, config),
+            modules,
+        )
+        for engine in (*ENGINES, RUNTIME)
         for layer, modules in layers_of(view, engine)
-    ]
-    return readings + [
-        (RUNTIME, layer, _read_by_runtime(layer, matching), modules) for layer, modules in layers_of(view, RUNTIME)
     ]
 
 

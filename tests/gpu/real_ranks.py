@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="models of a megabyte")
     parser.add_argument("--cpu", action="store_true", help="both runs on CPUs")
+    parser.add_argument("--only", choices=["dense", "MoE"], help="one of the models")
     arguments = parser.parse_args()
     if not arguments.cpu and torch.cuda.device_count() < 2:
         sys.exit("needs two GPUs; --cpu rehearses without")
@@ -35,6 +36,8 @@ def main() -> None:
     print("| model | run | rank | shards | received | naive | export, s | naive, s |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name, experts, sizes in (("dense, TP=2", 0, {"tp": 2}), ("MoE, EP=2", 16, {"tp": 1, "ep": 2})):
+        if arguments.only not in (None, name.partition(",")[0]):
+            continue
         with TemporaryDirectory() as directory:
             work = Path(directory)
             make_model(work / "hf", experts, tiny=arguments.tiny)

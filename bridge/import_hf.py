@@ -1,0 +1,184 @@
+"""From a Hugging Face directory to a Megatron checkpoint: weights, quantizers that match its format, and their amax.
+
+Training can go on from it: the quantizers compute what a serving engine computed with the directory.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bridge import megatron
+from bridge.auto import AutoBridge
+from bridge.hf_config import HFModel
+from bridge.megatron.build import ModelClass
+from bridge.parameters import Quantizer, layer_pattern, walk_all_quantizers
+from bridge.quant_state import quantizer_mapping
+from bridge.saved_args import megatron_arguments
+from export.dequantized import Changed, DequantizedCheckpoint
+from export.exchange import replace_directory
+from export.schemes import Scheme
+from export.writer import check_output
+from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from mappings.errors import MappingError, UsageError, listing
+from mappings.mapping import MegatronParamMapping
+from mappings.ranks import Axis, Ranks
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_log = logging.getLogger("amaxbridge")
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import did: the same on every rank.
+
+    Args:
+        schemes: scheme → how many Hugging Face modules have it.
+        quantizers: enabled in Megatron, over all ranks that hold different parts.
+        left: quantized modules of the directory for which Megatron has no quantizer: they are in 16 bits now.
+        changed: modules whose bytes would not come back, and what of them.
+    """
+
+    schemes: Mapping[str, int]
+    quantizers: int
+    left: Sequence[str]
+    changed: Mapping[str, Changed]
+
+
+def parameter_dtype(name: str) -> torch.dtype:
+    """What users call a dtype of parameters.
+
+    Raises:
+        UsageError: there is none such.
+    """
+    if name not in _DTYPES:
+        raise UsageError(f"unknown model.dtype={name}; known: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def import_hf(
+    hf: HFModel,
+    target: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    model_class: str | None = None,
+    overwrite: bool = False,
+) -> ImportReport:
+    """Writes a Megatron checkpoint of the model at the parallel sizes of Megatron's parallel state. Collective.
+
+    Nothing appears at `target` before all of it is written.
+
+    Raises:
+        UsageError: an output that is not empty, or quantizers that ModelOpt does not have at these sizes.
+        CheckpointError: the directory is not whole, or not what its config.json says.
+        MappingError: one Megatron weight is made of modules that are not quantized alike.
+    """
+    target = target.absolute()
+    check_output(target, overwrite=overwrite)
+    ranks = megatron.process_ranks()
+    bridge = AutoBridge(hf, ranks)
+    with bridge.open_weights() as weights:
+        if weights.schemes and dtype == torch.float16:
+            raise UsageError("model.dtype=float16 has too few exponents for weights that were quantized: use bfloat16")
+        chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
+        quantized = _insert(chunks, hf, weights) if weights.schemes else set[str]()
+        bridge.load_from(weights, chunks)
+        if weights.schemes:
+            bridge.load_quant_state(chunks, weights.state)
+    report = _report(weights, quantized, ranks)
+    _save(chunks, hf, target, ranks)
+    return report
+
+
+def _model_class(name: str | None) -> ModelClass | None:
+    if name not in (None, "gpt", "hybrid"):
+        raise UsageError(f"unknown model.model_class={name}; known: gpt, hybrid")
+    return name  # type: ignore[return-value]  # mypy does not narrow by a tuple
+
+
+def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckpoint) -> set[str]:
+    """Inserts quantizers and enables those whose modules are quantized in the directory; gives these modules."""
+    megatron.insert_quantizers(chunks)
+    found, problems = set[str](), list[str]()
+    for quantizer in walk_all_quantizers(chunks, hf.family.spelling(layer_pattern(chunks))):
+        mapping = quantizer_mapping(quantizer, hf.registry)
+        if mapping is None:
+            continue
+        for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER):
+            schemes = _schemes(mapping, suffix, weights)
+            names = {scheme.name if scheme else "not quantized" for scheme in schemes.values()}
+            scheme = next(iter(schemes.values()), None)
+            if len(names) > 1:
+                problems.append(", ".join(f"{module}: {scheme and scheme.name}" for module, scheme in schemes.items()))
+            elif scheme is not None and scheme.format:
+                _enable(quantizer, scheme, suffix)
+                found |= schemes.keys()
+    if problems:
+        raise MappingError(f"Megatron has one weight for modules that are not quantized alike:{listing(problems)}")
+    return found
+
+
+def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedCheckpoint) -> dict[str, Scheme | None]:
+    """The scheme of each module whose weights or inputs a quantizer is for."""
+    modules = [name.removesuffix(suffix) for name in mapping.targets if name.endswith(suffix)]
+    return {module: weights.schemes.get(module) for module in modules}
+
+
+def _enable(quantizer: Quantizer, scheme: Scheme, suffix: str) -> None:
+    if suffix == WEIGHT_QUANTIZER:
+        megatron.enable_weights(quantizer.module, scheme.format)
+    else:
+        megatron.enable_inputs(quantizer.module, scheme.name)
+
+
+def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -> ImportReport:
+    """What all ranks found together; the first one warns of it."""
+    gathered = ranks.all_gather_object(Axis.WORLD, (quantized, weights.changed))
+    found = {module for modules, _ in gathered for module in modules}
+    changed = {module: what for _, changes in gathered for module, what in sorted(changes.items())}
+    schemes: dict[str, int] = {}
+    for scheme in weights.schemes.values():
+        schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
+    report = ImportReport(schemes, len(found), [each for each in weights.schemes if each not in found], changed)
+    if ranks.rank(Axis.WORLD) == 0:
+        _warn(report)
+    return report
+
+
+def _warn(report: ImportReport) -> None:
+    if report.left:
+        _log.warning(
+            "%d quantized modules are in 16 bits now, without quantizers, which ModelOpt does not have for them:%s",
+            len(report.left),
+            listing(report.left),
+        )
+    if report.changed:
+        rows = [f"{module}: {what}" for module, what in report.changed.items()]
+        _log.warning(
+            "%d weights will not quantize to all the bytes that they came from, which ModelOpt's arithmetic does not "
+            "make:%s",
+            len(rows),
+            listing(rows),
+        )
+
+
+def _save(chunks: Sequence[nn.Module], hf: HFModel, target: Path, ranks: Ranks) -> None:
+    """Saves beside the target, and moves it into place when all ranks are done."""
+    staged, first = target.with_name(target.name + ".partial"), ranks.rank(Axis.WORLD) == 0
+    if first:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    ranks.all_gather_object(Axis.WORLD, None)
+    try:
+        megatron.save_checkpoint(chunks, staged, iteration=None, arguments=megatron_arguments(hf, chunks[0].config))
+        if first:
+            replace_directory(staged, target)
+        ranks.all_gather_object(Axis.WORLD, None)
+    except BaseException:
+        if first:
+            shutil.rmtree(staged, ignore_errors=True)
+        raise

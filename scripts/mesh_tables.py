@@ -1,0 +1,56 @@
+"""What commands print of a Megatron mesh: dry runs, and imports."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from bridge.mesh_plan import ImportPlan, MeshPlan
+from configs.schema import ExportConfig, ImportConfig
+from scripts.tables import export_table, two_columns
+
+if TYPE_CHECKING:
+    from bridge.import_hf import ImportReport  # which imports Megatron
+
+
+def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
+    """An export from a mesh that was only supposed: all of it, and what falls to the ranks."""
+    export_table(plan.export, options)
+    mesh = plan.mesh
+    sizes = f"TP={mesh.tp} PP={mesh.pp} EP={mesh.ep} ETP={mesh.etp} DP={mesh.dp}"
+    table = Table(title=f"of {mesh.world:,} ranks, {sizes}", title_justify="left")
+    for column in ("of each rank", "least", "mean", "most"):
+        table.add_column(column, justify="left" if column == "of each rank" else "right")
+    for what, name in (
+        ("bytes of the model that it holds", "held"),
+        ("fused groups that it writes", "bundles"),
+        ("bytes received", "received"),
+        ("bytes written", "written"),
+        ("peak memory on top, bytes", "peak"),
+    ):
+        values = [getattr(share, name) for share in plan.shares]
+        table.add_row(what, *(f"{value:,.0f}" for value in (min(values), sum(values) / len(values), max(values))))
+    Console().print(table)
+    print(f"The checkpoint must have {len(plan.needed_amax):,} amax.")
+
+
+def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
+    """What an import would make."""
+    rows = {f"modules quantized as {scheme}": count for scheme, count in plan.schemes.items()}
+    rows |= {"bytes that a rank holds, least": min(plan.held), "bytes that a rank holds, most": max(plan.held)}
+    Console().print(two_columns(f"plan for {options.output} by {plan.mesh.world:,} ranks", rows))
+    if options.json is not None:
+        found = {"output": options.output, "schemes": dict(plan.schemes), "bytes_of_ranks": list(plan.held)}
+        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def import_table(report: "ImportReport", options: ImportConfig) -> None:
+    """What was imported."""
+    rows = {f"modules quantized as {scheme}": count for scheme, count in report.schemes.items()}
+    rows |= {
+        "quantized modules without a quantizer": len(report.left),
+        "weights whose bytes will not all come back": len(report.changed),
+    }
+    Console().print(two_columns(f"imported to {options.output}", rows))

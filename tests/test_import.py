@@ -1,0 +1,103 @@
+"""A served checkpoint goes back into Megatron, for any topology, and comes out again as it was."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import ROOT, WORKERS, Launcher, LiveRanks, tensors_in
+from safetensors.torch import save_file
+from test_megatron_moe import same_files, same_tensors
+
+from bridge.auto import AutoBridge
+from export.fused_scales import GroupAmax
+from export.metadata import quantization_config
+from export.schemes import SCHEMES, Scheme
+from export.schemes.scheme import quantize_tensors
+from mappings.fused_groups import groups_among
+from mappings.names import module_of
+
+IMPORT = ROOT / "scripts" / "import_hf.py"
+
+
+def bring_in(launch: Launcher, source: Path, checkpoint: Path, **sizes: int) -> str:
+    """Runs the command at a topology, by as many processes as it needs."""
+    processes = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("ep", 1)
+    words = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
+    return launch(IMPORT, f"hf={source}", f"output={checkpoint}", *words, processes=processes)
+
+
+def assert_exports(
+    checkpoint: Path, source: Path, out: Path, *, scheme: str = "nvfp4", shard_bytes: int = 30_000
+) -> None:
+    """What comes out of a checkpoint is, byte for byte, what went in."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.convert_checkpoint(checkpoint, out, scheme=scheme, max_shard_bytes=shard_bytes)
+    same_files(out, source)
+
+
+def logits_at(launch: Launcher, source: Path, checkpoint: Path, *topologies: dict[str, int]) -> list[torch.Tensor]:
+    """Loads the checkpoint at topologies of two processes in turn; exports where there are two pipeline stages."""
+    out = checkpoint.parent
+    steps = [
+        {"hf": str(source), "sizes": sizes, "load": str(checkpoint), "out": str(out / str(number))}
+        for number, sizes in enumerate(topologies)
+    ]
+    launch(WORKERS / "live_import.py", json.dumps(steps), processes=2)
+    return [torch.load(out / f"{number}.pt") for number in range(len(steps)) if (out / f"{number}.pt").exists()]
+
+
+def test_dense(launch: Launcher, live: LiveRanks, tmp_path: Path) -> None:
+    """Imported at TP=2: it holds the source, computes the same at TP=1, and cuts into two pipeline stages."""
+    source, checkpoint = live.at(tp=2) / "nvfp4", tmp_path / "checkpoint"
+    assert "modules quantized as nvfp4" in bring_in(launch, source, checkpoint, tp=2)
+    assert_exports(checkpoint, source, tmp_path / "exported")
+    two, one = logits_at(launch, source, checkpoint, {"tp": 2}, {"tp": 1}, {"tp": 1, "pp": 2})
+    assert (two - one).norm() < 1e-5 * one.norm()
+    same_files(tmp_path / "2", source)
+
+
+def test_experts(launch: Launcher, live_moe: LiveRanks, tmp_path: Path) -> None:
+    """Imported at EP=2, loaded at EP=1."""
+    source, checkpoint = live_moe.at(processes=2, tp=1, ep=2) / "nvfp4", tmp_path / "checkpoint"
+    bring_in(launch, source, checkpoint, ep=2)
+    assert_exports(checkpoint, source, tmp_path / "exported", shard_bytes=60_000)
+    two, one = logits_at(launch, source, checkpoint, {"tp": 1, "ep": 2}, {"tp": 1})
+    assert (two - one).norm() < 1e-5 * one.norm()
+
+
+def quantized(source: Path, scheme: Scheme, directory: Path) -> Path:
+    """The source in a scheme, as training with amax of its weights, and of 3.3 for inputs, would leave it."""
+    directory.mkdir()
+    tensors = tensors_in(source)
+    linears = [module_of(name) for name in tensors if name.endswith("_proj.weight")]
+    weights = {module: tensors.pop(f"{module}.weight") for module in linears}
+    for group in groups_among(weights):
+        members = {member: weights[member] for member in group.members}
+        tensors |= dict(quantize_tensors(scheme, members, GroupAmax(None, torch.tensor(3.3))))
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization_config(dict.fromkeys(weights, scheme), ["lm_head"])
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_other_formats(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+    """The quantizers of each are what the export knows as its own, and have the amax that make its scales."""
+    names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
+    sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
+    steps = [
+        {"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
+        for name, source in sources.items()
+    ]
+    launch(WORKERS / "live_import.py", json.dumps(steps))
+    for name, source in sources.items():
+        bridge = AutoBridge.from_hf_pretrained(source)
+        bridge.convert_checkpoint(tmp_path / f"{name}_checkpoint", tmp_path / f"{name}_out", scheme="auto")
+        same_tensors(tmp_path / f"{name}_out", source)
+
+
+def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mixed: Path, tmp_path: Path) -> None:
+    bring_in(launch, qwen3_moe_mixed, tmp_path / "checkpoint", pp=2, vpp=2)
+    bridge = AutoBridge.from_hf_pretrained(qwen3_moe_mixed)
+    bridge.convert_checkpoint(tmp_path / "checkpoint", tmp_path / "out", scheme="none")
+    same_tensors(tmp_path / "out", qwen3_moe_mixed)
