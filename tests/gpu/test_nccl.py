@@ -39,7 +39,8 @@ def _process(rank: int, store: str, mesh: Mesh, results: Any) -> None:
     plan = plan_export(as_parameters(tensors), REGISTRY, MODEL.config, ranks, skip=frozenset())
     owned = {}
     for bundle in stream_bundles(plan, tensors, MODEL.config, ranks):
-        for name, tensor in bundle.tensors.items():
+        for name, rows in bundle.tensors.items():
+            ((_, tensor),) = rows.parts()
             assert tensor.is_cuda
             owned[name] = tensor.cpu().view(torch.uint8).flatten().tolist()
     values = ranks.all_reduce_max(next(iter(mesh.groups())), torch.tensor([float(rank)]))
