@@ -35,6 +35,8 @@ def ours(source: Path, target: Path, scheme: str, workers: int) -> Callable[[], 
 
 
 def peer(source: Path, target: Path, scheme: str, workers: int) -> Callable[[], object]:
+    sys.path.pop(0)  # this directory, whose kernels.py a library of the peer's would take for a package
+
     from llmcompressor import model_free_ptq
     from loguru import logger
 

@@ -53,7 +53,7 @@ def main() -> int:
     for file in TABLES:
         file.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], file.read_text()))
     failures = [f"{label(case)} rank {case['rank']}: {failure}" for case in cases for failure in failures_of(case)]
-    print("\n".join(failures) or f"{len(cases)} checkpoints loaded, nothing differs")
+    print("\n".join(failures) or f"{len(cases)} loads, counting each rank; nothing differs")
     return 1 if failures else 0
 
 
