@@ -29,6 +29,7 @@ from mappings.mapping import MegatronParamMapping
 from mappings.ranks import Axis, Ranks
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CACHE_SCALES = (".k_scale", ".v_scale")
 _log = logging.getLogger("amaxbridge")
 
 
@@ -41,12 +42,14 @@ class ImportReport:
         quantizers: enabled in Megatron, over all ranks that hold different parts.
         left: quantized modules of the directory for which Megatron has no quantizer: they are in 16 bits now.
         changed: modules whose bytes would not come back, and what of them.
+        cache_scales: of a key-value cache, which stay behind.
     """
 
     schemes: Mapping[str, int]
     quantizers: int
     left: Sequence[str]
     changed: Mapping[str, Changed]
+    cache_scales: Sequence[str]
 
 
 def parameter_dtype(name: str) -> torch.dtype:
@@ -143,7 +146,9 @@ def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -
     schemes: dict[str, int] = {}
     for scheme in weights.schemes.values():
         schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
-    report = ImportReport(schemes, len(found), [each for each in weights.schemes if each not in found], changed)
+    left = [module for module in weights.schemes if module not in found]
+    cache_scales = [name for name in weights.checkpoint.weight_map if name.endswith(_CACHE_SCALES)]
+    report = ImportReport(schemes, len(found), left, changed, cache_scales)
     if ranks.rank(Axis.WORLD) == 0:
         _warn(report)
     return report
@@ -155,6 +160,12 @@ def _warn(report: ImportReport) -> None:
             "%d quantized modules are in 16 bits now, without quantizers, which ModelOpt does not have for them:%s",
             len(report.left),
             listing(report.left),
+        )
+    if report.cache_scales:
+        _log.warning(
+            "%d scales of a key-value cache stay behind: insert quantizers for it with ModelOpt, and calibrate them:%s",
+            len(report.cache_scales),
+            listing(report.cache_scales),
         )
     if report.changed:
         rows = [f"{module}: {what}" for module, what in report.changed.items()]

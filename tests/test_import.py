@@ -1,11 +1,12 @@
 """A served checkpoint goes back into Megatron, for any topology, and comes out again as it was."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from conftest import ROOT, WORKERS, Launcher, LiveRanks, tensors_in
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_megatron_moe import same_files, same_tensors
 
 from bridge.auto import AutoBridge
@@ -101,3 +102,13 @@ def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mi
     bridge = AutoBridge.from_hf_pretrained(qwen3_moe_mixed)
     bridge.convert_checkpoint(tmp_path / "checkpoint", tmp_path / "out", scheme="none")
     same_tensors(tmp_path / "out", qwen3_moe_mixed)
+
+
+def test_cache_scales_that_stay_behind_are_said(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3, tmp_path / "in")
+    name = "model.layers.0.self_attn.k_scale"
+    tensors = {**load_file(qwen3 / "model.safetensors"), name: torch.ones(1)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    printed = bring_in(launch, tmp_path / "in", tmp_path / "checkpoint")
+    assert "1 scales of a key-value cache stay behind" in printed
+    assert name in printed
