@@ -10,8 +10,13 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from export.kernels.compiled import Loop
+
+_code_bounds, _quantize_blocks = Loop("e2m1_loops", "code_bounds"), Loop("e2m1_loops", "quantize_blocks")
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -60,9 +65,9 @@ class Tables:
             steps: fp32 `[n]`, n ≤ 256: what a code of 1.0 stands for under each scale byte.
             round_quotient: whether the reference rounds `value / step` to bf16.
         """
-        from export.kernels import e2m1_loops  # numba, half a second, is imported where weights are quantized
-
-        return cls(scale_bytes.numpy(), e2m1_loops.code_bounds(steps.numpy(), round_quotient))
+        bounds = np.empty((len(steps), 8), np.uint16)
+        _code_bounds(steps.numpy(), round_quotient, bounds)
+        return cls(scale_bytes.numpy(), bounds)
 
 
 @cache
@@ -104,15 +109,12 @@ def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tens
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
-    from export.kernels import e2m1_loops
-
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     scales = torch.empty(rows, columns // width, dtype=torch.uint8)
     bits = weight.contiguous().view(torch.uint16).numpy()
-    largest = e2m1_loops.quantize_blocks(
-        bits, width, tables.scale_of, tables.bounds, packed.numpy(), scales.reshape(-1).numpy()
-    )
+    codes, scale_bytes = packed.numpy(), scales.reshape(-1).numpy()
+    largest = _quantize_blocks(bits, width, tables.scale_of, tables.bounds, codes, scale_bytes)
     if largest > 0x7F7F:
         raise ValueError(NOT_FINITE)
     return packed, scales

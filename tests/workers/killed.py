@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import export.kernels.e2m1_loops  # noqa: F401  # compiled before the clock runs
+
 from export import writer
 from export.model_free import model_free_ptq
 
