@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.kernels.compiled import Loop
 
+_largest_magnitude = Loop("e2m1_loops", "largest_magnitude")
 _code_bounds, _quantize_blocks = Loop("e2m1_loops", "code_bounds"), Loop("e2m1_loops", "quantize_blocks")
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -101,6 +102,12 @@ def check_finite(bad: Tensor) -> None:
     """
     if bad.item():
         raise ValueError(NOT_FINITE)
+
+
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """The largest `|w|` of a bf16 weight on the CPU, fp32, 0-d; NaN or Inf where the weight holds one."""
+    found = _largest_magnitude(weight.contiguous().view(-1).view(torch.uint16).numpy())
+    return torch.tensor(found << 16, dtype=torch.int32).view(torch.float32)
 
 
 def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tensor, Tensor]:

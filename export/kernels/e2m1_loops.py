@@ -24,6 +24,15 @@ OPTIONS = {"error_model": "numpy", "_nrt": False}  # without errors of Python, w
 
 
 @njit(**OPTIONS)
+def largest_magnitude(bits: Any) -> Any:
+    """The bits of the largest magnitude of a weight, uint16 `[n]` of bf16: above 0x7F7F it is not finite."""
+    largest = np.uint16(0)
+    for i in range(bits.size):
+        largest = max(largest, np.uint16(bits[i] & np.uint16(0x7FFF)))
+    return largest
+
+
+@njit(**OPTIONS)
 def quantize_blocks(bits: Any, width: Any, scale_of: Any, bounds: Any, codes: Any, scales: Any) -> Any:
     """Quantizes every block of a weight; returns the largest magnitude, as bits: above 0x7F7F it is not finite.
 
