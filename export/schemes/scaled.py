@@ -113,7 +113,7 @@ class Scaled:
         return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.blocks)
 
     def _scale_dtype(self, weight: torch.dtype, *, calibrated: bool) -> torch.dtype:
-        """Engines hold scales in fp32, and those of packed integers in the dtype of the model: they would round them."""
+        """Engines hold scales in fp32, but those of packed integers in the dtype of the model, whatever is stored."""
         return torch.float32 if calibrated and self.code is not Code.INT4 else weight
 
     def _calibrated(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None) -> Tensor:
