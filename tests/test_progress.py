@@ -62,8 +62,12 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPat
         assert ("exporting" in screen.getvalue() and "1.0 of 2.0 GB, 1 of 2 tensors" in screen.getvalue()) == terminal
 
 
-def test_only_the_first_rank_shows_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_one_terminal_only_the_first_rank_shows_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that torchrun starts; those that were started one by one have an output of their own."""
     monkeypatch.setenv("RANK", "1")
+    with progress("exporting") as shown:
+        assert isinstance(shown, Meter)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with progress("exporting") as shown:
         assert isinstance(shown, NoProgress)
 
