@@ -106,7 +106,7 @@ class Apart:
     def open(self, staged: StagedDirectory, layout: Layout) -> frozenset[str] | None:
         done = staged.open(layout)
         if done is None:
-            _log.info("%s is there already, made by the other ranks: nothing is left to do", staged.target)
+            _log.info("%s is there already, made by the other ranks; remove it to make it anew", staged.target)
         return done
 
     def end(self, staged: StagedDirectory, bundles: Collection[str], finish: Callable[[], None]) -> bool:

@@ -67,6 +67,7 @@ def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
             return -1
         if not no_locks:
             raise
+        path.unlink(missing_ok=True)
         raise WriteError(
             f"{path}: {error.strerror}. Several processes need a file system whose locks hold on all their "
             "machines (NFS 4, or Lustre mounted with -o flock); one process does without"

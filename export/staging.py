@@ -126,14 +126,10 @@ class StagedDirectory:
             if not self._overwrite:
                 check_output(self.target, overwrite=False)
             self._refuse_others()
-            continues = self._continues()
-            if not continues:
-                self._clear()
-            self.path.mkdir(exist_ok=True)
+            if not self._continues():
+                self._make(layout)
             self._held = hold(self._journal, required=self._share.world > 1)
             os.ftruncate(self._held, self._journal.read_bytes().rfind(b"\n") + 1)  # a line that was not ended
-            if not continues:
-                self._make(layout)
             return frozenset(self._done())
         finally:
             self._mutex.release()
@@ -204,6 +200,15 @@ class StagedDirectory:
         return self._plan is not None and (not fails or others)
 
     def _make(self, layout: Layout) -> None:
+        self._clear()
+        self.path.mkdir()
+        try:
+            self._allocate(layout)
+        except BaseException:
+            self._clear()
+            raise
+
+    def _allocate(self, layout: Layout) -> None:
         room, needed = shutil.disk_usage(self.path).free, sum(shard.nbytes for shard in layout.shards)
         if needed > room:
             raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")

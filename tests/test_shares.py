@@ -1,5 +1,7 @@
 """Processes that export one checkpoint and never talk: at once, one by one, killed, started twice or too late."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -8,13 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ENVIRONMENT, ROOT, WORKERS, LiveRanks
 
 from bridge.torch_dist import DistCheckpoint
+from export.layout import plan_layout
+from export.record import MADE_FROM, RECORD_FILE
+from export.staging import Share, StagedDirectory
+from mappings.errors import CheckpointError, UsageError, WriteError
+from mappings.tensors import TensorSpec
 
 
 @dataclass
@@ -55,7 +64,7 @@ class Exports:
     """Starts processes in one directory, whose output is `out`."""
 
     def __init__(self, words: list[str], directory: Path, ask: Callable[[object], int]) -> None:
-        self.words, self.directory, self.ask = words, directory, ask
+        self.words, self.directory, self.ask = [*words], directory, ask
         self.logs = directory.with_name(directory.name + "_logs")
         directory.mkdir()
         self.logs.mkdir()
@@ -167,7 +176,7 @@ def test_too_late(exports: Exports, alone: dict[str, bytes]) -> None:
     for rank in (1, 0):
         exports.start(rank, 2).end()
     for more in ([], ["io.overwrite=true"]):
-        assert "is there already, made by the other ranks" in exports.start(1, 2, *more).end()
+        assert "is there already, made by the other ranks; remove it" in exports.start(1, 2, *more).end()
     assert "exists and is not empty" in exports.start(0, 1).end(2)
     assert "exists and is not empty" in exports.start(1, 2, "scheme=none").end(2)
     assert exports.files() == alone
@@ -189,3 +198,84 @@ def test_one_fails(exports: Exports, live: LiveRanks, tmp_path: Path) -> None:
     assert "rank 1: error:" in said
     assert "output_layer.weight" in said
     assert "out.partial keeps 18 parts that are done" in exports.start(1, 2).end(1)
+
+
+class TestTheEnd:
+    """Two processes have written everything; one comes to the end first, and the other waits for it."""
+
+    @pytest.fixture
+    def two(self, tmp_path: Path) -> list[StagedDirectory]:
+        layout = plan_layout({"w": TensorSpec((4,), torch.uint8)})
+        two = [StagedDirectory(tmp_path / "out", "plan", Share(rank, 2), output="output") for rank in range(2)]
+        for staged in two:
+            assert staged.open(layout) == frozenset()
+        for staged in two:
+            assert staged.journal is not None
+            staged.journal.write_text(f'"bundle {staged.journal}"\n')
+        return two
+
+    def bundles(self, two: list[StagedDirectory]) -> list[str]:
+        return [f"bundle {staged.journal}" for staged in two]
+
+    def test_it_succeeds(self, two: list[StagedDirectory], tmp_path: Path) -> None:
+        first, second = two
+        assert first.left([*self.bundles(two), "a third"]) == 1
+        with ThreadPoolExecutor() as pool, first, second:
+            assert first.left(self.bundles(two)) == 0
+            waiting = pool.submit(second.left, self.bundles(two))
+            first.write_file(RECORD_FILE, json.dumps({MADE_FROM: "output"}).encode())
+            time.sleep(0.1)
+            assert not waiting.done()
+            first.commit()
+            assert waiting.result() is None
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [RECORD_FILE, "model.safetensors"]
+
+    def test_it_is_interrupted(self, two: list[StagedDirectory], tmp_path: Path) -> None:
+        """The other takes over."""
+        first, second = two
+        with pytest.raises(KeyboardInterrupt), first:
+            assert first.left(self.bundles(two)) == 0
+            raise KeyboardInterrupt
+        with second:
+            assert second.left(self.bundles(two)) == 0
+            second.commit()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_it_finds_a_fault(self, two: list[StagedDirectory], tmp_path: Path) -> None:
+        """All is thrown away, and both say so."""
+        first, second = two
+        with pytest.raises(CheckpointError), first:
+            assert first.left(self.bundles(two)) == 0
+            raise CheckpointError("it would not serve right")
+        with pytest.raises(WriteError, match="another process has given up"), second:
+            second.left(self.bundles(two))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes say what they need; one does without."""
+
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    layout = plan_layout({"w": TensorSpec((4,), torch.uint8)})
+    with pytest.raises(WriteError, match=r"No locks available\. Several processes need a file system whose locks hold"):
+        StagedDirectory(tmp_path / "out", "plan", Share(0, 2)).open(layout)
+    assert list(tmp_path.iterdir()) == []
+    with StagedDirectory(tmp_path / "out", "plan") as alone:
+        assert alone.open(layout) == frozenset()
+        alone.commit()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_rank_that_is_none() -> None:
+    with pytest.raises(UsageError, match="RANK=2 of WORLD_SIZE=2: ranks are 0 to 1"):
+        Share(2, 2)
+
+
+def test_a_dry_run_is_one_ranks(exports: Exports) -> None:
+    first, second = (exports.start(rank, 2, "dry_run=true").end() for rank in range(2))
+    assert "plan for out" in first
+    assert second == ""
