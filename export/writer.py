@@ -29,13 +29,14 @@ from typing import BinaryIO, Self
 from torch import Tensor, uint8
 
 from export.exchange import replace_directory, restore_previous
-from export.layout import Layout
+from export.layout import Layout, Shard
 from mappings.errors import AmaxbridgeError, OutputExistsError, WriteError
 from mappings.tensors import TensorSpec
 
 _PLAN = ".plan"
 _JOURNAL = ".done-"
 _SYNC_BYTES = 64 << 20
+_AT_ONCE = 8  # shards to make room for: where the file system is memory, that takes as long as writing
 _BYTES = "1"  # another number where this program makes other bytes of the same plan
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -96,10 +97,8 @@ class StagedDirectory:
         room, needed = shutil.disk_usage(self.path).free, sum(shard.nbytes for shard in layout.shards)
         if needed > room:
             raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
-        for shard in layout.shards:
-            with self._created(shard.file_name) as file:
-                os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
-                file.write(shard.header)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self._allocate, layout.shards))
         if self._plan is not None:  # last: a directory with a plan has all its shards
             self.write_file(_PLAN, self._plan.encode())
         return frozenset()
@@ -138,6 +137,11 @@ class StagedDirectory:
             self._unlock()
         else:
             self.discard()
+
+    def _allocate(self, shard: Shard) -> None:
+        with self._created(shard.file_name) as file:
+            os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
+            file.write(shard.header)
 
     def _journals(self) -> Iterator[str]:
         for journal in self.path.glob(_JOURNAL + "*"):
