@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/gpu/pipeline.py [--gigabytes 11] [--workers 4 8 12]
 
 The source is in the page cache. The output is synced, to a disk and to memory (/dev/shm): the disk is often what
-limits. Each line is the best of three runs; "busy" is the part of the time in which a GPU computed, each GPU for itself,
-and memory is that of all. First a small checkpoint is quantized on the GPU and on the CPU, and the files must be the same.
+limits. Each line is the best of three runs; "busy" is the part of the time in which each GPU computed, and memory is
+that of all. First a small checkpoint is quantized on the GPU and on the CPU, and the files must be the same.
 
 Where llm-compressor can be imported, its `model_free_ptq` comes last, once for each number of workers.
 """
@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Self
@@ -58,11 +59,10 @@ def main() -> None:
         for where, target in (("memory", Path("/dev/shm/out")), ("disk", Path(directory, "out"))):
             for scheme, given in runs:
                 for workers in options.workers if scheme == "nvfp4a16" else options.workers[1:2]:
-
-                    def ours(scheme: str = scheme, given: QuantState | None = given, workers: int = workers) -> None:
-                        model_free_ptq(source, target, scheme, max_workers=workers, quant_state=given, overwrite=True)
-
-                    row(f"{scheme} | {where} | {workers}", ours, target, nbytes)
+                    run = partial(
+                        model_free_ptq, source, target, scheme, max_workers=workers, quant_state=given, overwrite=True
+                    )
+                    row(f"{scheme} | {where} | {workers}", run, target, nbytes)
         peer(source, nbytes, options.peer_workers)
 
 
@@ -79,17 +79,16 @@ def row(name: str, run: Callable[[], object], target: Path, nbytes: int, runs: i
 
 def peer(source: Path, nbytes: int, workers: Sequence[int]) -> None:
     """The same by llm-compressor, data-free NVFP4."""
+    sys.path[:] = [each for each in sys.path if each != str(Path(__file__).parent)]  # whose kernels.py is theirs too
     try:
         from llmcompressor import model_free_ptq as theirs
     except ImportError as error:
         print(f"llm-compressor is not here: {error}")
         return
+    ignore = ["lm_head", "re:.*embed_tokens$"]
     target = Path("/dev/shm/out")
     for count in workers:
-
-        def run(count: int = count) -> None:
-            theirs(str(source), str(target), "NVFP4A16", ignore=["lm_head"], max_workers=count, device="cuda:0")
-
+        run = partial(theirs, str(source), str(target), "NVFP4A16", ignore=ignore, max_workers=count, device="cuda:0")
         row(f"llm-compressor, nvfp4a16 | memory | {count}", run, target, nbytes, runs=1)
 
 
