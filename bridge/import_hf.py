@@ -22,7 +22,7 @@ from bridge.saved_args import megatron_arguments
 from export.dequantized import Changed, DequantizedCheckpoint
 from export.exchange import replace_directory
 from export.schemes import Scheme
-from export.writer import check_output
+from export.staging import check_output
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
 from mappings.mapping import MegatronParamMapping

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from export.rows import Part, Rows, WholeTensor
 from export.safetensors_file import StoredTensor
 from export.shard_plan import ShardPlan
 from export.source import SourceBundle
+from export.staging import StagedDirectory
 from export.writer import ShardWriter
 from mappings.tensors import TensorSpec
 
@@ -169,14 +169,14 @@ def run(
 
 def write_plan(
     plan: ShardPlan,
-    directory: Path,
+    staged: StagedDirectory,
     done: Collection[str] = (),
     workers: int = 1,
     *,
     devices: Sequence[torch.device],
     progress: Progress | None = None,
 ) -> None:
-    """Writes the bundles of a plan into the shards of a staging directory.
+    """Writes the bundles of a plan into the shards of a staging directory that is open.
 
     Args:
         done: the keys of those that are there already.
@@ -188,7 +188,7 @@ def write_plan(
         nbytes=sum(bundle.nbytes for bundle in plan.bundles),
         kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
     )
-    writer = ShardWriter(directory, plan.layout)
+    writer = ShardWriter(staged.path, plan.layout, staged.journal)
 
     def make(bundle: SourceBundle, worker: Worker) -> None:
         tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)

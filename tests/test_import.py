@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, WORKERS, Launcher, LiveRanks, tensors_in
 from safetensors.torch import load_file, save_file
 from test_megatron_moe import same_files, same_tensors
+from tiny_models import config, randomize
 
 from bridge.auto import AutoBridge
 from export.fused_scales import GroupAmax
@@ -82,10 +84,24 @@ def quantized(source: Path, scheme: Scheme, directory: Path) -> Path:
     return directory
 
 
-def test_other_formats(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A tiny random Qwen3 whose rows, columns and heads are made of blocks of 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    import transformers
+
+    made = config("Qwen3ForCausalLM", **sizes, head_dim=128, tie_word_embeddings=False)()
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    randomize(model)
+    model.bfloat16().save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path) -> None:
     """The quantizers of each are what the export knows as its own, and have the amax that make its scales."""
     names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
     sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
+    sources |= {name: quantized(wide, SCHEMES[name], tmp_path / name) for name in ("fp8_block", "w4a16")}
     steps = [
         {"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
         for name, source in sources.items()
