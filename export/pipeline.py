@@ -44,6 +44,7 @@ class Worker:
         size = _MEMORY if self.stream else 0
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
         self._there = torch.empty(size, dtype=torch.uint8, device=device)
+        self._back = torch.empty(size // 2, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
         """The tensors of a bundle; weights that are quantized come to the worker's device."""
@@ -67,6 +68,15 @@ class Worker:
         there.copy_(rows, non_blocking=True)
         self.stream.synchronize()
         return there
+
+    def fetched(self, rows: Tensor) -> Tensor:
+        """Rows on the CPU; those from a GPU are valid until the next ones are fetched."""
+        if rows.device.type == "cpu" or rows.nbytes > len(self._back):
+            return rows.cpu()
+        back = self._back[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        back.copy_(rows, non_blocking=True)
+        torch.cuda.current_stream(rows.device).synchronize()
+        return back
 
     def at_work(self) -> Any:
         """The context in which its thread works."""
@@ -154,6 +164,7 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
+        torch.cuda.empty_cache()  # each stream has a cache of its own, which no other run would find
 
 
 def write_plan(
@@ -182,7 +193,7 @@ def write_plan(
     def make(bundle: SourceBundle, worker: Worker) -> None:
         tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)
         for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
-            writer.write(name, rows, first)
+            writer.write(name, worker.fetched(rows), first)
         writer.done(bundle.key)
         progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
 

@@ -20,13 +20,14 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from export.exchange import replace_directory, restore_previous, sync_directory
-from export.layout import Layout
+from export.layout import Layout, Shard
 from export.locks import Mutex, hold, is_at, is_held
 from export.record import made_from
 from export.writer import explaining
@@ -34,6 +35,7 @@ from mappings.errors import AmaxbridgeError, OutputExistsError, UsageError, Writ
 
 _PLAN = ".plan"
 _JOURNAL = ".done-"
+_AT_ONCE = 8  # shards to make room for: where the file system is memory, that takes as long as writing
 _BYTES = "1"  # another number where this program makes other bytes of the same plan
 
 
@@ -212,12 +214,15 @@ class StagedDirectory:
         room, needed = shutil.disk_usage(self.path).free, sum(shard.nbytes for shard in layout.shards)
         if needed > room:
             raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
-        for shard in layout.shards:
-            with self._created(shard.file_name) as file:
-                os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
-                file.write(shard.header)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self._make_shard, layout.shards))
         if self._plan is not None:  # last: a directory with a plan has all its shards
             self.write_file(_PLAN, self._plan.encode())
+
+    def _make_shard(self, shard: Shard) -> None:
+        with self._created(shard.file_name) as file:
+            os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
+            file.write(shard.header)
 
     def _is_made(self) -> bool:
         """Whether the other processes have put it into place. One process has no others."""
