@@ -233,12 +233,12 @@ class StagedDirectory:
         return self._plan is not None and plan.is_file() and plan.read_text() == self._plan
 
     def _refuse_others(self) -> None:
-        others, world = self._others(), f"-of-{self._share.world}"
-        if others and not (self._continues() and all(name.endswith(world) for name in others)):
+        others, rank, world = self._others(), self._share.rank, self._share.world
+        ours = self._continues() and all(name.endswith(f"-of-{world}") for name in others)
+        if others and (world == 1 or not ours):
             raise OutputExistsError(f"another run is writing {self.path}: wait for it, or stop it")
         if self._journal.name in others:
-            who = "run" if self._share.world == 1 else f"process of rank {self._share.rank}"
-            raise OutputExistsError(f"another {who} is writing {self.path}: wait for it, or stop it")
+            raise OutputExistsError(f"another process of rank {rank} is writing {self.path}: wait for it, or stop it")
 
     def _others(self) -> list[str]:
         """The journals of other processes that are at work."""
