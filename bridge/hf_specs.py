@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 from bridge.hf_config import HFModel
@@ -25,15 +24,11 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
     Raises:
         ValueError: transformers has no causal language model of this architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # here, because it takes seconds
-    from transformers.core_model_loading import revert_weight_conversion
-
-    fields = {name: value for name, value in hf.config.items() if name != "quantization_config"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.bfloat16)
-    tied = model.all_tied_weights_keys if hf.tied else {}
-    tensors = revert_weight_conversion(model, model.state_dict())
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    if hf.file_tensors is None:
+        raise ValueError(f"transformers has no causal language model for {hf.config.get('architectures')}")
+    head = hf.registry.megatron_to_hf_lookup("output_layer.weight") if hf.tied else None
+    tied = head.targets if head else ()
+    tensors = {name: tensor for name, tensor in hf.file_tensors.items() if name not in tied}
     return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors)}))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.hf_config import HFModel, expected_tensors
+from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import MissingAmax, missing_policy
@@ -140,7 +140,8 @@ class Saver:
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
-        self._progress, self._record = progress or NoProgress(), record or {}
+        self._progress = progress or NoProgress()
+        self._record = {**(record or {}), **({"notes": hf.notes} if hf.notes else {})}
         self._keeps_state = quant_state
 
     def save(
@@ -223,8 +224,10 @@ class Saver:
 
     def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
         """What will be verified: what transformers expects, or where it has no such model, what is planned."""
-        expected = expected_tensors(self._hf.directory) if self._verify and self._first else None
-        return expected or {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
+        known = self._hf.file_tensors if self._verify and self._first else None
+        if known:
+            return {name: tuple(tensor.shape) for name, tensor in known.items()}
+        return {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
 
     def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
         """The files beside the shards; then everything is checked as it will be served."""
