@@ -38,19 +38,19 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     opened = DistCheckpoint(checkpoint)
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
     if arguments is None or embedding is None:
-        raise UsageError(f"hf= is required, which has config.json and tokenizer: {identify(checkpoint)}")
+        raise UsageError(f"hf= is required for config.json, or a checkpoint with arguments: {identify(checkpoint)}")
     settings = from_arguments(arguments)
     settings["vocab_size"] = vocab_size or settings.get("vocab_size") or embedding.shape[0]
     families = FAMILIES if architecture is None else [family_of({"architectures": [architecture]})]
     attempts = [_attempt(family, settings, embedding.dtype) for family in families]
     fitting = [attempt.hf for attempt in attempts if attempt.hf is not None]
     if len(_kinds(fitting)) > 1:
-        fitting = [hf for hf in fitting if not tensor_disagreements(*_stored(opened, hf))]
+        fitting = [hf for hf in fitting if not tensor_disagreements(*_stored(opened, hf))] or fitting
     if not fitting:
         raise UsageError(_nothing_fits(opened.directory, attempts))
     if len(_kinds(fitting)) > 1:
         names = ", ".join(_kinds(fitting))
-        raise UsageError(f"arguments and tensors of {opened.directory} fit {names}: choose one with architecture=")
+        raise UsageError(f"the arguments saved in {opened.directory} fit {names}: choose one with architecture=")
     hf = fitting[0]
     padded = vocab_size is None and "vocab_size" not in from_arguments(arguments)
     return replace(hf, notes=(*_notes(hf, settings, padded=padded), *hf.notes))
@@ -104,6 +104,7 @@ def _notes(hf: HFModel, settings: Settings, *, padded: bool) -> Iterator[str]:
     yield f"config.json, of {hf.family.architectures[0]}, is made of the arguments that training saved"
     if padded:
         yield f"vocab_size is {settings['vocab_size']:,}, which Megatron padded; vocab_size= gives the tokenizer's own"
-    unsaid = [name for name in in_use(hf.family.settings(hf.config)) if name in DEFAULTS and name not in settings]
+    used = in_use(hf.family.settings(hf.config)).keys() & hf.family.settings(hf.config).keys()
+    unsaid = [name for name in DEFAULTS if name in used and name not in settings and DEFAULTS[name] is not None]
     if unsaid:
         yield f"the saved arguments have no {', '.join(map(argument, unsaid))}: Megatron's defaults are taken"

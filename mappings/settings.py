@@ -8,6 +8,7 @@ checkpoint have other names for some, and older releases had others again; a few
     share_embeddings_and_output_weights     --untie-embeddings-and-output-weights
     num_query_groups                        --group-query-attention, --num-query-groups
     moe_layer_freq, a list                  the same, or every how many layers there are experts
+    window_attn_skip_freq, a list           the same, or every how many layers there is no window
 
 Source: megatron.training.arguments, and core_transformer_config_from_args beside it.
 """
@@ -111,6 +112,7 @@ _USED_IF: tuple[tuple[Callable[[Settings], Any], Callable[[str], bool]], ...] = 
     (lambda all_: all_["num_moe_experts"], lambda name: name.startswith("moe_")),
     (lambda all_: all_["moe_router_score_function"] == "softmax", lambda name: name == "moe_router_pre_softmax"),
     (lambda all_: _has_dense_layers(all_), lambda name: name == "ffn_hidden_size"),
+    (lambda all_: not all_["add_bias_linear"], lambda name: name == "add_qkv_bias"),
     (lambda all_: all_["window_size"], lambda name: name == "window_attn_skip_freq"),
     (lambda all_: all_["rope_scaling"], lambda name: name == "rope_scaling_factor"),
     (lambda all_: all_["multi_latent_attention"], lambda name: name in {"rope_type", "q_lora_rank"}),
@@ -187,6 +189,9 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
     every = settings.get("moe_layer_freq", 1)
     if experts and layers and isinstance(every, int):
         yield "moe_layer_freq", [int(layer % every == 0) for layer in range(layers)]
+    full = settings.get("window_attn_skip_freq")
+    if layers and isinstance(full, int):
+        yield "window_attn_skip_freq", [int((layer + 1) % full != 0) for layer in range(layers)]
 
 
 def in_use(settings: Settings) -> dict[str, Any]:

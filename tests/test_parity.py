@@ -86,7 +86,7 @@ def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str)
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], model: str, tmp_path: Path) -> None:
-    """From the files of every mesh, without the Hugging Face directory: the same bytes, and the logits of its source."""
+    """From the files of every mesh, without its Hugging Face directory: the same bytes, and that directory's logits."""
     for number, case in enumerate(case for case in cases if case.model == model):
         out = tmp_path / str(number)
         AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")

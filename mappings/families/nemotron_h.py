@@ -76,10 +76,13 @@ def _pattern(hf_config: HFConfig) -> str:
 
 
 def _layer_kinds(settings: Settings) -> dict[str, Any]:
+    """As transformers reads them, and under the older names that other programs still read."""
     decoder, mtp, count = read_pattern(settings["hybrid_layer_pattern"])
     more = {"mtp_layers_block_type": [_KINDS[letter] for letter in mtp]} if count else {}
     return {
         "layers_block_type": [_KINDS[letter] for letter in decoder],
+        "hybrid_override_pattern": decoder,
+        "num_hidden_layers": len(decoder),
         "num_nextn_predict_layers": count,
         "time_step_min": 1e-30,  # where transformers cuts steps off; Megatron does not
         **more,

@@ -167,11 +167,8 @@ def _sliding_layers(hf_config: HFConfig) -> list[int]:
 
 
 def _layer_types(settings: Settings) -> dict[str, Any]:
-    """Megatron has a list, or N for full attention in every Nth layer and a window in the others."""
-    skip, layers = settings["window_attn_skip_freq"], range(settings["num_layers"])
-    if not isinstance(skip, list):
-        skip = [int(not skip or (layer + 1) % skip != 0) for layer in layers]
-    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in skip]}
+    slides = settings["window_attn_skip_freq"] or [1] * settings["num_layers"]
+    return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
 
 
 WINDOW = Translation(
