@@ -1,13 +1,19 @@
-"""A Hugging Face model directory: its configuration with every default filled in. The only user of transformers."""
+"""A Hugging Face model: its configuration with every default filled in, and what its files hold.
+
+The only user of transformers, whose import takes seconds; so it is imported where it is needed, and a wrong path fails
+before.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 
 from export.metadata import CONFIG_FILE
 from mappings.errors import UsageError, listing
@@ -15,22 +21,47 @@ from mappings.families import family_of
 from mappings.family import ModelFamily
 from mappings.registry import MappingRegistry
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ALWAYS_WRITTEN = ("architectures", "dtype", "model_type", "transformers_version")
+
 
 @dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face model directory; it need not hold weights.
+    """A Hugging Face model. Its directory need not hold weights, and there may be none.
 
     Args:
-        directory: where its files are.
+        directory: where its files are; None where the model is known from a Megatron checkpoint alone.
         written: config.json as it is on the disk; the output's config.json is made from it.
         config: the same with the defaults of the architecture filled in.
         family: the model family that `architectures` names.
+        notes: what users of an output have to know of the configuration.
     """
 
-    directory: Path
+    directory: Path | None
     written: Mapping[str, Any]
     config: Mapping[str, Any]
     family: ModelFamily
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """What describes the model, in messages."""
+        return str(self.directory or "config.json, made of the saved arguments")
+
+    @property
+    def weights_directory(self) -> Path:
+        """Where its weights are.
+
+        Raises:
+            UsageError: the model is known from a Megatron checkpoint alone.
+        """
+        if self.directory is None:
+            raise UsageError("a model that saved arguments describe has no Hugging Face weights: give hf=")
+        return self.directory
 
     @property
     def tied(self) -> bool:
@@ -41,6 +72,13 @@ class HFModel:
     def registry(self) -> MappingRegistry:
         """The mappings of this model."""
         return self.family.registry_for(self.config)
+
+    @cached_property
+    def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
+        """All tensors of a checkpoint as transformers saves it, as `expected_tensors`; built once."""
+        from transformers import AutoConfig
+
+        return _file_tensors(lambda: AutoConfig.for_model(**self.config))
 
 
 def read_hf_model(path: str | Path) -> HFModel:
@@ -62,9 +100,31 @@ def read_hf_model(path: str | Path) -> HFModel:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
     family = family_of(written)
 
-    from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
+    from transformers import AutoConfig
 
     return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)
+
+
+def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
+    """A model that no directory describes, from the fields of its config.json. Special tokens are left unset.
+
+    Other fields have the defaults of transformers; a note tells which.
+
+    Raises:
+        UsageError: transformers refuses a field.
+    """
+    import transformers
+
+    made = {"architectures": [architecture], "dtype": dtype, **dict.fromkeys(_TOKENS), **fields}
+    try:
+        config = getattr(transformers, architecture).config_class(**made)
+    except (StrictDataclassError, ValueError) as error:
+        raise UsageError(f"{architecture}: {error}") from error
+    written = {**fields, **json.loads(config.to_json_string())}
+    rest = [name for name in written if name not in {*fields, *_TOKENS, *_ALWAYS_WRITTEN}]
+    unsaid = f"config.json has the defaults of transformers in {', '.join(rest)}, and no {', '.join(_TOKENS)}"
+    family = family_of({"architectures": [architecture]})
+    return HFModel(None, written, config.to_dict(), family, (unsaid,))
 
 
 def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
@@ -73,20 +133,25 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
     are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    tensors = _file_tensors(lambda: AutoConfig.from_pretrained(directory))
+    return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, torch.Tensor] | None:
+    from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = read_config()
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError, ImportError):  # no config.json, or remote code: other rules remain
         return None
-    tensors = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return dict(revert_weight_conversion(model, model.state_dict()))
 
 
 def check_parallel_sizes(

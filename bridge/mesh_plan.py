@@ -114,7 +114,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     """
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
-    with SafetensorsCheckpoint(hf.directory, hf.family.packed_experts) as checkpoint:
+    with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
         schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
         missing = [
             name

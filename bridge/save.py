@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.hf_config import HFModel, expected_tensors
+from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from bridge.writers import Writers
 from export.finalizer import Bundle, Finalizer
@@ -145,7 +145,8 @@ class Saver:
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
-        self._progress, self._record = progress or NoProgress(), record or {}
+        self._progress = progress or NoProgress()
+        self._record = {**(record or {}), **({"notes": hf.notes} if hf.notes else {})}
         self._keeps_state = quant_state
 
     def save(
@@ -176,7 +177,7 @@ class Saver:
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
             files = Layout((*layout.shards, *kept))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
-            made_from = fingerprint and output_fingerprint(fingerprint, self._hf.directory)
+            made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
             record = {**self._record, MADE_FROM: made_from}
             output = _Output(Conversion(finalizer, layout, before, state, record), packer, files)
             ended = self._write(plan, stream, output, fingerprint)
@@ -246,9 +247,10 @@ class Saver:
         """
         self._write_small_files(output, staged)
         if self._verify:
-            planned = {name: spec.shape for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-            expected = expected_tensors(self._hf.directory) or planned
-            verify(staged.path, expected=expected).conclude(self._target)
+            planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
+            expected = self._hf.file_tensors or planned
+            shapes = {name: tuple(each.shape) for name, each in expected.items()}
+            verify(staged.path, expected=shapes).conclude(self._target)
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this process owns, announced."""

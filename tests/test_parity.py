@@ -1,12 +1,17 @@
 """Every family on real Megatron ranks: the logits of transformers, the weights there and back, the model's names."""
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import Launcher, tensors_in
 from parity import Case, run_parity
 from tiny_models import TINY_MODELS
+from transformers import AutoModelForCausalLM
+from workers.model import TOKENS
 
+from bridge.auto import AutoBridge
 from bridge.hf_config import read_hf_model
 from mappings.names import module_of
 
@@ -77,3 +82,17 @@ def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str)
             whole = {name for name in names if not (name.endswith(".weight") and module_of(name) in quantized)}
             expected = whole | {f"{module}.{part}" for module in quantized for part in parts}
             assert tensors_in(case.back / "nvfp4").keys() == expected, case.label
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], model: str, tmp_path: Path) -> None:
+    """From the files of every mesh, without its Hugging Face directory: the same bytes, and that directory's logits."""
+    for number, case in enumerate(case for case in cases if case.model == model):
+        out = tmp_path / str(number)
+        AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")
+        files = (directory / "model.safetensors" for directory in (case.back, out))
+        assert len({file.read_bytes() for file in files}) == 1, case.label
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(TOKENS).logits
+    expected = torch.load(case.hf / "logits.pt")
+    assert (found - expected).norm() <= 1e-6 * expected.norm()

@@ -9,7 +9,7 @@ from mappings.families.deepseek_v3 import DEEPSEEK_V3
 from mappings.families.gemma import GEMMA2, GEMMA3
 from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.gpt_oss import GPT_OSS
-from mappings.families.llama import LLAMA
+from mappings.families.llama import LLAMA, MISTRAL
 from mappings.families.mixtral import MIXTRAL
 from mappings.families.nemotron_h import NEMOTRON_H
 from mappings.families.olmoe import OLMOE
@@ -20,6 +20,7 @@ from mappings.family import ModelFamily
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
+    MISTRAL,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
