@@ -94,7 +94,7 @@ class _Moving:
     def spec(self) -> TensorSpec:
         return self.source.spec
 
-    def parts(self, step: int = 1) -> Iterator[Part]:
+    def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
         if isinstance(self.source, StoredTensor):
             parts = self.source.parts(step, self.worker.memory)
         else:

@@ -66,7 +66,7 @@ class StoredTensor:
         row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
         return StoredTensor(self.file, self.begin + index * row.nbytes, row)
 
-    def parts(self, step: int = 1, into: Tensor | None = None) -> Iterator[Part]:
+    def parts(self, step: int = 1, into: Tensor | None = None, *, again: bool = False) -> Iterator[Part]:
         """As `Rows`: parts of a few megabytes in the file's own memory, or of what `into` holds, in that."""
         limit = PART_BYTES if into is None else len(into)
         total = self.spec.shape[0] if self.spec.shape else 1
@@ -77,7 +77,8 @@ class StoredTensor:
             part = self if length == total else self.rows(first, min(length, total - first))
             if into is None:
                 yield Part(first, part.look())
-                self.file.forget(part.begin, part.spec.nbytes)
+                if not again:
+                    self.file.forget(part.begin, part.spec.nbytes)
             else:
                 yield Part(first, part.read(into if part.spec.nbytes <= limit else None))  # one row that is larger
 

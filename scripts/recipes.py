@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from configs.schema import SchemeConfig
-from export.inverse_maps import Converter
+from export.inverse_maps import Converter, WithoutInputScales
 from export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
+from export.schemes.recipe import EMBEDDINGS
 from mappings.errors import UsageError
 
 
@@ -41,5 +42,6 @@ def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
     if name == "fp8_block":
         return (convert.FP8BlockDequantizer.from_pretrained(directory),)
     if name == "compressed_tensors":
-        return (convert.CompressedTensorsDequantizer(directory),)
+        embeddings = [f"re:.*{name}$" for name in EMBEDDINGS]  # `Linear` would mean them there
+        return WithoutInputScales(), convert.CompressedTensorsDequantizer(directory, embeddings)
     raise UsageError(f"unknown converter {name!r}; known: fp8_block, compressed_tensors")
