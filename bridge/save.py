@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from bridge.carried import carried_specs, carried_tensors, ignored
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from export.finalizer import Bundle, Finalizer
@@ -29,9 +30,6 @@ from mappings.ranks import Axis, Ranks
 from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
-
-OUTPUT_LAYER = "output_layer.weight"
-"""Megatron's name."""
 
 _log = logging.getLogger("amaxbridge")
 
@@ -103,9 +101,7 @@ def decide(
 ) -> Finalizer:
     """What is made of every tensor of a plan; the first rank warns of amax that differ or had to be filled."""
     finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
-    head = hf.registry.megatron_to_hf_lookup(OUTPUT_LAYER)
-    if hf.tied and head is not None:  # a Linear to every consumer, though it has no tensor of its own
-        finalizer.ignore += map(module_of, head.targets)
+    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
     if ranks.rank(Axis.WORLD) == 0:
         _warn(state, finalizer.filled)
     return finalizer
@@ -162,15 +158,18 @@ class Saver:
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
         finalizer = decide(self._hf, self._ranks, plan, self._recipe, state, self._missing)
+        carried = carried_specs(self._hf, required=not self._dry_run)
+        finalizer.ignore += ignored(self._hf)
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
-        layout = plan_layout(packer.specs, self._max_shard_bytes)
+        layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         if not self._dry_run:
             specs = specs_of(plan)
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            before += sum(spec.nbytes for spec in carried.values())
             conversion = Conversion(finalizer, layout, before, state, self._record)
-            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), self._expected(specs))
+            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), self._expected({**specs, **carried}))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
             self._write(plan, stream, output, fingerprint)
         return ExportReport(
@@ -208,12 +207,14 @@ class Saver:
                     for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
                         writer.write(name, tensor, first)
                     if self._keeps_state:
-                        _write_all(writer, bundle.state)
+                        _write_all(writer, bundle.state.items())
                     writer.done(bundle.key)
                     planned = mine[bundle.key]
                     self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
+                if self._first:
+                    _write_all(writer, carried_tensors(self._hf))
                 if self._keeps_state and self._first:
-                    _write_all(writer, output.conversion.state.amax)
+                    _write_all(writer, output.conversion.state.amax.items())
             finally:
                 writer.close()
             self._barrier()
@@ -224,10 +225,12 @@ class Saver:
 
     def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
         """What will be verified: what transformers expects, or where it has no such model, what is planned."""
+        planned = {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
         known = self._hf.file_tensors if self._verify and self._first else None
-        if known:
-            return {name: tuple(tensor.shape) for name, tensor in known.items()}
-        return {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
+        if known is None:
+            return planned
+        carried = {name: shape for name, shape in planned.items() if name.startswith(self._hf.family.carried)}
+        return {name: tuple(tensor.shape) for name, tensor in known.items()} | carried
 
     def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
         """The files beside the shards; then everything is checked as it will be served."""
@@ -289,8 +292,8 @@ class _Output:
     expected: Mapping[str, tuple[int, ...]]
 
 
-def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
         writer.write(name, tensor)
 
 

@@ -111,6 +111,20 @@ def _wide_experts(model: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.5)
 
 
+def _gemma3_with_images() -> "PreTrainedConfig":
+    """Its language model is what Megatron has."""
+    from transformers import Gemma3Config
+
+    text = {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+
+
 TINY_MODELS: dict[str, TinyModel] = {
     "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
     "Llama 3, tied": TinyModel(
@@ -208,6 +222,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             },
         )
     ),
+    "Gemma 3 with images": TinyModel(_gemma3_with_images),
     "Nemotron-H": TinyModel(
         config("NemotronHForCausalLM", **NEMOTRON_H),
         MOE,

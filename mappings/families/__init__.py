@@ -6,7 +6,7 @@ from typing import Any
 
 from mappings.errors import UnknownArchitectureError
 from mappings.families.deepseek_v3 import DEEPSEEK_V3
-from mappings.families.gemma import GEMMA2, GEMMA3
+from mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
 from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.gpt_oss import GPT_OSS
 from mappings.families.llama import LLAMA, MISTRAL
@@ -31,6 +31,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GPT_OSS,
     GEMMA2,
     GEMMA3,
+    GEMMA3_MULTIMODAL,
     NEMOTRON_H,
 )
 
