@@ -41,6 +41,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "OLMoE-1B-7B": 6_919_161_856,
     "Nemotron-3-Nano-30B-A3B": "32B",
     "Nemotron-H-8B": "8B",
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,

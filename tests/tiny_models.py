@@ -134,6 +134,17 @@ TINY_MODELS: dict[str, TinyModel] = {
     "Qwen2.5": TinyModel(config("Qwen2ForCausalLM")),
     "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
     "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
+    "Qwen1.5-MoE": TinyModel(
+        config(
+            "Qwen2MoeForCausalLM",
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            mlp_only_layers=[0],
+        ),
+        MOE,
+    ),
     "Qwen3-MoE": TinyModel(
         config(
             "Qwen3MoeForCausalLM",

@@ -14,6 +14,7 @@ from mappings.families.mixtral import MIXTRAL
 from mappings.families.nemotron_h import NEMOTRON_H
 from mappings.families.olmoe import OLMOE
 from mappings.families.qwen2 import QWEN2
+from mappings.families.qwen2_moe import QWEN2_MOE
 from mappings.families.qwen3 import QWEN3
 from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
@@ -22,6 +23,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
     MISTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     MIXTRAL,
