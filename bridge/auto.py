@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from bridge.described import check_described, stored_model
 from bridge.fill import fill_parameters, fill_quantizers
 from bridge.from_arguments import model_of_arguments
-from bridge.hf_config import HFModel, read_hf_model
+from bridge.hf_config import OUTPUT_LAYER, HFModel, read_hf_model
 from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
 from bridge.plan import BundlePlan, plan_export, plan_stored
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
-from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver, decide
+from bridge.save import ExportReport, SaveOptions, Saver, decide
 from bridge.stream import join_bundle, stream_bundles
 from bridge.torch_dist import DistCheckpoint
 from bridge.writers import Apart, Together

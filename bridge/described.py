@@ -7,9 +7,8 @@ would be exported in silence.
 from pathlib import Path
 from types import SimpleNamespace
 
-from bridge.hf_config import HFModel
+from bridge.hf_config import OUTPUT_LAYER, HFModel
 from bridge.hf_specs import MegatronSpecs
-from bridge.save import OUTPUT_LAYER
 from bridge.saved_args import disagreements, read_arguments, saved_sizes
 from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
 from bridge.torch_dist import DistCheckpoint

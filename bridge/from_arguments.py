@@ -40,9 +40,13 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     if arguments is None or embedding is None:
         raise UsageError(f"hf= is required for config.json, or a checkpoint with arguments: {identify(checkpoint)}")
     settings = from_arguments(arguments)
-    settings["vocab_size"] = vocab_size or settings.get("vocab_size") or embedding.shape[0]
+    size = vocab_size or settings.get("vocab_size")
+    settings["vocab_size"] = size or embedding.shape[0]
     families = FAMILIES if architecture is None else [family_of({"architectures": [architecture]})]
-    attempts = [_attempt(family, settings, embedding.dtype) for family in families]
+    families = [family for family in families if not family.carried]
+    if not families:
+        raise UsageError(f"{architecture} has parts that are not in a Megatron checkpoint: give its hf= with weights")
+    attempts = [_attempt(family, settings, embedding.dtype, padded=size is None) for family in families]
     fitting = [attempt.hf for attempt in attempts if attempt.hf is not None]
     if len(_kinds(fitting)) > 1:
         fitting = [hf for hf in fitting if not tensor_disagreements(*_stored(opened, hf))] or fitting
@@ -51,9 +55,7 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     if len(_kinds(fitting)) > 1:
         names = ", ".join(_kinds(fitting))
         raise UsageError(f"the arguments saved in {opened.directory} fit {names}: choose one with architecture=")
-    hf = fitting[0]
-    padded = vocab_size is None and "vocab_size" not in from_arguments(arguments)
-    return replace(hf, notes=(*_notes(hf, settings, padded=padded), *hf.notes))
+    return fitting[0]
 
 
 def _stored(opened: DistCheckpoint, hf: HFModel) -> tuple[Any, HFModel, Any]:
@@ -66,11 +68,12 @@ def _kinds(models: Sequence[HFModel]) -> list[str]:
     return list({id(hf.family.mappings): hf.family.architectures[0] for hf in models}.values())
 
 
-def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype) -> _Attempt:
+def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded: bool) -> _Attempt:
     filled = {**DEFAULTS, **found}
     unlike = [f"{argument(name)}: {filled[name]}" for name, value in family.constants.items() if filled[name] != value]
     try:
-        filled = {**DEFAULTS, **family.settings_of(found)}
+        settings = family.settings_of(found)
+        filled = {**DEFAULTS, **settings}
         tables = {**family.transformer, **family.model, **family.layers}
         missing = [name for name in tables if filled.get(name) is None and DEFAULTS.get(name, "none") is not None]
         if missing:
@@ -84,7 +87,9 @@ def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype) -> _Attem
         f"{argument(name)}: {ours.get(name)}, and the family has {theirs.get(name)}"
         for name in differences(filled, expected)
     ]
-    return _Attempt(family, None if problems else hf, problems)
+    if problems:
+        return _Attempt(family, None, problems)
+    return _Attempt(family, replace(hf, notes=(*_notes(hf, settings, padded=padded), *hf.notes)), ())
 
 
 def _nothing_fits(directory: Path, attempts: Sequence[_Attempt]) -> str:

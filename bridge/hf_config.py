@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+OUTPUT_LAYER = "output_layer.weight"
+"""Megatron's name."""
+
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ALWAYS_WRITTEN = ("architectures", "dtype", "model_type", "transformers_version")
 
@@ -36,16 +39,21 @@ class HFModel:
     Args:
         directory: where its files are; None where the model is known from a Megatron checkpoint alone.
         written: config.json as it is on the disk; the output's config.json is made from it.
-        config: the same with the defaults of the architecture filled in.
+        filled: the same with the defaults of the architecture filled in.
         family: the model family that `architectures` names.
         notes: what users of an output have to know of the configuration.
     """
 
     directory: Path | None
     written: Mapping[str, Any]
-    config: Mapping[str, Any]
+    filled: Mapping[str, Any]
     family: ModelFamily
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`filled`; of a model with other parts, that of its language model."""
+        return self.family.language_config(self.filled)
 
     @property
     def source(self) -> str:
@@ -68,6 +76,12 @@ class HFModel:
         """Whether the output layer is the embedding; a pipeline's last stage has a copy of it all the same."""
         return bool(self.config.get("tie_word_embeddings"))
 
+    @property
+    def tied_head(self) -> tuple[str, ...]:
+        """The names of an output layer that files do not hold, because it is the embedding."""
+        head = self.registry.megatron_to_hf_lookup(OUTPUT_LAYER) if self.tied else None
+        return head.targets if head else ()
+
     @cached_property
     def registry(self) -> MappingRegistry:
         """The mappings of this model."""
@@ -75,10 +89,12 @@ class HFModel:
 
     @cached_property
     def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
-        """All tensors of a checkpoint as transformers saves it, as `expected_tensors`; built once."""
+        """As `expected_tensors`, on the meta device, of the language model alone, a tied head left out; built once."""
         from transformers import AutoConfig
 
-        return _file_tensors(lambda: AutoConfig.for_model(**self.config))
+        tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+        left = (*self.family.carried, *self.tied_head)
+        return tensors and {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
 
 
 def read_hf_model(path: str | Path) -> HFModel:

@@ -20,16 +20,14 @@ from mappings.tensors import TensorSpec
 
 
 def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
-    """Every tensor of the model's files, on the meta device, experts one by one.
+    """Every tensor of the language model in the files, on the meta device, experts one by one.
 
     Raises:
         ValueError: transformers has no causal language model of this architecture.
     """
     if hf.file_tensors is None:
         raise ValueError(f"transformers has no causal language model for {hf.config.get('architectures')}")
-    head = hf.registry.megatron_to_hf_lookup("output_layer.weight") if hf.tied else None
-    tied = head.targets if head else ()
-    tensors = {name: tensor for name, tensor in hf.file_tensors.items() if name not in tied}
+    tensors = hf.file_tensors
     return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from bridge.carried import carried_specs, carried_tensors, ignored
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from bridge.writers import Writers
@@ -31,9 +32,6 @@ from mappings.names import is_quantizer_state, is_routed_expert, module_of
 from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
-
-OUTPUT_LAYER = "output_layer.weight"
-"""Megatron's name."""
 
 _log = logging.getLogger("amaxbridge")
 
@@ -108,9 +106,7 @@ def decide(
 ) -> Finalizer:
     """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled."""
     finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
-    head = hf.registry.megatron_to_hf_lookup(OUTPUT_LAYER)
-    if hf.tied and head is not None:  # a Linear to every consumer, though it has no tensor of its own
-        finalizer.ignore += map(module_of, head.targets)
+    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
     if warn:
         _warn(state, finalizer.filled)
     return finalizer
@@ -167,14 +163,17 @@ class Saver:
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
         finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
+        carried = carried_specs(self._hf, required=not self._dry_run)
+        finalizer.ignore += ignored(self._hf)
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
-        layout = plan_layout(packer.specs, self._max_shard_bytes)
+        layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         ended = self._writers.first
         if not self._dry_run:
             specs = specs_of(plan)
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            before += sum(spec.nbytes for spec in carried.values())
             files = Layout((*layout.shards, *kept))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
             made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
@@ -231,26 +230,32 @@ class Saver:
                 for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
                     writer.write(name, tensor, first)
                 if self._keeps_state:
-                    _write_all(writer, bundle.state)
+                    _write_all(writer, bundle.state.items())
                 writer.done(bundle.key)
                 planned = mine[bundle.key]
                 self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
-            if self._keeps_state:  # every process has it: whoever ends the work has written it
-                _write_all(writer, output.conversion.state.amax)
         finally:
             writer.close()
 
     def _finish(self, plan: Sequence[BundlePlan], output: "_Output", staged: StagedDirectory) -> None:
-        """The files beside the shards; then everything is checked as it will be served.
-
-        Expected is what transformers expects, or where it has no such model, what is planned.
-        """
+        """What every process could write, by the one that ends the work; then all is checked as it will be served."""
+        writer = ShardWriter(staged.path, output.files)
+        try:
+            _write_all(writer, carried_tensors(self._hf))
+            if self._keeps_state:
+                _write_all(writer, output.conversion.state.amax.items())
+        finally:
+            writer.close()
         self._write_small_files(output, staged)
         if self._verify:
-            planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-            expected = self._hf.file_tensors or planned
-            shapes = {name: tuple(each.shape) for name, each in expected.items()}
-            verify(staged.path, expected=shapes).conclude(self._target)
+            verify(staged.path, expected=self._expected(plan)).conclude(self._target)
+
+    def _expected(self, plan: Sequence[BundlePlan]) -> dict[str, tuple[int, ...]]:
+        """The shapes that transformers expects, or where it has no such model, those planned; and what is carried."""
+        planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
+        known = {name: TensorSpec.of(each) for name, each in (self._hf.file_tensors or {}).items()}
+        expected = {**(known or planned), **carried_specs(self._hf, required=True)}
+        return {name: spec.shape for name, spec in expected.items()}
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this process owns, announced."""
@@ -287,8 +292,8 @@ class _Output:
     files: Layout
 
 
-def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
         writer.write(name, tensor)
 
 

@@ -75,6 +75,8 @@ class ModelFamily:
         activation: of the MLP, as Hugging Face configs name it.
         model_class: `gpt`, or a name of one in `bridge.megatron` where Megatron-Core has no such model.
         packed_experts: how files that are not quantized hold the experts of a layer; None for tensors of each expert.
+        language_part: the field of config.json that has the language model's configuration, None where all is its own.
+        carried: how names of tensors begin that files have beside the language model: exports copy them from there.
         hybrid_pattern: `hybrid_layer_pattern`, for a family that only HybridModel has and whose layers are
             HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
     """
@@ -93,6 +95,8 @@ class ModelFamily:
     activation: str = "silu"
     model_class: str = "gpt"
     packed_experts: PackedExperts | None = None
+    language_part: str | None = None
+    carried: tuple[str, ...] = ()
     hybrid_pattern: Translation | None = None
 
     @cached_property
@@ -104,6 +108,12 @@ class ModelFamily:
         """The registry of one model, with the mappings that only its configuration tells."""
         exceptions = tuple(self.exceptions(hf_config))
         return self.registry.with_exceptions(_registry(exceptions)) if exceptions else self.registry
+
+    def language_config(self, hf_config: HFConfig) -> HFConfig:
+        """The configuration of the language model, in the configuration of a model that may have other parts."""
+        if self.language_part is None:
+            return hf_config
+        return {**hf_config[self.language_part], "architectures": hf_config.get("architectures")}
 
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes.

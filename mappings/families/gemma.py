@@ -1,4 +1,6 @@
-"""Gemma 2 and Gemma 3 (text): norms before and after attention and MLP, all of them times `1 + weight`.
+"""Gemma 2 and Gemma 3: norms before and after attention and MLP, all of them times `1 + weight`.
+
+Of a Gemma 3 that sees images Megatron has the language model; the rest goes into an export as it is.
 
 Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear is a
 part of it in Megatron's names, as NVIDIA's Megatron-Bridge trains these models: `linear_proj.post_layernorm`.
@@ -6,6 +8,7 @@ Megatron-Core itself has no such layers; `bridge/megatron/gemma.py` has what it 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mappings.errors import UsageError
@@ -104,4 +107,14 @@ GEMMA3 = ModelFamily(
     },
     activation=_ACTIVATION,
     model_class="gemma",
+)
+
+GEMMA3_MULTIMODAL = replace(
+    GEMMA3,
+    architectures=("Gemma3ForConditionalGeneration",),
+    mappings=tuple(
+        mapping.rename(mapping.megatron_param, lambda name: f"language_model.{name}") for mapping in GEMMA3.mappings
+    ),
+    language_part="text_config",
+    carried=("vision_tower.", "multi_modal_projector."),
 )

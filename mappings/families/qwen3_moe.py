@@ -3,7 +3,7 @@
 from typing import Any
 
 from mappings.families import parts
-from mappings.family import HFConfig, ModelFamily, Translation, look_up
+from mappings.family import HFConfig, ModelFamily, Source, Translation, look_up
 from mappings.settings import Settings
 
 
@@ -24,6 +24,14 @@ def _dense_layers(settings: Settings) -> dict[str, Any]:
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
+SPARSE_LAYERS: dict[str, Source] = {
+    "num_moe_experts": Translation(_experts, lambda settings: {"num_experts": settings["num_moe_experts"]}),
+    "moe_layer_freq": Translation(_moe_layers, _dense_layers),
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_pre_softmax": parts.SOFTMAX_OVER_ALL,
+}
+
 QWEN3_MOE = ModelFamily(
     architectures=("Qwen3MoeForCausalLM",),
     mappings=(
@@ -39,11 +47,7 @@ QWEN3_MOE = ModelFamily(
     ),
     transformer={
         **parts.DECODER_SIZES,
-        "num_moe_experts": Translation(_experts, lambda settings: {"num_experts": settings["num_moe_experts"]}),
-        "moe_layer_freq": Translation(_moe_layers, _dense_layers),
-        "moe_ffn_hidden_size": "moe_intermediate_size",
-        "moe_router_topk": "num_experts_per_tok",
-        "moe_router_pre_softmax": parts.SOFTMAX_OVER_ALL,
+        **SPARSE_LAYERS,
     },
     requires=parts.PLAIN_DECODER,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
