@@ -25,6 +25,7 @@ from export.checkpoint import SafetensorsCheckpoint
 from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
+from export.model_directory import check_spared
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
 from mappings.errors import CheckpointError, listing
@@ -164,9 +165,10 @@ class AutoBridge:
         Raises:
             CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
-        ranks = self._ranks()
+        ranks, checkpoint = self._ranks(), Path(checkpoint).expanduser()
+        check_spared(checkpoint, Path(path).expanduser())
         saver = Saver(self.hf, ranks, Path(path), **options)
-        opened = DistCheckpoint(Path(checkpoint))
+        opened = DistCheckpoint(checkpoint)
         pattern = self.hf.family.layer_pattern(self.hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
         stored = StoredModel(opened, self.hf.family.spelling(pattern))
         config = SimpleNamespace(**self._described(pattern), vocab_size=self.hf.config["vocab_size"])

@@ -15,13 +15,14 @@ from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
 from export.model_card import Conversion, companion_files
+from export.model_directory import check_ignored, check_paths
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
 from export.schemes import Recipe, find_scheme
 from export.verify import verify
-from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
+from export.writer import ShardWriter, StagedDirectory, plan_fingerprint
 from mappings.amax import PRE_QUANT_SCALE
 from mappings.errors import AmaxbridgeError, UsageError, listing
 from mappings.names import is_quantizer_state, is_routed_expert, module_of
@@ -41,6 +42,7 @@ class SaveOptions(TypedDict, total=False):
 
     Args:
         scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
+        ignore: modules to leave as they are: full names, or `re:` and a pattern; each must match something.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
@@ -51,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     """
 
     scheme: str | Recipe | None
+    ignore: Sequence[str]
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -125,6 +128,7 @@ class Saver:
         target: Path,
         *,
         scheme: str | Recipe | None = "nvfp4",
+        ignore: Sequence[str] = (),
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -135,9 +139,9 @@ class Saver:
         quant_state: bool = False,
     ) -> None:
         self._hf, self._ranks = hf, ranks
-        self._target = target.absolute()
-        check_output(self._target, overwrite=overwrite)
-        self._recipe = find_scheme(scheme)
+        self._target = target.expanduser().absolute()
+        check_paths(hf.directory, self._target, overwrite=overwrite)
+        self._recipe, self._ignore = find_scheme(scheme, ignore), ignore
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._progress, self._record = progress or NoProgress(), record or {}
@@ -161,6 +165,8 @@ class Saver:
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
         finalizer = decide(self._hf, self._ranks, plan, self._recipe, state, self._missing)
+        if self._recipe is not None:
+            check_ignored(self._ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
         layout = plan_layout(packer.specs, self._max_shard_bytes)
@@ -254,14 +260,14 @@ class Saver:
 
     def _from_first[T](self, make: Callable[[], T]) -> T:
         """What the first rank makes, or the error that it meets, on every rank."""
-        made: T | AmaxbridgeError | None = None
+        made: T | Exception | None = None
         if self._first:
             try:
                 made = make()
-            except AmaxbridgeError as error:
+            except (AmaxbridgeError, OSError) as error:
                 made = error
-        of_first: T | AmaxbridgeError = self._ranks.all_gather_object(Axis.WORLD, made)[0]
-        if isinstance(of_first, AmaxbridgeError):
+        of_first: T | Exception = self._ranks.all_gather_object(Axis.WORLD, made)[0]
+        if isinstance(of_first, Exception):
             raise of_first
         return of_first
 

@@ -18,7 +18,7 @@ from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
 from export.model_card import Conversion, companion_files
-from export.model_directory import check_ignored, check_paths, fingerprint_of, read_config, source_directory
+from export.model_directory import check_ignored, check_paths, fingerprint_of, model_directory, read_config
 from export.pipeline import devices_of, write_plan
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
@@ -104,8 +104,10 @@ def model_free_ptq(
         WriteError: the disk is full; what is written is kept for the next run.
     """
     recipe, missing = find_scheme(scheme, ignore := tuple(ignore)), missing_policy(missing_amax)
-    source, target = source_directory(model_stub), Path(save_directory).absolute()
+    source = model_directory(model_stub, weights=True).absolute()
+    target = Path(save_directory).expanduser().absolute()
     check_paths(source, target, overwrite=overwrite)
+    devices = devices_of(device)
     converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
     config = read_config(source, converted=bool(converters))
     with SafetensorsCheckpoint(source) as checkpoint:
@@ -116,7 +118,7 @@ def model_free_ptq(
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, weight_map)
         plan = plan_shards(maps, files, recipe, quant_state, config, converters, missing)
-        check_ignored(ignore, plan.modules)
+        check_ignored(ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
         report = _report(plan, checkpoint)
@@ -125,7 +127,6 @@ def model_free_ptq(
         fingerprint = plan_fingerprint(fingerprint_of(source, model_files), plan.finalizer.fingerprint, plan.layout)
         with StagedDirectory(target, fingerprint) as staged:
             report = replace(report, resumed=len(done := staged.open(plan.layout)))
-            devices = devices_of(device)
             write_plan(plan, staged.path, done, max_workers, devices=devices, progress=progress or NoProgress())
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})

@@ -30,7 +30,7 @@ from torch import Tensor, uint8
 
 from export.exchange import replace_directory, restore_previous
 from export.layout import Layout
-from mappings.errors import AmaxbridgeError, OutputExistsError, WriteError
+from mappings.errors import AmaxbridgeError, OutputExistsError, UsageError, WriteError
 from mappings.tensors import TensorSpec
 
 _PLAN = ".plan"
@@ -79,9 +79,13 @@ class StagedDirectory:
 
         Raises:
             OutputExistsError: another run is writing to it.
+            UsageError: it cannot be made.
             WriteError: the disk has too little room.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be made: {error.strerror}; choose another output") from error
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

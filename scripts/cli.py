@@ -35,6 +35,7 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     then is the same on all ranks; one rank says it.
     """
     register()
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     started = False
     silence = contextlib.ExitStack()
 
@@ -70,9 +71,19 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         if config.debug:
             raise
         return _fail(error, error.exit_status)
+    except OSError as error:
+        if config.debug:
+            raise
+        return _fail(error, 1)
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
     return 0
+
+
+def _at_home(word: str) -> str:
+    """`output=~/out` with the home directory, which only some shells put there; Hydra's grammar has no ~."""
+    option, is_option, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
 
 
 def _rank() -> int:

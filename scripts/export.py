@@ -37,7 +37,8 @@ def export(options: ExportConfig) -> None:
         raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
     hf = _described_model(options)
     how: SaveOptions = {
-        "scheme": recipe_of(options.scheme, options.ignore),
+        "scheme": recipe_of(options.scheme),
+        "ignore": options.ignore,
         "missing_amax": options.amax.missing,
         "overwrite": options.io.overwrite,
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),

@@ -170,7 +170,7 @@ class TestArguments:
         assert not (output / "precious").exists()
 
     def test_no_such_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="not a directory of safetensors"):
+        with pytest.raises(UsageError, match="none is not there: give a directory"):
             model_free_ptq(tmp_path / "none", tmp_path / "out", "nvfp4a16")
 
     def test_another_run_is_writing(self, source: Path) -> None:

@@ -30,7 +30,7 @@ def composed(command: str, *words: str) -> Any:
 
 def recipe(*words: str) -> Any:
     options = composed("quantize", *words)
-    return recipe_of(OmegaConf.to_object(options.scheme), options.ignore)
+    return recipe_of(OmegaConf.to_object(options.scheme))
 
 
 def all_options() -> str:
