@@ -64,8 +64,8 @@ def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
     if config.get("model_type") in _TRANSPOSED:
         raise UsageError(
-            f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized layers for "
-            "that: choose a model of another family"
+            f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "
+            "layers for that: choose a model of another family"
         )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and not converted:
