@@ -17,6 +17,7 @@ from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
 from export.model_card import Conversion, companion_files
+from export.model_directory import check_apart, check_ignored
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
@@ -41,6 +42,7 @@ class SaveOptions(TypedDict, total=False):
 
     Args:
         scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
+        ignore: modules to leave as they are: full names, or `re:` and a pattern; each must match something.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
@@ -51,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     """
 
     scheme: str | Recipe | None
+    ignore: Sequence[str]
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -126,6 +129,7 @@ class Saver:
         target: Path,
         *,
         scheme: str | Recipe | None = "nvfp4",
+        ignore: Sequence[str] = (),
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -136,9 +140,11 @@ class Saver:
         quant_state: bool = False,
     ) -> None:
         self._hf, self._writers = hf, writers
-        self._target, self._overwrite = target.absolute(), overwrite
+        self._target, self._overwrite = target.expanduser().absolute(), overwrite
+        if hf.directory is not None:
+            check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=overwrite)
-        self._recipe = find_scheme(scheme)
+        self._recipe, self._ignore = find_scheme(scheme, ignore), ignore
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._progress = progress or NoProgress()
@@ -165,6 +171,8 @@ class Saver:
         finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
         carried = carried_specs(self._hf, required=not self._dry_run)
         finalizer.ignore += ignored(self._hf)
+        if self._recipe is not None:
+            check_ignored(self._ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
         layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
