@@ -27,15 +27,17 @@ def model_directory(name: str | Path, *, weights: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    where = f"{path.absolute()} is not there"
+    here = path.absolute()
     if path.exists():
         raise UsageError(f"{path} is a file: give the directory that it lies in")
     if path.is_absolute() or len(path.parts) != 2:
-        raise UsageError(f"{where}: give a directory, or the name of a model on the Hub (ORGANIZATION/MODEL)")
+        raise UsageError(
+            f"{here} is not there: give a directory, or the name of a model on the Hub (ORGANIZATION/MODEL)"
+        )
     try:
         return Path(snapshot_download(str(name), ignore_patterns=None if weights else list(_WEIGHTS)))
     except (OSError, ValueError) as error:  # no network, no such model, no leave to read it
-        raise UsageError(f"{where}, and the Hub does not give a model {name}: {str(error).strip()}") from error
+        raise UsageError(f"{here} is not there, and the Hub does not give a model {name}: {error}") from error
 
 
 def check_spared(source: Path, target: Path) -> None:
