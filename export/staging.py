@@ -125,7 +125,9 @@ class StagedDirectory:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._mutex.acquire()
         except OSError as error:
-            raise UsageError(f"{self.path} cannot be made: {error.filename}: {error.strerror}; choose another output") from error
+            raise UsageError(
+                f"{self.path} cannot be made: {error.filename}: {error.strerror}; choose another output"
+            ) from error
         try:
             if self._is_made():
                 return None

@@ -185,7 +185,7 @@ class TestArguments:
 
     def test_an_output_that_cannot_be_made(self, source: Path) -> None:
         (source.parent / "file").touch()
-        with pytest.raises(UsageError, match="cannot be made: .*file: File exists; choose another output"):
+        with pytest.raises(UsageError, match=r"cannot be made: .*file: File exists; choose another output"):
             model_free_ptq(source, source.parent / "file" / "out", "nvfp4a16")
 
     @pytest.mark.parametrize(("device", "message"), [("gpu", "device=gpu is none"), ("cuda:99", "torch finds")])
