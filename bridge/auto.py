@@ -16,20 +16,22 @@ from bridge.fill import fill_parameters, fill_quantizers
 from bridge.from_arguments import model_of_arguments
 from bridge.hf_config import OUTPUT_LAYER, HFModel, read_hf_model
 from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
-from bridge.plan import BundlePlan, plan_export
+from bridge.plan import BundlePlan, plan_export, plan_stored
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
 from bridge.save import ExportReport, SaveOptions, Saver, decide
-from bridge.stream import stream_bundles
+from bridge.stream import join_bundle, stream_bundles
 from bridge.torch_dist import DistCheckpoint
+from bridge.writers import Apart, Together
 from export.checkpoint import SafetensorsCheckpoint
 from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
+from export.staging import ALONE, Share
 from mappings.errors import CheckpointError, listing
-from mappings.ranks import Axis, Ranks
+from mappings.ranks import LOCAL, Axis, Ranks
 
 _log = logging.getLogger("amaxbridge")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -115,7 +117,8 @@ class AutoBridge:
         held, config = self._held(chunks), self._module_config(chunks)
         plan = self._plan(held, config)
         state = self._collect_scalars(chunks) if recipe else QuantState()
-        finalizer = decide(self.hf, self._ranks(), plan, recipe, state, missing)
+        first = self._ranks().rank(Axis.WORLD) == 0
+        finalizer = decide(self.hf, plan, recipe, state, missing, warn=first)
         for bundle in self._stream(held, config, plan):
             yield from finalizer.finalize(bundle)
 
@@ -171,37 +174,41 @@ class AutoBridge:
             MappingError: parameters that have no mapping or do not fit; all are named.
             AmaxError: amax that are missing, zero, negative or not finite; all are named.
         """
-        saver = Saver(self.hf, self._ranks(), Path(path), **options)
+        saver = Saver(self.hf, Together(self._ranks()), Path(path), **options)
         chunks = unwrap(model)
         held, config = self._held(chunks), self._module_config(chunks)
         plan = self._plan(held, config)
         return saver.save(plan, partial(self._stream, held, config), partial(self._collect_scalars, chunks))
 
     def convert_checkpoint(
-        self, checkpoint: str | Path, path: str | Path, **options: Unpack[SaveOptions]
+        self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveOptions]
     ) -> ExportReport:
         """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
 
-        Several processes share the bundles; each reads what it writes, straight from the files. At any time a process
-        holds one bundle. An export that was interrupted goes on where it stopped when it is called again.
+        Processes that share the bundles need not know of one another, nor run at the same time: each reads what it
+        writes, straight from the files, and returns; the last one puts all into place. At any time a process holds one
+        bundle. An export that was interrupted goes on where it stopped when it is called again.
+
+        Args:
+            share: which of the processes this is. They must see checkpoint and output on one file system.
 
         Raises:
             CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
-        ranks = self._ranks()
-        saver = Saver(self.hf, ranks, Path(path), **options)
+        saver = Saver(self.hf, Apart(share), Path(path), **options)
         opened = DistCheckpoint(Path(checkpoint))
-        if ranks.rank(Axis.WORLD) == 0:
+        if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)
         stored, config = stored_model(opened, self.hf)
-        check_described(stored, self.hf, config, ranks)
+        check_described(stored, self.hf, config)
         quantizers = stored.quantizers()
-        plan = self._plan([*stored.parameters(), *state_parameters(quantizers)], config)
+        held = [*stored.parameters(), *state_parameters(quantizers)]
+        plan = plan_stored(held, self.hf.registry, config, share.world, skip=self._without_tensor)
         return saver.save(
             plan,
-            lambda needed: stream_bundles(needed, stored, config, ranks),
-            lambda: collect_scalars(quantizers, self.hf.registry, ranks),
+            lambda needed: (join_bundle(bundle, stored, config) for bundle in needed if bundle.owner == share.rank),
+            lambda: collect_scalars(quantizers, self.hf.registry, LOCAL),
             source=opened.fingerprint,
         )
 
@@ -216,8 +223,7 @@ class AutoBridge:
         return [*self._parameters(chunks), *state_parameters(self._quantizers(chunks))]
 
     def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
-        tied = frozenset({OUTPUT_LAYER}) if self.hf.tied else frozenset[str]()
-        return plan_export(held, self.hf.registry, config, self._ranks(), skip=tied)
+        return plan_export(held, self.hf.registry, config, self._ranks(), skip=self._without_tensor)
 
     def _stream(self, held: Sequence[Parameter], config: Any, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         tensors = {parameter.name: parameter.tensor for parameter in held}
@@ -253,6 +259,11 @@ class AutoBridge:
     def _described(self, pattern: str | None) -> dict[str, Any]:
         """What config.json says in Megatron's words; `pattern` is that of a HybridModel, None for a GPTModel."""
         return self.hf.family.module_config(self.hf.config, pattern)
+
+    @property
+    def _without_tensor(self) -> frozenset[str]:
+        """Megatron parameters that are another's on the Hugging Face side."""
+        return frozenset({OUTPUT_LAYER}) if self.hf.tied else frozenset()
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()

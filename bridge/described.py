@@ -15,16 +15,13 @@ from bridge.torch_dist import DistCheckpoint
 from mappings.errors import CheckpointError, listing
 from mappings.families import FAMILIES
 from mappings.names import is_quantizer_state, kind_of
-from mappings.ranks import Axis, Ranks
 from mappings.spelling import canonical
 
 _MOST = 40  # lines: one for each kind of tensor
 
 
-def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace, ranks: Ranks) -> None:
-    """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json. Collective.
-
-    The first rank looks; all raise.
+def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> None:
+    """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
 
     Args:
         config: what mappings read of Megatron's configuration.
@@ -32,8 +29,7 @@ def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace, r
     Raises:
         CheckpointError: they disagree.
     """
-    found = _disagreements(stored, hf, config) if ranks.rank(Axis.WORLD) == 0 else []
-    found = ranks.all_gather_object(Axis.WORLD, found)[0]
+    found = _disagreements(stored, hf, config)
     if found:
         raise CheckpointError(
             f"{stored.checkpoint.directory} is not the model that {hf.source} describes, "

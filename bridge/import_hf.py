@@ -22,7 +22,7 @@ from bridge.saved_args import megatron_arguments
 from export.dequantized import Changed, DequantizedCheckpoint
 from export.exchange import replace_directory
 from export.schemes import Scheme
-from export.writer import check_output
+from export.staging import check_output
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from mappings.errors import MappingError, UsageError, listing
 from mappings.mapping import MegatronParamMapping
@@ -42,7 +42,7 @@ class ImportReport:
         quantizers: enabled in Megatron, over all ranks that hold different parts.
         left: quantized modules of the directory for which Megatron has no quantizer: they are in 16 bits now.
         changed: modules whose bytes would not come back, and what of them.
-        cache_scales: of a key-value cache, which stay behind.
+        cache_scales: of a key-value cache, which stay behind: Megatron has no quantizers for them.
     """
 
     schemes: Mapping[str, int]
@@ -88,9 +88,10 @@ def import_hf(
         if weights.schemes and dtype == torch.float16:
             raise UsageError("model.dtype=float16 has too few exponents for weights that were quantized: use bfloat16")
         chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
-        quantized = _insert(chunks, hf, weights) if weights.schemes else set[str]()
+        any_quantized = bool(weights.schemes or weights.cache_scales)
+        quantized = _insert(chunks, hf, weights) if any_quantized else set[str]()
         bridge.load_from(weights, chunks)
-        if weights.schemes:
+        if any_quantized:
             bridge.load_quant_state(chunks, weights.state)
     report = _report(weights, quantized, ranks)
     _save(chunks, hf, target, ranks)
@@ -104,13 +105,21 @@ def _model_class(name: str | None) -> ModelClass | None:
 
 
 def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckpoint) -> set[str]:
-    """Inserts quantizers and enables those whose modules are quantized in the directory; gives these modules."""
-    megatron.insert_quantizers(chunks)
+    """Inserts quantizers and enables those that the directory has state for.
+
+    Returns:
+        The modules that are quantized, and the amax of key-value caches.
+    """
+    with megatron.cache_quantizers(wanted=bool(weights.cache_scales)):
+        megatron.insert_quantizers(chunks)
     found, problems = set[str](), list[str]()
     for quantizer in walk_all_quantizers(chunks, hf.family.spelling(layer_pattern(chunks))):
         mapping = quantizer_mapping(quantizer, hf.registry)
         if mapping is None:
             continue
+        if mapping.targets[0] in weights.cache_scales:
+            megatron.enable_cache(quantizer.module)
+            found.update(mapping.targets)
         for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER):
             schemes = _schemes(mapping, suffix, weights)
             names = {scheme.name if scheme else "not quantized" for scheme in schemes.values()}
@@ -147,8 +156,9 @@ def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -
     for scheme in weights.schemes.values():
         schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
     left = [module for module in weights.schemes if module not in found]
-    cache_scales = [name for name in weights.checkpoint.weight_map if name.endswith(_CACHE_SCALES)]
-    report = ImportReport(schemes, len(found), left, changed, cache_scales)
+    taken = {scale for amax, scale in weights.cache_scales.items() if amax in found}
+    scales = [name for name in weights.checkpoint.weight_map if name.endswith(_CACHE_SCALES) and name not in taken]
+    report = ImportReport(schemes, len(found), left, changed, scales)
     if ranks.rank(Axis.WORLD) == 0:
         _warn(report)
     return report
@@ -163,7 +173,7 @@ def _warn(report: ImportReport) -> None:
         )
     if report.cache_scales:
         _log.warning(
-            "%d scales of a key-value cache stay behind: insert quantizers for it with ModelOpt, and calibrate them:%s",
+            "%d scales of a key-value cache stay behind: there are no quantizers for it, or it is not FP8:%s",
             len(report.cache_scales),
             listing(report.cache_scales),
         )

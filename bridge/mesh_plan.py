@@ -19,15 +19,17 @@ from bridge.mesh import Mesh
 from bridge.plan import BundlePlan, RankReport, plan_reports
 from bridge.save import ExportReport, SaveOptions, Saver
 from bridge.stream import BUCKET_BYTES
+from bridge.writers import Apart
 from export.checkpoint import SafetensorsCheckpoint
 from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
+from export.staging import ALONE
 from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from mappings.errors import CheckpointError, listing
 from mappings.names import module_of
-from mappings.ranks import LOCAL, Axis
+from mappings.ranks import Axis
 
 _NEVER_QUANTIZED = ("embedding.", "output_layer.", ".router.", "eh_proj.")  # by ModelOpt's presets
 
@@ -98,7 +100,7 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOp
     bundles = plan_reports(reports, hf.registry, config, skip=tied)
     state = _supposed_state(bundles, find_scheme(options.get("scheme", "nvfp4")))
     options["dry_run"] = True
-    report = Saver(hf, LOCAL, target, **options).save(bundles, _nothing, lambda: state)
+    report = Saver(hf, Apart(ALONE), target, **options).save(bundles, _nothing, lambda: state)
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in reports]
     return MeshPlan(mesh, report, rank_shares(report, held), list(state.amax))
 

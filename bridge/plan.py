@@ -105,6 +105,15 @@ def plan_export(
     return plan_reports(ranks.all_gather_object(Axis.WORLD, report), registry, config, skip=skip)
 
 
+def plan_stored(
+    parameters: Iterable[Parameter], registry: MappingRegistry, config: Any, processes: int, *, skip: frozenset[str]
+) -> list[BundlePlan]:
+    """As `plan_export`, of a model that each of some processes can read all of: the same in all, without a word."""
+    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
+    reports = [RankReport(specs, dict.fromkeys((Axis.TP, Axis.ETP), (rank,))) for rank in range(processes)]
+    return plan_reports(reports, registry, config, skip=skip)
+
+
 def plan_reports(
     reports: Sequence[RankReport], registry: MappingRegistry, config: Any, *, skip: frozenset[str]
 ) -> list[BundlePlan]:

@@ -73,12 +73,12 @@ class ProcessRanks:
 
 
 def world_size() -> int:
-    """Number of processes that `torchrun` started, 1 without it."""
+    """Number of processes that share the work, as `torchrun` says, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def world_rank() -> int:
-    """This process's number among those that `torchrun` started, 0 without it."""
+    """This process's number among them, 0 without it."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -103,16 +103,6 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def world() -> Iterator[Ranks]:
-    """The processes that `torchrun` started, as ranks that share work and no model; this process alone without it."""
-    if world_size() == 1:
-        yield LOCAL
-        return
-    with process_group():
-        yield ProcessRanks({})
 
 
 def current_ranks() -> Ranks:

@@ -8,25 +8,27 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.carried import carried_specs, carried_tensors, ignored
+from bridge.carried import CARRIED, carried_specs, carried_tensors, ignored
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
+from bridge.writers import Writers
 from export.finalizer import Bundle, Finalizer
 from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
+from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
 from export.model_card import Conversion, companion_files
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import ModelIdentity, plan_quant_state
+from export.record import MADE_FROM
 from export.schemes import Recipe, find_scheme
+from export.staging import StagedDirectory, plan_fingerprint
 from export.verify import verify
-from export.writer import ShardWriter, StagedDirectory, check_output, plan_fingerprint
+from export.writer import ShardWriter
 from mappings.amax import PRE_QUANT_SCALE
-from mappings.errors import AmaxbridgeError, UsageError, listing
+from mappings.errors import UsageError, listing
 from mappings.names import is_quantizer_state, is_routed_expert, module_of
-from mappings.ranks import Axis, Ranks
 from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
@@ -61,7 +63,7 @@ class SaveOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did, or with `dry_run` would do: the same on every rank.
+    """What an export did, or with `dry_run` would do: the same in every process, but for `ended`.
 
     Args:
         scheme: as users gave it.
@@ -69,6 +71,7 @@ class ExportReport:
         quantized: module → the name of its scheme.
         ignored: the linear modules that are left as they are.
         filled: amax that were missing or unusable: quantizer → what filled it.
+        ended: whether this process put the output into place, or for a dry run is the first.
     """
 
     scheme: str
@@ -79,6 +82,7 @@ class ExportReport:
     ignored: Sequence[str]
     state: QuantState
     filled: Mapping[str, str]
+    ended: bool
 
     @property
     def sources(self) -> dict[str, TensorSpec]:
@@ -93,22 +97,23 @@ def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
 
 def decide(
     hf: HFModel,
-    ranks: Ranks,
     plan: Sequence[BundlePlan],
     recipe: Recipe | None,
     state: QuantState,
     missing: MissingAmax,
+    *,
+    warn: bool,
 ) -> Finalizer:
-    """What is made of every tensor of a plan; the first rank warns of amax that differ or had to be filled."""
+    """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled."""
     finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
     finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
-    if ranks.rank(Axis.WORLD) == 0:
+    if warn:
         _warn(state, finalizer.filled)
     return finalizer
 
 
 class Saver:
-    """Saves one checkpoint, together with the same on the other ranks. Options as in `SaveOptions`.
+    """Saves one checkpoint, with the other writers. Options as in `SaveOptions`.
 
     Raises:
         UsageError: an unknown scheme or policy, or an output that is not empty.
@@ -117,7 +122,7 @@ class Saver:
     def __init__(
         self,
         hf: HFModel,
-        ranks: Ranks,
+        writers: Writers,
         target: Path,
         *,
         scheme: str | Recipe | None = "nvfp4",
@@ -130,9 +135,9 @@ class Saver:
         record: Mapping[str, Any] | None = None,
         quant_state: bool = False,
     ) -> None:
-        self._hf, self._ranks = hf, ranks
-        self._target = target.absolute()
-        check_output(self._target, overwrite=overwrite)
+        self._hf, self._writers = hf, writers
+        self._target, self._overwrite = target.absolute(), overwrite
+        writers.check_output(self._target, overwrite=overwrite)
         self._recipe = find_scheme(scheme)
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
@@ -148,30 +153,33 @@ class Saver:
         *,
         source: str | None = None,
     ) -> ExportReport:
-        """Writes the bundles of a plan. Collective.
+        """Writes the bundles of a plan: collective where the writers are ranks of a live model.
 
         Args:
-            stream: gives those of some planned bundles that this rank owns.
+            stream: gives those of some planned bundles that this process owns.
             collect: gives the per-tensor state; called when it is needed.
             source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
                 model, whose weights may be others the next time.
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
-        finalizer = decide(self._hf, self._ranks, plan, self._recipe, state, self._missing)
+        finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
         carried = carried_specs(self._hf, required=not self._dry_run)
         finalizer.ignore += ignored(self._hf)
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
         layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
+        ended = self._writers.first
         if not self._dry_run:
             specs = specs_of(plan)
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
             before += sum(spec.nbytes for spec in carried.values())
-            conversion = Conversion(finalizer, layout, before, state, self._record)
-            output = _Output(conversion, packer, Layout((*layout.shards, *kept)), self._expected({**specs, **carried}))
-            fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, output.files)
-            self._write(plan, stream, output, fingerprint)
+            files = Layout((*layout.shards, *kept))
+            fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
+            made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
+            record = {**self._record, MADE_FROM: made_from}
+            output = _Output(Conversion(finalizer, layout, before, state, record), packer, files, carried)
+            ended = self._write(plan, stream, output, fingerprint)
         return ExportReport(
             self._recipe.name if self._recipe else "none",
             plan,
@@ -181,11 +189,8 @@ class Saver:
             finalizer.ignore,
             state,
             finalizer.filled,
+            ended,
         )
-
-    @property
-    def _first(self) -> bool:
-        return self._ranks.rank(Axis.WORLD) == 0
 
     def _state_file(self, state: QuantState, specs: Mapping[str, TensorSpec]) -> tuple[Shard]:
         folded = [name for name in {*specs, *state.amax} if name.endswith(PRE_QUANT_SCALE)]
@@ -196,52 +201,62 @@ class Saver:
             )
         return (plan_quant_state(state, specs, ModelIdentity.of(self._hf.written, specs)),)
 
-    def _write(self, plan: Sequence[BundlePlan], stream: Stream, output: "_Output", fingerprint: str | None) -> None:
-        with StagedDirectory(self._target, fingerprint) as staged:
-            done = self._from_first(lambda: staged.open(output.files))
-            needed = [bundle for bundle in plan if bundle.key not in done]
-            mine = self._begin(plan, done)
-            writer = ShardWriter(staged.path, output.files, self._ranks.rank(Axis.WORLD))
-            try:
-                for bundle in stream(needed):
-                    for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
-                        writer.write(name, tensor, first)
-                    if self._keeps_state:
-                        _write_all(writer, bundle.state.items())
-                    writer.done(bundle.key)
-                    planned = mine[bundle.key]
-                    self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
-                if self._first:
-                    _write_all(writer, carried_tensors(self._hf))
-                if self._keeps_state and self._first:
-                    _write_all(writer, output.conversion.state.amax.items())
-            finally:
-                writer.close()
-            self._barrier()
-            self._from_first(lambda: self._finish(staged, output))
-            if self._first:
-                staged.commit()
-            self._barrier()
+    def _write(self, plan: Sequence[BundlePlan], stream: Stream, output: "_Output", fingerprint: str | None) -> bool:
+        """Whether it was this process that ended it."""
+        made_from = output.conversion.record[MADE_FROM]
+        with StagedDirectory(
+            self._target, fingerprint, self._writers.share, output=made_from, overwrite=self._overwrite
+        ) as staged:
+            done = self._writers.open(staged, output.files)
+            if done is None:
+                return False
+            self._write_mine(plan, done, stream, output, staged)
+            keys = [bundle.key for bundle in plan] + ([CARRIED] if output.carried else [])
+            return self._writers.end(staged, keys, lambda: self._finish(plan, output, staged))
 
-    def _expected(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-        """What will be verified: what transformers expects, or where it has no such model, what is planned."""
-        planned = {name: spec.shape for name, spec in specs.items() if not is_quantizer_state(name)}
-        known = self._hf.file_tensors if self._verify and self._first else None
-        if known is None:
-            return planned
-        carried = {name: shape for name, shape in planned.items() if name.startswith(self._hf.family.carried)}
-        return {name: tuple(tensor.shape) for name, tensor in known.items()} | carried
+    def _write_mine(
+        self,
+        plan: Sequence[BundlePlan],
+        done: frozenset[str],
+        stream: Stream,
+        output: "_Output",
+        staged: StagedDirectory,
+    ) -> None:
+        """The bundles of this process that are not done."""
+        mine = self._begin(plan, done)
+        writer = ShardWriter(staged.path, output.files, staged.journal)
+        try:
+            for bundle in stream([bundle for bundle in plan if bundle.key not in done]):
+                for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
+                    writer.write(name, tensor, first)
+                if self._keeps_state:
+                    _write_all(writer, bundle.state.items())
+                writer.done(bundle.key)
+                planned = mine[bundle.key]
+                self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
+            if output.carried and self._writers.first and CARRIED not in done:
+                _write_all(writer, carried_tensors(self._hf))
+                writer.done(CARRIED)
+            if self._keeps_state:  # every process has it: whoever ends the work has written it
+                _write_all(writer, output.conversion.state.amax.items())
+        finally:
+            writer.close()
 
-    def _finish(self, staged: StagedDirectory, output: "_Output") -> None:
+    def _finish(self, plan: Sequence[BundlePlan], output: "_Output", staged: StagedDirectory) -> None:
         """The files beside the shards; then everything is checked as it will be served."""
-        self._write_small_files(staged, output)
+        self._write_small_files(output, staged)
         if self._verify:
-            verify(staged.path, expected=output.expected).conclude(self._target)
+            verify(staged.path, expected=self._expected(plan, output)).conclude(self._target)
+
+    def _expected(self, plan: Sequence[BundlePlan], output: "_Output") -> dict[str, tuple[int, ...]]:
+        """What transformers expects, or where it has no such model, what is planned."""
+        planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
+        expected: Mapping[str, Any] = {**(self._hf.file_tensors or planned), **output.carried}
+        return {name: tuple(each.shape) for name, each in expected.items()}
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
-        """The bundles that this rank owns, announced."""
-        me = self._ranks.members(Axis.WORLD)[self._ranks.rank(Axis.WORLD)]
-        mine = {bundle.key: bundle for bundle in plan if bundle.owner == me}
+        """The bundles that this process owns, announced."""
+        mine = {bundle.key: bundle for bundle in plan if bundle.owner == self._writers.me}
         self._progress.begin(
             tensors=sum(len(bundle.specs) for key, bundle in mine.items() if key not in done),
             nbytes=sum(bundle.nbytes for bundle in mine.values()),
@@ -249,7 +264,7 @@ class Saver:
         )
         return mine
 
-    def _write_small_files(self, staged: StagedDirectory, output: "_Output") -> None:
+    def _write_small_files(self, output: "_Output", staged: StagedDirectory) -> None:
         for name, content in companion_files(self._hf.directory, output.conversion):
             staged.write_file(name, content)
         quantization = output.conversion.finalizer.quantization_config
@@ -257,22 +272,6 @@ class Saver:
         index = index_json(output.conversion.layout, alone=not self._keeps_state)
         if index is not None:
             staged.write_file(INDEX_FILE, index)
-
-    def _from_first[T](self, make: Callable[[], T]) -> T:
-        """What the first rank makes, or the error that it meets, on every rank."""
-        made: T | AmaxbridgeError | None = None
-        if self._first:
-            try:
-                made = make()
-            except AmaxbridgeError as error:
-                made = error
-        of_first: T | AmaxbridgeError = self._ranks.all_gather_object(Axis.WORLD, made)[0]
-        if isinstance(of_first, AmaxbridgeError):
-            raise of_first
-        return of_first
-
-    def _barrier(self) -> None:
-        self._ranks.all_gather_object(Axis.WORLD, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,13 +282,13 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
-        expected: the shapes of all tensors before they are quantized.
+        carried: the tensors that are copied from the Hugging Face directory.
     """
 
     conversion: Conversion
     packer: ExpertPacker
     files: Layout
-    expected: Mapping[str, tuple[int, ...]]
+    carried: Mapping[str, TensorSpec]
 
 
 def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -40,7 +40,7 @@ def stream_bundles(
         if me not in bundle.group:
             continue
         if bundle.axis is None:
-            yield _join(bundle, {}, tensors, config)
+            yield join_bundle(bundle, tensors, config)
             continue
         bucket = buckets.setdefault(bundle.axis, [])
         bucket.append(bundle)
@@ -49,6 +49,20 @@ def stream_bundles(
             bucket.clear()
     for bucket in buckets.values():
         yield from _exchange(bucket, tensors, config, ranks, me)
+
+
+def join_bundle(
+    bundle: BundlePlan,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    shards: Mapping[str, list[Tensor]] | None = None,
+) -> Bundle:
+    """A bundle from its Megatron tensors, each as `shards` of the ranks, or whole in `tensors`."""
+    moved = shards or {}
+    joined: dict[str, Tensor] = {}
+    for part in bundle.parts:
+        joined |= part.mapping.join(moved.get(part.name) or [tensors[part.name].detach()], config)
+    return Bundle.of(joined, bundle.key)
 
 
 def _exchange(
@@ -70,14 +84,7 @@ def _exchange(
         for part in bundle.moved_parts:
             shards[part.name] = [_unpack(data, at, part) for data in received]
             at += _aligned(part.shard.nbytes)
-        yield _join(bundle, shards, tensors, config)
-
-
-def _join(bundle: BundlePlan, shards: Mapping[str, list[Tensor]], tensors: Mapping[str, Tensor], config: Any) -> Bundle:
-    joined: dict[str, Tensor] = {}
-    for part in bundle.parts:
-        joined |= part.mapping.join(shards.get(part.name) or [tensors[part.name].detach()], config)
-    return Bundle.of(joined, bundle.key)
+        yield join_bundle(bundle, tensors, config, shards)
 
 
 def _pack(bundles: Sequence[BundlePlan], tensors: Mapping[str, Tensor]) -> Tensor:

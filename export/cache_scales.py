@@ -6,17 +6,20 @@ ModelOpt's exporter raises these scales to at least 1, as a precaution; here the
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from export.quant_state import QuantState
+from export.restored_amax import amax_of_scale
 from mappings.errors import AmaxError, UsageError, listing
 from mappings.tensors import TensorSpec
 
 _FP8_MAX = 448.0
 _QUANTIZERS = ("k", "v")
+_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # in config.json, of what is read back
 
 
 def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
@@ -58,3 +61,26 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
             "Calibrate the model, or disable these quantizers"
         )
     return scales
+
+
+def stored_cache_scales(tensors: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, str]:
+    """The scales of the key-value cache in a checkpoint: the quantizer's buffer → the scale's name.
+
+    Args:
+        tensors: the names of all.
+        quantization: `quantization_config`; its `kv_cache_scheme` must be FP8 with one scale a layer, if it has one.
+    """
+    scheme = (quantization or {}).get("kv_cache_scheme") or _SCHEME
+    if any(scheme.get(key) != value for key, value in _SCHEME.items()):
+        return {}
+    return {
+        f"{name.removesuffix(suffix)}.{letter}_bmm_quantizer._amax": name
+        for name in tensors
+        for letter in _QUANTIZERS
+        if name.endswith(suffix := f".{letter}_scale")
+    }
+
+
+def amax_of_cache_scale(scale: Tensor) -> Tensor:
+    """fp32, 0-d: what `cache_scales` makes the scale from."""
+    return amax_of_scale(scale.reshape(()), _FP8_MAX)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.cache_scales import amax_of_cache_scale, stored_cache_scales
 from export.checkpoint import SafetensorsCheckpoint
 from export.fused_scales import GroupAmax
 from export.kernels.nvfp4 import NVFP4Weight
@@ -78,6 +79,7 @@ class DequantizedCheckpoint:
         self.checkpoint = checkpoint
         self.changed: dict[str, Changed] = {}
         self.schemes: Mapping[str, Scheme] = {}
+        self.cache_scales = stored_cache_scales(checkpoint.weight_map, quantization)
         method = (quantization or {}).get("quant_method", "compressed-tensors")
         if quantization is not None and method not in _READ_AS_THEY_ARE:
             if method != "compressed-tensors":
@@ -121,6 +123,8 @@ class DequantizedCheckpoint:
 
         fp32; of a weight's blocks `[blocks down, blocks across]`, else 0-d.
         """
+        if quantizer in self.cache_scales:
+            return amax_of_cache_scale(self.checkpoint.read(self.cache_scales[quantizer]))
         module = quantizer.rpartition("_quantizer.")[0].rpartition(".")[0]
         scheme = self.schemes.get(module)
         if scheme is None or not scheme.format:
@@ -192,6 +196,7 @@ class _LazyAmax(Mapping[str, Tensor]):
         return amax
 
     def __iter__(self) -> Iterator[str]:
+        yield from self._source.cache_scales
         for module, scheme in self._source.schemes.items():
             if scheme.format and (scheme.needs_weight_amax or isinstance(scheme, Scaled)):
                 yield module + WEIGHT_QUANTIZER

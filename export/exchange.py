@@ -26,7 +26,7 @@ def replace_directory(new: Path, target: Path) -> None:
         os.rename(target, previous)
         os.rename(new, target)
         shutil.rmtree(previous, ignore_errors=True)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def restore_previous(target: Path) -> None:
@@ -53,7 +53,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory last."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

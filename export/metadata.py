@@ -1,5 +1,6 @@
 """The files beside the tensors: config.json with its `quantization_config`, the index, and what is carried over."""
 
+import hashlib
 import json
 import logging
 import re
@@ -100,6 +101,24 @@ def carried_files(source: Path) -> dict[str, Path]:
     Tokenizer, chat templates, remote code, generation config, licence, images of the card; directories too, but hidden
     ones and those with weights of their own (`original/`, `onnx/`), which are the model once more.
     """
+    carried, left = _sorted_out(source)
+    if left:
+        _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
+    return carried
+
+
+def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
+    """Names all that an output is made from: the plan of its tensors, config.json, and the source's other files."""
+    digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
+    others = {} if source is None else {**_sorted_out(source)[0], CARD_FILE: source / CARD_FILE}
+    for name, file in others.items():
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _sorted_out(source: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that go along, and the directories that do not."""
     carried = {}
     left = []
     for path in sorted(source.iterdir()):
@@ -111,9 +130,7 @@ def carried_files(source: Path) -> dict[str, Path]:
                 left.append(path.name)
             else:
                 carried |= {file.relative_to(source).as_posix(): file for file in inside}
-    if left:
-        _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
-    return carried
+    return carried, left
 
 
 def json_bytes(content: object) -> bytes:

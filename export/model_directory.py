@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from export.metadata import CONFIG_FILE
 from export.schemes.recipe import is_named
-from export.writer import check_output
+from export.staging import check_output
 from mappings.errors import UsageError, listing
 
 

@@ -25,8 +25,8 @@ from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
 from export.schemes import find_scheme
 from export.shard_plan import ShardPlan, plan_shards
+from export.staging import StagedDirectory, plan_fingerprint
 from export.verify import verify as verify_checkpoint
-from export.writer import StagedDirectory, plan_fingerprint
 from mappings.errors import listing
 from mappings.tensors import TensorSpec
 
@@ -123,10 +123,11 @@ def model_free_ptq(
         if dry_run:
             return report
         fingerprint = plan_fingerprint(fingerprint_of(source, model_files), plan.finalizer.fingerprint, plan.layout)
-        with StagedDirectory(target, fingerprint) as staged:
-            report = replace(report, resumed=len(done := staged.open(plan.layout)))
+        with StagedDirectory(target, fingerprint, overwrite=overwrite) as staged:
+            done = staged.open(plan.layout) or frozenset()
+            report = replace(report, resumed=len(done))
             devices = devices_of(device)
-            write_plan(plan, staged.path, done, max_workers, devices=devices, progress=progress or NoProgress())
+            write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
             for name, content in companion_files(source, conversion):

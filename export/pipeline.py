@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from export.rows import Part, Rows, WholeTensor
 from export.safetensors_file import StoredTensor
 from export.shard_plan import ShardPlan
 from export.source import SourceBundle
+from export.staging import StagedDirectory
 from export.writer import ShardWriter
 from mappings.tensors import TensorSpec
 
@@ -44,6 +44,7 @@ class Worker:
         size = _MEMORY if self.stream else 0
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
         self._there = torch.empty(size, dtype=torch.uint8, device=device)
+        self._back = torch.empty(size // 2, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
         """The tensors of a bundle; weights that are quantized come to the worker's device."""
@@ -67,6 +68,15 @@ class Worker:
         there.copy_(rows, non_blocking=True)
         self.stream.synchronize()
         return there
+
+    def fetched(self, rows: Tensor) -> Tensor:
+        """Rows on the CPU; those from a GPU are valid until the next ones are fetched."""
+        if rows.device.type == "cpu" or rows.nbytes > len(self._back):
+            return rows.cpu()
+        back = self._back[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        back.copy_(rows, non_blocking=True)
+        torch.cuda.current_stream(rows.device).synchronize()
+        return back
 
     def at_work(self) -> Any:
         """The context in which its thread works."""
@@ -154,18 +164,19 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
+        torch.cuda.empty_cache()  # each stream has a cache of its own, which no other run would find
 
 
 def write_plan(
     plan: ShardPlan,
-    directory: Path,
+    staged: StagedDirectory,
     done: Collection[str] = (),
     workers: int = 1,
     *,
     devices: Sequence[torch.device],
     progress: Progress | None = None,
 ) -> None:
-    """Writes the bundles of a plan into the shards of a staging directory.
+    """Writes the bundles of a plan into the shards of a staging directory that is open.
 
     Args:
         done: the keys of those that are there already.
@@ -177,12 +188,12 @@ def write_plan(
         nbytes=sum(bundle.nbytes for bundle in plan.bundles),
         kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
     )
-    writer = ShardWriter(directory, plan.layout)
+    writer = ShardWriter(staged.path, plan.layout, staged.journal)
 
     def make(bundle: SourceBundle, worker: Worker) -> None:
         tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)
         for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
-            writer.write(name, rows, first)
+            writer.write(name, worker.fetched(rows), first)
         writer.done(bundle.key)
         progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
 

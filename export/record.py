@@ -1,8 +1,12 @@
 """Which versions made a checkpoint: kept beside it, with how it was asked for and turned out; see `model_card`."""
 
+import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 RECORD_FILE = "amaxbridge.json"
+MADE_FROM = "made_from"
+"""Its key for the fingerprint of all that an output is made from; null where no other run could tell."""
 
 _PACKAGES = (
     "amaxbridge", "torch", "megatron-core", "nvidia-modelopt", "compressed-tensors", "transformers", "safetensors"
@@ -18,3 +22,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def made_from(output: Path) -> str | None:
+    """The fingerprint in an output; None where there is none."""
+    try:
+        record = json.loads((output / RECORD_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record.get(MADE_FROM) if isinstance(record, dict) else None

@@ -12,7 +12,7 @@ from export.pipeline import devices_of, write_plan
 from export.safetensors_file import SafetensorsFile
 from export.schemes import find_scheme
 from export.shard_plan import ShardPlan, plan_shards
-from export.writer import StagedDirectory
+from export.staging import StagedDirectory
 
 
 def process_file(
@@ -40,7 +40,7 @@ def process_file(
         StagedDirectory(save_path) as staged,
     ):
         staged.open(plan.layout)
-        write_plan(plan, staged.path, devices=devices_of(device)[:1])
+        write_plan(plan, staged, devices=devices_of(device)[:1])
         (staged.path / save_path.name).replace(save_path)
     return plan.layout.total_size, plan.layout.weight_map
 

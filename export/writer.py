@@ -1,12 +1,4 @@
-"""Writing a checkpoint so that the target is whole or untouched, and an interrupted run can go on.
-
-Everything goes to a staging directory beside the target, `OUT.partial`. Shards are made there at full size; ranks and
-threads then write rows of tensors at the planned offsets, in any order. What is on the disk for good is noted in a
-journal, bundle by bundle, after the data is synced: a run of the same plan takes up what the journal names and makes
-only the rest. At the end one move puts the directory into place.
-
-    OUT.partial/.plan          the fingerprint of everything that decides the bytes
-    OUT.partial/.done-RANK     the bundles that a process has written and synced, a line each
+"""Writing rows at their places in the shards of a staging directory, and noting what is on the disk for good.
 
 Syncing goes on beside the writing, on a thread of its own, so that the disk works while weights are quantized.
 Several processes may write one shard: they must see the same file system.
@@ -14,150 +6,21 @@ Several processes may write one shard: they must see the same file system.
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 from torch import Tensor, uint8
 
-from export.exchange import replace_directory, restore_previous
 from export.layout import Layout
-from mappings.errors import AmaxbridgeError, OutputExistsError, WriteError
+from mappings.errors import WriteError
 from mappings.tensors import TensorSpec
 
-_PLAN = ".plan"
-_JOURNAL = ".done-"
 _SYNC_BYTES = 64 << 20
-_BYTES = "1"  # another number where this program makes other bytes of the same plan
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError when `output` holds anything and may not be replaced."""
-    restore_previous(output)
-    if output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output {output} exists and is not a directory")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
-
-
-def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
-    """Names everything that decides the bytes: what is read, what is made of it, where it lies."""
-    parts = [_BYTES, source, decisions, *(shard.header[8:].decode() for shard in layout.shards)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-class StagedDirectory:
-    """A directory that becomes `target` in one move. Used by one process: the others only write into `path`.
-
-    As a context it goes away at the end, unless it was committed, or was interrupted and another run can go on.
-
-    Args:
-        target: what is to be written.
-        plan: names everything that decides the bytes; None where a second run could not know that they are the same.
-    """
-
-    def __init__(self, target: Path, plan: str | None = None) -> None:
-        self.target = target
-        self.path = target.with_name(target.name + ".partial")
-        self._plan = plan
-        self._lock = -1
-
-    def open(self, layout: Layout) -> frozenset[str]:
-        """Makes the staging directory with every shard at full size, or takes up one that the same plan left.
-
-        Returns:
-            The bundles that are done.
-
-        Raises:
-            OutputExistsError: another run is writing to it.
-            WriteError: the disk has too little room.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._unlock()
-            raise OutputExistsError(f"another run is writing {self.path}: wait for it, or stop it") from error
-        plan = self.path / _PLAN
-        if self._plan is not None and plan.is_file() and plan.read_text() == self._plan:
-            return frozenset(self._journals())
-        for left in self.path.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        room, needed = shutil.disk_usage(self.path).free, sum(shard.nbytes for shard in layout.shards)
-        if needed > room:
-            raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
-        for shard in layout.shards:
-            with self._created(shard.file_name) as file:
-                os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
-                file.write(shard.header)
-        if self._plan is not None:  # last: a directory with a plan has all its shards
-            self.write_file(_PLAN, self._plan.encode())
-        return frozenset()
-
-    def write_file(self, name: str, content: bytes) -> None:
-        """Writes one small file, synced; `name` may lie in a sub-directory."""
-        with self._created(name) as file:
-            file.write(content)
-
-    def commit(self) -> None:
-        """Moves the directory to the target, replacing what was there, in one step."""
-        for note in (self.path / _PLAN, *self.path.glob(_JOURNAL + "*")):
-            note.unlink(missing_ok=True)
-        os.fsync(self._lock)
-        replace_directory(self.path, self.target)
-        self._unlock()
-
-    def discard(self) -> None:
-        """Removes the staging directory with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._unlock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._lock < 0:  # committed, or never opened
-            return
-        resumable = isinstance(error, WriteError) or not isinstance(error, AmaxbridgeError)
-        kept = len(set(self._journals())) if self._plan is not None and resumable else 0
-        if kept:
-            if error is not None:
-                error.add_note(f"{self.path} keeps {kept:,} parts that are done: the same command goes on from there")
-            self._unlock()
-        else:
-            self.discard()
-
-    def _journals(self) -> Iterator[str]:
-        for journal in self.path.glob(_JOURNAL + "*"):
-            for line in journal.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):  # else the run ended while it wrote the line
-                    yield json.loads(line)
-
-    @contextlib.contextmanager
-    def _created(self, name: str) -> Iterator[BinaryIO]:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _explaining(path), open(path, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
 
 class ShardWriter:
@@ -165,10 +28,10 @@ class ShardWriter:
 
     Args:
         directory: the staging directory, with all shards.
-        rank: of this process among those that write.
+        journal: where it notes what is on the disk for good; None for nowhere.
     """
 
-    def __init__(self, directory: Path, layout: Layout, rank: int = 0) -> None:
+    def __init__(self, directory: Path, layout: Layout, journal: Path | None = None) -> None:
         self._directory = directory
         self._places = layout.places
         self._mutex = threading.Lock()
@@ -176,7 +39,7 @@ class ShardWriter:
         self._turns = {shard.file_name: threading.Lock() for shard in layout.shards}  # the kernel's own lock spins
         self._done: list[str] = []  # since the last sync
         self._unsynced = 0
-        self._journal = directory / f"{_JOURNAL}{rank}"
+        self._journal = journal
         self._syncing: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, "sync")
 
@@ -202,7 +65,7 @@ class ShardWriter:
         at += first * TensorSpec(planned.shape[1:], planned.dtype).nbytes
         data = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
         file, size = self._open(shard.file_name), len(data)
-        with self._turns[shard.file_name], _explaining(self._directory / shard.file_name):
+        with self._turns[shard.file_name], explaining(self._directory / shard.file_name):
             while data:
                 written = os.pwrite(file, data, at)
                 data, at = data[written:], at + written
@@ -238,10 +101,10 @@ class ShardWriter:
             done, self._done = self._done, []
             files = dict(self._files)
         for name, file in files.items():
-            with _explaining(self._directory / name):
+            with explaining(self._directory / name):
                 os.fdatasync(file)
-        if done:
-            with _explaining(self._journal), open(self._journal, "a") as journal:
+        if done and self._journal is not None:
+            with explaining(self._journal), open(self._journal, "a") as journal:
                 journal.writelines(json.dumps(bundle) + "\n" for bundle in done)
                 journal.flush()
                 os.fsync(journal.fileno())
@@ -254,7 +117,8 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def explaining(path: Path) -> Iterator[None]:
+    """Makes a WriteError of what a full disk raises."""
     try:
         yield
     except OSError as error:

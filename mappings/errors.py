@@ -19,9 +19,15 @@ from collections.abc import Iterable
 
 
 class AmaxbridgeError(Exception):
-    """Base of every error that the user can act on. `exit_status` is what a command line exits with."""
+    """Base of every error that the user can act on.
+
+    Args:
+        exit_status: what a command line exits with.
+        rank: the one that met it alone; None where all ranks do.
+    """
 
     exit_status = 1
+    rank: int | None = None
 
 
 class UsageError(AmaxbridgeError):

@@ -45,7 +45,7 @@ def run(name: str, command: Callable[[Any], None]) -> None:
         silence.close()
         sys.exit(_guarded(command, config))
 
-    if _rank() != 0:
+    if not speaks():
         silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
         silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
@@ -75,6 +75,11 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
     return 0
 
 
+def speaks() -> bool:
+    """Whether this process says what all ranks would: of those that torchrun starts, on one terminal, the first."""
+    return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def _rank() -> int:
     """As `bridge.ranks.world_rank`, without its imports."""
     return int(os.environ.get("RANK", "0"))
@@ -83,10 +88,12 @@ def _rank() -> int:
 def _fail(error: BaseException, status: int, message: str = "") -> int:
     """Says why on standard error, and what the error's notes add: what is kept for another run, say.
 
-    Errors of all ranks are the same by construction; one rank says it.
+    One rank says an error that all of them have by construction; one that a rank has alone, that rank says.
     """
-    if _rank() == 0:
-        lines = [f"error: {message or error}", *getattr(error, "__notes__", ())]
+    alone = getattr(error, "rank", None)
+    if speaks() or alone == _rank():
+        prefix = "" if alone is None else f"rank {alone}: "
+        lines = [f"{prefix}error: {message or error}", *getattr(error, "__notes__", ())]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status
 
@@ -97,6 +104,6 @@ def _quiet_logging() -> None:
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
     logging.getLogger("torch").setLevel(logging.ERROR)
-    logging.getLogger("amaxbridge").setLevel(logging.WARNING if rank else logging.INFO)
+    logging.getLogger("amaxbridge").setLevel(logging.INFO if speaks() else logging.WARNING)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -24,9 +24,10 @@ def export(options: ExportConfig) -> None:
     from bridge.auto import AutoBridge
     from bridge.mesh import Mesh
     from bridge.mesh_plan import plan_on_mesh
-    from bridge.ranks import world, world_rank
+    from bridge.ranks import world_rank, world_size
     from bridge.save import SaveOptions
     from export.model_card import command_line
+    from export.staging import Share
     from mappings.errors import UsageError
     from scripts.mesh_tables import mesh_table
     from scripts.progress import progress
@@ -35,6 +36,9 @@ def export(options: ExportConfig) -> None:
 
     if options.checkpoint is None and not options.dry_run:
         raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
+    share = Share(world_rank(), world_size())
+    if options.dry_run and share.rank:
+        return
     hf = _described_model(options)
     how: SaveOptions = {
         "scheme": recipe_of(options.scheme, options.ignore),
@@ -50,10 +54,10 @@ def export(options: ExportConfig) -> None:
         mesh = Mesh.smallest(**asdict(options.parallel))
         mesh_table(plan_on_mesh(hf, mesh, Path(options.output), **how), options)
         return
-    with world() as ranks, progress(f"exporting to {options.output}") as shown:
+    with progress(f"exporting to {options.output}") as shown:
         how["progress"] = shown
-        report = AutoBridge(hf, ranks).convert_checkpoint(options.checkpoint, options.output, **how)
-    if world_rank() == 0:
+        report = AutoBridge(hf).convert_checkpoint(options.checkpoint, options.output, share=share, **how)
+    if report.ended:
         export_table(report, options)
 
 

@@ -20,7 +20,7 @@ def import_hf(options: ImportConfig) -> None:
     from bridge.mesh import Mesh
     from bridge.mesh_plan import plan_import
     from bridge.ranks import process_group, world_rank, world_size
-    from export.writer import check_output
+    from export.staging import check_output
     from scripts.mesh_tables import import_plan_table, import_table
 
     hf, sizes = read_hf_model(options.hf), asdict(options.parallel)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from bridge.ranks import world_rank
 from export.progress import NoProgress, Progress
+from scripts.cli import speaks
 
 _LOG_SECONDS = 60
 _log = logging.getLogger("amaxbridge")
@@ -80,9 +80,9 @@ class EachMinute:
 
 @contextmanager
 def progress(what: str, console: Console | None = None) -> Iterator[Progress]:
-    """Shows the progress of what is done inside, on the first rank."""
+    """Shows the progress of what is done inside, on the first rank of those that share a terminal."""
     console = console or Console(stderr=True)
-    if world_rank() != 0:
+    if not speaks():
         yield NoProgress()
     elif not console.is_interactive:
         yield Meter(EachMinute(what))

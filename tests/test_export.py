@@ -19,7 +19,8 @@ from export.metadata import carried_files, config_json, index_json
 from export.packed_experts import split_fused_moe_experts
 from export.quant_state import QuantState
 from export.schemes import SCHEMES, find_scheme
-from export.writer import ShardWriter, StagedDirectory, check_output
+from export.staging import StagedDirectory, check_output
+from export.writer import ShardWriter
 from mappings.errors import AmaxError, CheckpointError, MappingError, OutputExistsError, UsageError
 from mappings.tensors import TensorSpec
 
@@ -34,7 +35,7 @@ def write(target: Path, tensors: dict[str, Tensor], max_shard_bytes: int = 10**9
     layout = plan_layout(specs_of(tensors), max_shard_bytes)
     staged = StagedDirectory(target)
     staged.open(layout)
-    shares = [ShardWriter(staged.path, layout, rank) for rank in range(writers)]
+    shares = [ShardWriter(staged.path, layout) for _ in range(writers)]
     for index, (name, tensor) in enumerate(tensors.items()):
         shares[index % writers].write(name, tensor)
     for share in shares:

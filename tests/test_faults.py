@@ -176,7 +176,7 @@ class TestArguments:
     def test_another_run_is_writing(self, source: Path) -> None:
         code = (
             "import fcntl, os, sys, time\n"
-            "os.makedirs(sys.argv[1]); lock = os.open(sys.argv[1], os.O_RDONLY)\n"
+            "os.makedirs(sys.argv[1]); lock = os.open(sys.argv[1] + '/.done-0-of-1', os.O_RDWR | os.O_CREAT)\n"
             "fcntl.flock(lock, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)\n"
         )
         partial = source.parent / "out.partial"

@@ -4,16 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, WORKERS, Launcher, LiveRanks, tensors_in
 from safetensors.torch import load_file, save_file
 from test_megatron_moe import same_files, same_tensors
+from tiny_models import config, randomize
 
 from bridge.auto import AutoBridge
 from export.fused_scales import GroupAmax
 from export.metadata import quantization_config
 from export.schemes import SCHEMES, Scheme
-from export.schemes.scheme import quantize_tensors
+from export.schemes.scheme import arguments, quantize_tensors
 from mappings.fused_groups import groups_among
 from mappings.names import module_of
 
@@ -82,10 +84,24 @@ def quantized(source: Path, scheme: Scheme, directory: Path) -> Path:
     return directory
 
 
-def test_other_formats(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A tiny random Qwen3 whose rows, columns and heads are made of blocks of 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    import transformers
+
+    made = config("Qwen3ForCausalLM", **sizes, head_dim=128, tie_word_embeddings=False)()
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    randomize(model)
+    model.bfloat16().save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path) -> None:
     """The quantizers of each are what the export knows as its own, and have the amax that make its scales."""
     names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
     sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
+    sources |= {name: quantized(wide, SCHEMES[name], tmp_path / name) for name in ("fp8_block", "w4a16")}
     steps = [
         {"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
         for name, source in sources.items()
@@ -104,11 +120,41 @@ def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mi
     same_tensors(tmp_path / "out", qwen3_moe_mixed)
 
 
+def with_cache_scales(source: Path, directory: Path, scheme: dict[str, object]) -> Path:
+    """The source with another scale for the keys and for the values of each layer."""
+    shutil.copytree(source, directory)
+    tensors = load_file(source / "model.safetensors")
+    for layer in range(2):
+        for number, letter in enumerate("kv"):
+            tensors[f"model.layers.{layer}.self_attn.{letter}_scale"] = torch.tensor([0.0123 + layer + 0.1 * number])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((source / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", **written.get("quantization_config", {})}
+    written["quantization_config"] = quantization | {"kv_cache_scheme": scheme}
+    (directory / "config.json").write_text(json.dumps(written))
+    return directory
+
+
+def test_a_key_value_cache(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+    """Its scales become amax of quantizers, which take part in the forward, and come out again."""
+    nvfp4 = quantized(qwen3, SCHEMES["nvfp4"], tmp_path / "nvfp4")
+    source = with_cache_scales(nvfp4, tmp_path / "in", arguments(8, "float", "tensor"))
+    checkpoint, plain = tmp_path / "checkpoint", tmp_path / "plain"
+    assert "stay behind" not in bring_in(launch, source, checkpoint, tp=2)
+    bring_in(launch, nvfp4, plain)
+    AutoBridge.from_hf_pretrained(source).convert_checkpoint(checkpoint, tmp_path / "out", scheme="auto")
+    same_tensors(tmp_path / "out", source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["kv_cache_scheme"] == arguments(8, "float", "tensor")
+    two, one = logits_at(launch, source, checkpoint, {"tp": 2}, {"tp": 1}, {"tp": 1, "pp": 2})
+    assert (two - one).norm() < 1e-5 * one.norm()
+    same_tensors(tmp_path / "2", source)
+    (without,) = logits_at(launch, nvfp4, plain, {"tp": 1})
+    assert (without - one).norm() > 1e-3 * one.norm()
+
+
 def test_cache_scales_that_stay_behind_are_said(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
-    shutil.copytree(qwen3, tmp_path / "in")
-    name = "model.layers.0.self_attn.k_scale"
-    tensors = {**load_file(qwen3 / "model.safetensors"), name: torch.ones(1)}
-    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    with_cache_scales(qwen3, tmp_path / "in", arguments(8, "int", "tensor"))
     printed = bring_in(launch, tmp_path / "in", tmp_path / "checkpoint")
-    assert "1 scales of a key-value cache stay behind" in printed
-    assert name in printed
+    assert "4 scales of a key-value cache stay behind" in printed
+    assert "model.layers.0.self_attn.k_scale" in printed

@@ -52,7 +52,7 @@ def test_mappings_and_export_import_without_the_frameworks() -> None:
     code = (
         "import sys\n"
         "for name in ('megatron', 'modelopt', 'transformers', 'hydra'): sys.modules[name] = None\n"
-        "import mappings, mappings.families, export, export.finalizer, export.runtime, export.schemes, export.writer\n"
+        "import mappings, mappings.families, export, export.finalizer, export.runtime, export.schemes, export.staging\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -303,7 +303,7 @@ class TestResume:
         amax = {**state.amax, "model.layers.0.mlp.down_proj.input_quantizer._amax": torch.tensor(99.0)}
         more = QuantState(amax, state.formats)
         for calibrated in (state, more):
-            monkeypatch.setattr("export.writer.StagedDirectory.commit", _interrupt)
+            monkeypatch.setattr("export.staging.StagedDirectory.commit", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 model_free_ptq(dense, interrupted, "nvfp4", quant_state=calibrated)
             monkeypatch.undo()
@@ -316,7 +316,7 @@ class TestResume:
         assert model_free_ptq(tmp_path / "in", interrupted, "nvfp4a16").resumed == 0
 
     def test_a_torn_line_of_the_journal_does_not_count(self, interrupted: Path, dense: Path) -> None:
-        journal = interrupted.with_name("out.partial") / ".done-0"
+        journal = interrupted.with_name("out.partial") / ".done-0-of-1"
         journal.write_text(journal.read_text()[:-4])
         assert model_free_ptq(dense, interrupted, "nvfp4a16").resumed == 6
         same(tensors_of(interrupted), expected(dense_model(), "nvfp4a16"))

@@ -100,7 +100,10 @@ def test_help_waits_for_no_torch(command: str) -> None:
 
 
 def test_one_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that torchrun starts on one terminal; one that was started alone has its own to say it on."""
     monkeypatch.setenv("RANK", "3")
+    assert "chekpoint" in run(monkeypatch, capsys, "export", "chekpoint=x")[2]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run(monkeypatch, capsys, "export", "chekpoint=x") == (2, "", "")
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from export.checkpoint import SafetensorsCheckpoint
 from export.layout import plan_layout
 from export.packed_experts import ExpertPacker
-from export.writer import ShardWriter, StagedDirectory
+from export.staging import StagedDirectory
+from export.writer import ShardWriter
 from mappings.errors import CheckpointError, MappingError
 from mappings.family import PackedExperts
 from mappings.tensors import TensorSpec

@@ -17,7 +17,8 @@ from export.quant_state import QuantState
 from export.schemes import SCHEMES, Groups, Recipe
 from export.schemes.w4a16 import w4a16
 from export.schemes.w4a16_asym import w4a16_asym
-from export.writer import ShardWriter, StagedDirectory
+from export.staging import StagedDirectory
+from export.writer import ShardWriter
 from mappings.fused_groups import group_of
 from mappings.tensors import TensorSpec
 

@@ -3,21 +3,27 @@
     PYTHONPATH=. python3 benchmarks/gpu/pipeline.py [--gigabytes 11] [--workers 4 8 12]
 
 The source is in the page cache. The output is synced, to a disk and to memory (/dev/shm): the disk is often what
-limits. Each line is the best of three runs. First a small checkpoint is
-quantized on the GPU and on the CPU, and the files must be the same.
+limits. Each line is the best of three runs; "busy" is the part of the time in which each GPU computed, and memory is
+that of all. First a small checkpoint is quantized on the GPU and on the CPU, and the files must be the same.
+
+Where llm-compressor can be imported, its `model_free_ptq` comes last, once for each number of workers.
 """
 
 import argparse
 import filecmp
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from statistics import mean
+from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=11.0)
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 12])
+    parser.add_argument("--peer-workers", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--directory", help="where to work; a temporary directory unless given")
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
@@ -44,15 +51,45 @@ def main() -> None:
         files = list(source.glob("*.safetensors"))
         nbytes = sum(file.stat().st_size for file in files)
         limits(files, nbytes, Path(directory))
-        print("\n| scheme | output | workers | GB/s | seconds | GPU memory, all GPUs |\n|---|---|---:|---:|---:|---:|")
+        print(
+            "\n| scheme | output | workers | GB/s | seconds | GPU memory | busy |\n|---|---|---:|---:|---:|---:|---:|"
+        )
         state = calibrated(source)
         runs = [("nvfp4", state), ("nvfp4a16", None), ("mxfp4", None), ("fp8_dynamic", None)]
         for where, target in (("memory", Path("/dev/shm/out")), ("disk", Path(directory, "out"))):
             for scheme, given in runs:
                 for workers in options.workers if scheme == "nvfp4a16" else options.workers[1:2]:
-                    seconds, memory = best(source, target, scheme, given, workers)
-                    speed = f"{nbytes / seconds / 1e9:.2f} | {seconds:.2f} | {memory / 1e9:.2f} GB"
-                    print(f"| {scheme} | {where} | {workers} | {speed} |")
+                    run = partial(
+                        model_free_ptq, source, target, scheme, max_workers=workers, quant_state=given, overwrite=True
+                    )
+                    row(f"{scheme} | {where} | {workers}", run, target, nbytes)
+        peer(source, nbytes, options.peer_workers)
+
+
+def row(name: str, run: Callable[[], object], target: Path, nbytes: int, runs: int = 3) -> None:
+    """Prints a line of the table: what a run takes that writes to `target`."""
+    with Watch() as watch:
+        seconds = timed(run, runs)
+    shutil.rmtree(target)
+    torch.cuda.empty_cache()
+    busy = ", ".join(f"{each:.0f}%" for each in watch.busy)
+    speed = f"{nbytes / seconds / 1e9:.2f} | {seconds:.2f} | {watch.memory / 1e9:.2f} GB | {busy}"
+    print(f"| {name} | {speed} |", flush=True)
+
+
+def peer(source: Path, nbytes: int, workers: Sequence[int]) -> None:
+    """The same by llm-compressor, data-free NVFP4."""
+    sys.path[:] = [each for each in sys.path if each != str(Path(__file__).parent)]  # whose kernels.py is theirs too
+    try:
+        from llmcompressor import model_free_ptq as theirs
+    except ImportError as error:
+        print(f"llm-compressor is not here: {error}")
+        return
+    ignore = ["lm_head", "re:.*embed_tokens$"]
+    target = Path("/dev/shm/out")
+    for count in workers:
+        run = partial(theirs, str(source), str(target), "NVFP4A16", ignore=ignore, max_workers=count, device="cuda:0")
+        row(f"llm-compressor, nvfp4a16 | memory | {count}", run, target, nbytes, runs=1)
 
 
 def same_as_cpu(directory: Path) -> None:
@@ -111,26 +148,31 @@ def limits(files: list[Path], nbytes: int, directory: Path) -> None:
     print(f"to the GPU, pinned: {16 * BLOCK / timed(copy) / 1e9:.2f} GB/s")
 
 
-def best(source: Path, target: Path, scheme: str, state: QuantState | None, workers: int) -> tuple[float, int]:
-    """Seconds, and the most GPU memory that was in use beyond what was before."""
-    used, stop = [0], threading.Event()
-    idle = gpu_memory()
+class Watch:
+    """While it is open, watches how busy the GPUs are and how much memory is in use beyond what was before."""
 
-    def watch() -> None:
-        while not stop.wait(0.005):
-            used.append(gpu_memory() - idle)
+    def __enter__(self) -> Self:
+        self.memory, self._idle, self._stop = 0, gpu_memory(), threading.Event()
+        query = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+        self._smi = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
 
-    def run() -> None:
-        model_free_ptq(source, target, scheme, max_workers=workers, quant_state=state, overwrite=True)
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.memory = max(self.memory, gpu_memory() - self._idle)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    seconds = timed(run)
-    stop.set()
-    watcher.join()
-    shutil.rmtree(target)
-    torch.cuda.empty_cache()
-    return seconds, max(used)
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+        self._smi.terminate()
+        samples: dict[str, list[float]] = {}
+        for line in self._smi.communicate()[0].splitlines():
+            gpu, comma, busy = line.partition(",")
+            if comma and busy.strip().isdigit():
+                samples.setdefault(gpu, []).append(float(busy))
+        self.busy = [mean(each) for each in list(samples.values())[: torch.cuda.device_count()]]
 
 
 def gpu_memory() -> int:

@@ -9,7 +9,8 @@ python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3
     --platform manylinux2014_x86_64 --platform any --dest .wheels \
     megatron-core==0.19.2 nvidia-modelopt==0.47.0 compressed-tensors==0.19.0 'pulp<4' \
     pydantic==2.12.4 pydantic-core==2.41.5 typing-inspection==0.4.2 annotated-types==0.7.0 \
-    loguru==0.7.3 hydra-core==1.3.2 omegaconf==2.3.0 "$@"
+    loguru==0.7.3 hydra-core==1.3.2 omegaconf==2.3.0 \
+    llmcompressor==0.14.0.1 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 "$@"
 # The one dependency that PyPI has as source only.
 python3 -m pip wheel --quiet --no-deps --wheel-dir .wheels antlr4-python3-runtime==4.9.3
 du -sh .wheels

@@ -7,12 +7,14 @@ HybridModel); what has to follow is here.
 from bridge.megatron.build import build_chunks, build_model
 from bridge.megatron.checkpoint import load_checkpoint, save_checkpoint
 from bridge.megatron.groups import distributed, process_ranks
-from bridge.megatron.quantizers import enable_inputs, enable_weights, insert_quantizers
+from bridge.megatron.quantizers import cache_quantizers, enable_cache, enable_inputs, enable_weights, insert_quantizers
 
 __all__ = [
     "build_chunks",
     "build_model",
+    "cache_quantizers",
     "distributed",
+    "enable_cache",
     "enable_inputs",
     "enable_weights",
     "insert_quantizers",

@@ -14,8 +14,9 @@ from megatron.core.models.common.language_module.language_module import Language
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
 from bridge.megatron.groups import process_ranks
+from bridge.megatron.quantizers import cache_quantizers
 from bridge.parameters import walk_quantizers
-from bridge.torch_dist import LATEST, RELEASE, checkpoint_iteration
+from bridge.torch_dist import LATEST, RELEASE, DistCheckpoint, checkpoint_iteration
 from mappings.errors import CheckpointError
 from mappings.ranks import Axis
 
@@ -58,7 +59,8 @@ def load_checkpoint(model: Model, path: Path) -> None:
     directory, chunks = checkpoint_iteration(path), _chunks(model)
     try:
         if (directory / "modelopt_state").is_dir():
-            with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints on every rank
+            cache = any("_bmm_quantizer." in name for name in DistCheckpoint(directory).tensors)
+            with contextlib.redirect_stdout(io.StringIO()), cache_quantizers(wanted=cache):  # ModelOpt prints
                 restore_sharded_modelopt_state(chunks, directory)
     except ValueError as error:
         raise CheckpointError(

@@ -1,11 +1,19 @@
-"""ModelOpt's quantizers in a model that training has not calibrated: inserted all disabled, then enabled one by one."""
+"""ModelOpt's quantizers in a model that training has not calibrated: inserted all disabled, then enabled one by one.
 
-from collections.abc import Mapping, Sequence
+Those of a key-value cache lie in the attention's core. ModelOpt has them in Transformer Engine's only, which needs a
+GPU; `cache_quantizers` gives them to Megatron's own, under the same names.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from torch import nn
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from torch import Tensor, nn
 
 from mappings.errors import UsageError
 
@@ -58,6 +66,11 @@ def enable_weights(quantizer: Any, format_name: str) -> None:
     _enable(quantizer, _WEIGHTS[format_name], "*weight_quantizer")
 
 
+def enable_cache(quantizer: Any) -> None:
+    """The same of keys or values of a cache, which is FP8."""
+    _enable(quantizer, mtq.FP8_KV_CFG, "*[kv]_bmm_quantizer")
+
+
 def enable_inputs(quantizer: Any, scheme: str) -> None:
     """The same of inputs, for a scheme by name; it stays disabled where the scheme has none, or ModelOpt has not."""
     if scheme in _INPUTS:
@@ -67,3 +80,48 @@ def enable_inputs(quantizer: Any, scheme: str) -> None:
 def _enable(quantizer: Any, preset: Mapping[str, Any], name: str) -> None:
     settings = next(each["cfg"] for each in preset["quant_cfg"] if each["quantizer_name"] == name)
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**{**settings, "enable": True}))
+
+
+class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not typed
+    """What `DotProductAttention` becomes: queries, keys and values are quantized as they come, with their positions."""
+
+    def _setup(self) -> None:
+        self.q_bmm_quantizer = TensorQuantizer()
+        self.k_bmm_quantizer = TensorQuantizer()
+        self.v_bmm_quantizer = TensorQuantizer()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
+        attended: Tensor = super().forward(query, key, value, *args, **kwargs)
+        return attended
+
+    def get_extra_state(self) -> None:
+        """Nothing of its own. torch asks only classes that have the method; ModelOpt then answers for the object."""
+
+    def set_extra_state(self, state: Any) -> None:
+        del state
+
+    def modelopt_post_restore(self, prefix: str = "") -> None:
+        """There is no weight whose device the amax would have to be on; ModelOpt notes that of the attention here."""
+        self.to(device=self.device)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Megatron's own, which leaves all but sinks out, and the state of the quantizers: the same on all ranks."""
+        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = self.state_dict(prefix="", keep_vars=True)
+        more = {name: value for name, value in state.items() if prefix + name not in own}
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        return {**own, **make_sharded_tensors_for_checkpoint(more, prefix, {}, sharded_offsets, **groups)}
+
+
+@contextlib.contextmanager
+def cache_quantizers(*, wanted: bool = True) -> Iterator[None]:
+    """What ModelOpt makes of a model inside has quantizers for keys and values in Megatron's own attention."""
+    if not wanted:
+        yield
+        return
+    QuantModuleRegistry.register({DotProductAttention: "DotProductAttention"})(_QuantizedAttention)
+    try:
+        yield
+    finally:
+        QuantModuleRegistry.unregister(DotProductAttention)

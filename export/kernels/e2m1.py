@@ -10,8 +10,14 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from export.kernels.compiled import Loop
+
+_largest_magnitude = Loop("e2m1_loops", "largest_magnitude")
+_code_bounds, _quantize_blocks = Loop("e2m1_loops", "code_bounds"), Loop("e2m1_loops", "quantize_blocks")
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -60,9 +66,9 @@ class Tables:
             steps: fp32 `[n]`, n ≤ 256: what a code of 1.0 stands for under each scale byte.
             round_quotient: whether the reference rounds `value / step` to bf16.
         """
-        from export.kernels import e2m1_loops  # numba, half a second, is imported where weights are quantized
-
-        return cls(scale_bytes.numpy(), e2m1_loops.code_bounds(steps.numpy(), round_quotient))
+        bounds = np.empty((len(steps), 8), np.uint16)
+        _code_bounds(steps.numpy(), round_quotient, bounds)
+        return cls(scale_bytes.numpy(), bounds)
 
 
 @cache
@@ -98,21 +104,24 @@ def check_finite(bad: Tensor) -> None:
         raise ValueError(NOT_FINITE)
 
 
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """The largest `|w|` of a bf16 weight on the CPU, fp32, 0-d; NaN or Inf where the weight holds one."""
+    found = _largest_magnitude(weight.contiguous().view(-1).view(torch.uint16).numpy())
+    return torch.tensor(found << 16, dtype=torch.int32).view(torch.float32)
+
+
 def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tensor, Tensor]:
     """Packed codes uint8 `[out, in/2]` and scale bytes uint8 `[out, in/width]` of a bf16 weight `[out, in]` on the CPU.
 
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
-    from export.kernels import e2m1_loops
-
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     scales = torch.empty(rows, columns // width, dtype=torch.uint8)
     bits = weight.contiguous().view(torch.uint16).numpy()
-    largest = e2m1_loops.quantize_blocks(
-        bits, width, tables.scale_of, tables.bounds, packed.numpy(), scales.reshape(-1).numpy()
-    )
+    codes, scale_bytes = packed.numpy(), scales.reshape(-1).numpy()
+    largest = _quantize_blocks(bits, width, tables.scale_of, tables.bounds, codes, scale_bytes)
     if largest > 0x7F7F:
         raise ValueError(NOT_FINITE)
     return packed, scales

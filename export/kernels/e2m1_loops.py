@@ -20,8 +20,19 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)  # between neighbouring E2M1 values
 _BF16_INFINITY = 0x7F80
 
+OPTIONS = {"error_model": "numpy", "_nrt": False}  # without errors of Python, without its memory: see `compiled`
 
-@njit(cache=True, nogil=True)
+
+@njit(**OPTIONS)
+def largest_magnitude(bits: Any) -> Any:
+    """The bits of the largest magnitude of a weight, uint16 `[n]` of bf16: above 0x7F7F it is not finite."""
+    largest = np.uint16(0)
+    for i in range(bits.size):
+        largest = max(largest, np.uint16(bits[i] & np.uint16(0x7FFF)))
+    return largest
+
+
+@njit(**OPTIONS)
 def quantize_blocks(bits: Any, width: Any, scale_of: Any, bounds: Any, codes: Any, scales: Any) -> Any:
     """Quantizes every block of a weight; returns the largest magnitude, as bits: above 0x7F7F it is not finite.
 
@@ -43,21 +54,20 @@ def quantize_blocks(bits: Any, width: Any, scale_of: Any, bounds: Any, codes: An
     return largest
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def code_bounds(steps: Any, round_quotient: Any) -> Any:
+@njit(**OPTIONS)
+def code_bounds(steps: Any, round_quotient: Any, bounds: Any) -> None:
     """The greatest magnitudes, as bits of bf16, that do not reach code 1 to 7; last, that divide to zero: no sign.
 
     Args:
         steps: fp32 `[n]`, what a code of 1.0 stands for. NaN makes every code 0.
         round_quotient: whether `value / step` is rounded to bf16 before it is compared.
-
-    Returns:
-        uint16 `[n, 8]`.
+        bounds: uint16 `[n, 8]`, written.
     """
-    bounds = np.full((steps.size, 8), 0x7FFF, np.uint16)
     for row in range(steps.size):
         step = steps[row]
         if np.isnan(step):
+            for k in range(8):
+                bounds[row, k] = 0x7FFF
             continue
         for k in range(8):
             guess = _MIDPOINTS[k] * step if k < 7 else np.float32(0.0)
@@ -67,10 +77,9 @@ def code_bounds(steps: Any, round_quotient: Any) -> Any:
             while bound < _BF16_INFINITY and not _reaches(bound + 1, step, k, round_quotient):
                 bound += 1
             bounds[row, k] = bound
-    return bounds
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**OPTIONS)
 def _reaches(magnitude: Any, step: Any, k: Any, round_quotient: Any) -> Any:
     """Whether a magnitude reaches code `k + 1`, ties to even; for `k` = 7, whether its quotient is not zero."""
     quotient = np.uint32(magnitude << 16).view(np.float32) / step
@@ -81,7 +90,7 @@ def _reaches(magnitude: Any, step: Any, k: Any, round_quotient: Any) -> Any:
     return quotient >= _MIDPOINTS[k] if k % 2 else quotient > _MIDPOINTS[k]
 
 
-@njit(cache=True, nogil=True)
+@njit(**OPTIONS)
 def to_bf16(value: Any) -> Any:
     """An fp32 rounded to the nearest bf16, ties to even; not for NaN."""
     bits = np.float32(value).view(np.uint32)

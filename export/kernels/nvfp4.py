@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from export.kernels import e2m1
+from mappings.tensors import max_of
 
 BLOCK = 16
 """Columns that share one block scale."""
@@ -111,8 +112,7 @@ def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
 
         amax = amax_triton.tensor_amax(weights)
     else:
-        extremes = [torch.stack(torch.aminmax(weight)).abs().max() for weight in weights]
-        amax = torch.stack([extreme.to(weights[0].device, torch.float32) for extreme in extremes]).max()
+        amax = max_of([_largest(weight).to(weights[0].device, torch.float32) for weight in weights])
     if arithmetic == Arithmetic.COMPRESSED_TENSORS:
         amax = amax.clamp(min=torch.finfo(torch.float32).tiny)
     return amax
@@ -287,6 +287,12 @@ def quantize_by_triton(weight: Tensor, amax: Tensor, arithmetic: Arithmetic, blo
     stored = torch.full((1,), divisor, device=weight.device)
     e2m1.check_finite(bad)
     return NVFP4Weight(codes, scales, stored)
+
+
+def _largest(weight: Tensor) -> Tensor:
+    if e2m1.fits_loops(weight):
+        return e2m1.largest_magnitude(weight)
+    return torch.stack(torch.aminmax(weight)).abs().max()
 
 
 def _static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:

@@ -19,7 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.kernels.compiled import Loop
 from export.kernels.e2m1 import NOT_FINITE, check_finite, fits_loops, fits_triton
+
+_extremes, _pack_nibbles = Loop("scaled_loops", "extremes"), Loop("scaled_loops", "pack_nibbles")
+_encode_e4m3, _encode_integers = Loop("scaled_loops", "encode_e4m3"), Loop("scaled_loops", "encode_integers")
 
 
 class Code(Enum):
@@ -140,11 +144,9 @@ def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     shape = blocks.shape(*weight.shape)
     height, width = blocks.size(weight)
     if fits_loops(weight):
-        from export.kernels import scaled_loops
-
         low, high = torch.zeros(2, *shape, dtype=torch.int16)
         bits = weight.contiguous().view(torch.int16).numpy()
-        scaled_loops.extremes(bits, height, width, low.numpy(), high.numpy())
+        _extremes(bits, height, width, low.numpy(), high.numpy())
         low, high = low.view(weight.dtype), high.view(weight.dtype)
     else:
         missing = (0, shape[1] * width - weight.shape[1], 0, shape[0] * height - weight.shape[0])
@@ -214,16 +216,14 @@ def _in_triton(weight: Tensor, code: Code, blocks: Blocks) -> bool:
 def _encode_in_loops(
     weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, divide: bool
 ) -> Tensor:
-    from export.kernels import scaled_loops
-
     codes = torch.empty(weight.shape, dtype=code.dtype)
     bits, factors = weight.contiguous().view(torch.uint16).numpy(), factor.float().numpy()
     if code is Code.E4M3:
-        scaled_loops.encode_e4m3(bits, factors, divide, *blocks.size(weight), codes.view(torch.uint8).numpy())
+        _encode_e4m3(bits, factors, divide, *blocks.size(weight), codes.view(torch.uint8).numpy())
     else:
         zeros = (torch.zeros_like(factor) if zero_point is None else zero_point).float().numpy()
         least = np.float32(code.least)
-        scaled_loops.encode_integers(bits, factors, zeros, divide, *blocks.size(weight), least, codes.numpy())
+        _encode_integers(bits, factors, zeros, divide, *blocks.size(weight), least, codes.numpy())
     return codes
 
 
@@ -235,10 +235,8 @@ def pack_int4(codes: Tensor) -> Tensor:
     if codes.shape[1] % 8:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
     if codes.device.type == "cpu":
-        from export.kernels import scaled_loops
-
         packed = torch.empty(codes.numel() // 2, dtype=torch.uint8)
-        scaled_loops.pack_nibbles(codes.flatten().numpy(), packed.numpy())
+        _pack_nibbles(codes.flatten().numpy(), packed.numpy())
     else:
         pairs = (codes + 8).flatten().view(torch.int16)
         packed = (pairs | (pairs >> 4)).to(torch.uint8)  # of the pair 0x0b0a the byte 0xba

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from export.kernels.e2m1_loops import to_bf16
+from export.kernels.e2m1_loops import OPTIONS, to_bf16
 
 _U32 = np.uint32
 
 
-@njit(cache=True, nogil=True)
+@njit(**OPTIONS)
 def extremes(bits: Any, height: Any, width: Any, low: Any, high: Any) -> None:
     """The least and the greatest value of each block and zero.
 
@@ -41,7 +41,7 @@ def extremes(bits: Any, height: Any, width: Any, low: Any, high: Any) -> None:
             low[down, block] = _ordered(low[down, block])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**OPTIONS)
 def encode_e4m3(bits: Any, factors: Any, divide: Any, height: Any, width: Any, codes: Any) -> None:
     """E4M3 codes of a weight, saturating at 448.
 
@@ -62,7 +62,7 @@ def encode_e4m3(bits: Any, factors: Any, divide: Any, height: Any, width: Any, c
                 target[i] = np.uint8(_e4m3(_U32(scaled & _U32(0x7FFFFFFF))) | ((scaled >> _U32(24)) & _U32(0x80)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**OPTIONS)
 def encode_integers(
     bits: Any, factors: Any, zeros: Any, divide: Any, height: Any, width: Any, least: Any, codes: Any
 ) -> None:
@@ -89,7 +89,7 @@ def encode_integers(
                 target[i] = np.int8(np.float32(scaled + np.float32(3 << 22)).view(np.uint32) & _U32(0xFF))
 
 
-@njit(cache=True, nogil=True)
+@njit(**OPTIONS)
 def pack_nibbles(codes: Any, packed: Any) -> None:
     """Two codes -8 to 7 a byte, offset by 8, the first in the low nibble: int8 `[n]` to uint8 `[n / 2]`."""
     eight, four = np.int8(8), np.uint8(4)
@@ -98,18 +98,18 @@ def pack_nibbles(codes: Any, packed: Any) -> None:
         packed[i] = np.uint8(low | np.uint8(high << four))
 
 
-@njit(cache=True, nogil=True)
+@njit(**OPTIONS)
 def _ordered(bits: Any) -> Any:
     return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**OPTIONS)
 def _scaled(bits: Any, factor: Any, divide: Any) -> Any:
     value = _U32(_U32(bits) << _U32(16)).view(np.float32)
     return to_bf16(value / factor) if divide else np.float32(value * factor)
 
 
-@njit(cache=True, nogil=True)
+@njit(**OPTIONS)
 def _e4m3(magnitude: Any) -> Any:
     """E4M3 of a magnitude given as fp32 bits: exponent and three more bits, or, if subnormal, steps of 2^-9."""
     magnitude = _U32(min(magnitude, _U32(0x43E00000)))  # 448

@@ -54,9 +54,8 @@ class Scaled:
             raise ValueError(f"{self.name} needs [out, in]{divisible}, not {list(weight.shape)}")
         rows, columns = weight.shape
         down, across = self.blocks.shape(rows, columns)
-        scale = TensorSpec(
-            (1,) if self.needs_weight_amax else (down, across), torch.float32 if calibrated else weight.dtype
-        )
+        shape = (1,) if self.needs_weight_amax else (down, across)
+        scale = TensorSpec(shape, self._scale_dtype(weight.dtype, calibrated=calibrated))
         if self.code is not Code.INT4:
             specs = {"weight": TensorSpec((rows, columns), self.code.dtype), "weight_scale": scale}
         else:
@@ -96,7 +95,7 @@ class Scaled:
         packed = self.code is Code.INT4
         tensors = {"weight_packed": scaled.pack_int4(quantized.codes)} if packed else {"weight": quantized.codes}
         if not self.needs_weight_amax:
-            tensors["weight_scale"] = quantized.scale
+            tensors["weight_scale"] = quantized.scale.to(self._scale_dtype(rows.dtype, calibrated=amax.calibrated))
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = scaled.pack_int4(quantized.zero_point.T).T.contiguous()
         return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
@@ -112,6 +111,10 @@ class Scaled:
             zero_point = scaled.unpack_int4(tensors[f"{module}.weight_zero_point"].T, rows).T
         codes = scaled.unpack_int4(tensors[f"{module}.weight_packed"], columns)
         return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.blocks)
+
+    def _scale_dtype(self, weight: torch.dtype, *, calibrated: bool) -> torch.dtype:
+        """Engines hold scales in fp32, but those of packed integers in the dtype of the model, whatever is stored."""
+        return torch.float32 if calibrated and self.code is not Code.INT4 else weight
 
     def _calibrated(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None) -> Tensor:
         """The amax of each block of some rows: of the block, of the tensor, or what the rows say."""

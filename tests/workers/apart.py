@@ -1,0 +1,78 @@
+"""Starts processes of scripts/export.py that know nothing of one another, forked from one that has all imported.
+
+A JSON request a line: {"words", "rank", "world", "cwd", "log", "pause"} starts one and answers its process id;
+{"join": PID} answers its exit status. Each bundle is synced and noted at once. A process that is to pause after some
+bundles makes the file LOG.paused, and goes on when it is removed.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import scripts.progress
+from export import writer
+from export.progress import NoProgress, Progress
+from scripts import cli
+from scripts.export import export
+
+IMPORTED = ("bridge.auto", "bridge.mesh_plan", "scripts.tables", "transformers.models.auto", "hydra")
+
+
+class Pausing(NoProgress):
+    def __init__(self, bundles: int, mark: Path) -> None:
+        self._left, self._mark = bundles, mark
+
+    def advance(self, *, tensors: int, nbytes: int) -> None:
+        self._left -= 1
+        time.sleep(0.01)  # until the bundle is noted
+        if self._left == 0:
+            self._mark.touch()
+            while self._mark.exists():
+                time.sleep(0.01)
+
+
+def start(words: list[str], rank: int, world: int, cwd: str, log: str, pause: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(cwd)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    writer._SYNC_BYTES = 0
+
+    @contextlib.contextmanager
+    def progress(what: str) -> Iterator[Progress]:
+        yield Pausing(pause, Path(f"{log}.paused"))
+
+    scripts.progress.progress = progress
+    sys.argv = ["export.py", *words]
+    status = 1
+    try:
+        cli.run("export", export)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def answer(request: dict[str, Any]) -> int:
+    if "join" in request:
+        return os.waitstatus_to_exitcode(os.waitpid(request["join"], 0)[1])
+    return start(**request)
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        print(answer(json.loads(line)), flush=True)
