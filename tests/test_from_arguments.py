@@ -180,6 +180,11 @@ class TestOptionsAndErrors:
         hf = model_of_arguments(save_with(tmp_path, {**older, "group_query_attention": False, "kv_channels": None}))
         assert (hf.config["rms_norm_eps"], hf.config["num_key_value_heads"], hf.config["head_dim"]) == (1e-4, 4, 16)
 
+    def test_no_factor_is_a_factor_of_one(self, tmp_path: Path) -> None:
+        arguments = arguments_of(TINY_MODELS["GLM-4.5"].make().to_dict())
+        hf = model_of_arguments(save_with(tmp_path, {**arguments, "moe_router_topk_scaling_factor": None}))
+        assert hf.config["routed_scaling_factor"] == 1.0
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
