@@ -69,7 +69,7 @@ DEFAULTS: Settings = {
     "rope_scaling": False,
     "rope_scaling_factor": 8.0,
     "rope_type": "yarn",
-    "rotary_scaling_factor": 40,
+    "rotary_scaling_factor": 1.0,
     "original_max_position_embeddings": 4096,
     "beta_fast": 32,
     "beta_slow": 1,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 from argparse import Namespace
 from collections.abc import Mapping
@@ -138,17 +139,36 @@ def test_arguments_of_megatron_s_command_line(
     from megatron.training.arguments import core_transformer_config_from_args
 
     arguments, original = megatron_arguments[name], published(name).to_dict()
-    plain = {
-        key: value for key, value in vars(arguments).items() if isinstance(value, int | float | str | list | tuple)
-    }
-    hf = model_of_arguments(save_with(tmp_path, plain))
+    hf = model_of_arguments(save_with(tmp_path, vars(arguments)))
     family = family_of(original)
     assert hf.family is family
     expected = {**family.settings(original), "vocab_size": arguments.vocab_size}
     assert differences(family.settings(hf.config), expected) == []
-    config = vars(core_transformer_config_from_args(arguments))
     fields = (family.hybrid_config if family.hybrid_pattern else family.transformer_config)(hf.config)
-    assert differences(family.settings_of(from_arguments({**plain, **config})), {**expected, **fields}) == []
+    made_by_megatron = {**vars(arguments), **vars(core_transformer_config_from_args(arguments))}
+    assert differences(family.settings_of(from_arguments(made_by_megatron)), {**expected, **fields}) == []
+
+
+def test_defaults_are_megatron_s() -> None:
+    """Those of its command line, or where that has none, of its configuration."""
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    line = from_arguments(vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([])))
+    fields = {field.name: field.default for field in dataclasses.fields(MLATransformerConfig)}
+    fields |= {
+        "multi_latent_attention": False,
+        "normalization": "LayerNorm",
+        "q_lora_rank": None,
+    }
+    known = {name: line.get(name, fields.get(name)) for name in DEFAULTS if name in line or name in fields}
+    differ = {name: (DEFAULTS[name], value) for name, value in known.items() if DEFAULTS[name] != value}
+    assert differ == {}
+    yarn = {name for name in DEFAULTS if name.startswith("yarn_")}  # GPT-OSS above
+    assert {name for name, value in DEFAULTS.items() if value is not None and name not in known} <= {
+        "activation",
+        *yarn,
+    }
 
 
 class TestOptionsAndErrors:
