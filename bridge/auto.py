@@ -27,6 +27,7 @@ from export.checkpoint import SafetensorsCheckpoint
 from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
+from export.model_directory import check_spared
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
 from export.staging import ALONE, Share
@@ -196,8 +197,10 @@ class AutoBridge:
         Raises:
             CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
-        saver = Saver(self.hf, Apart(share), Path(path), **options)
-        opened = DistCheckpoint(Path(checkpoint))
+        checkpoint, path = Path(checkpoint).expanduser(), Path(path).expanduser()
+        check_spared(checkpoint, path)
+        saver = Saver(self.hf, Apart(share), path, **options)
+        opened = DistCheckpoint(checkpoint)
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)

@@ -15,9 +15,6 @@ from mappings.errors import CheckpointError, UsageError
 from mappings.names import module_of
 from mappings.tensors import TensorSpec
 
-CARRIED = "carried over"
-"""Stands for these tensors among the keys of bundles."""
-
 _log = logging.getLogger("amaxbridge")
 
 

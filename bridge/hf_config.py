@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 
 from export.metadata import CONFIG_FILE
+from export.model_directory import model_directory
 from mappings.errors import UsageError, listing
 from mappings.families import family_of
 from mappings.family import ModelFamily
@@ -104,9 +104,7 @@ def read_hf_model(path: str | Path) -> HFModel:
         UsageError: no such directory or no config.json in it.
         UnknownArchitectureError: no family claims the model.
     """
-    directory = Path(path)
-    if not directory.exists() and not directory.is_absolute() and str(path).count("/") == 1:
-        directory = Path(snapshot_download(str(path), ignore_patterns=["*.safetensors", "*.bin", "*.pt", "*.gguf"]))
+    directory = model_directory(path, weights=False)
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
@@ -116,9 +114,22 @@ def read_hf_model(path: str | Path) -> HFModel:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
     family = family_of(written)
 
-    from transformers import AutoConfig
+    return HFModel(directory, written, _auto_config(directory).to_dict(), family)
 
-    return HFModel(directory, written, AutoConfig.from_pretrained(directory).to_dict(), family)
+
+def _auto_config(directory: Path) -> Any:
+    """transformers' configuration of a directory that has a config.json.
+
+    Raises:
+        UsageError: its values contradict one another.
+    """
+    from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except StrictDataclassError as error:
+        why = str(error).partition("\n")[2].strip() or error
+        raise UsageError(f"{directory / CONFIG_FILE} is refused by transformers: {why}; correct it") from error
 
 
 def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
@@ -148,10 +159,13 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
 
     The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
     are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
-    """
-    from transformers import AutoConfig
 
-    tensors = _file_tensors(lambda: AutoConfig.from_pretrained(directory))
+    Raises:
+        UsageError: values of config.json contradict one another.
+    """
+    if not (directory / CONFIG_FILE).is_file():  # transformers would look for it on the Hub
+        return None
+    tensors = _file_tensors(lambda: _auto_config(directory))
     return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -165,7 +179,7 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, ImportError):  # no config.json, or remote code: other rules remain
+    except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules remain
         return None
     return dict(revert_weight_conversion(model, model.state_dict()))
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.carried import CARRIED, carried_specs, carried_tensors, ignored
+from bridge.carried import carried_specs, carried_tensors, ignored
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from bridge.writers import Writers
@@ -17,6 +17,7 @@ from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
 from export.model_card import Conversion, companion_files
+from export.model_directory import check_apart, check_ignored
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
@@ -41,6 +42,7 @@ class SaveOptions(TypedDict, total=False):
 
     Args:
         scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
+        ignore: modules to leave as they are: full names, or `re:` and a pattern; each must match something.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
@@ -51,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     """
 
     scheme: str | Recipe | None
+    ignore: Sequence[str]
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -126,6 +129,7 @@ class Saver:
         target: Path,
         *,
         scheme: str | Recipe | None = "nvfp4",
+        ignore: Sequence[str] = (),
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -136,9 +140,11 @@ class Saver:
         quant_state: bool = False,
     ) -> None:
         self._hf, self._writers = hf, writers
-        self._target, self._overwrite = target.absolute(), overwrite
+        self._target, self._overwrite = target.expanduser().absolute(), overwrite
+        if hf.directory is not None:
+            check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=overwrite)
-        self._recipe = find_scheme(scheme)
+        self._recipe, self._ignore = find_scheme(scheme, ignore), ignore
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._progress = progress or NoProgress()
@@ -165,6 +171,8 @@ class Saver:
         finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
         carried = carried_specs(self._hf, required=not self._dry_run)
         finalizer.ignore += ignored(self._hf)
+        if self._recipe is not None:
+            check_ignored(self._ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
         layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
@@ -178,7 +186,7 @@ class Saver:
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
             made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
             record = {**self._record, MADE_FROM: made_from}
-            output = _Output(Conversion(finalizer, layout, before, state, record), packer, files, carried)
+            output = _Output(Conversion(finalizer, layout, before, state, record), packer, files)
             ended = self._write(plan, stream, output, fingerprint)
         return ExportReport(
             self._recipe.name if self._recipe else "none",
@@ -211,7 +219,7 @@ class Saver:
             if done is None:
                 return False
             self._write_mine(plan, done, stream, output, staged)
-            keys = [bundle.key for bundle in plan] + ([CARRIED] if output.carried else [])
+            keys = [bundle.key for bundle in plan]
             return self._writers.end(staged, keys, lambda: self._finish(plan, output, staged))
 
     def _write_mine(
@@ -234,25 +242,28 @@ class Saver:
                 writer.done(bundle.key)
                 planned = mine[bundle.key]
                 self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
-            if output.carried and self._writers.first and CARRIED not in done:
-                _write_all(writer, carried_tensors(self._hf))
-                writer.done(CARRIED)
-            if self._keeps_state:  # every process has it: whoever ends the work has written it
-                _write_all(writer, output.conversion.state.amax.items())
         finally:
             writer.close()
 
     def _finish(self, plan: Sequence[BundlePlan], output: "_Output", staged: StagedDirectory) -> None:
-        """The files beside the shards; then everything is checked as it will be served."""
+        """What every process could write, by the one that ends the work; then all is checked as it will be served."""
+        writer = ShardWriter(staged.path, output.files)
+        try:
+            _write_all(writer, carried_tensors(self._hf))
+            if self._keeps_state:
+                _write_all(writer, output.conversion.state.amax.items())
+        finally:
+            writer.close()
         self._write_small_files(output, staged)
         if self._verify:
-            verify(staged.path, expected=self._expected(plan, output)).conclude(self._target)
+            verify(staged.path, expected=self._expected(plan)).conclude(self._target)
 
-    def _expected(self, plan: Sequence[BundlePlan], output: "_Output") -> dict[str, tuple[int, ...]]:
-        """What transformers expects, or where it has no such model, what is planned."""
+    def _expected(self, plan: Sequence[BundlePlan]) -> dict[str, tuple[int, ...]]:
+        """The shapes that transformers expects, or where it has no such model, those planned; and what is carried."""
         planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-        expected: Mapping[str, Any] = {**(self._hf.file_tensors or planned), **output.carried}
-        return {name: tuple(each.shape) for name, each in expected.items()}
+        known = {name: TensorSpec.of(each) for name, each in (self._hf.file_tensors or {}).items()}
+        expected = {**(known or planned), **carried_specs(self._hf, required=True)}
+        return {name: spec.shape for name, spec in expected.items()}
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this process owns, announced."""
@@ -282,13 +293,11 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
-        carried: the tensors that are copied from the Hugging Face directory.
     """
 
     conversion: Conversion
     packer: ExpertPacker
     files: Layout
-    carried: Mapping[str, TensorSpec]
 
 
 def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:

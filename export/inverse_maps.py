@@ -39,6 +39,26 @@ class Converter(Protocol):
         """The other tensors that are needed to make something of this one."""
 
 
+class WithoutInputScales:
+    """A `Converter` that drops the static scales of inputs, which are of the format that a source leaves.
+
+    `CompressedTensorsDequantizer` refuses to come across them, so this comes before it.
+    """
+
+    _SCALES = (".input_scale", ".input_global_scale", ".input_zero_point")
+
+    def process(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(self._SCALES)}
+
+    validate = process
+
+    def update_config(self, config: Any) -> Any:
+        return config
+
+    def get_dependencies(self, weight_name: str) -> set[str]:
+        return {module_of(weight_name) + scale for scale in self._SCALES if weight_name.endswith(_WEIGHTS)}
+
+
 def build_microscale_inverse_weight_maps(
     weight_map: Mapping[str, str], model_files: Mapping[str, str], converters: Sequence[Converter] = ()
 ) -> dict[str, InverseWeightMap]:

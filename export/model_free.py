@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from export.checkpoint import SafetensorsCheckpoint
-from export.fused_scales import missing_policy
+from export.fused_scales import MissingAmax, missing_policy
 from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
 from export.model_card import Conversion, companion_files
-from export.model_directory import check_ignored, check_paths, fingerprint_of, read_config, source_directory
+from export.model_directory import check_apart, check_ignored, fingerprint_of, model_directory, read_config
 from export.pipeline import devices_of, write_plan
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
-from export.schemes import find_scheme
+from export.schemes import Recipe, find_scheme
 from export.shard_plan import ShardPlan, plan_shards
-from export.staging import StagedDirectory, plan_fingerprint
+from export.staging import StagedDirectory, check_output, plan_fingerprint
 from export.verify import verify as verify_checkpoint
 from mappings.errors import listing
 from mappings.tensors import TensorSpec
@@ -104,42 +104,59 @@ def model_free_ptq(
         WriteError: the disk is full; what is written is kept for the next run.
     """
     recipe, missing = find_scheme(scheme, ignore := tuple(ignore)), missing_policy(missing_amax)
-    source, target = source_directory(model_stub), Path(save_directory).absolute()
-    check_paths(source, target, overwrite=overwrite)
+    source = model_directory(model_stub, weights=True).absolute()
+    target = Path(save_directory).expanduser().absolute()
+    check_apart(source, target)
+    check_output(target, overwrite=overwrite)
+    devices = devices_of(device)
     converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
     config = read_config(source, converted=bool(converters))
     with SafetensorsCheckpoint(source) as checkpoint:
-        weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
-        model_files = {name: str(source / name) for name in dict.fromkeys(weight_map.values())}
-        maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
-        files = {path: checkpoint.file(name) for name, path in model_files.items()}
         if isinstance(quant_state, str | Path):
-            quant_state = read_quant_state(Path(quant_state), config, weight_map)
-        plan = plan_shards(maps, files, recipe, quant_state, config, converters, missing)
-        check_ignored(ignore, plan.modules)
+            quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
+        plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
+        check_ignored(ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
         report = _report(plan, checkpoint)
         if dry_run:
             return report
-        fingerprint = plan_fingerprint(fingerprint_of(source, model_files), plan.finalizer.fingerprint, plan.layout)
+        files = fingerprint_of(source, set(checkpoint.weight_map.values()))
+        fingerprint = plan_fingerprint(files, plan.finalizer.fingerprint, plan.layout)
         with StagedDirectory(target, fingerprint, overwrite=overwrite) as staged:
             done = staged.open(plan.layout) or frozenset()
-            report = replace(report, resumed=len(done))
-            devices = devices_of(device)
             write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
-            for name, content in companion_files(source, conversion):
-                staged.write_file(name, content)
-            staged.write_file(CONFIG_FILE, config_json(config, plan.finalizer.quantization_config))
-            if (index := index_json(plan.layout)) is not None:
-                staged.write_file(INDEX_FILE, index)
+            _write_small_files(staged, source, config, conversion)
             if verify:
                 expected = {name: spec.shape for name, spec in report.sources.items()}
                 verify_checkpoint(staged.path, expected=expected).conclude(target)
             staged.commit()
-    return report
+    return replace(report, resumed=len(done))
+
+
+def _plan(
+    checkpoint: SafetensorsCheckpoint,
+    recipe: Recipe | None,
+    state: QuantState | None,
+    config: Mapping[str, Any],
+    converters: Sequence[Converter],
+    missing: MissingAmax,
+) -> ShardPlan:
+    weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
+    model_files = {name: str(checkpoint.directory / name) for name in dict.fromkeys(weight_map.values())}
+    maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
+    files = {path: checkpoint.file(name) for name, path in model_files.items()}
+    return plan_shards(maps, files, recipe, state, config, converters, missing)
+
+
+def _write_small_files(staged: StagedDirectory, source: Path, config: dict[str, Any], conversion: Conversion) -> None:
+    for name, content in companion_files(source, conversion):
+        staged.write_file(name, content)
+    staged.write_file(CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config))
+    if (index := index_json(conversion.layout)) is not None:
+        staged.write_file(INDEX_FILE, index)
 
 
 def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeReport:

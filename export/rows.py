@@ -38,8 +38,12 @@ class Rows(Protocol):
     def spec(self) -> TensorSpec:
         """Of the whole tensor."""
 
-    def parts(self, step: int = 1) -> Iterator[Part]:
-        """All rows, in order. Every part begins at a multiple of `step`; it is valid until the next one is taken."""
+    def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
+        """All rows, in order. Every part begins at a multiple of `step`; it is valid until the next one is taken.
+
+        Args:
+            again: whether they are gone through once more right after, so that they may stay in memory.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +56,5 @@ class WholeTensor:
     def spec(self) -> TensorSpec:
         return TensorSpec.of(self.tensor)
 
-    def parts(self, step: int = 1) -> Iterator[Part]:
+    def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
         yield Part(0, self.tensor)

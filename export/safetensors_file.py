@@ -27,6 +27,7 @@ PART_BYTES = 8 << 20
 """How much is read at a time: it stays in a processor's cache while it is quantized."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # bytes; that of the safetensors library
 
 
@@ -66,7 +67,7 @@ class StoredTensor:
         row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
         return StoredTensor(self.file, self.begin + index * row.nbytes, row)
 
-    def parts(self, step: int = 1, into: Tensor | None = None) -> Iterator[Part]:
+    def parts(self, step: int = 1, into: Tensor | None = None, *, again: bool = False) -> Iterator[Part]:
         """As `Rows`: parts of a few megabytes in the file's own memory, or of what `into` holds, in that."""
         limit = PART_BYTES if into is None else len(into)
         total = self.spec.shape[0] if self.spec.shape else 1
@@ -77,7 +78,8 @@ class StoredTensor:
             part = self if length == total else self.rows(first, min(length, total - first))
             if into is None:
                 yield Part(first, part.look())
-                self.file.forget(part.begin, part.spec.nbytes)
+                if not again:
+                    self.file.forget(part.begin, part.spec.nbytes)
             else:
                 yield Part(first, part.read(into if part.spec.nbytes <= limit else None))  # one row that is larger
 
@@ -143,6 +145,8 @@ class SafetensorsFile:
         size = os.fstat(self._file).st_size
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if os.pread(self._file, len(_LFS_POINTER), 0) == _LFS_POINTER:
+                raise ValueError("a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
         entries = json.loads(os.pread(self._file, length, 8))
         self.metadata = entries.pop("__metadata__", None) or {}

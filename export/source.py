@@ -53,7 +53,7 @@ class PackedRows:
     def spec(self) -> TensorSpec:
         return TensorSpec.of(self.source.cut(self.part.spec.meta()))
 
-    def parts(self, step: int = 1) -> Iterator[Part]:
+    def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
         yield Part(0, self.source.cut(self.part.read()).contiguous())
 
 

@@ -41,7 +41,8 @@ def export(options: ExportConfig) -> None:
         return
     hf = _described_model(options)
     how: SaveOptions = {
-        "scheme": recipe_of(options.scheme, options.ignore),
+        "scheme": recipe_of(options.scheme),
+        "ignore": options.ignore,
         "missing_amax": options.amax.missing,
         "overwrite": options.io.overwrite,
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),

@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 
 from configs.schema import SchemeConfig
-from export.inverse_maps import Converter
+from export.inverse_maps import Converter, WithoutInputScales
 from export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
+from export.schemes.recipe import EMBEDDINGS
 from mappings.errors import UsageError
 
 
-def recipe_of(config: SchemeConfig, ignore: Sequence[str] = ()) -> Recipe | None:
+def recipe_of(config: SchemeConfig) -> Recipe | None:
     """The recipe that a configuration describes, None for plain weights.
-
-    Args:
-        ignore: more modules to leave as they are.
 
     Raises:
         UsageError: a scheme that is unknown, or groups beside `from_quantizers`.
     """
-    ignored = (*config.ignore, *ignore)
+    ignored = tuple(config.ignore)
     if config.from_quantizers:
         if config.groups:
             raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers say it all")
@@ -41,5 +39,6 @@ def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
     if name == "fp8_block":
         return (convert.FP8BlockDequantizer.from_pretrained(directory),)
     if name == "compressed_tensors":
-        return (convert.CompressedTensorsDequantizer(directory),)
+        embeddings = [f"re:.*{name}$" for name in EMBEDDINGS]  # `Linear` would mean them there
+        return WithoutInputScales(), convert.CompressedTensorsDequantizer(directory, embeddings)
     raise UsageError(f"unknown converter {name!r}; known: fp8_block, compressed_tensors")

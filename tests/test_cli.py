@@ -113,6 +113,29 @@ class TestWrongArguments:
     def test_no_model_directory(self, good: dict[str, str], tmp_path: Path) -> None:
         assert "config.json" in self.refuse({**good, "hf": str(tmp_path)})
 
+    def test_hf_that_contradicts_itself(self, good: dict[str, str], qwen3: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        shutil.copytree(qwen3, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": ["sliding"]}))
+        assert "config.json is refused by transformers" in self.refuse({**good, "hf": str(other)})
+
+    def test_the_model_itself_is_never_replaced(self, good: dict[str, str], qwen3: Path, tmp_path: Path) -> None:
+        message = self.refuse({**good, "output": str(qwen3)}, "io.overwrite=true")
+        assert "must not lie in one another" in message
+        (tmp_path / "ckpt" / "iter_0000001").mkdir(parents=True)
+        options = {**good, "checkpoint": str(tmp_path / "ckpt" / "iter_0000001"), "output": str(tmp_path / "ckpt")}
+        assert "would replace" in self.refuse(options, "io.overwrite=true")
+        assert (tmp_path / "ckpt" / "iter_0000001").is_dir()
+
+    def test_home_is_found_where_the_shell_leaves_it(
+        self, good: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert f"output {tmp_path / 'out'} exists" in self.refuse({**good, "output": "~/out"})
+
     def test_output_is_not_empty(self, good: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("mine")

@@ -263,6 +263,26 @@ def test_a_converter_comes_first(tmp_path: Path) -> None:
     same(tensors_of(tmp_path / "out"), expected(plain, "nvfp4a16"))
 
 
+@pytest.mark.parametrize("served", CALIBRATED)
+@pytest.mark.parametrize("model", [dense_model, moe_model])
+def test_a_served_checkpoint_is_quantized_anew(model: Any, served: str, tmp_path: Path) -> None:
+    """Its input scales are dropped."""
+    from scripts.recipes import converters_of
+
+    tensors, scheme = model(1), SCHEMES[served]
+    write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors), config=MOE)
+    model_free_ptq(tmp_path / "in", tmp_path / "served", served, quant_state=state_of(tensors, scheme.format))
+    stored = tensors_of(tmp_path / "served")
+    assert any(".input_" in name for name in stored)
+    converters = converters_of("compressed_tensors", str(tmp_path / "served"))
+    model_free_ptq(tmp_path / "served", tmp_path / "out", "mxfp8", converter=converters)
+    plain = {
+        name: scheme.dequantize(name.removesuffix(".weight"), stored) if "_proj" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    same(tensors_of(tmp_path / "out"), expected(plain, "mxfp8"))
+
+
 class TestResume:
     """An interrupted run leaves what it wrote, and the next one makes only the rest."""
 

@@ -13,6 +13,7 @@ from export.rows import Rows, WholeTensor, Written
 from mappings.errors import MappingError
 from mappings.tensors import TensorSpec, max_of
 
+_KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring and quantizing
 NO_AMAX: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -131,8 +132,9 @@ def quantize_tensors(
 def _measured(scheme: Scheme, weights: Mapping[str, Rows], calibrated: bool) -> Tensor | None:
     """The largest amax of the group's weights, None where the scheme shares none."""
     largest: list[Tensor] = []
+    kept = sum(weight.spec.nbytes for weight in weights.values()) <= _KEPT
     for module, weight in weights.items():
-        for _, rows in weight.parts(scheme.row_step):
+        for _, rows in weight.parts(scheme.row_step, again=kept):
             with naming(module):
                 measured = scheme.measure(rows, calibrated=calibrated)
                 if measured is None:

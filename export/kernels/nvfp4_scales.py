@@ -1,0 +1,181 @@
+"""What NVFP4 is scaled by: the global scale of a fused group, from its amax, and the scale of each block.
+
+`Arithmetic` says whose rounding; `nvfp4` says what it is about, and why divisors are tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from export.kernels import e2m1
+from mappings.tensors import max_of
+
+BLOCK = 16
+"""Columns that share one block scale."""
+FP4_MAX = 6.0
+"""Largest E2M1 value."""
+FP8_MAX = 448.0
+"""Largest E4M3 value."""
+
+_SCALE_RANGE = FP4_MAX * FP8_MAX
+_FP8_TINY = 2.0**-9  # smallest positive (subnormal) E4M3 value
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of weights that can be quantized."""
+
+
+class Arithmetic(StrEnum):
+    """Whose rounding is reproduced; see `nvfp4`."""
+
+    MODELOPT = "modelopt"
+    COMPRESSED_TENSORS = "compressed_tensors"
+
+    @classmethod
+    def of(cls, *, calibrated: bool) -> "Arithmetic":
+        """Training's where an amax was calibrated, else the peer's."""
+        return cls.MODELOPT if calibrated else cls.COMPRESSED_TENSORS
+
+
+def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
+    """Return the largest ``|w|`` of one fused group: fp32, 0-d, on the first weight's device.
+
+    Args:
+        weights: the weights ``[out, in]`` of the group, which share one global scale.
+        arithmetic: ``COMPRESSED_TENSORS`` never goes below the smallest normal number of fp32 (and of bf16),
+            as compressed-tensors' ``generate_gparam``; ``MODELOPT`` returns the plain maximum, 0 included.
+
+    Raises:
+        ValueError: no weights, an empty one, an unsupported dtype, or, for ``COMPRESSED_TENSORS``, mixed
+            dtypes: its global scale is rounded in the weight's dtype, so the group could not share one.
+    """
+    if not weights:
+        raise ValueError("NVFP4 amax of no weights: pass the weights of one fused group")
+    shapes = [tuple(weight.shape) for weight in weights]
+    if any(weight.numel() == 0 for weight in weights):
+        raise ValueError(f"NVFP4 amax of an empty weight: the group's shapes are {shapes}")
+    dtypes = {_rounding_dtype(weight.dtype) for weight in weights}
+    if arithmetic == Arithmetic.COMPRESSED_TENSORS and len(dtypes) > 1:
+        names = sorted(str(weight.dtype) for weight in weights)
+        raise ValueError(f"NVFP4 group of shapes {shapes} mixes {', '.join(names)}: cast it to one dtype")
+    if all(map(e2m1.fits_triton, weights)):
+        from export.kernels import amax_triton
+
+        amax = amax_triton.tensor_amax(weights)
+    else:
+        amax = max_of([_largest(weight).to(weights[0].device, torch.float32) for weight in weights])
+    if arithmetic == Arithmetic.COMPRESSED_TENSORS:
+        amax = amax.clamp(min=torch.finfo(torch.float32).tiny)
+    return amax
+
+
+def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+    """Return the stored divisor of a fused group: fp32 ``(1,)``, ``448 * 6 / amax``.
+
+    - ``MODELOPT``: ``1 / weight_scale_2`` with ``weight_scale_2 = amax / 2688`` of ``NVFP4QTensor``'s
+      ``get_weights_scaling_factor_2``, inverted as compressed-tensors' ``ModelOptNvfp4Converter`` does.
+    - ``COMPRESSED_TENSORS``: compressed-tensors' ``generate_gparam``. ``2688 / amax`` is a reciprocal and a
+      product in torch, so it rounds twice in ``dtype``; NaN and Inf become 1.0. In fp16 that overflows for
+      every amax below 0.041 and llm-compressor goes on without a global scale; here an fp16 weight is
+      computed in fp32.
+
+    Args:
+        amax: the group's maximum, one element, on any device.
+        arithmetic: whose rounding.
+        dtype: the weight's dtype.
+
+    Raises:
+        ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
+    """
+    if arithmetic == Arithmetic.MODELOPT:
+        return input_global_scale(amax)
+    rounded = _one_element(amax).to(_rounding_dtype(dtype))
+    divisor = torch.nan_to_num(rounded.reciprocal() * _SCALE_RANGE, nan=1.0, posinf=1.0, neginf=1.0)
+    return _checked_divisor(divisor.float(), amax)
+
+
+def input_global_scale(amax: Tensor) -> Tensor:
+    """Return the stored divisor for activations: fp32 ``(1,)``, ``1 / (amax / 2688)``, rounded twice.
+
+    ``amax / 2688`` is ``NVFP4QTensor.get_activation_scaling_factor``; compressed-tensors stores its inverse.
+    ModelOpt's exporter replaces an amax of 0 or NaN by 6.0; that is a policy, so here it is an error.
+
+    Raises:
+        ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
+    """
+    return _checked_divisor(_scaling_factor_2(_one_element(amax)).reciprocal(), amax)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How blocks are scaled in one fused group: `divisor` as stored, and ModelOpt's own factor, fp32 ``(1,)``."""
+
+    arithmetic: Arithmetic
+    divisor: Tensor
+    factor_2: Tensor
+
+    @classmethod
+    def of(cls, amax: Tensor, arithmetic: Arithmetic, dtype: torch.dtype) -> "Scaling":
+        divisor = global_scale(amax, arithmetic=arithmetic, dtype=dtype)
+        return cls(arithmetic, divisor, _scaling_factor_2(_one_element(amax)))
+
+    @property
+    def key(self) -> tuple[Arithmetic, float, float]:
+        return self.arithmetic, self.divisor.item(), self.factor_2.item()
+
+    def block_scale(self, block_amax: Tensor) -> Tensor:
+        """The E4M3 scale of blocks with this amax, given in the dtype of the weight."""
+        if self.arithmetic == Arithmetic.MODELOPT:
+            scale = block_amax.float() / (FP4_MAX * self.factor_2)
+            return scale.masked_fill(scale == 0, 1.0).clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
+        block_amax = block_amax.to(_rounding_dtype(block_amax.dtype))
+        scale = (block_amax / torch.full_like(block_amax, FP4_MAX)).float() * self.divisor
+        rounded = scale.clamp(max=FP8_MAX).to(torch.float8_e4m3fn).float()
+        return rounded.masked_fill(rounded == 0, 0.125).to(torch.float8_e4m3fn)  # compressed-tensors' "eps" of E4M3
+
+    def step(self, block_scale: Tensor) -> Tensor:
+        """What a code of 1.0 stands for under a block scale, fp32."""
+        if self.arithmetic == Arithmetic.MODELOPT:
+            return block_scale.float() * self.factor_2
+        return block_scale.float() / self.divisor
+
+
+def _largest(weight: Tensor) -> Tensor:
+    if e2m1.fits_loops(weight):
+        return e2m1.largest_magnitude(weight)
+    return torch.stack(torch.aminmax(weight)).abs().max()
+
+
+def static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:
+    """The E4M3 scale from calibrated block amax ``[rows, in/16]``, in the order of operations of ModelOpt's
+    ``get_weights_scaling_factor_from_quantizer``.
+    """
+    limit = torch.full_like(block_amax, FP4_MAX)
+    scale = block_amax.float() / limit
+    scale = torch.where(scale == 0, 1.0, scale) * FP8_MAX / (amax.float() / limit[:1, :1])
+    return scale.clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _scaling_factor_2(amax: Tensor) -> Tensor:
+    amax = amax.float()
+    return amax / torch.full_like(amax, _SCALE_RANGE)  # a tensor on the device: see the module's docstring
+
+
+def _one_element(amax: Tensor) -> Tensor:
+    if amax.numel() != 1:
+        raise ValueError(f"NVFP4 needs one amax for a fused group; this one has shape {tuple(amax.shape)}")
+    return amax.reshape(1)
+
+
+def _checked_divisor(divisor: Tensor, amax: Tensor) -> Tensor:
+    if not 0.0 < divisor.item() < float("inf"):
+        raise ValueError(f"NVFP4 amax {amax.item()} gives scale {divisor.item()}: not positive and finite")
+    return divisor
+
+
+def _rounding_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that compressed-tensors rounds in; fp16 is replaced, see `global_scale`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"NVFP4 quantizes bf16, fp16 and fp32 weights, not {dtype}")
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
