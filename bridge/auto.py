@@ -108,7 +108,8 @@ class AutoBridge:
         With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit,
         without the disk: a serving engine can be given new weights after every step of a training. No more of the
         model is held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by
-        one, also those of a family whose files pack them. `examples/refit.py` shows the use.
+        one, also those of a family whose files pack them; what such files hold beside the language model is not among
+        them. `examples/refit.py` shows the use.
 
         Args:
             scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights as they are.

@@ -69,7 +69,7 @@ DEFAULTS: Settings = {
     "rope_scaling": False,
     "rope_scaling_factor": 8.0,
     "rope_type": "yarn",
-    "rotary_scaling_factor": 40,
+    "rotary_scaling_factor": 1.0,
     "original_max_position_embeddings": 4096,
     "beta_fast": 32,
     "beta_slow": 1,
@@ -197,6 +197,7 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
 def in_use(settings: Settings) -> dict[str, Any]:
     """With defaults, and without settings that change nothing because of others."""
     filled = {**DEFAULTS, **settings}
+    filled["moe_router_topk_scaling_factor"] = filled["moe_router_topk_scaling_factor"] or 1.0  # as None
     idle = [takes for condition, takes in _USED_IF if not condition(filled)]
     return {name: value for name, value in filled.items() if not any(takes(name) for takes in idle)}
 

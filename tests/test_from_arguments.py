@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 from argparse import Namespace
 from collections.abc import Mapping
@@ -138,17 +139,28 @@ def test_arguments_of_megatron_s_command_line(
     from megatron.training.arguments import core_transformer_config_from_args
 
     arguments, original = megatron_arguments[name], published(name).to_dict()
-    plain = {
-        key: value for key, value in vars(arguments).items() if isinstance(value, int | float | str | list | tuple)
-    }
-    hf = model_of_arguments(save_with(tmp_path, plain))
+    hf = model_of_arguments(save_with(tmp_path, vars(arguments)))
     family = family_of(original)
     assert hf.family is family
     expected = {**family.settings(original), "vocab_size": arguments.vocab_size}
     assert differences(family.settings(hf.config), expected) == []
-    config = vars(core_transformer_config_from_args(arguments))
     fields = (family.hybrid_config if family.hybrid_pattern else family.transformer_config)(hf.config)
-    assert differences(family.settings_of(from_arguments({**plain, **config})), {**expected, **fields}) == []
+    made_by_megatron = {**vars(arguments), **vars(core_transformer_config_from_args(arguments))}
+    assert differences(family.settings_of(from_arguments(made_by_megatron)), {**expected, **fields}) == []
+
+
+def test_defaults_are_megatron_s() -> None:
+    """Those of its command line, or where that has none, of its configuration."""
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    line = from_arguments(vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([])))
+    fields = {field.name: field.default for field in dataclasses.fields(MLATransformerConfig)}
+    fields |= {"multi_latent_attention": False, "normalization": "LayerNorm", "q_lora_rank": None}
+    known = {name: line.get(name, fields.get(name)) for name in DEFAULTS if name in line or name in fields}
+    assert {name: DEFAULTS[name] for name in known} == known
+    others = {name for name, value in DEFAULTS.items() if value is not None and name not in known}
+    assert [name for name in others if name != "activation" and not name.startswith("yarn_")] == []  # GPT-OSS above
 
 
 class TestOptionsAndErrors:
@@ -179,6 +191,11 @@ class TestOptionsAndErrors:
         del older["layernorm_epsilon"], older["add_bias_linear"], older["num_query_groups"]
         hf = model_of_arguments(save_with(tmp_path, {**older, "group_query_attention": False, "kv_channels": None}))
         assert (hf.config["rms_norm_eps"], hf.config["num_key_value_heads"], hf.config["head_dim"]) == (1e-4, 4, 16)
+
+    def test_no_factor_is_a_factor_of_one(self, tmp_path: Path) -> None:
+        arguments = arguments_of(TINY_MODELS["GLM-4.5"].make().to_dict())
+        hf = model_of_arguments(save_with(tmp_path, {**arguments, "moe_router_topk_scaling_factor": None}))
+        assert hf.config["routed_scaling_factor"] == 1.0
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -14,6 +14,7 @@ from workers.model import TOKENS
 from bridge.auto import AutoBridge
 from bridge.carried import carried_specs
 from bridge.hf_config import read_hf_model
+from export.staging import Share
 from mappings.errors import UsageError
 from mappings.names import module_of
 
@@ -101,8 +102,8 @@ def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], mo
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_what_is_carried_over_is_not_quantized(cases: list[Case], tmp_path: Path) -> None:
-    """A vision tower goes along, loads in transformers beside a quantized language model, and must be there."""
+def test_what_is_carried_over_is_not_quantized(cases: list[Case]) -> None:
+    """A vision tower goes along, and loads in transformers beside a quantized language model."""
     case = next(case for case in cases if "images" in case.model)
     quantized = case.back / "nvfp4"
     model, loading = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
@@ -112,6 +113,22 @@ def test_what_is_carried_over_is_not_quantized(cases: list[Case], tmp_path: Path
     source, found = tensors_in(case.hf), tensors_in(quantized)
     carried = [name for name in source if name.startswith(("vision_tower.", "multi_modal_projector."))]
     assert carried and all(found[name].equal(source[name]) for name in carried)
+    with AutoBridge.from_hf_pretrained(quantized).open_weights() as weights:
+        assert set(weights.schemes) == {module_of(name) for name in found if name.endswith(".weight_packed")}
+
+
+def test_processes_that_never_talk_carry_over_once(cases: list[Case], tmp_path: Path) -> None:
+    case = next(case for case in cases if "images" in case.model)
+    bridge = AutoBridge.from_hf_pretrained(case.hf)
+    for rank in (1, 0):
+        assert not (tmp_path / "out").exists()
+        bridge.convert_checkpoint(case.checkpoint, tmp_path / "out", scheme="none", share=Share(rank, 2))
+    files = [directory / "model.safetensors" for directory in (case.back, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_is_carried_over_must_be_there(cases: list[Case], tmp_path: Path) -> None:
+    case = next(case for case in cases if "images" in case.model)
     (tmp_path / "config.json").write_text((case.hf / "config.json").read_text())
     hf = read_hf_model(tmp_path)
     assert carried_specs(hf, required=False) == {}

@@ -207,7 +207,7 @@ def test_an_export_that_would_not_serve_is_not_written(
     live: LiveRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     """The model is said to have one more tensor than the Megatron checkpoint."""
-    monkeypatch.setattr("bridge.save.Saver._expected", lambda self, specs: {"model.more.weight": (4,)})
+    monkeypatch.setattr("bridge.save.Saver._expected", lambda *_: {"model.more.weight": (4,)})
     words = (f"checkpoint={live.at(tp=2) / 'checkpoint'}", f"hf={live.hf}", f"output={tmp_path / 'out'}")
     status, _, message = command("export", *words)
     assert status == 1
