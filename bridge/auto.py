@@ -1,6 +1,7 @@
 """AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,15 +11,15 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
-from bridge.described import check_described
+from bridge.described import check_described, stored_model
 from bridge.fill import fill_parameters, fill_quantizers
-from bridge.hf_config import HFModel, read_hf_model
+from bridge.from_arguments import model_of_arguments
+from bridge.hf_config import OUTPUT_LAYER, HFModel, read_hf_model
 from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
 from bridge.plan import BundlePlan, plan_export, plan_stored
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
-from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver, decide
-from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
+from bridge.save import ExportReport, SaveOptions, Saver, decide
 from bridge.stream import join_bundle, stream_bundles
 from bridge.torch_dist import DistCheckpoint
 from bridge.writers import Apart, Together
@@ -26,12 +27,14 @@ from export.checkpoint import SafetensorsCheckpoint
 from export.dequantized import DequantizedCheckpoint
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
+from export.model_directory import check_spared
 from export.quant_state import QuantState
 from export.schemes import Recipe, find_scheme
 from export.staging import ALONE, Share
 from mappings.errors import CheckpointError, listing
 from mappings.ranks import LOCAL, Axis, Ranks
 
+_log = logging.getLogger("amaxbridge")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 type Model = nn.Module | Sequence[nn.Module]
@@ -61,6 +64,28 @@ class AutoBridge:
         """
         return cls(read_hf_model(path), ranks)
 
+    @classmethod
+    def from_megatron_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        *,
+        architecture: str | None = None,
+        vocab_size: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> Self:
+        """A bridge for the model in a Megatron checkpoint, as the arguments that training saved in it describe it.
+
+        Args:
+            architecture: Hugging Face's, where the arguments fit several.
+            vocab_size: of the tokenizer, where Megatron padded it and did not save what it was.
+            ranks: as in `from_hf_pretrained`.
+
+        Raises:
+            UsageError: the arguments are not there, or fit no family, or several.
+            CheckpointError: not a distributed checkpoint.
+        """
+        return cls(model_of_arguments(Path(checkpoint), architecture=architecture, vocab_size=vocab_size), ranks)
+
     def collect_quant_state(self, model: Model) -> QuantState:
         """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks.
 
@@ -83,7 +108,8 @@ class AutoBridge:
         With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit,
         without the disk: a serving engine can be given new weights after every step of a training. No more of the
         model is held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by
-        one, also those of a family whose files pack them. `examples/refit.py` shows the use.
+        one, also those of a family whose files pack them; what such files hold beside the language model is not among
+        them. `examples/refit.py` shows the use.
 
         Args:
             scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights as they are.
@@ -114,7 +140,7 @@ class AutoBridge:
     @contextlib.contextmanager
     def open_weights(self) -> Iterator[DequantizedCheckpoint]:
         """The tensors of the Hugging Face directory."""
-        with SafetensorsCheckpoint(self.hf.directory, self.hf.family.packed_experts) as checkpoint:
+        with SafetensorsCheckpoint(self.hf.weights_directory, self.hf.family.packed_experts) as checkpoint:
             yield DequantizedCheckpoint(checkpoint, self.hf.written.get("quantization_config"))
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
@@ -171,12 +197,15 @@ class AutoBridge:
         Raises:
             CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
         """
-        saver = Saver(self.hf, Apart(share), Path(path), **options)
-        opened = DistCheckpoint(Path(checkpoint))
-        pattern = self.hf.family.layer_pattern(self.hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
-        stored = StoredModel(opened, self.hf.family.spelling(pattern))
-        config = SimpleNamespace(**self._described(pattern), vocab_size=self.hf.config["vocab_size"])
-        check_described(stored, self.hf, config, LOCAL)
+        checkpoint, path = Path(checkpoint).expanduser(), Path(path).expanduser()
+        check_spared(checkpoint, path)
+        saver = Saver(self.hf, Apart(share), path, **options)
+        opened = DistCheckpoint(checkpoint)
+        if share.rank == 0:
+            for note in self.hf.notes:
+                _log.warning("%s", note)
+        stored, config = stored_model(opened, self.hf)
+        check_described(stored, self.hf, config)
         quantizers = stored.quantizers()
         held = [*stored.parameters(), *state_parameters(quantizers)]
         plan = plan_stored(held, self.hf.registry, config, share.world, skip=self._without_tensor)
@@ -222,7 +251,7 @@ class AutoBridge:
             differ.append(f"hybrid_layer_pattern: the Megatron model has {pattern}, config.json gives {described}")
         if differ:
             raise CheckpointError(
-                f"the Megatron model is not the one that {self.hf.directory} describes:{listing(differ)}"
+                f"the Megatron model is not the one that {self.hf.source} describes:{listing(differ)}"
             )
         return SimpleNamespace(
             **expected,
@@ -233,8 +262,7 @@ class AutoBridge:
 
     def _described(self, pattern: str | None) -> dict[str, Any]:
         """What config.json says in Megatron's words; `pattern` is that of a HybridModel, None for a GPTModel."""
-        family = self.hf.family
-        return (family.transformer_config if pattern is None else family.hybrid_config)(self.hf.config)
+        return self.hf.family.module_config(self.hf.config, pattern)
 
     @property
     def _without_tensor(self) -> frozenset[str]:

@@ -7,25 +7,21 @@ would be exported in silence.
 from pathlib import Path
 from types import SimpleNamespace
 
-from bridge.hf_config import HFModel
+from bridge.hf_config import OUTPUT_LAYER, HFModel
 from bridge.hf_specs import MegatronSpecs
-from bridge.save import OUTPUT_LAYER
 from bridge.saved_args import disagreements, read_arguments, saved_sizes
 from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
 from bridge.torch_dist import DistCheckpoint
 from mappings.errors import CheckpointError, listing
 from mappings.families import FAMILIES
 from mappings.names import is_quantizer_state, kind_of
-from mappings.ranks import Axis, Ranks
 from mappings.spelling import canonical
 
 _MOST = 40  # lines: one for each kind of tensor
 
 
-def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace, ranks: Ranks) -> None:
-    """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json. Collective.
-
-    The first rank looks; all raise.
+def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> None:
+    """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
 
     Args:
         config: what mappings read of Megatron's configuration.
@@ -33,28 +29,39 @@ def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace, r
     Raises:
         CheckpointError: they disagree.
     """
-    found = _disagreements(stored, hf, config) if ranks.rank(Axis.WORLD) == 0 else []
-    found = ranks.all_gather_object(Axis.WORLD, found)[0]
+    found = _disagreements(stored, hf, config)
     if found:
         raise CheckpointError(
-            f"{stored.checkpoint.directory} is not the model that {hf.directory} describes, "
+            f"{stored.checkpoint.directory} is not the model that {hf.source} describes, "
             f"{', '.join(hf.family.architectures)}:{listing(found, _MOST)}\nGive the hf= of the model that was trained"
         )
+
+
+def stored_model(opened: DistCheckpoint, hf: HFModel) -> tuple[StoredModel, SimpleNamespace]:
+    """The model in a checkpoint under the names of a family, and what mappings read of Megatron's configuration."""
+    pattern = hf.family.layer_pattern(hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
+    config = SimpleNamespace(**hf.family.module_config(hf.config, pattern), vocab_size=hf.config["vocab_size"])
+    return StoredModel(opened, hf.family.spelling(pattern)), config
 
 
 def _disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
     arguments = read_arguments(stored.checkpoint)
     found = list(disagreements(arguments, hf)) if arguments is not None else []
+    return found + tensor_disagreements(stored, hf, config)
+
+
+def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
+    """One line for each kind of tensor that is not what the model has."""
     try:
         specs = MegatronSpecs(hf, config)
     except ValueError:  # transformers has no causal language model of this architecture to compare with
-        return found
+        return []
     held = {
         name: each.spec
         for name, each in stored.tensors.items()
         if not is_quantizer_state(name) and not (hf.tied and name == OUTPUT_LAYER)
     }
-    return found + specs.disagreements(held)
+    return specs.disagreements(held)
 
 
 def identify(checkpoint: Path) -> str:

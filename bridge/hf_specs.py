@@ -1,7 +1,7 @@
 """What a model is made of, without weights: Hugging Face tensors by name, and the Megatron tensors they become.
 
 Names and shapes come from transformers' own model, built on the meta device, and from the conversion that it publishes
-of its names to those of files; layers that DeepSeek's files hold and transformers does not build are added. There is no
+of its names to those of files; layers for multi-token prediction (MTP), which it does not build, are added. There is no
 second table of shapes here that could disagree.
 """
 
@@ -9,32 +9,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 from bridge.hf_config import HFModel
 from export.packed_experts import packed_source
+from mappings.hybrid import read_pattern
 from mappings.mapping import MegatronParamMapping
 from mappings.names import kind_of
 from mappings.tensors import TensorSpec
 
 
 def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
-    """Every tensor of the model's files, on the meta device, experts one by one.
+    """Every tensor of the language model in the files, on the meta device, experts one by one.
 
     Raises:
         ValueError: transformers has no causal language model of this architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # here, because it takes seconds
-    from transformers.core_model_loading import revert_weight_conversion
-
-    fields = {name: value for name, value in hf.config.items() if name != "quantization_config"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.bfloat16)
-    tied = model.all_tied_weights_keys if hf.tied else {}
-    tensors = revert_weight_conversion(model, model.state_dict())
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors)}))
+    if hf.file_tensors is None:
+        raise ValueError(f"transformers has no causal language model for {hf.config.get('architectures')}")
+    tensors = hf.file_tensors
+    return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
 
 
 class MegatronSpecs:
@@ -112,7 +106,7 @@ def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
 
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layers after the last, for multi-token prediction: each like the last one, and what joins them."""
+    """DeepSeek's, after the last layer: each like that, and what joins them."""
     count = hf.config.get("num_nextn_predict_layers", 0)
     first = hf.config.get("num_hidden_layers", 0)
     last = f"model.layers.{first - 1}."
@@ -124,3 +118,20 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)
     inner["embed_tokens.weight"] = inner["shared_head.head.weight"] = tensors["model.embed_tokens.weight"]
     return {f"model.layers.{first + n}.{name}": tensor for n in range(count) for name, tensor in inner.items()}
+
+
+def _hybrid_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Nemotron-H's, beside the decoder: each like the first decoder layer of its kind, and what joins them."""
+    if hf.family.hybrid_pattern is None:
+        return {}
+    decoder, kinds, depths = read_pattern(hf.family.layer_pattern(hf.config))
+    norm, hidden = tensors["backbone.norm_f.weight"], hf.config["hidden_size"]
+    first = {"enorm.weight": norm, "hnorm.weight": norm, "eh_proj.weight": norm.new_empty(hidden, 2 * hidden)}
+    made: dict[str, Tensor] = {}
+    for depth, (place, kind) in product(range(depths), enumerate(kinds)):
+        like = f"backbone.layers.{decoder.index(kind)}."
+        inner = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(like)}
+        inner |= first if place == 0 else {}
+        inner |= {"final_layernorm.weight": norm} if place == len(kinds) - 1 else {}
+        made |= {f"mtp.layers.{depth * len(kinds) + place}.{name}": tensor for name, tensor in inner.items()}
+    return made

@@ -195,7 +195,8 @@ def _save(chunks: Sequence[nn.Module], hf: HFModel, target: Path, ranks: Ranks) 
         staged.mkdir(parents=True)
     ranks.all_gather_object(Axis.WORLD, None)
     try:
-        megatron.save_checkpoint(chunks, staged, iteration=None, arguments=megatron_arguments(hf, chunks[0].config))
+        arguments = megatron_arguments(hf, chunks[0].config, layer_pattern(chunks))
+        megatron.save_checkpoint(chunks, staged, iteration=None, arguments=arguments)
         if first:
             replace_directory(staged, target)
         ranks.all_gather_object(Axis.WORLD, None)

@@ -13,11 +13,11 @@ from typing import Unpack
 
 import torch
 
-from bridge.hf_config import HFModel, check_parallel_sizes
+from bridge.hf_config import OUTPUT_LAYER, HFModel, check_parallel_sizes
 from bridge.hf_specs import MegatronSpecs
 from bridge.mesh import Mesh
 from bridge.plan import BundlePlan, RankReport, plan_reports
-from bridge.save import OUTPUT_LAYER, ExportReport, SaveOptions, Saver
+from bridge.save import ExportReport, SaveOptions, Saver
 from bridge.stream import BUCKET_BYTES
 from bridge.writers import Apart
 from export.checkpoint import SafetensorsCheckpoint
@@ -114,7 +114,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     """
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
-    with SafetensorsCheckpoint(hf.directory, hf.family.packed_experts) as checkpoint:
+    with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
         schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
         missing = [
             name

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mappings.errors import UsageError
 from mappings.names import is_quantizer_state
 from mappings.spelling import canonical
 
@@ -54,7 +55,8 @@ def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
 def _unwrap_one(chunk: Any) -> nn.Module:
     while isinstance(getattr(chunk, "module", None), nn.Module):
         chunk = chunk.module
-    assert isinstance(chunk, nn.Module)
+    if not isinstance(chunk, nn.Module):
+        raise UsageError(f"give the model, or the list of its chunks, on every rank; not a {type(chunk).__name__}")
     return chunk
 
 

@@ -65,7 +65,11 @@ class ProcessRanks:
         if self.size(axis) == 1:
             return [value]
         values: list[Any] = [None] * self.size(axis)
-        dist.all_gather_object(values, value, group=self._groups[axis])
+        try:
+            dist.all_gather_object(values, value, group=self._groups[axis])
+        except RuntimeError as error:
+            error.add_note("Another rank failed, see there, or did not make the call: all ranks of the mesh must")
+            raise
         return values
 
     def _as_bytes(self, tensor: Tensor) -> Tensor:

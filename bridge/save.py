@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.hf_config import HFModel, expected_tensors
+from bridge.carried import carried_specs, carried_tensors, ignored
+from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from bridge.writers import Writers
 from export.finalizer import Bundle, Finalizer
@@ -16,6 +17,7 @@ from export.fused_scales import MissingAmax, missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
 from export.model_card import Conversion, companion_files
+from export.model_directory import check_apart, check_ignored
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
@@ -32,9 +34,6 @@ from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 
-OUTPUT_LAYER = "output_layer.weight"
-"""Megatron's name."""
-
 _log = logging.getLogger("amaxbridge")
 
 
@@ -43,6 +42,7 @@ class SaveOptions(TypedDict, total=False):
 
     Args:
         scheme: as `find_scheme` takes it: `nvfp4` and so on, `auto`, `none` for plain weights, or a recipe.
+        ignore: modules to leave as they are: full names, or `re:` and a pattern; each must match something.
         missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
         overwrite: replace what is at the output.
         max_shard_bytes: of one safetensors file, but for a single tensor that is larger.
@@ -53,6 +53,7 @@ class SaveOptions(TypedDict, total=False):
     """
 
     scheme: str | Recipe | None
+    ignore: Sequence[str]
     missing_amax: str
     overwrite: bool
     max_shard_bytes: int
@@ -108,9 +109,7 @@ def decide(
 ) -> Finalizer:
     """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled."""
     finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
-    head = hf.registry.megatron_to_hf_lookup(OUTPUT_LAYER)
-    if hf.tied and head is not None:  # a Linear to every consumer, though it has no tensor of its own
-        finalizer.ignore += map(module_of, head.targets)
+    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
     if warn:
         _warn(state, finalizer.filled)
     return finalizer
@@ -130,6 +129,7 @@ class Saver:
         target: Path,
         *,
         scheme: str | Recipe | None = "nvfp4",
+        ignore: Sequence[str] = (),
         missing_amax: str = "error",
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -140,12 +140,15 @@ class Saver:
         quant_state: bool = False,
     ) -> None:
         self._hf, self._writers = hf, writers
-        self._target, self._overwrite = target.absolute(), overwrite
+        self._target, self._overwrite = target.expanduser().absolute(), overwrite
+        if hf.directory is not None:
+            check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=overwrite)
-        self._recipe = find_scheme(scheme)
+        self._recipe, self._ignore = find_scheme(scheme, ignore), ignore
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
-        self._progress, self._record = progress or NoProgress(), record or {}
+        self._progress = progress or NoProgress()
+        self._record = {**(record or {}), **({"notes": hf.notes} if hf.notes else {})}
         self._keeps_state = quant_state
 
     def save(
@@ -166,17 +169,22 @@ class Saver:
         """
         state = collect() if self._recipe or self._keeps_state else QuantState()
         finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
+        carried = carried_specs(self._hf, required=not self._dry_run)
+        finalizer.ignore += ignored(self._hf)
+        if self._recipe is not None:
+            check_ignored(self._ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
-        layout = plan_layout(packer.specs, self._max_shard_bytes)
+        layout = plan_layout({**packer.specs, **carried}, self._max_shard_bytes)
         kept = self._state_file(state, specs_of(plan)) if self._keeps_state else ()
         ended = self._writers.first
         if not self._dry_run:
             specs = specs_of(plan)
             before = sum(spec.nbytes for name, spec in specs.items() if not is_quantizer_state(name))
+            before += sum(spec.nbytes for spec in carried.values())
             files = Layout((*layout.shards, *kept))
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
-            made_from = fingerprint and output_fingerprint(fingerprint, self._hf.directory)
+            made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
             record = {**self._record, MADE_FROM: made_from}
             output = _Output(Conversion(finalizer, layout, before, state, record), packer, files)
             ended = self._write(plan, stream, output, fingerprint)
@@ -230,25 +238,32 @@ class Saver:
                 for name, first, tensor in output.packer.pack(dict(output.conversion.finalizer.finalize(bundle))):
                     writer.write(name, tensor, first)
                 if self._keeps_state:
-                    _write_all(writer, bundle.state)
+                    _write_all(writer, bundle.state.items())
                 writer.done(bundle.key)
                 planned = mine[bundle.key]
                 self._progress.advance(tensors=len(planned.specs), nbytes=planned.nbytes)
-            if self._keeps_state:  # every process has it: whoever ends the work has written it
-                _write_all(writer, output.conversion.state.amax)
         finally:
             writer.close()
 
     def _finish(self, plan: Sequence[BundlePlan], output: "_Output", staged: StagedDirectory) -> None:
-        """The files beside the shards; then everything is checked as it will be served.
-
-        Expected is what transformers expects, or where it has no such model, what is planned.
-        """
+        """What every process could write, by the one that ends the work; then all is checked as it will be served."""
+        writer = ShardWriter(staged.path, output.files)
+        try:
+            _write_all(writer, carried_tensors(self._hf))
+            if self._keeps_state:
+                _write_all(writer, output.conversion.state.amax.items())
+        finally:
+            writer.close()
         self._write_small_files(output, staged)
         if self._verify:
-            planned = {name: spec.shape for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
-            expected = expected_tensors(self._hf.directory) or planned
-            verify(staged.path, expected=expected).conclude(self._target)
+            verify(staged.path, expected=self._expected(plan)).conclude(self._target)
+
+    def _expected(self, plan: Sequence[BundlePlan]) -> dict[str, tuple[int, ...]]:
+        """The shapes that transformers expects, or where it has no such model, those planned; and what is carried."""
+        planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
+        known = {name: TensorSpec.of(each) for name, each in (self._hf.file_tensors or {}).items()}
+        expected = {**(known or planned), **carried_specs(self._hf, required=True)}
+        return {name: spec.shape for name, spec in expected.items()}
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
         """The bundles that this process owns, announced."""
@@ -285,8 +300,8 @@ class _Output:
     files: Layout
 
 
-def _write_all(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
         writer.write(name, tensor)
 
 

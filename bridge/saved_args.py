@@ -16,16 +16,11 @@ import torch
 
 from bridge.hf_config import HFModel
 from bridge.torch_dist import DistCheckpoint
-from mappings.errors import CheckpointError
+from mappings.errors import CheckpointError, MappingError
+from mappings.settings import argument, differences, from_arguments, to_arguments, told
 
 _COMMON = "common_state/"
 _COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
-_ARGUMENTS = {  # Megatron's TransformerConfig or model argument → the training argument, where that has another name
-    "num_moe_experts": "num_experts",
-    "gated_linear_unit": "swiglu",
-    "layernorm_epsilon": "norm_epsilon",
-    "max_sequence_length": "max_position_embeddings",
-}
 _SHAPES = (  # what decides the shapes of tensors
     "num_layers",
     "hidden_size",
@@ -70,19 +65,16 @@ class Inert:
         return f"{type(self).__name__}{self.arguments}"
 
 
-def megatron_arguments(hf: HFModel, config: Any) -> Namespace:
-    """What Megatron's training reads of a checkpoint's arguments: the model's sizes and how it is cut.
+def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> Namespace:
+    """What Megatron's training reads of a checkpoint's arguments: the model and how it is cut.
 
     Args:
         config: Megatron's configuration of the model.
+        pattern: the `hybrid_layer_pattern` of a HybridModel.
     """
-    model = hf.family.model_arguments(hf.config)
-    fields = {**hf.family.transformer_config(hf.config), **model}
-    arguments = {_ARGUMENTS.get(name, name): value for name, value in fields.items()}
-    tied = arguments.pop("share_embeddings_and_output_weights", False)
-    arguments |= {"untie_embeddings_and_output_weights": not tied, "group_query_attention": True}
-    arguments |= {name: getattr(config, name) for name in _PARALLEL}
-    return Namespace(**arguments)
+    hybrid = {} if pattern is None else {"hybrid_layer_pattern": pattern, "num_layers": config.num_layers}
+    parallel = {name: getattr(config, name) for name in _PARALLEL}
+    return Namespace(**to_arguments({**hf.family.settings(hf.config), **hybrid}), **parallel)
 
 
 def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
@@ -106,26 +98,24 @@ def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
 
 def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The sizes of the model among saved arguments, by the names of training."""
+    settings = told(arguments)
     for name in (*_SHAPES, "padded_vocab_size"):
-        value = arguments.get(_ARGUMENTS.get(name, name))
-        if value:
-            yield _ARGUMENTS.get(name, name), value
+        if settings.get(name):
+            yield argument(name), settings[name]
 
 
 def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
     """One line for each size in which the saved arguments and config.json differ."""
-    expected = hf.family.transformer_config(hf.config)
+    said, expected = told(arguments), hf.family.settings(hf.config)
+    try:
+        found = hf.family.settings_of(from_arguments(arguments))
+    except MappingError as error:
+        yield str(error)
+        return
+    differ = differences(found, expected)
     for name in _SHAPES:
-        saved = _ARGUMENTS.get(name, name)
-        if name not in expected or saved not in arguments:
-            continue
-        found = arguments[saved]
-        if name == "moe_layer_freq" and isinstance(found, int):
-            found = [int(layer % found == 0) for layer in range(expected["num_layers"])]
-        if name == "num_query_groups" and not arguments.get("group_query_attention", True):
-            found = arguments.get("num_attention_heads")
-        if found != expected[name] and (found or expected[name]):
-            yield f"--{saved.replace('_', '-')} {found}, and config.json gives {expected[name]}"
+        if name in said and name in expected and name in differ:
+            yield f"--{argument(name).replace('_', '-')} {found[name]}, and config.json gives {expected[name]}"
 
 
 class _PlainUnpickler(pickle.Unpickler):

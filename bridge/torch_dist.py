@@ -144,7 +144,10 @@ class DistCheckpoint:
             self._reader.read_data(LoadPlan(items), _Into(targets))
         except Exception as error:  # whatever a damaged file makes torch raise
             keys = sorted({region.key for region in regions})
-            raise CheckpointError(f"{self.directory} cannot be read: {error}; while reading{listing(keys)}") from error
+            # torch would advise to load such bytes with weights_only=False, which may run code
+            damaged = isinstance(error, pickle.UnpicklingError)
+            why = "the bytes of a tensor are damaged, copy the files again" if damaged else error
+            raise CheckpointError(f"{self.directory} cannot be read: {why}; while reading{listing(keys)}") from error
         return [
             targets[str(number)].reshape(targets[str(number)].shape[len(region.index) :])
             for number, region in enumerate(regions)

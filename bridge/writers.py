@@ -78,14 +78,14 @@ class Together:
 
     def _from_first[T](self, make: Callable[[], T]) -> T:
         """What the first rank makes, or the error that it meets, on every rank."""
-        made: T | AmaxbridgeError | None = None
+        made: T | Exception | None = None
         if self.first:
             try:
                 made = make()
-            except AmaxbridgeError as error:
+            except (AmaxbridgeError, OSError) as error:
                 made = error
-        of_first: T | AmaxbridgeError = self._ranks.all_gather_object(Axis.WORLD, made)[0]
-        if isinstance(of_first, AmaxbridgeError):
+        of_first: T | Exception = self._ranks.all_gather_object(Axis.WORLD, made)[0]
+        if isinstance(of_first, Exception):
             raise of_first
         return of_first
 

@@ -97,9 +97,12 @@ class ExportConfig(CommonConfig):
         None,
     )
     hf: str | None = option(
-        "Hugging Face directory or hub name: config.json, tokenizer. Without it, the error names the model.",
+        "Hugging Face directory or hub name: config.json, tokenizer. Without it, config.json is made of the arguments "
+        "that training saved in the checkpoint.",
         None,
     )
+    architecture: str | None = option("Without hf=: which one, where the saved arguments fit several.", None)
+    vocab_size: int | None = option("Without hf=: the tokenizer's, where Megatron padded it and saved no other.", None)
     output: str = option("Directory to write.")
     scheme: SchemeConfig = option("How to quantize; auto: as the quantizers say; none: plain weights.", SchemeConfig)
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])

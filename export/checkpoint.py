@@ -48,9 +48,15 @@ class SafetensorsCheckpoint:
         if len(files) != 1:
             raise CheckpointError(
                 f"{self.directory} has {len(files)} safetensors files and no {INDEX_FILE}: "
-                + ("download the weights" if not files else "the index is missing")
+                + ("the index is missing" if files else self._without_files())
             )
         return dict.fromkeys(self.file(files[0]).tensors, files[0])
+
+    def _without_files(self) -> str:
+        """What to do where there are no safetensors."""
+        if any(self.directory.glob("*.bin")):
+            return "load the .bin files in transformers and save them again (save_pretrained)"
+        return "download the weights"
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:

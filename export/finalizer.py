@@ -180,7 +180,10 @@ class Finalizer:
                 scale, tensor = self._cache_scales[name]
                 planned[name] = {scale: TensorSpec.of(tensor), **planned[name]}
         if problems:
-            raise MappingError(f"{len(problems)} weights cannot be quantized:{listing(problems)}")
+            raise MappingError(
+                f"{len(problems)} weights cannot be quantized:{listing(problems)}\n"
+                "Name them in ignore, or choose a scheme with smaller blocks, or without (fp8_dynamic, w8a8)"
+            )
         return planned
 
     def is_quantized(self, name: str) -> bool:
@@ -225,7 +228,7 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
         if static:
             raise UsageError(
                 f"scheme={recipe.name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
-                "Give the quantizer state of a trained model, or choose a scheme without static inputs"
+                "Give quant_state= of a trained model, or choose a scheme without static inputs: nvfp4a16, fp8_dynamic"
             )
         return chosen
     left = [
@@ -242,7 +245,10 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
     if others:
         wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
         found = [f"{module}: {state.formats[module]}" for module in others]
-        raise UsageError(f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}")
+        raise UsageError(
+            f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}\n"
+            "Take the scheme that it was trained for, or scheme=auto, which reads it from the quantizers"
+        )
     return chosen
 
 

@@ -99,7 +99,8 @@ def share_amax(
         raise AmaxError(
             f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
             "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again; "
-            "amax.missing=from_weights or group_max fills what it can"
+            "amax.missing=from_weights (missing_amax= in Python) fills those of weights; those of inputs come from "
+            "data, or with group_max from the same fused group"
         )
     return shared
 

@@ -107,11 +107,11 @@ def carried_files(source: Path) -> dict[str, Path]:
     return carried
 
 
-def output_fingerprint(plan: str, source: Path) -> str:
-    """Names all that an output is made from: the plan of its tensors, and the content of the source's other files."""
-    digest = hashlib.sha256(plan.encode())
-    made_anew = {name: source / name for name in (CONFIG_FILE, CARD_FILE)}
-    for name, file in {**_sorted_out(source)[0], **made_anew}.items():
+def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
+    """Names all that an output is made from: the plan of its tensors, config.json, and the source's other files."""
+    digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
+    others = {} if source is None else {**_sorted_out(source)[0], CARD_FILE: source / CARD_FILE}
+    for name, file in others.items():
         content = file.read_bytes() if file.is_file() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -43,7 +43,7 @@ class Conversion:
         layout: the files of weights.
         source_bytes: of all weights before.
         state: what training calibrated.
-        record: how it was asked for; its `command_line` is shown in the card.
+        record: how it was asked for; its `command_line` and its `notes` to users are shown in the card.
     """
 
     finalizer: Finalizer = field(repr=False)
@@ -53,18 +53,18 @@ class Conversion:
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
-def companion_files(source: Path, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
+def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
     """All small files of an output but config.json and the index: path in the output, content.
 
     Args:
-        source: Hugging Face directory whose tokenizer, chat template and so on go along.
+        source: Hugging Face directory whose tokenizer, chat template and so on go along; None where there is none.
     """
-    for name, file in carried_files(source).items():
+    for name, file in (carried_files(source) if source else {}).items():
         yield name, file.read_bytes()
     facts = {**conversion.record, **_facts(source, conversion), "versions": versions()}
     yield RECORD_FILE, json_bytes(facts)
-    readme = source / CARD_FILE
-    original = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    readme = source / CARD_FILE if source else None
+    original = readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else ""
     yield CARD_FILE, model_card(original, facts).encode()
 
 
@@ -87,7 +87,7 @@ def model_card(original: str, facts: Mapping[str, Any]) -> str:
     )
 
 
-def _facts(source: Path, conversion: Conversion) -> dict[str, Any]:
+def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
     finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
     config: Any = finalizer.quantization_config or {}
     groups = config.get("config_groups", {}).values()
@@ -110,9 +110,9 @@ def _facts(source: Path, conversion: Conversion) -> dict[str, Any]:
     }
 
 
-def _hub_name(source: Path) -> str | None:
+def _hub_name(source: Path | None) -> str | None:
     """`owner/name` of a snapshot in the cache of the Hub; None for another directory."""
-    found = _SNAPSHOT.search(source.absolute().as_posix() + "/")
+    found = _SNAPSHOT.search(source.absolute().as_posix() + "/") if source else None
     return f"{found[1]}/{found[2]}" if found else None
 
 
@@ -162,11 +162,13 @@ def _section(facts: Mapping[str, Any]) -> str:
         rows = {key: rows[key] for key in ("size", "made with")}
     serve = ["", "```sh", "vllm serve PATH_OF_THIS_DIRECTORY", "```"] if facts["quantized"] else []
     command = ["", "```sh", facts["command_line"], "```"] if facts.get("command_line") else []
+    notes = ["", *(f"- {note}" for note in facts["notes"])] if facts.get("notes") else []
     table = ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
     head = f"# {name.rpartition('/')[2]}, {facts['scheme']}" if facts["base_model"] else f"# {what.capitalize()}"
     linked = f"[{name}](https://huggingface.co/{name})" if facts["base_model"] else name
     sentence = f"{linked}, {what} by amaxbridge{', in the compressed-tensors format' if facts['quantized'] else ''}."
-    return "\n".join([_BEGIN, head, "", sentence[0].upper() + sentence[1:], *table, *serve, *command, "", _END, ""])
+    said = [sentence[0].upper() + sentence[1:], *notes]
+    return "\n".join([_BEGIN, head, "", *said, *table, *serve, *command, "", _END, ""])
 
 
 def _size(count: int) -> str:

@@ -9,24 +9,48 @@ from huggingface_hub import snapshot_download
 
 from export.metadata import CONFIG_FILE
 from export.schemes.recipe import is_named
-from export.staging import check_output
 from mappings.errors import UsageError, listing
 
-
-def source_directory(model_stub: str | Path) -> Path:
-    path = Path(model_stub)
-    if not path.exists() and not path.is_absolute() and str(model_stub).count("/") == 1:
-        return Path(snapshot_download(str(model_stub)))
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory of safetensors, nor the name of a model on the Hub")
-    return path.absolute()
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their linears are transformers' Conv1D
 
 
-def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
+def model_directory(name: str | Path, *, weights: bool) -> Path:
+    """A local directory, or where the Hub's model of this name is downloaded to.
+
+    Args:
+        weights: whether to download them, too.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    here = path.absolute()
+    if path.exists():
+        raise UsageError(f"{path} is a file: give the directory that it lies in")
+    if path.is_absolute() or len(path.parts) != 2:
+        raise UsageError(
+            f"{here} is not there: give a directory, or the name of a model on the Hub (ORGANIZATION/MODEL)"
+        )
+    try:
+        return Path(snapshot_download(str(name), ignore_patterns=None if weights else list(_WEIGHTS)))
+    except (OSError, ValueError) as error:  # no network, no such model, no leave to read it
+        raise UsageError(f"{here} is not there, and the Hub does not give a model {name}: {error}") from error
+
+
+def check_spared(source: Path, target: Path) -> None:
+    """Raises UsageError where replacing `target` would remove `source`."""
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(f"output {target} would replace {source}, which is read: choose another output")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raises UsageError where writing `target` would touch `source`."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UsageError(f"output {target} and input {source} must not lie in one another: choose another output")
-    check_output(target, overwrite=overwrite)
 
 
 def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
@@ -38,6 +62,11 @@ def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_bytes())
     except ValueError as error:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
+    if config.get("model_type") in _TRANSPOSED:
+        raise UsageError(
+            f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "
+            "layers for that: choose a model of another family"
+        )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and not converted:
         raise UsageError(

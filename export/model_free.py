@@ -18,14 +18,14 @@ from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
 from export.model_card import Conversion, companion_files
-from export.model_directory import check_ignored, check_paths, fingerprint_of, read_config, source_directory
+from export.model_directory import check_apart, check_ignored, fingerprint_of, model_directory, read_config
 from export.pipeline import devices_of, write_plan
 from export.progress import NoProgress, Progress
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
 from export.schemes import Recipe, find_scheme
 from export.shard_plan import ShardPlan, plan_shards
-from export.staging import StagedDirectory, plan_fingerprint
+from export.staging import StagedDirectory, check_output, plan_fingerprint
 from export.verify import verify as verify_checkpoint
 from mappings.errors import listing
 from mappings.tensors import TensorSpec
@@ -104,15 +104,18 @@ def model_free_ptq(
         WriteError: the disk is full; what is written is kept for the next run.
     """
     recipe, missing = find_scheme(scheme, ignore := tuple(ignore)), missing_policy(missing_amax)
-    source, target = source_directory(model_stub), Path(save_directory).absolute()
-    check_paths(source, target, overwrite=overwrite)
+    source = model_directory(model_stub, weights=True).absolute()
+    target = Path(save_directory).expanduser().absolute()
+    check_apart(source, target)
+    check_output(target, overwrite=overwrite)
+    devices = devices_of(device)
     converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
     config = read_config(source, converted=bool(converters))
     with SafetensorsCheckpoint(source) as checkpoint:
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
         plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
-        check_ignored(ignore, plan.modules)
+        check_ignored(ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
         report = _report(plan, checkpoint)
@@ -122,7 +125,6 @@ def model_free_ptq(
         fingerprint = plan_fingerprint(files, plan.finalizer.fingerprint, plan.layout)
         with StagedDirectory(target, fingerprint, overwrite=overwrite) as staged:
             done = staged.open(plan.layout) or frozenset()
-            devices = devices_of(device)
             write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})

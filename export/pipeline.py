@@ -28,6 +28,7 @@ from export.shard_plan import ShardPlan
 from export.source import SourceBundle
 from export.staging import StagedDirectory
 from export.writer import ShardWriter
+from mappings.errors import UsageError
 from mappings.tensors import TensorSpec
 
 _MEMORY = 64 << 20  # bytes of the buffer of each thread
@@ -204,12 +205,22 @@ def write_plan(
 
 
 def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
-    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none."""
+    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none.
+
+    Raises:
+        UsageError: a device that there is not.
+    """
+    count = torch.cuda.device_count()
     if wanted is None:
-        gpus = range(torch.cuda.device_count())
-        return [torch.device("cuda", number) for number in gpus] or [torch.device("cpu")]
+        return [torch.device("cuda", number) for number in range(count)] or [torch.device("cpu")]
     several = [wanted] if isinstance(wanted, str | torch.device) else list(wanted)
-    return [torch.device(each) for each in several]
+    try:
+        devices = [torch.device(each) for each in several]
+    except RuntimeError as error:
+        raise UsageError(f"device={wanted} is none: give cpu, cuda, or cuda:0 and so on") from error
+    if any(device.type == "cuda" and (device.index or 0) >= count for device in devices):
+        raise UsageError(f"device={wanted}: torch finds {count} GPUs here; leave it out, or give device=cpu")
+    return devices
 
 
 def default_workers(device: str | torch.device | None = None) -> int:

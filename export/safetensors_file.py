@@ -27,6 +27,7 @@ PART_BYTES = 8 << 20
 """How much is read at a time: it stays in a processor's cache while it is quantized."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # bytes; that of the safetensors library
 
 
@@ -144,6 +145,8 @@ class SafetensorsFile:
         size = os.fstat(self._file).st_size
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if os.pread(self._file, len(_LFS_POINTER), 0) == _LFS_POINTER:
+                raise ValueError("a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
         entries = json.loads(os.pread(self._file, length, 8))
         self.metadata = entries.pop("__metadata__", None) or {}

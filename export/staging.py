@@ -118,10 +118,16 @@ class StagedDirectory:
 
         Raises:
             OutputExistsError: another run is writing to it, or another process is this rank.
+            UsageError: it cannot be made.
             WriteError: the disk has too little room, or no locks for several processes.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._mutex.acquire()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._mutex.acquire()
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be made: {error.filename}: {error.strerror}; choose another output"
+            ) from error
         try:
             if self._is_made():
                 return None

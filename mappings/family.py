@@ -6,14 +6,37 @@ from functools import cached_property, partial
 from typing import Any
 
 from mappings.errors import UsageError
-from mappings.hybrid import hybrid_name, read_pattern, transformer_name, transformer_pattern
+from mappings.hybrid import (
+    hybrid_name,
+    read_pattern,
+    transformer_name,
+    transformer_pattern,
+    transformer_settings,
+)
 from mappings.mapping import MegatronParamMapping
 from mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
 from mappings.registry import MappingRegistry
+from mappings.settings import Settings
 from mappings.spelling import canonical
 
-type Source = str | Callable[[Mapping[str, Any]], Any]
-"""Where a value comes from: a field of the Hugging Face config (see `look_up`), or a function of the config."""
+type HFConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A setting that is more than a field of the Hugging Face config under another name.
+
+    Args:
+        read: Hugging Face config → the setting.
+        write: all settings → the fields of the Hugging Face config that say it; a dot goes into a sub-dictionary.
+    """
+
+    read: Callable[[HFConfig], Any]
+    write: Callable[[Settings], Mapping[str, Any]]
+
+
+type Source = str | Translation
+"""What a setting is in a Hugging Face config: a field (see `look_up`), or something to read and to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +62,12 @@ class ModelFamily:
     Args:
         architectures: entries of `architectures` in config.json that belong to it.
         mappings: the weights. Amax mappings and fused groups are derived.
-        transformer: Megatron `TransformerConfig` field → where its value comes from.
-        model: Megatron `GPTModel` or `HybridModel` argument → where its value comes from.
+        transformer: Megatron `TransformerConfig` field → what it is in the Hugging Face config.
+        model: Megatron `GPTModel` or `HybridModel` argument → what it is in the Hugging Face config.
         constants: `TransformerConfig` fields that are the same for every member of the family.
-        derived: Hugging Face config → further `TransformerConfig` fields, where it depends on the model which ones.
+        derived: further `TransformerConfig` fields, by name, where it depends on the model which ones.
+        requires: fields of the Hugging Face config, where it has them, that must be what Megatron's layers compute.
+        check: raises UsageError for what else Megatron's layers do not compute.
         exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
         norm_over_all_heads: the query and key norms see all heads of a token together; Megatron's see one.
         layers: further settings of Megatron's configuration, of what the layers compute. A model is built with them
@@ -50,8 +75,10 @@ class ModelFamily:
         activation: of the MLP, as Hugging Face configs name it.
         model_class: `gpt`, or a name of one in `bridge.megatron` where Megatron-Core has no such model.
         packed_experts: how files that are not quantized hold the experts of a layer; None for tensors of each expert.
-        hybrid_pattern: Hugging Face config → `hybrid_layer_pattern`, for a family that only HybridModel has and whose
-            layers are HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
+        language_part: the field of config.json that has the language model's configuration, None where all is its own.
+        carried: how names of tensors begin that files have beside the language model: exports copy them from there.
+        hybrid_pattern: `hybrid_layer_pattern`, for a family that only HybridModel has and whose layers are
+            HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
     """
 
     architectures: tuple[str, ...]
@@ -59,40 +86,56 @@ class ModelFamily:
     transformer: Mapping[str, Source]
     model: Mapping[str, Source]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf_config: {}
-    exceptions: Callable[[Mapping[str, Any]], Iterable[MegatronParamMapping]] = lambda hf_config: ()
+    derived: Translation = Translation(lambda hf_config: {}, lambda settings: {})
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[HFConfig], None] = lambda hf_config: None
+    exceptions: Callable[[HFConfig], Iterable[MegatronParamMapping]] = lambda hf_config: ()
     norm_over_all_heads: bool = False
     layers: Mapping[str, Source] = field(default_factory=dict)
     activation: str = "silu"
     model_class: str = "gpt"
     packed_experts: PackedExperts | None = None
-    hybrid_pattern: Callable[[Mapping[str, Any]], str] | None = None
+    language_part: str | None = None
+    carried: tuple[str, ...] = ()
+    hybrid_pattern: Translation | None = None
 
     @cached_property
     def registry(self) -> MappingRegistry:
         """The weight mappings and the amax mappings derived from them: what all members of the family share."""
         return _registry(self.mappings)
 
-    def registry_for(self, hf_config: Mapping[str, Any]) -> MappingRegistry:
+    def registry_for(self, hf_config: HFConfig) -> MappingRegistry:
         """The registry of one model, with the mappings that only its configuration tells."""
         exceptions = tuple(self.exceptions(hf_config))
         return self.registry.with_exceptions(_registry(exceptions)) if exceptions else self.registry
 
-    def transformer_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes."""
-        return {**_translate(self.transformer, hf_config), **self.derived(hf_config), **self.constants}
+    def language_config(self, hf_config: HFConfig) -> HFConfig:
+        """The configuration of the language model, in the configuration of a model that may have other parts."""
+        if self.language_part is None:
+            return hf_config
+        return {**hf_config[self.language_part], "architectures": hf_config.get("architectures")}
 
-    def layer_settings(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
+        """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes.
+
+        Raises:
+            UsageError: Megatron's layers do not compute what the model does.
+        """
+        require(hf_config, self.requires)
+        self.check(hf_config)
+        return {**read_table(self.transformer, hf_config), **self.derived.read(hf_config), **self.constants}
+
+    def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
-        return _translate(self.layers, hf_config)
+        return read_table(self.layers, hf_config)
 
-    def layer_pattern(self, hf_config: Mapping[str, Any]) -> str:
+    def layer_pattern(self, hf_config: HFConfig) -> str:
         """The `hybrid_layer_pattern` of the model as a HybridModel, without pipeline stages."""
         if self.hybrid_pattern is not None:
-            return self.hybrid_pattern(hf_config)
+            return str(self.hybrid_pattern.read(hf_config))
         return transformer_pattern(self.transformer_config(hf_config))
 
-    def hybrid_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def hybrid_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """As `transformer_config`, for HybridModel, whose pattern says which layers there are."""
         fields = {
             **self.transformer_config(hf_config),
@@ -100,6 +143,10 @@ class ModelFamily:
         }
         fields.pop("moe_layer_freq", None)
         return fields
+
+    def module_config(self, hf_config: HFConfig, pattern: str | None) -> dict[str, Any]:
+        """That of a HybridModel, which has a `hybrid_layer_pattern`, or of a GPTModel, which has none."""
+        return self.transformer_config(hf_config) if pattern is None else self.hybrid_config(hf_config)
 
     def spelling(self, pattern: str | None) -> Callable[[str], str]:
         """Global Megatron name, of a parameter or quantizer → the name that this family's mappings have for it.
@@ -111,9 +158,42 @@ class ModelFamily:
             return canonical
         return partial(transformer_name if self.hybrid_pattern is None else hybrid_name, pattern=pattern)
 
-    def model_arguments(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def model_arguments(self, hf_config: HFConfig) -> dict[str, Any]:
         """Keyword arguments for Megatron's model class: vocabulary, rotary base, tied embeddings."""
-        return _translate(self.model, hf_config)
+        return read_table(self.model, hf_config)
+
+    def settings(self, hf_config: HFConfig) -> dict[str, Any]:
+        """All that the family says of a model in Megatron's words."""
+        return {
+            **self.transformer_config(hf_config),
+            **self.model_arguments(hf_config),
+            **self.layer_settings(hf_config),
+            "activation": self.activation,
+            **({} if self.hybrid_pattern is None else {"hybrid_layer_pattern": self.layer_pattern(hf_config)}),
+        }
+
+    def settings_of(self, found: Settings) -> Settings:
+        """Settings of a GPTModel or HybridModel as `settings` has them.
+
+        Raises:
+            MappingError: a HybridModel whose layers are not those of the family.
+        """
+        pattern = (found.get("hybrid_layer_pattern") or "").replace("|", "")
+        if self.hybrid_pattern is not None:
+            return {**found, "hybrid_layer_pattern": pattern}
+        return {**found, **transformer_settings(pattern), "hybrid_layer_pattern": None} if pattern else found
+
+    def hf_config(self, settings: Settings) -> dict[str, Any]:
+        """The fields of a Hugging Face config that say these settings: all tables, read the other way.
+
+        Raises:
+            KeyError: a setting that the family needs is not there.
+        """
+        fields = write_table({**self.transformer, **self.model, **self.layers}, settings)
+        fields |= self.derived.write(settings)
+        if self.hybrid_pattern is not None:
+            fields |= self.hybrid_pattern.write(settings)
+        return _nested(fields)
 
 
 def _registry(weights: Sequence[MegatronParamMapping]) -> MappingRegistry:
@@ -121,14 +201,40 @@ def _registry(weights: Sequence[MegatronParamMapping]) -> MappingRegistry:
     return MappingRegistry(*weights, *quantizers, alternatives=per_expert)
 
 
-def _translate(table: Mapping[str, Source], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def fixed(value: Any, **fields: Any) -> Translation:
+    """A setting with one value for the whole family; `fields` say so in a Hugging Face config, where something must."""
+    return Translation(lambda hf_config: value, lambda settings: fields)
+
+
+def read_table(table: Mapping[str, Source], hf_config: HFConfig) -> dict[str, Any]:
+    """The settings of a table in a Hugging Face config."""
     return {
-        megatron: source(hf_config) if callable(source) else look_up(hf_config, source)
-        for megatron, source in table.items()
+        name: look_up(hf_config, source) if isinstance(source, str) else source.read(hf_config)
+        for name, source in table.items()
     }
 
 
-def look_up(hf_config: Mapping[str, Any], path: str) -> Any:
+def write_table(table: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
+    """The fields of a Hugging Face config, by path, that say the settings of a table."""
+    fields: dict[str, Any] = {}
+    for name, source in table.items():
+        fields |= {source: settings[name]} if isinstance(source, str) else source.write(settings)
+    return fields
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by path as dictionaries in dictionaries."""
+    nested: dict[str, Any] = {}
+    for path, value in fields.items():
+        *above, last = path.split(".")
+        inner = nested
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return nested
+
+
+def look_up(hf_config: HFConfig, path: str) -> Any:
     """A field of a Hugging Face config; a dot goes into a sub-dictionary.
 
     Raises:
@@ -142,7 +248,7 @@ def look_up(hf_config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def require(hf_config: Mapping[str, Any], **values: Any) -> None:
+def require(hf_config: HFConfig, values: Mapping[str, Any]) -> None:
     """Checks that each field, where the config has it, is the one value that Megatron's layers compute.
 
     Raises:

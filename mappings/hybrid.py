@@ -34,6 +34,7 @@ FEED_FORWARD = "-E"
 
 _LAYERS = re.compile(f"[{re.escape(MIXERS + FEED_FORWARD)}]*")
 _TRANSFORMER = re.compile(f"([{re.escape(MIXERS)}][{FEED_FORWARD}]?)*")
+_IN_TURN = re.compile(rf"(\*[{FEED_FORWARD}])+|(\+[{FEED_FORWARD}])+")
 
 _DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _MTP_INNER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.")
@@ -80,6 +81,23 @@ def transformer_pattern(config: Mapping[str, Any]) -> str:
     alike = [bool(config.get("num_moe_experts"))] * config["num_layers"]
     layers = [attention + ("E" if sparse else "-") for sparse in config.get("moe_layer_freq", alike)]
     return "/".join(["".join(layers), *layers[-1:] * (config.get("mtp_num_layers") or 0)])
+
+
+def transformer_settings(text: str) -> dict[str, Any]:
+    """What `transformer_pattern` makes a pattern of: fields of Megatron's TransformerConfig.
+
+    Raises:
+        MappingError: the pattern is not that of a transformer.
+    """
+    layers = read_pattern(text)
+    if not _IN_TURN.fullmatch(layers.decoder):
+        raise MappingError(f"hybrid_layer_pattern {text!r}: not attention and MLP or experts in turn")
+    return {
+        "num_layers": len(layers.decoder) // 2,
+        "moe_layer_freq": [int(letter == "E") for letter in layers.decoder[1::2]],
+        "multi_latent_attention": layers.decoder[0] == "+",
+        "mtp_num_layers": layers.depths or None,
+    }
 
 
 def with_stages(text: str, stages: int) -> str:

@@ -35,6 +35,7 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     then is the same on all ranks; one rank says it.
     """
     register()
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     started = False
     silence = contextlib.ExitStack()
 
@@ -70,6 +71,10 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         if config.debug:
             raise
         return _fail(error, error.exit_status)
+    except OSError as error:
+        if config.debug:
+            raise
+        return _fail(error, 1)
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
     return 0
@@ -78,6 +83,12 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
 def speaks() -> bool:
     """Whether this process says what all ranks would: of those that torchrun starts, on one terminal, the first."""
     return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _at_home(word: str) -> str:
+    """`output=~/out` with the home directory, which only some shells put there; Hydra's grammar has no ~."""
+    option, is_option, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
 
 
 def _rank() -> int:

@@ -41,7 +41,8 @@ def export(options: ExportConfig) -> None:
         return
     hf = _described_model(options)
     how: SaveOptions = {
-        "scheme": recipe_of(options.scheme, options.ignore),
+        "scheme": recipe_of(options.scheme),
+        "ignore": options.ignore,
         "missing_amax": options.amax.missing,
         "overwrite": options.io.overwrite,
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
@@ -62,14 +63,20 @@ def export(options: ExportConfig) -> None:
 
 
 def _described_model(options: ExportConfig) -> "HFModel":
-    """The model of `hf`; where that has no config.json, the error says what the checkpoint itself tells."""
+    """The model of `hf`, or of the checkpoint's arguments; where `hf` is none, the error says what they tell."""
     from bridge.described import identify
+    from bridge.from_arguments import model_of_arguments
     from bridge.hf_config import read_hf_model
     from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 
+    if options.hf is None:
+        if options.checkpoint is None:
+            raise UsageError("hf= is required where there is no checkpoint")
+        checkpoint = Path(options.checkpoint)
+        return model_of_arguments(checkpoint, architecture=options.architecture, vocab_size=options.vocab_size)
+    if options.architecture or options.vocab_size:
+        raise UsageError("architecture= and vocab_size= are for a checkpoint without hf=, whose config.json says both")
     try:
-        if options.hf is None:
-            raise UsageError("hf= is required: config.json and the tokenizer come from it")
         return read_hf_model(options.hf)
     except UnknownArchitectureError:
         raise

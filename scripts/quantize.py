@@ -27,7 +27,8 @@ def quantize(options: QuantizeConfig) -> None:
         report = model_free_ptq(
             options.input,
             options.output,
-            recipe_of(options.scheme, options.ignore),
+            recipe_of(options.scheme),
+            options.ignore,
             max_workers=options.workers or default_workers(options.device),
             device=options.device,
             converter=converters_of(options.converter, options.input),

@@ -9,16 +9,13 @@ from export.schemes.recipe import EMBEDDINGS
 from mappings.errors import UsageError
 
 
-def recipe_of(config: SchemeConfig, ignore: Sequence[str] = ()) -> Recipe | None:
+def recipe_of(config: SchemeConfig) -> Recipe | None:
     """The recipe that a configuration describes, None for plain weights.
-
-    Args:
-        ignore: more modules to leave as they are.
 
     Raises:
         UsageError: a scheme that is unknown, or groups beside `from_quantizers`.
     """
-    ignored = (*config.ignore, *ignore)
+    ignored = tuple(config.ignore)
     if config.from_quantizers:
         if config.groups:
             raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers say it all")

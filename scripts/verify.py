@@ -32,7 +32,12 @@ def verify(options: VerifyConfig) -> None:
         Path(options.json).write_text(json.dumps(report.as_json(), indent=2) + "\n")
     verify_tables(report)
     if not report.ok:
-        raise CheckpointError(f"{directory} would not serve right: {len(report.failures)} rules are broken, see above")
+        rule, problem = report.failures[0].rule, report.failures[0].problems[0]
+        count = len(report.failures)
+        raise CheckpointError(
+            f"{directory} would not serve right, rule {rule}: {problem}\n"
+            f"Broken {'rule' if count == 1 else 'rules'}: {count}; the table above says what to do next"
+        )
 
 
 def _is_directory(reference: str | None) -> bool:

@@ -60,11 +60,11 @@ def _parallel(report: VerifyReport) -> Table:
 
 def _errors(report: VerifyReport) -> Table:
     table = Table(title="weights as an engine has them, against the reference", title_justify="left")
-    table.add_column("projection")
+    table.add_column("projection", overflow="fold")
     table.add_column("scheme")
     for column in ("modules", "mean SNR", "worst error"):
         table.add_column(column, justify="right")
-    table.add_column("of")
+    table.add_column("of", overflow="fold")
     for each in report.projections:
         worst = each.worst
         table.add_row(

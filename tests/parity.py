@@ -29,6 +29,11 @@ class Case:
     found: dict[str, Any]
 
     @property
+    def checkpoint(self) -> Path:
+        """The model as Megatron saves it, with its arguments."""
+        return Path(f"{self.back}_checkpoint")
+
+    @property
     def label(self) -> str:
         return " ".join(f"{axis.upper()}={size}" for axis, size in self.sizes.items() if size > 1) or "one process"
 

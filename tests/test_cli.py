@@ -113,6 +113,29 @@ class TestWrongArguments:
     def test_no_model_directory(self, good: dict[str, str], tmp_path: Path) -> None:
         assert "config.json" in self.refuse({**good, "hf": str(tmp_path)})
 
+    def test_hf_that_contradicts_itself(self, good: dict[str, str], qwen3: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        shutil.copytree(qwen3, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": ["sliding"]}))
+        assert "config.json is refused by transformers" in self.refuse({**good, "hf": str(other)})
+
+    def test_the_model_itself_is_never_replaced(self, good: dict[str, str], qwen3: Path, tmp_path: Path) -> None:
+        message = self.refuse({**good, "output": str(qwen3)}, "io.overwrite=true")
+        assert "must not lie in one another" in message
+        (tmp_path / "ckpt" / "iter_0000001").mkdir(parents=True)
+        options = {**good, "checkpoint": str(tmp_path / "ckpt" / "iter_0000001"), "output": str(tmp_path / "ckpt")}
+        assert "would replace" in self.refuse(options, "io.overwrite=true")
+        assert (tmp_path / "ckpt" / "iter_0000001").is_dir()
+
+    def test_home_is_found_where_the_shell_leaves_it(
+        self, good: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert f"output {tmp_path / 'out'} exists" in self.refuse({**good, "output": "~/out"})
+
     def test_output_is_not_empty(self, good: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("mine")
@@ -126,14 +149,37 @@ class TestWrongArguments:
         del good["checkpoint"]
         assert "checkpoint= is required" in self.refuse(good)
 
-    def test_no_hf_says_what_the_checkpoint_is(self, good: dict[str, str], live: LiveRanks) -> None:
+    def test_no_hf_and_no_arguments_says_what_the_checkpoint_is(
+        self, good: dict[str, str], live_moe: LiveRanks
+    ) -> None:
         del good["hf"]
-        message = self.refuse({**good, "checkpoint": str(live.at(tp=2) / "checkpoint")})
+        checkpoint = live_moe.at(processes=2, tp=1, ep=2) / "checkpoint"
+        message = self.refuse({**good, "checkpoint": str(checkpoint)})
         assert "hf= is required" in message
-        assert "may be of Qwen3ForCausalLM" in message
+        assert "Qwen3MoeForCausalLM" in message
+
+    def test_options_of_the_saved_arguments_beside_hf(self, good: dict[str, str]) -> None:
+        assert "for a checkpoint without hf=" in self.refuse(good, "vocab_size=131")
 
     def test_unknown_scheme(self, good: dict[str, str]) -> None:
         assert "Could not find 'scheme/nvfp5'" in self.refuse(good, "scheme=nvfp5")
+
+
+def test_without_hf(
+    live: LiveRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tensors, and a config.json, a card and a warning that say what is not from the source."""
+    trained, out = live.at(tp=2), tmp_path / "out"
+    words = (f"checkpoint={trained / 'checkpoint'}", f"output={out}", "io.max_shard_gb=3e-5")
+    status, _, message = run(monkeypatch, capsys, *words)
+    assert status == 0, message
+    names = {file.name for file in (trained / "nvfp4").glob("*.safetensors")}
+    assert names == {file.name for file in out.glob("*.safetensors")}
+    assert all((out / name).read_bytes() == (trained / "nvfp4" / name).read_bytes() for name in names)
+    written, source = (json.loads((directory / "config.json").read_text()) for directory in (out, trained / "nvfp4"))
+    assert all(source[name] == value for name, value in written.items() if name not in ("initializer_range", "dtype"))
+    assert "there is no tokenizer here" in (out / "README.md").read_text()
+    assert json.loads((out / "amaxbridge.json").read_text())["notes"]
 
 
 def test_a_checkpoint_that_is_none_fails_with_1(

@@ -101,6 +101,20 @@ class TestFiles:
             file.unlink()
         refuse(source, CheckpointError, "download the weights")
 
+    def test_files_of_pytorch_only(self, source: Path) -> None:
+        for file in source.glob("model*"):
+            file.unlink()
+        (source / "pytorch_model.bin").write_bytes(b"")
+        refuse(source, CheckpointError, "save them again")
+
+    def test_a_pointer_of_git_lfs(self, source: Path) -> None:
+        (source / FIRST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2894848\n")
+        refuse(source, CheckpointError, "git lfs pull")
+
+    def test_weights_that_lie_the_other_way(self, source: Path) -> None:
+        (source / "config.json").write_text('{"model_type": "gpt2"}')
+        refuse(source, UsageError, r"gpt2 stores its weights as \[in, out\]")
+
     def test_no_config(self, source: Path) -> None:
         (source / "config.json").unlink()
         refuse(source, UsageError, "no config.json")
@@ -169,8 +183,29 @@ class TestArguments:
         model_free_ptq(source, output, "nvfp4a16", overwrite=True)
         assert not (output / "precious").exists()
 
+    def test_an_output_that_cannot_be_made(self, source: Path) -> None:
+        (source.parent / "file").touch()
+        with pytest.raises(UsageError, match=r"cannot be made: .*file: File exists; choose another output"):
+            model_free_ptq(source, source.parent / "file" / "out", "nvfp4a16")
+
+    @pytest.mark.parametrize(("device", "message"), [("gpu", "device=gpu is none"), ("cuda:99", "torch finds")])
+    def test_a_device_that_there_is_not(self, source: Path, device: str, message: str) -> None:
+        refuse(source, UsageError, message, device=device)
+
+    @pytest.mark.parametrize("name", ["models/qwen4", "hf/config.json"])
+    def test_neither_a_directory_nor_a_model_of_the_hub(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The real client, without leave to use the network."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "hf").mkdir()
+        (tmp_path / "hf" / "config.json").touch()
+        with pytest.raises(UsageError, match=r"is not there, and the Hub does not give a model models/qwen4|is a file"):
+            model_free_ptq(name, tmp_path / "out", "nvfp4a16")
+
     def test_no_such_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="not a directory of safetensors"):
+        with pytest.raises(UsageError, match="none is not there: give a directory"):
             model_free_ptq(tmp_path / "none", tmp_path / "out", "nvfp4a16")
 
     def test_another_run_is_writing(self, source: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 from conftest import Launcher, LiveRanks
 from test_megatron_moe import label, same_files, same_tensors
 
+from bridge.auto import AutoBridge
+
 TOPOLOGIES: list[dict[str, int]] = [
     {},
     {"processes": 2, "tp": 2},
@@ -66,6 +68,27 @@ def test_mamba_attention_mlp_and_experts(live_mamba: LiveRanks, sizes: dict[str,
 def test_a_checkpoint_exports_the_same_bytes(model: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(model).at()
     same_files(directory / "nvfp4", directory / "loaded")
+
+
+@pytest.mark.parametrize("sizes", TOPOLOGIES[:4], ids=label)
+@pytest.mark.parametrize("model", ["live_hybrid", "live_mamba"])
+def test_its_files_export_the_same_bytes(
+    model: str, sizes: dict[str, int], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Read from the disk, without Megatron, however it was cut when it was saved."""
+    live: LiveRanks = request.getfixturevalue(model)
+    bridge = AutoBridge.from_hf_pretrained(live.hf)
+    bridge.convert_checkpoint(live.at(**sizes) / "checkpoint", tmp_path / "out", max_shard_bytes=60_000)
+    same_files(tmp_path / "out", live.at(**sizes) / "nvfp4")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"processes": 2, "tp": 2}], ids=label)
+def test_so_do_those_of_latent_attention_and_mtp_layers(
+    live_hybrid_mtp: LiveRanks, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    bridge = AutoBridge.from_hf_pretrained(live_hybrid_mtp.hf)
+    bridge.convert_checkpoint(live_hybrid_mtp.at(**sizes) / "checkpoint", tmp_path / "out", max_shard_bytes=60_000)
+    same_files(tmp_path / "out", live_hybrid_mtp.at(**sizes) / "nvfp4")
 
 
 def test_other_layers_and_another_class_are_refused(live_hybrid: LiveRanks, live_mamba: LiveRanks) -> None:

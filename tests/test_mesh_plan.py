@@ -42,7 +42,7 @@ def test_it_is_what_a_live_export_writes(live_moe: LiveRanks, tmp_path: Path) ->
 
 
 def test_deepseek_v3_on_a_thousand_ranks(tmp_path: Path) -> None:
-    plan = plan_on_mesh(published("DeepSeek-V3", tmp_path), Mesh.smallest(pp=16, ep=64), tmp_path / "out")
+    plan = plan_on_mesh(published("DeepSeek-V3", tmp_path), Mesh.smallest(pp=16, ep=64), tmp_path.with_name("out"))
     assert plan.mesh.world == 1024
     assert sum(share.bundles for share in plan.shares) == len(plan.export.bundles)
     assert sum(share.written for share in plan.shares) == plan.export.layout.total_size
@@ -54,7 +54,7 @@ def test_deepseek_v3_on_a_thousand_ranks(tmp_path: Path) -> None:
 
 def test_shards_of_a_dense_model_go_to_their_owners(tmp_path: Path) -> None:
     hf = published("Qwen3-8B", tmp_path)
-    plans: dict[int, MeshPlan] = {tp: plan_on_mesh(hf, Mesh(tp=tp), tmp_path / "out") for tp in (1, 4)}
+    plans: dict[int, MeshPlan] = {tp: plan_on_mesh(hf, Mesh(tp=tp), tmp_path.with_name("out")) for tp in (1, 4)}
     assert planned(plans[1].export.layout) == planned(plans[4].export.layout)
     model = plans[1].shares[0].held
     held = sum(share.held for share in plans[4].shares)
@@ -65,7 +65,7 @@ def test_shards_of_a_dense_model_go_to_their_owners(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="EP=3 does not divide 128 experts"):
-        plan_on_mesh(published("Qwen3-235B-A22B", tmp_path), Mesh.smallest(ep=3), tmp_path / "out")
+        plan_on_mesh(published("Qwen3-235B-A22B", tmp_path), Mesh.smallest(ep=3), tmp_path.with_name("out"))
 
 
 class TestImport:

@@ -30,7 +30,7 @@ def composed(command: str, *words: str) -> Any:
 
 def recipe(*words: str) -> Any:
     options = composed("quantize", *words)
-    return recipe_of(OmegaConf.to_object(options.scheme), options.ignore)
+    return recipe_of(OmegaConf.to_object(options.scheme))
 
 
 def all_options() -> str:
@@ -119,14 +119,14 @@ class TestSchemes:
 
     def test_no_scheme_and_that_of_the_quantizers(self) -> None:
         assert recipe("scheme=none") is None
-        assert recipe("scheme=auto", "ignore=[lm_head]") == FromQuantizers(tuple(SCHEMES.values()), ("lm_head",))
+        assert recipe("scheme=auto") == FromQuantizers(tuple(SCHEMES.values()))
 
     def test_a_mixed_recipe(self) -> None:
-        mixed = recipe("scheme=experts_nvfp4", "scheme.ignore=[lm_head]", "ignore=['re:.*router']")
+        mixed = recipe("scheme=experts_nvfp4", "scheme.ignore=[lm_head]")
         names = ("model.layers.0.mlp.experts.11.up_proj", "model.layers.0.self_attn.q_proj", "lm_head")
         found = [mixed.scheme_of(name, None) for name in names]
         assert found == [SCHEMES["nvfp4"], SCHEMES["fp8"], None]
-        assert mixed.ignore == ("lm_head", "re:.*router")
+        assert mixed.ignore == ("lm_head",)
 
     def test_a_recipe_on_the_command_line(self) -> None:
         mixed = recipe("scheme.groups=[{scheme: w4a16, targets: ['re:.*mlp'], group_size: 32}, {scheme: fp8}]")

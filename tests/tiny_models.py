@@ -111,6 +111,20 @@ def _wide_experts(model: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.5)
 
 
+def _gemma3_with_images() -> "PreTrainedConfig":
+    """Its language model is what Megatron has."""
+    from transformers import Gemma3Config
+
+    text = {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+
+
 TINY_MODELS: dict[str, TinyModel] = {
     "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
     "Llama 3, tied": TinyModel(
@@ -120,6 +134,17 @@ TINY_MODELS: dict[str, TinyModel] = {
     "Qwen2.5": TinyModel(config("Qwen2ForCausalLM")),
     "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
     "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
+    "Qwen1.5-MoE": TinyModel(
+        config(
+            "Qwen2MoeForCausalLM",
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            mlp_only_layers=[0],
+        ),
+        MOE,
+    ),
     "Qwen3-MoE": TinyModel(
         config(
             "Qwen3MoeForCausalLM",
@@ -208,6 +233,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             },
         )
     ),
+    "Gemma 3 with images": TinyModel(_gemma3_with_images),
     "Nemotron-H": TinyModel(
         config("NemotronHForCausalLM", **NEMOTRON_H),
         MOE,

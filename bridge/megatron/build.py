@@ -139,7 +139,7 @@ def _transformer_config(hf: HFModel, dtype: torch.dtype, *, initialize: bool, hy
 
 
 def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    arguments = {"position_embedding_type": "rope", **hf.family.model_arguments(hf.config)}
+    arguments = hf.family.model_arguments(hf.config)
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
     layers = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage

@@ -59,7 +59,7 @@ def build_hybrid_chunk(
     if "M" in pattern:
         enable_mamba(config)
     stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
-    arguments = {"position_embedding_type": "rope", **hf.family.model_arguments(hf.config)}
+    arguments = hf.family.model_arguments(hf.config)
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
     if arguments.pop("rope_scaling", False):
         raise UsageError("Megatron's HybridModel does not scale its rotary embedding (rope_type llama3)")

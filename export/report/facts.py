@@ -25,7 +25,7 @@ from mappings.errors import CheckpointError, UsageError
 from mappings.names import module_of, natural_key
 
 _NVFP4_RANGE = FP4_MAX * FP8_MAX
-_SATURATED = 1.001  # an amax may have been rounded on its way through a scale
+_SATURATED = 1 + 2**-8  # an amax may have been rounded to bf16 on its way through a scale
 
 type Json = dict[str, Any]
 

@@ -21,6 +21,7 @@ _ARGUMENT_KEYS = frozenset(
         "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
     )
 )  # fmt: skip
+_OLD_KEY = "compression_config"
 _GATED: Mapping[str, str] = {
     "scale_dtype": "vLLM 0.10.2 to 0.13 refuse it",
     "zp_dtype": "vLLM 0.10.2 to 0.13 refuse it",
@@ -30,12 +31,13 @@ _GATED: Mapping[str, str] = {
 def _present(view: CheckpointView) -> Iterator[Problem]:
     raw = view.quantization.raw
     if view.quantized and not raw:
-        yield Problem("quantization_config", f"is not there, and {len(view.quantized)} modules are quantized")
+        old = " under this name, but as compression_config" if _OLD_KEY in view.config else ""
+        yield Problem("quantization_config", f"is not there{old}, and {len(view.quantized)} modules are quantized")
     elif raw and raw.get("quant_method") != "compressed-tensors":
         yield Problem("quant_method", f"is {raw.get('quant_method')!r}, not 'compressed-tensors'")
     elif raw and not view.quantization.groups:
         yield Problem("config_groups", "has no groups")
-    if raw and not view.quantized:
+    if raw and not view.quantized and view.tensors:  # without a tensor, the files are what is wrong
         yield Problem("quantization_config", "is there, and no module is quantized")
 
 

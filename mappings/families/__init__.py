@@ -6,21 +6,24 @@ from typing import Any
 
 from mappings.errors import UnknownArchitectureError
 from mappings.families.deepseek_v3 import DEEPSEEK_V3
-from mappings.families.gemma import GEMMA2, GEMMA3
+from mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
 from mappings.families.glm4_moe import GLM4_MOE
 from mappings.families.gpt_oss import GPT_OSS
-from mappings.families.llama import LLAMA
+from mappings.families.llama import LLAMA, MISTRAL
 from mappings.families.mixtral import MIXTRAL
 from mappings.families.nemotron_h import NEMOTRON_H
 from mappings.families.olmoe import OLMOE
 from mappings.families.qwen2 import QWEN2
+from mappings.families.qwen2_moe import QWEN2_MOE
 from mappings.families.qwen3 import QWEN3
 from mappings.families.qwen3_moe import QWEN3_MOE
 from mappings.family import ModelFamily
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
+    MISTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     MIXTRAL,
@@ -30,6 +33,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GPT_OSS,
     GEMMA2,
     GEMMA3,
+    GEMMA3_MULTIMODAL,
     NEMOTRON_H,
 )
 

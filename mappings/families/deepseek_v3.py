@@ -1,12 +1,12 @@
 """DeepSeek-V3: multi-head latent attention, and the experts and MTP layers of `sigmoid_experts`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from mappings.errors import UsageError
 from mappings.families import parts, sigmoid_experts
-from mappings.family import ModelFamily, look_up, require
+from mappings.family import HFConfig, ModelFamily, Translation, look_up
 from mappings.mapping import MegatronParamMapping
+from mappings.settings import Settings
 from mappings.weights import ColumnParallelMapping, LatentDownMapping, ReplicatedMapping
 
 _ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
@@ -31,17 +31,16 @@ _LAYER: tuple[MegatronParamMapping, ...] = (
 )
 
 
-def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(hf_config: HFConfig) -> dict[str, Any]:
     """Multi-head latent attention keeps its rotary embedding in the configuration.
 
     Both sides turn pairs (0, 1), (2, 3), … of the rotary dims and leave them as two halves, so no row moves.
 
     Raises:
-        UsageError: a rotary embedding or a router that Megatron does not have.
+        UsageError: a rotary embedding that Megatron does not have.
     """
     rope = look_up(hf_config, "rope_parameters")
     kind = rope.get("rope_type", "default")
-    require(hf_config, hidden_act="silu", attention_bias=False, rope_interleave=True, norm_topk_prob=True)
     if kind not in ("default", "yarn"):
         raise UsageError(f"Megatron's latent attention has no rope_type={kind!r}")
     if kind == "default":
@@ -59,6 +58,17 @@ def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rope_parameters(settings: Settings) -> dict[str, Any]:
+    """Mscales are written both or none, which is how transformers reads them. The base is in the model's arguments."""
+    if settings["rope_type"] == "rope":
+        return {"rope_parameters.rope_type": "default"}
+    scales = ("mscale", "mscale_all_dim") if settings["mscale_all_dim"] else ()
+    names = ("original_max_position_embeddings", "beta_fast", "beta_slow", *scales)
+    rope = {"rope_type": "yarn", "factor": settings["rotary_scaling_factor"]}
+    rope |= {name: settings[name] for name in names}
+    return {f"rope_parameters.{name}": value for name, value in rope.items()}
+
+
 DEEPSEEK_V3 = ModelFamily(
     architectures=("DeepseekV3ForCausalLM",),
     mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
@@ -72,7 +82,8 @@ DEEPSEEK_V3 = ModelFamily(
         "v_head_dim": "v_head_dim",
         **sigmoid_experts.SIZES,
     },
-    derived=_rope,
+    derived=Translation(_rope, _rope_parameters),
+    requires={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True, "norm_topk_prob": True},
     model=parts.MODEL_ARGUMENTS,
     constants={
         **parts.GATED_RMSNORM_DECODER,

@@ -1,4 +1,6 @@
-"""Gemma 2 and Gemma 3 (text): norms before and after attention and MLP, all of them times `1 + weight`.
+"""Gemma 2 and Gemma 3: norms before and after attention and MLP, all of them times `1 + weight`.
+
+Of a Gemma 3 that sees images Megatron has the language model; the rest goes into an export as it is.
 
 Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear is a
 part of it in Megatron's names, as NVIDIA's Megatron-Bridge trains these models: `linear_proj.post_layernorm`.
@@ -6,11 +8,13 @@ Megatron-Core itself has no such layers; `bridge/megatron/gemma.py` has what it 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mappings.errors import UsageError
 from mappings.families import parts
-from mappings.family import ModelFamily, Source, look_up, require
+from mappings.family import HFConfig, ModelFamily, Source, Translation, fixed, look_up
+from mappings.settings import Settings
 from mappings.weights import ReplicatedMapping
 
 _LAYER = (
@@ -26,30 +30,34 @@ _LAYER = (
         f"{parts.MEGATRON}.mlp.linear_fc2.post_layernorm.weight", f"{parts.HF}.post_feedforward_layernorm.weight"
     ),
 )
+
+
+def _scalar(settings: Settings) -> dict[str, Any]:
+    """The whole number that a scale of attention was made from, if there is one."""
+    scale = settings["softmax_scale"] or settings["kv_channels"] ** -0.5
+    whole = round(scale**-2)
+    return {"query_pre_attn_scalar": whole if whole**-0.5 == scale else scale**-2}
+
+
 _CONSTANTS = {**parts.GATED_RMSNORM_DECODER, "layernorm_zero_centered_gamma": True}
 _LAYERS: Mapping[str, Source] = {
-    "softmax_scale": lambda hf_config: hf_config["query_pre_attn_scalar"] ** -0.5,
-    "window_size": parts.window,
-    "window_attn_skip_freq": parts.sliding_layers,
+    "softmax_scale": Translation(lambda hf_config: hf_config["query_pre_attn_scalar"] ** -0.5, _scalar),
+    **parts.SLIDING_LAYERS,
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
-def _check(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing to add.
+_REQUIRES = {"hidden_activation": _ACTIVATION, "attention_bias": False}
 
-    Raises:
-        UsageError: a model that the layers cannot compute.
-    """
-    require(hf_config, hidden_activation=_ACTIVATION, attention_bias=False)
+
+def _check(hf_config: HFConfig) -> None:
     if hf_config.get("use_bidirectional_attention"):
         raise UsageError("use_bidirectional_attention: Megatron's layers attend to earlier tokens only")
-    return {}
 
 
-def _interpolation(hf_config: Mapping[str, Any]) -> float | None:
+def _interpolation(hf_config: HFConfig) -> float | None:
     """The factor by which positions are divided in layers of full attention, None where they are not.
 
     Raises:
@@ -61,11 +69,18 @@ def _interpolation(hf_config: Mapping[str, Any]) -> float | None:
     return rope["factor"] if rope["rope_type"] == "linear" else None
 
 
+def _interpolated(settings: Settings) -> dict[str, Any]:
+    factor, full = settings["seq_len_interpolation_factor"], "rope_parameters.full_attention"
+    scaling = {f"{full}.rope_type": "linear", f"{full}.factor": factor} if factor else {f"{full}.rope_type": "default"}
+    return {**scaling, "rope_parameters.sliding_attention.rope_type": "default"}
+
+
 GEMMA2 = ModelFamily(
     architectures=("Gemma2ForCausalLM",),
     mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
     transformer=parts.DECODER_SIZES,
-    derived=_check,
+    requires=_REQUIRES,
+    check=_check,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants=_CONSTANTS,
     layers=_LAYERS,
@@ -77,18 +92,29 @@ GEMMA3 = ModelFamily(
     architectures=("Gemma3ForCausalLM",),
     mappings=(parts.EMBEDDING, *_LAYER, *parts.QK_NORMS, *parts.HEAD),
     transformer=parts.DECODER_SIZES,
-    derived=_check,
+    requires=_REQUIRES,
+    check=_check,
     model={
         **parts.MODEL_ARGUMENTS,
         "rotary_base": "rope_parameters.full_attention.rope_theta",
-        "seq_len_interpolation_factor": _interpolation,
+        "seq_len_interpolation_factor": Translation(_interpolation, _interpolated),
     },
     constants=_CONSTANTS,
     layers={
         **_LAYERS,
-        "qk_layernorm": lambda hf_config: True,
+        "qk_layernorm": fixed(True),
         "rotary_base_local": "rope_parameters.sliding_attention.rope_theta",
     },
     activation=_ACTIVATION,
     model_class="gemma",
+)
+
+GEMMA3_MULTIMODAL = replace(
+    GEMMA3,
+    architectures=("Gemma3ForConditionalGeneration",),
+    mappings=tuple(
+        mapping.rename(mapping.megatron_param, lambda name: f"language_model.{name}") for mapping in GEMMA3.mappings
+    ),
+    language_part="text_config",
+    carried=("vision_tower.", "multi_modal_projector."),
 )

@@ -1,10 +1,7 @@
 """GLM-4.5 and 4.6: grouped-query attention that turns half of each head, and the experts of `sigmoid_experts`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from mappings.families import parts, sigmoid_experts
-from mappings.family import ModelFamily, require
+from mappings.family import ModelFamily
 
 _LAYER = (
     *parts.QKV,
@@ -17,11 +14,6 @@ _LAYER = (
 )
 
 
-def _checked(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    require(hf_config, hidden_act="silu", norm_topk_prob=True)
-    return {}
-
-
 GLM4_MOE = ModelFamily(
     architectures=("Glm4MoeForCausalLM",),
     mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
@@ -32,7 +24,7 @@ GLM4_MOE = ModelFamily(
         "add_qkv_bias": "attention_bias",
         "qk_layernorm": "use_qk_norm",
     },
-    derived=_checked,
+    requires={"hidden_act": "silu", "norm_topk_prob": True},
     model={
         **parts.MODEL_ARGUMENTS,
         **parts.ROPE_SCALING,

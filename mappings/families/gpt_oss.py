@@ -7,26 +7,18 @@ Plain files hold the experts of a layer as one tensor, inputs first, gate and up
 them in MXFP4 (`…_blocks`, `…_scales`), which is read too, and never written in that form.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from mappings.families import parts
-from mappings.family import ModelFamily, PackedExperts, require
+from mappings.family import HFConfig, ModelFamily, PackedExperts, fixed, require
 from mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
 
 _ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
 _MLP, _HF_MLP = f"{parts.MEGATRON}.mlp", f"{parts.HF}.mlp"
 
 
-def _check(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing to add.
-
-    Raises:
-        UsageError: a model that Megatron's layers do not compute.
-    """
+def _check(hf_config: HFConfig) -> None:
+    """Raises UsageError for a rotary embedding that Megatron does not have."""
     rope = {"rope_type": "yarn", "attention_factor": None, "mscale": None, "mscale_all_dim": None}
-    require({**hf_config, **hf_config["rope_parameters"]}, swiglu_alpha=1.702, attention_bias=True, **rope)
-    return {}
+    require({**hf_config, **hf_config["rope_parameters"]}, rope)
 
 
 GPT_OSS = ModelFamily(
@@ -55,8 +47,12 @@ GPT_OSS = ModelFamily(
         **parts.ONLY_EXPERTS,
         "num_moe_experts": "num_local_experts",
     },
-    derived=_check,
-    model={**parts.MODEL_ARGUMENTS, "position_embedding_type": lambda hf_config: "yarn"},
+    requires={"swiglu_alpha": 1.702, "attention_bias": True},
+    check=_check,
+    model={
+        **parts.MODEL_ARGUMENTS,
+        "position_embedding_type": fixed("yarn", **{"rope_parameters.rope_type": "yarn"}),
+    },
     constants={
         **parts.GATED_RMSNORM_DECODER,
         **parts.SOFTMAX_ROUTER,
@@ -64,18 +60,17 @@ GPT_OSS = ModelFamily(
         "moe_router_pre_softmax": False,
     },
     layers={
-        "softmax_type": lambda hf_config: "learnable",
-        "window_size": parts.window,
-        "window_attn_skip_freq": parts.sliding_layers,
+        "softmax_type": fixed("learnable"),
+        **parts.SLIDING_LAYERS,
         "activation_func_clamp_value": "swiglu_limit",
-        "glu_linear_offset": lambda hf_config: 1.0,
+        "glu_linear_offset": fixed(1.0),
         "yarn_rotary_scaling_factor": "rope_parameters.factor",
         "yarn_original_max_position_embeddings": "rope_parameters.original_max_position_embeddings",
         "yarn_beta_fast": "rope_parameters.beta_fast",
         "yarn_beta_slow": "rope_parameters.beta_slow",
         "yarn_correction_range_round_to_int": "rope_parameters.truncate",
-        "yarn_mscale": lambda hf_config: None,
-        "yarn_mscale_all_dim": lambda hf_config: None,
+        "yarn_mscale": fixed(1.0),
+        "yarn_mscale_all_dim": fixed(0.0),
     },
     activation="quick_gelu",
     packed_experts=PackedExperts(transposed=True, interleaved=True),

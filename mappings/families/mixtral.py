@@ -22,8 +22,13 @@ MIXTRAL = ModelFamily(
         RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.w2.weight"),
         *parts.HEAD,
     ),
-    transformer={**parts.DECODER_SIZES, **parts.ONLY_EXPERTS, "num_moe_experts": "num_local_experts"},
-    derived=parts.plain_decoder,
+    transformer={
+        **parts.DECODER_SIZES,
+        **parts.ONLY_EXPERTS,
+        "num_moe_experts": "num_local_experts",
+        "window_size": parts.WINDOW,
+    },
+    requires=parts.PLAIN_DECODER,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants={**parts.GATED_RMSNORM_DECODER, **parts.SOFTMAX_ROUTER, "moe_router_pre_softmax": False},
 )

@@ -5,12 +5,24 @@ Attention without a rotary embedding, squared ReLU without a gate, and experts t
 layers lie outside `backbone`, counted through; transformers does not build them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from mappings.family import ModelFamily, look_up, require
+from mappings.families import sigmoid_experts
+from mappings.family import (
+    HFConfig,
+    ModelFamily,
+    Source,
+    Translation,
+    fixed,
+    look_up,
+    read_table,
+    write_table,
+)
+from mappings.hybrid import read_pattern
 from mappings.mamba import MambaConvolutionMapping, MambaProjectionMapping
 from mappings.mapping import MegatronParamMapping
+from mappings.settings import Settings
 from mappings.weights import (
     ColumnParallelMapping,
     QKVMapping,
@@ -19,6 +31,7 @@ from mappings.weights import (
     VocabParallelMapping,
 )
 
+_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
 
@@ -56,50 +69,45 @@ def _mamba(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
     yield RowParallelMapping(f"{megatron}.out_proj.weight", f"{hf}.out_proj.weight")
 
 
-def _pattern(hf_config: Mapping[str, Any]) -> str:
+def _pattern(hf_config: HFConfig) -> str:
     decoder = "".join(_LETTERS[kind] for kind in look_up(hf_config, "layers_block_type"))
     mtp = "".join(_LETTERS[kind] for kind in hf_config.get("mtp_layers_block_type") or ())
-    return "/".join([decoder, *[mtp] * (_mtp_count(hf_config) or 0)])
+    return "/".join([decoder, *[mtp] * (sigmoid_experts.MTP_COUNT.read(hf_config) or 0)])
 
 
-def _mtp_count(hf_config: Mapping[str, Any]) -> int | None:
-    """None, as Megatron says it, where there are none."""
-    return hf_config.get("num_nextn_predict_layers") or None
-
-
-def _derived(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The router and the experts, where there are any.
-
-    Raises:
-        UsageError: a layer that Megatron does not have.
-    """
-    require(
-        hf_config,
-        mlp_hidden_act="relu2",
-        mamba_hidden_act="silu",
-        conv_kernel=4,
-        use_conv_bias=True,
-        use_bias=False,
-        mamba_proj_bias=False,
-        attention_bias=False,
-        mlp_bias=False,
-        norm_topk_prob=True,
-    )
-    if "E" not in _pattern(hf_config):
-        return {}
-    grouped = hf_config["n_group"] > 1
+def _layer_kinds(settings: Settings) -> dict[str, Any]:
+    """As transformers reads them, and under the older names that other programs still read."""
+    decoder, mtp, count = read_pattern(settings["hybrid_layer_pattern"])
+    more = {"mtp_layers_block_type": [_KINDS[letter] for letter in mtp]} if count else {}
     return {
-        "num_moe_experts": hf_config["n_routed_experts"],
-        "moe_ffn_hidden_size": hf_config["moe_intermediate_size"],
-        "moe_shared_expert_intermediate_size": hf_config["moe_shared_expert_intermediate_size"],
-        "moe_latent_size": hf_config["moe_latent_size"],
-        "moe_router_topk": hf_config["num_experts_per_tok"],
-        "moe_router_num_groups": hf_config["n_group"] if grouped else None,
-        "moe_router_group_topk": hf_config["topk_group"] if grouped else None,
-        "moe_router_topk_scaling_factor": hf_config["routed_scaling_factor"],
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "layers_block_type": [_KINDS[letter] for letter in decoder],
+        "hybrid_override_pattern": decoder,
+        "num_hidden_layers": len(decoder),
+        "num_nextn_predict_layers": count,
+        "time_step_min": 1e-30,  # where transformers cuts steps off; Megatron does not
+        **more,
     }
+
+
+_EXPERTS: dict[str, Source] = {
+    "num_moe_experts": "n_routed_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_latent_size": "moe_latent_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_num_groups": sigmoid_experts.groups("moe_router_num_groups", "n_group"),
+    "moe_router_group_topk": sigmoid_experts.groups("moe_router_group_topk", "topk_group"),
+    "moe_router_topk_scaling_factor": sigmoid_experts.SCALING_FACTOR,
+}
+
+
+def _experts(hf_config: HFConfig) -> dict[str, Any]:
+    """The router and the experts, where there are any."""
+    return {**read_table(_EXPERTS, hf_config), **sigmoid_experts.ROUTER} if "E" in _pattern(hf_config) else {}
+
+
+def _expert_fields(settings: Settings) -> dict[str, Any]:
+    return write_table(_EXPERTS, settings) if "E" in settings["hybrid_layer_pattern"] else {}
 
 
 NEMOTRON_H = ModelFamily(
@@ -116,9 +124,9 @@ NEMOTRON_H = ModelFamily(
         ColumnParallelMapping("mtp.layers.*.eh_proj.weight", "mtp.layers.*.eh_proj.weight"),
         ReplicatedMapping("mtp.layers.*.final_layernorm.weight", "mtp.layers.*.final_layernorm.weight"),
     ),
-    hybrid_pattern=_pattern,
+    hybrid_pattern=Translation(_pattern, _layer_kinds),
     transformer={
-        "num_layers": lambda hf_config: len(look_up(hf_config, "layers_block_type")),
+        "num_layers": Translation(lambda hf_config: len(look_up(hf_config, "layers_block_type")), lambda settings: {}),
         "hidden_size": "hidden_size",
         "ffn_hidden_size": "intermediate_size",
         "num_attention_heads": "num_attention_heads",
@@ -129,15 +137,26 @@ NEMOTRON_H = ModelFamily(
         "mamba_head_dim": "mamba_head_dim",
         "mamba_num_groups": "n_groups",
         "mamba_state_dim": "ssm_state_size",
-        "mtp_num_layers": _mtp_count,
+        "mtp_num_layers": sigmoid_experts.MTP_COUNT,
     },
-    derived=_derived,
+    derived=Translation(_experts, _expert_fields),
+    requires={
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "conv_kernel": 4,
+        "use_conv_bias": True,
+        "use_bias": False,
+        "mamba_proj_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_topk_prob": True,
+    },
     activation="relu2",
     model={
         "vocab_size": "vocab_size",
         "max_sequence_length": "max_position_embeddings",
         "share_embeddings_and_output_weights": "tie_word_embeddings",
-        "position_embedding_type": lambda hf_config: "none",
+        "position_embedding_type": fixed("none"),
     },
     constants={"normalization": "RMSNorm", "gated_linear_unit": False, "add_bias_linear": False},
 )

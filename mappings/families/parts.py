@@ -4,11 +4,11 @@ A family lists the pieces it has and adds its own. The tables below the mappings
 Megatron's configuration, and say which of a config's features Megatron computes as transformers does.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from mappings.errors import UsageError
-from mappings.family import Source, look_up, require
+from mappings.family import HFConfig, Source, Translation, fixed, look_up
+from mappings.settings import Settings
 from mappings.weights import (
     GatedMLPMapping,
     QKVMapping,
@@ -67,7 +67,7 @@ OUTPUT = VocabParallelMapping("output_layer.weight", "lm_head.weight")
 HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"), OUTPUT)
 
 
-def head_dim(hf_config: Mapping[str, Any]) -> int:
+def head_dim(hf_config: HFConfig) -> int:
     """As transformers' attention layers have it: the hidden size is divided among the heads where nothing is said."""
     return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
 
@@ -78,12 +78,12 @@ DECODER_SIZES: dict[str, Source] = {
     "ffn_hidden_size": "intermediate_size",
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
-    "kv_channels": head_dim,
+    "kv_channels": Translation(head_dim, lambda settings: {"head_dim": settings["kv_channels"]}),
     "layernorm_epsilon": "rms_norm_eps",
 }
 
 ONLY_EXPERTS: dict[str, Source] = {
-    "moe_layer_freq": lambda hf_config: [1] * hf_config["num_hidden_layers"],
+    "moe_layer_freq": Translation(lambda hf_config: [1] * hf_config["num_hidden_layers"], lambda settings: {}),
     "moe_ffn_hidden_size": "intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
 }
@@ -92,6 +92,7 @@ ONLY_EXPERTS: dict[str, Source] = {
 MODEL_ARGUMENTS: dict[str, Source] = {
     "vocab_size": "vocab_size",
     "max_sequence_length": "max_position_embeddings",
+    "position_embedding_type": fixed("rope"),
     "rotary_base": "rope_parameters.rope_theta",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
 }
@@ -99,7 +100,7 @@ MODEL_ARGUMENTS: dict[str, Source] = {
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def _llama3_factor(hf_config: Mapping[str, Any]) -> float | None:
+def _llama3_factor(hf_config: HFConfig) -> float | None:
     """The factor of Llama 3's rope scaling, None without scaling.
 
     Megatron takes the factor alone and fixes the rest:
@@ -118,9 +119,15 @@ def _llama3_factor(hf_config: Mapping[str, Any]) -> float | None:
     return float(rope["factor"])
 
 
+def _rope_parameters(settings: Settings) -> dict[str, Any]:
+    scaled = {"rope_type": "llama3", "factor": settings["rope_scaling_factor"], **_LLAMA3_ROPE}
+    rope = scaled if settings["rope_scaling"] else {"rope_type": "default"}
+    return {f"rope_parameters.{name}": value for name, value in rope.items()}
+
+
 ROPE_SCALING: dict[str, Source] = {
-    "rope_scaling": lambda hf_config: _llama3_factor(hf_config) is not None,
-    "rope_scaling_factor": lambda hf_config: _llama3_factor(hf_config) or 1.0,
+    "rope_scaling": Translation(lambda hf_config: _llama3_factor(hf_config) is not None, _rope_parameters),
+    "rope_scaling_factor": Translation(lambda hf_config: _llama3_factor(hf_config) or 1.0, lambda settings: {}),
 }
 
 GATED_RMSNORM_DECODER = {
@@ -130,35 +137,47 @@ GATED_RMSNORM_DECODER = {
 }
 
 
-def softmax_over_all(hf_config: Mapping[str, Any]) -> bool:
-    """Megatron's `moe_router_pre_softmax` for a router that takes the top k of the softmax over all experts.
+SOFTMAX_OVER_ALL = Translation(
+    lambda hf_config: not hf_config["norm_topk_prob"],
+    lambda settings: {"norm_topk_prob": not settings["moe_router_pre_softmax"]},
+)
+"""Megatron's `moe_router_pre_softmax` for a router that takes the top k of the softmax over all experts.
 
-    `norm_topk_prob` divides those by their sum, which is the softmax over the chosen logits alone: Megatron's default.
-    """
-    return not hf_config["norm_topk_prob"]
-
+`norm_topk_prob` divides those by their sum, which is the softmax over the chosen logits alone: Megatron's default.
+"""
 
 SOFTMAX_ROUTER = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
 }
 
+PLAIN_DECODER = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "clip_qkv": None,
+}
+"""What `GATED_RMSNORM_DECODER` computes, and families could have otherwise."""
 
-def plain_decoder(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields for one sliding window over all layers, where there is one.
 
-    Raises:
-        UsageError: a feature that `GATED_RMSNORM_DECODER` does not have.
-    """
-    require(hf_config, hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, clip_qkv=None)
-    return {"window_size": window(hf_config)} if hf_config.get("sliding_window") else {}
-
-
-def sliding_layers(hf_config: Mapping[str, Any]) -> list[int]:
+def _sliding_layers(hf_config: HFConfig) -> list[int]:
     """1 for each layer with sliding-window attention, 0 for each with full attention."""
     return [int(kind == "sliding_attention") for kind in hf_config["layer_types"]]
 
 
-def window(hf_config: Mapping[str, Any]) -> tuple[int, int]:
-    """Keys to the left and right of a query that it sees; Hugging Face's `sliding_window` counts its own, too."""
-    return hf_config["sliding_window"] - 1, 0
+def _layer_types(settings: Settings) -> dict[str, Any]:
+    slides = settings["window_attn_skip_freq"] or [1] * settings["num_layers"]
+    return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
+
+
+WINDOW = Translation(
+    lambda hf_config: (hf_config["sliding_window"] - 1, 0) if hf_config.get("sliding_window") else None,
+    lambda settings: {"sliding_window": settings["window_size"] and settings["window_size"][0] + 1},
+)
+"""Keys to the left and right of a query that it sees; Hugging Face's `sliding_window` counts its own, too."""
+
+SLIDING_LAYERS: dict[str, Source] = {
+    "window_size": WINDOW,
+    "window_attn_skip_freq": Translation(_sliding_layers, _layer_types),
+}

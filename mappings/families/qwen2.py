@@ -15,7 +15,7 @@ QWEN2 = ModelFamily(
         *parts.HEAD,
     ),
     transformer=parts.DECODER_SIZES,
-    derived=parts.plain_decoder,
+    requires=parts.PLAIN_DECODER,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants={**parts.GATED_RMSNORM_DECODER, "add_qkv_bias": True},
 )

@@ -15,7 +15,7 @@ QWEN3 = ModelFamily(
         *parts.HEAD,
     ),
     transformer=parts.DECODER_SIZES,
-    derived=parts.plain_decoder,
+    requires=parts.PLAIN_DECODER,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants={**parts.GATED_RMSNORM_DECODER, "qk_layernorm": True},
 )

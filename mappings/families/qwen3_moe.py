@@ -1,23 +1,36 @@
 """Qwen3-MoE: Qwen3's attention, and in place of the MLP a softmax router with gated experts; a layer may be dense."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from mappings.families import parts
-from mappings.family import ModelFamily, look_up
+from mappings.family import HFConfig, ModelFamily, Source, Translation, look_up
+from mappings.settings import Settings
 
 
-def _experts(hf_config: Mapping[str, Any]) -> Any:
+def _experts(hf_config: HFConfig) -> Any:
     """Transformers 5.23 names it `num_local_experts`; releases before it, and most checkpoints, `num_experts`."""
     return look_up(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
 
 
-def _moe_layers(hf_config: Mapping[str, Any]) -> list[int]:
+def _moe_layers(hf_config: HFConfig) -> list[int]:
     """1 for each layer with experts, 0 for each dense one, as transformers' Qwen3MoeDecoderLayer chooses them."""
     dense, step = hf_config.get("mlp_only_layers") or (), hf_config.get("decoder_sparse_step", 1)
     layers = range(hf_config["num_hidden_layers"])
     return [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
 
+
+def _dense_layers(settings: Settings) -> dict[str, Any]:
+    dense = [layer for layer, sparse in enumerate(settings["moe_layer_freq"]) if not sparse]
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+SPARSE_LAYERS: dict[str, Source] = {
+    "num_moe_experts": Translation(_experts, lambda settings: {"num_experts": settings["num_moe_experts"]}),
+    "moe_layer_freq": Translation(_moe_layers, _dense_layers),
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_pre_softmax": parts.SOFTMAX_OVER_ALL,
+}
 
 QWEN3_MOE = ModelFamily(
     architectures=("Qwen3MoeForCausalLM",),
@@ -34,13 +47,9 @@ QWEN3_MOE = ModelFamily(
     ),
     transformer={
         **parts.DECODER_SIZES,
-        "num_moe_experts": _experts,
-        "moe_layer_freq": _moe_layers,
-        "moe_ffn_hidden_size": "moe_intermediate_size",
-        "moe_router_topk": "num_experts_per_tok",
-        "moe_router_pre_softmax": parts.softmax_over_all,
+        **SPARSE_LAYERS,
     },
-    derived=parts.plain_decoder,
+    requires=parts.PLAIN_DECODER,
     model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
     constants={**parts.GATED_RMSNORM_DECODER, **parts.SOFTMAX_ROUTER, "qk_layernorm": True},
 )

@@ -10,12 +10,13 @@ exceptions in the registry: `model.layers.61.…` is also a name that `model.lay
 brings copies of the embedding and of the output layer in Hugging Face's files, which Megatron shares with the decoder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mappings.families import parts
-from mappings.family import Source, look_up
+from mappings.family import HFConfig, Source, Translation, look_up
 from mappings.mapping import MegatronParamMapping
+from mappings.settings import Settings
 from mappings.weights import (
     ColumnParallelMapping,
     CopiedVocabMapping,
@@ -39,11 +40,9 @@ EXPERTS: tuple[MegatronParamMapping, ...] = (
 )
 
 
-def mtp_layers(
-    hf_config: Mapping[str, Any], decoder_layer: Sequence[MegatronParamMapping]
-) -> Iterator[MegatronParamMapping]:
+def mtp_layers(hf_config: HFConfig, decoder_layer: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
     """The mappings of all MTP layers of a model, and of the two tensors that they share with the decoder."""
-    first, count = hf_config["num_hidden_layers"], _mtp_count(hf_config) or 0
+    first, count = hf_config["num_hidden_layers"], MTP_COUNT.read(hf_config) or 0
     hf_layers = [f"model.layers.{first + index}" for index in range(count)]
     for index, hf_layer in enumerate(hf_layers):
         layer = f"mtp.layers.{index}"
@@ -65,32 +64,50 @@ def _moved(mapping: MegatronParamMapping, layer: str, hf_layer: str) -> Megatron
     return mapping.rename(megatron_param, lambda name: name.replace(parts.HF, hf_layer))
 
 
-def _mtp_count(hf_config: Mapping[str, Any]) -> int | None:
-    """None, as Megatron says it, where there are none."""
-    return hf_config.get("num_nextn_predict_layers") or None
+MTP_COUNT = Translation(
+    lambda hf_config: hf_config.get("num_nextn_predict_layers") or None,  # Megatron says None where there are none
+    lambda settings: {"num_nextn_predict_layers": settings["mtp_num_layers"] or 0},
+)
 
 
-def _moe_layers(hf_config: Mapping[str, Any]) -> list[int]:
+def _moe_layers(hf_config: HFConfig) -> list[int]:
     """0 for each of the dense layers at the start, then 1."""
     dense = look_up(hf_config, "first_k_dense_replace")
     return [int(layer >= dense) for layer in range(hf_config["num_hidden_layers"])]
 
 
-def _groups(field: str) -> Any:
-    """A field of group-limited routing, None where all experts are one group."""
-    return lambda hf_config: hf_config[field] if (hf_config.get("n_group") or 1) > 1 else None
+def _shared_experts(settings: Settings) -> dict[str, Any]:
+    width = settings["moe_shared_expert_intermediate_size"] or 0
+    return {"n_shared_experts": width // settings["moe_ffn_hidden_size"]}
 
+
+def groups(setting: str, field: str) -> Translation:
+    """A setting of group-limited routing, None where all experts are one group."""
+    return Translation(
+        lambda hf_config: hf_config[field] if (hf_config.get("n_group") or 1) > 1 else None,
+        lambda settings: {field: settings[setting] or 1},
+    )
+
+
+SCALING_FACTOR = Translation(
+    lambda hf_config: hf_config["routed_scaling_factor"],
+    lambda settings: {"routed_scaling_factor": settings["moe_router_topk_scaling_factor"] or 1.0},
+)
 
 SIZES: dict[str, Source] = {
     "num_moe_experts": "n_routed_experts",
-    "moe_layer_freq": _moe_layers,
+    "moe_layer_freq": Translation(
+        _moe_layers, lambda settings: {"first_k_dense_replace": [*settings["moe_layer_freq"], 1].index(1)}
+    ),
     "moe_ffn_hidden_size": "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size": lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
+    "moe_shared_expert_intermediate_size": Translation(
+        lambda hf_config: hf_config["moe_intermediate_size"] * (hf_config["n_shared_experts"] or 0), _shared_experts
+    ),
     "moe_router_topk": "num_experts_per_tok",
-    "moe_router_num_groups": _groups("n_group"),
-    "moe_router_group_topk": _groups("topk_group"),
-    "moe_router_topk_scaling_factor": "routed_scaling_factor",
-    "mtp_num_layers": _mtp_count,
+    "moe_router_num_groups": groups("moe_router_num_groups", "n_group"),
+    "moe_router_group_topk": groups("moe_router_group_topk", "topk_group"),
+    "moe_router_topk_scaling_factor": SCALING_FACTOR,
+    "mtp_num_layers": MTP_COUNT,
 }
 
 ROUTER = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}

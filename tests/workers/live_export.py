@@ -26,6 +26,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import walk_quantizers  # noqa: E402
 from bridge.ranks import world_rank  # noqa: E402
+from bridge.saved_args import megatron_arguments  # noqa: E402
 from mappings.errors import AmaxbridgeError  # noqa: E402
 
 
@@ -46,7 +47,8 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
             report["divergent"] = export_divergent(bridge, model, out / "divergent")
             report["errors"] = errors(bridge, model, out)
             set_amax_from_names(model)
-            megatron.save_checkpoint(model, out / "checkpoint", iteration=12)
+            arguments = megatron_arguments(bridge.hf, model.config)
+            megatron.save_checkpoint(model, out / "checkpoint", iteration=12, arguments=arguments)
             calibrate_and_export(bridge, model, out, plain)
     if world_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))

@@ -6,7 +6,8 @@ CASES_JSON is a list of {"hf": directory, "back": where to export to, "sizes": a
 "model_class": that of `megatron.build_model`}, all for
 N processes; beside the model lie the logits of transformers. All cases run in one process group, because starting
 one costs more than a case. Everything is fp32. What goes to `back` is plain; in `back/nvfp4` all quantizers have the
-same amax, as names are all that is of interest there.
+same amax, as names are all that is of interest there. `back_checkpoint` is the plain model with its arguments, as
+Megatron saves it.
 """
 
 import json
@@ -26,6 +27,7 @@ from model import forward  # noqa: E402
 from bridge import AutoBridge, megatron  # noqa: E402
 from bridge.parameters import layer_pattern, walk_parameters, walk_quantizers  # noqa: E402
 from bridge.ranks import current_ranks, process_group, world_rank  # noqa: E402
+from bridge.saved_args import megatron_arguments  # noqa: E402
 from mappings.ranks import Axis  # noqa: E402
 
 
@@ -47,6 +49,8 @@ def run(hf: Path, back: Path, sizes: dict[str, int], model_class: Any) -> dict[s
         model = megatron.build_model(bridge.hf, dtype=torch.float32, model_class=model_class)
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, back, scheme="none")
+        arguments = megatron_arguments(bridge.hf, model.config, layer_pattern([model]))
+        megatron.save_checkpoint(model, Path(f"{back}_checkpoint"), iteration=1, arguments=arguments)
         exported = [name for name, _ in bridge.export_hf_weights(model)]
         spelling = bridge.hf.family.spelling(layer_pattern([model]))
         names = [parameter.name for parameter in walk_parameters([model], spelling)]

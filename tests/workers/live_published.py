@@ -33,8 +33,8 @@ def main(configs: Path, out: Path) -> None:
 def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]]:
     """What an export would write: name → shape."""
     written = json.loads(file.read_text())
-    config = AutoConfig.for_model(**written).to_dict()
-    bridge = AutoBridge(HFModel(file, written, config, family_of(written)))
+    filled = AutoConfig.for_model(**written).to_dict()
+    bridge = AutoBridge(HFModel(file.with_suffix(""), written, filled, family_of(written)))
     with torch.device("meta"):
         model = megatron.build_model(bridge.hf, initialize=False)
     report = bridge.save_hf_pretrained(model, unwritten, scheme="none", dry_run=True)

@@ -1,0 +1,219 @@
+"""Megatron's settings: the names that its training gives them on the command line, what each is where nothing is said,
+and which of them make a difference.
+
+A setting has the name that `TransformerConfig` or the model class has for it. The arguments that training saves in a
+checkpoint have other names for some, and older releases had others again; a few settings are there in another form:
+
+    activation, gated_linear_unit           --swiglu, --quick-geglu, --squared-relu
+    share_embeddings_and_output_weights     --untie-embeddings-and-output-weights
+    num_query_groups                        --group-query-attention, --num-query-groups
+    moe_layer_freq, a list                  the same, or every how many layers there are experts
+    window_attn_skip_freq, a list           the same, or every how many layers there is no window
+
+Source: megatron.training.arguments, and core_transformer_config_from_args beside it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+type Settings = Mapping[str, Any]
+
+_ARGUMENTS: Mapping[str, tuple[str, ...]] = {  # setting → arguments: as it is written now, then other spellings
+    "num_moe_experts": ("num_experts",),
+    "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
+    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+    "max_sequence_length": ("max_position_embeddings",),
+    "rope_scaling": ("use_rope_scaling",),
+    "seq_len_interpolation_factor": ("rotary_seq_len_interpolation_factor",),
+    "yarn_rotary_scaling_factor": ("rotary_scaling_factor",),
+    "yarn_mscale": ("mscale",),
+    "yarn_mscale_all_dim": ("mscale_all_dim",),
+    "hybrid_layer_pattern": ("hybrid_layer_pattern", "hybrid_override_pattern"),
+}
+_ACTIVATIONS = {  # argument → activation and whether it is gated
+    "swiglu": ("silu", True),
+    "quick_geglu": ("quick_gelu", True),
+    "squared_relu": ("relu2", False),
+}
+
+DEFAULTS: Settings = {
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "multi_latent_attention": False,
+    "q_lora_rank": None,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
+    "position_embedding_type": "learned_absolute",
+    "no_rope_freq": None,
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 1.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+    "yarn_rotary_scaling_factor": 1.0,
+    "yarn_original_max_position_embeddings": 4096,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+    "num_moe_experts": None,
+    "moe_router_topk": 2,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_latent_size": None,
+    "moe_apply_probs_on_input": False,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
+    "mtp_num_layers": None,
+    "mtp_use_repeated_layer": False,
+    "use_mup": False,
+    "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
+    "share_embeddings_and_output_weights": True,
+}
+"""Megatron's own default of every setting that changes what a model computes, but for sizes, which have none."""
+
+_YARN_OF_LATENT_ATTENTION = {
+    "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+}  # fmt: skip
+_USED_IF: tuple[tuple[Callable[[Settings], Any], Callable[[str], bool]], ...] = (  # condition, the settings it is for
+    (lambda all_: all_["num_moe_experts"], lambda name: name.startswith("moe_")),
+    (lambda all_: all_["moe_router_score_function"] == "softmax", lambda name: name == "moe_router_pre_softmax"),
+    (lambda all_: _has_dense_layers(all_), lambda name: name == "ffn_hidden_size"),
+    (lambda all_: not all_["add_bias_linear"], lambda name: name == "add_qkv_bias"),
+    (lambda all_: all_["window_size"], lambda name: name == "window_attn_skip_freq"),
+    (lambda all_: all_["rope_scaling"], lambda name: name == "rope_scaling_factor"),
+    (lambda all_: all_["multi_latent_attention"], lambda name: name in {"rope_type", "q_lora_rank"}),
+    (lambda all_: _has_yarn(all_, latent=True), lambda name: name in _YARN_OF_LATENT_ATTENTION),
+    (lambda all_: _has_yarn(all_, latent=False), lambda name: name.startswith("yarn_")),
+    (lambda all_: all_["position_embedding_type"] != "none", lambda name: name.startswith("rotary_")),
+)
+
+
+def _has_dense_layers(settings: Settings) -> bool:
+    pattern = settings.get("hybrid_layer_pattern")
+    return "-" in pattern if pattern else not settings["num_moe_experts"] or 0 in settings.get("moe_layer_freq", ())
+
+
+def _has_yarn(settings: Settings, *, latent: bool) -> bool:
+    kind = settings["rope_type"] if latent else settings["position_embedding_type"]
+    return bool(settings["multi_latent_attention"]) == latent and kind == "yarn"
+
+
+def argument(setting: str) -> str:
+    """The name that training's arguments have for a setting now."""
+    return _ARGUMENTS.get(setting, (setting,))[0]
+
+
+def to_arguments(settings: Settings) -> dict[str, Any]:
+    """What training would save of a model with these settings."""
+    rest = {name: value for name, value in settings.items() if name != "share_embeddings_and_output_weights"}
+    tied = settings.get("share_embeddings_and_output_weights", True)
+    kind = rest.get("activation"), rest.get("gated_linear_unit")
+    flags = {name: kind == each for name, each in _ACTIVATIONS.items()}
+    if any(flags.values()):
+        del rest["activation"], rest["gated_linear_unit"]
+    return {
+        **{argument(name): value for name, value in rest.items()},
+        **flags,
+        "group_query_attention": True,
+        "untie_embeddings_and_output_weights": not tied,
+    }
+
+
+def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that saved arguments tell, and what Megatron makes of them; without defaults."""
+    settings = told(arguments)
+    return settings | dict(_made_of_others(settings))
+
+
+def told(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are among the arguments. One that is None says nothing."""
+    said = {name: value for name, value in arguments.items() if value is not None}
+    settings = dict(said)
+    for name, spellings in _ARGUMENTS.items():
+        found = [said[spelling] for spelling in spellings if spelling in said]
+        if found:
+            settings[name] = found[0]
+    for name, (activation, gated) in _ACTIVATIONS.items():
+        if said.get(name):
+            settings |= {"activation": activation, "gated_linear_unit": gated}
+    if "untie_embeddings_and_output_weights" in said:
+        settings["share_embeddings_and_output_weights"] = not said["untie_embeddings_and_output_weights"]
+    if "disable_bias_linear" in said:
+        settings["add_bias_linear"] = not said["disable_bias_linear"]
+    return settings
+
+
+def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """What Megatron makes of other settings where it is not given."""
+    heads, layers, experts = (settings.get(name) for name in ("num_attention_heads", "num_layers", "num_moe_experts"))
+    if heads and not (settings.get("group_query_attention", True) and settings.get("num_query_groups")):
+        yield "num_query_groups", heads
+    if heads and "kv_channels" not in settings and "hidden_size" in settings:
+        yield "kv_channels", settings["hidden_size"] // heads
+    if experts and "moe_ffn_hidden_size" not in settings and "ffn_hidden_size" in settings:
+        yield "moe_ffn_hidden_size", settings["ffn_hidden_size"]
+    every = settings.get("moe_layer_freq", 1)
+    if experts and layers and isinstance(every, int):
+        yield "moe_layer_freq", [int(layer % every == 0) for layer in range(layers)]
+    full = settings.get("window_attn_skip_freq")
+    if layers and isinstance(full, int):
+        yield "window_attn_skip_freq", [int((layer + 1) % full != 0) for layer in range(layers)]
+
+
+def in_use(settings: Settings) -> dict[str, Any]:
+    """With defaults, and without settings that change nothing because of others."""
+    filled = {**DEFAULTS, **settings}
+    filled["moe_router_topk_scaling_factor"] = filled["moe_router_topk_scaling_factor"] or 1.0  # as None
+    idle = [takes for condition, takes in _USED_IF if not condition(filled)]
+    return {name: value for name, value in filled.items() if not any(takes(name) for takes in idle)}
+
+
+def differences(found: Settings, expected: Settings) -> list[str]:
+    """Names of the settings in which two models differ, those that `expected` has and those that have a default."""
+    ours, theirs = in_use(found), in_use(expected)
+    return [
+        name
+        for name in {**DEFAULTS, **expected}
+        if (name in ours or name in theirs) and not _same(ours.get(name), theirs.get(name))
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Nothing, 0 and no are the same, and so are a list and a tuple."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return list(one) == list(other)
+    return bool(one == other) or not (one or other)
