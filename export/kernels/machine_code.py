@@ -41,7 +41,10 @@ def address_of(module: str, name: str, signature: tuple[str, ...]) -> int:
 
 def cache_directory() -> Path:
     """Where machine code is kept; it can be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "amaxbridge"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "amaxbridge"
+    except RuntimeError:  # a user without a home; nothing can be kept below this
+        return Path(os.devnull)
 
 
 def _processor() -> tuple[str, str]:
