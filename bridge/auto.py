@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
+from bridge.decide import decide
 from bridge.described import check_described, stored_model
 from bridge.fill import fill_parameters, fill_quantizers
 from bridge.from_arguments import model_of_arguments
@@ -19,7 +20,7 @@ from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_
 from bridge.plan import BundlePlan, plan_export, plan_stored
 from bridge.quant_state import collect_scalars, state_parameters
 from bridge.ranks import current_ranks
-from bridge.save import ExportReport, SaveOptions, Saver, decide
+from bridge.save import ExportReport, SaveOptions, Saver
 from bridge.stream import join_bundle, stream_bundles
 from bridge.torch_dist import DistCheckpoint
 from bridge.writers import Apart, Together

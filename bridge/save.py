@@ -1,6 +1,5 @@
 """Saving: what every export does once it has a plan, whether its bundles come from a live model or from files."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from bridge.carried import carried_specs, carried_tensors, ignored
+from bridge.decide import decide, specs_of
 from bridge.hf_config import HFModel
 from bridge.plan import BundlePlan
 from bridge.writers import Writers
-from export.finalizer import Bundle, Finalizer
-from export.fused_scales import MissingAmax, missing_policy
+from export.finalizer import Bundle
+from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
 from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
 from export.model_card import Conversion, companion_files
@@ -33,8 +33,6 @@ from mappings.names import is_quantizer_state, is_routed_expert, module_of
 from mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
-
-_log = logging.getLogger("amaxbridge")
 
 
 class SaveOptions(TypedDict, total=False):
@@ -91,28 +89,6 @@ class ExportReport:
     def sources(self) -> dict[str, TensorSpec]:
         """Every Hugging Face tensor that goes in, quantizer state included."""
         return specs_of(self.bundles)
-
-
-def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
-    """Every Hugging Face tensor of a plan, quantizer state included."""
-    return {name: spec for bundle in plan for name, spec in bundle.specs.items()}
-
-
-def decide(
-    hf: HFModel,
-    plan: Sequence[BundlePlan],
-    recipe: Recipe | None,
-    state: QuantState,
-    missing: MissingAmax,
-    *,
-    warn: bool,
-) -> Finalizer:
-    """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled."""
-    finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
-    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
-    if warn:
-        _warn(state, finalizer.filled)
-    return finalizer
 
 
 class Saver:
@@ -303,12 +279,3 @@ class _Output:
 def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         writer.write(name, tensor)
-
-
-def _warn(state: QuantState, filled: Mapping[str, str]) -> None:
-    if state.divergent:
-        rows = [f"{name}: {values}" for name, values in state.divergent.items()]
-        _log.warning("%d amax differ between ranks; the maximum is used:%s", len(rows), listing(rows))
-    if filled:
-        rows = [f"{name}: from {source}" for name, source in filled.items()]
-        _log.warning("%d amax were missing or unusable and are filled:%s", len(rows), listing(rows))
