@@ -29,7 +29,7 @@ FROM_SOURCE = {
     "w4a16": 0.16, "w4a16_asym": 0.14, "w8a8": 0.015,
 }  # fmt: skip
 ONE_BIT = 2**-7  # of bf16, at most
-UNLIKE_OURS = {"nvfp4": ONE_BIT, "nvfp4a16": ONE_BIT, "w4a16": ONE_BIT}  # relative, of each value; see README.md
+UNLIKE_OURS = {"nvfp4": ONE_BIT, "nvfp4a16": ONE_BIT}  # relative, of each value; see README.md
 LOGPROBS = {"float32": 1e-5, "bfloat16": 0.03}  # mean; see README.md
 TURNED_CODES = ("fp8_dynamic", "w8a8")  # of which a tenth of the tokens must keep to the limit
 COMPUTED = {"float32": 1e-5, "bfloat16": 2**-7}  # of the largest weight: a kernel's rounding of its output
