@@ -227,6 +227,11 @@ FILES = {
 }
 
 CONFIG = {
+    "quantization_config under its old name": Break(
+        "quantization-config",
+        "quantization_config",
+        lambda made: made.config.update(compression_config=made.config.pop("quantization_config")),
+    ),
     "no quantization_config": Break(
         "quantization-config", "quantization_config", lambda made: made.config.pop("quantization_config")
     ),
