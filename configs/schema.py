@@ -181,6 +181,7 @@ class ReportConfig(CommonConfig):
     reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
     quant_state: str | None = option("quant_state.safetensors of the training; null for the one in input.", None)
     output: str | None = option("Directory for the report; null for input.", None)
+    card: bool = option("Note the signal to noise in the model card of input; needs reference.", False)
 
 
 @dataclass

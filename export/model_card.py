@@ -8,6 +8,7 @@ the source's text follows unchanged, because it holds what users of the output m
 holds no date, no host and no full path: the same export writes the same card, and it can be published.
 """
 
+import json
 import logging
 import re
 import shlex
@@ -24,6 +25,7 @@ from export.layout import Layout
 from export.metadata import CARD_FILE, carried_files, json_bytes
 from export.quant_state import QuantState
 from export.record import RECORD_FILE, versions
+from mappings.errors import UsageError
 
 _log = logging.getLogger("amaxbridge")
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -85,6 +87,26 @@ def model_card(original: str, facts: Mapping[str, Any]) -> str:
     return "\n".join(
         ["---", _front_matter(metadata, facts), "---", "", _section(facts), _OURS.sub("", text).strip(), ""]
     )
+
+
+def note_snr(directory: Path, snr: Mapping[str, float]) -> None:
+    """Notes what was measured in an output's `amaxbridge.json`, and writes our section of its card anew.
+
+    Args:
+        snr: module → signal to noise of its weight against the source, in dB.
+
+    Raises:
+        UsageError: no such file: the directory was not made here; or nothing was measured.
+    """
+    record, card = directory / RECORD_FILE, directory / CARD_FILE
+    if not record.is_file() or not snr:
+        why = f"no {RECORD_FILE} there" if snr else "no weight could be measured"
+        raise UsageError(f"{directory}: {why}, so its card stays as it is; leave card= out")
+    lowest = min(snr, key=lambda module: snr[module])
+    measured = {"mean": sum(snr.values()) / len(snr), "lowest": snr[lowest], "lowest_module": lowest}
+    facts = {**json.loads(record.read_bytes()), "snr": measured}
+    record.write_bytes(json_bytes(facts))
+    card.write_bytes(model_card(card.read_text(encoding="utf-8") if card.is_file() else "", facts).encode())
 
 
 def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
@@ -156,6 +178,7 @@ def _section(facts: Mapping[str, Any]) -> str:
         "amax from training": f"{amax['collected']:,}" if amax["collected"] else "none, quantized without data",
         "amax that differed between ranks": f"{len(amax['divergent']):,}" if amax["divergent"] else "",
         "amax that were missing": f"{len(amax['filled']):,}, filled" if amax["filled"] else "",
+        "signal to noise of the weights": _snr(facts["snr"]) if "snr" in facts else "",
         "made with": ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
     }
     if not facts["quantized"]:
@@ -169,6 +192,10 @@ def _section(facts: Mapping[str, Any]) -> str:
     sentence = f"{linked}, {what} by amaxbridge{', in the compressed-tensors format' if facts['quantized'] else ''}."
     said = [sentence[0].upper() + sentence[1:], *notes]
     return "\n".join([_BEGIN, head, "", *said, *table, *serve, *command, "", _END, ""])
+
+
+def _snr(measured: Mapping[str, Any]) -> str:
+    return f"{measured['mean']:.1f} dB, the lowest {measured['lowest']:.1f} dB in `{measured['lowest_module']}`"
 
 
 def _size(count: int) -> str:

@@ -81,7 +81,10 @@ def check_ignored(ignore: Sequence[str], modules: Iterable[str]) -> None:
     modules = list(modules)
     idle = [target for target in ignore if not any(is_named(module, [target]) for module in modules)]
     if idle:
-        raise UsageError(f"{len(idle)} entries of ignore match no module:{listing(idle)}")
+        raise UsageError(
+            f"{len(idle)} entries of ignore match no module:{listing(idle)}\n"
+            r"Give full names, or patterns that match from the beginning: re:.*\.gate$"
+        )
 
 
 def fingerprint_of(source: Path, files: Iterable[str]) -> str:

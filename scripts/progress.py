@@ -1,6 +1,7 @@
 """What people see of long work: a bar on a terminal, elsewhere a line in the log each minute.
 
-The first rank shows its own share; owners of bundles are chosen so that all ranks have about the same.
+Of several ranks the first shows its own share, and says so; owners of bundles are chosen so that all ranks have about
+the same.
 """
 
 import logging
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from bridge.ranks import world_size
 from export.progress import NoProgress, Progress
 from scripts.cli import speaks
 
@@ -82,6 +84,8 @@ class EachMinute:
 def progress(what: str, console: Console | None = None) -> Iterator[Progress]:
     """Shows the progress of what is done inside, on the first rank of those that share a terminal."""
     console = console or Console(stderr=True)
+    if world_size() > 1:
+        what += f", one of {world_size()} equal shares"
     if not speaks():
         yield NoProgress()
     elif not console.is_interactive:

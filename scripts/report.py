@@ -16,14 +16,18 @@ from scripts import cli
 def report(options: ReportConfig) -> None:
     """Reads headers and scales, and with a reference all weights, one tensor at a time."""
     from export.report import write_report
+    from scripts.progress import progress
 
     directory, output = Path(options.input), Path(options.output or options.input)
-    write_report(
-        directory,
-        reference=Path(options.reference) if options.reference else None,
-        quant_state=Path(options.quant_state) if options.quant_state else None,
-        output=output,
-    )
+    with progress(f"measuring {directory}") as shown:
+        write_report(
+            directory,
+            reference=Path(options.reference) if options.reference else None,
+            quant_state=Path(options.quant_state) if options.quant_state else None,
+            output=output,
+            card=options.card,
+            progress=shown,
+        )
     print(f"{output / 'report.html'}\n{output / 'report.json'}")
 
 

@@ -19,15 +19,18 @@ def verify(options: VerifyConfig) -> None:
     from bridge.hf_config import expected_tensors
     from export.verify import verify as verify_checkpoint
     from mappings.errors import CheckpointError
+    from scripts.progress import progress
     from scripts.verify_tables import verify_tables
 
     directory = Path(options.input)
-    report = verify_checkpoint(
-        directory,
-        reference=options.reference,
-        expected=None if _is_directory(options.reference) else expected_tensors(directory),
-        tp=options.tp,
-    )
+    with progress(f"verifying {directory}") as shown:
+        report = verify_checkpoint(
+            directory,
+            reference=options.reference,
+            expected=None if _is_directory(options.reference) else expected_tensors(directory),
+            tp=options.tp,
+            progress=shown,
+        )
     if options.json:
         Path(options.json).write_text(json.dumps(report.as_json(), indent=2) + "\n")
     verify_tables(report)

@@ -1,10 +1,14 @@
 """The command line: exit statuses, one message per error, and the same bytes as the library."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks, tensors_in
@@ -46,6 +50,28 @@ def test_the_command_as_users_type_it(live: LiveRanks, tmp_path: Path) -> None:
     subprocess.run([*torchrun, *arguments(live, tmp_path / "out")], env=ENVIRONMENT, cwd=tmp_path, check=True)
     export_equals_live(live, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_under_torchrun(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
+    """The terminal's SIGINT goes to torchrun and to both ranks, and torchrun passes on its own: each gets two."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*torchrun, ROOT / "tests" / "workers" / "slow_export.py", *arguments(live, tmp_path / "out")]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        for _ in range(4):
+            assert run.stdout.readline() == "a bundle\n"
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert said.count("error: interrupted; nothing was written at the output") == 1
+    assert re.search(r"out\.partial keeps \d parts that are done: the same command goes on from there", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    kept = [line for journal in (tmp_path / "out.partial").glob(".done-*") for line in journal.open()]
+    assert len(kept) >= 2
+    launch(EXPORT, *arguments(live, tmp_path / "out"), processes=2)
+    export_equals_live(live, tmp_path / "out")
 
 
 def test_dry_run_writes_nothing_but_the_plan(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:

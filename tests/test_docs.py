@@ -29,11 +29,12 @@ page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relat
 
 
 @pytest.fixture(scope="module")
-def places(live: LiveRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the names in the documentation stand for."""
     trained = live.at(tp=2)
     return {
         "HF_DIR": live.hf,
+        "MOE_DIR": qwen3_moe,
         "path/to/hf_dir": live.hf,
         "CKPT": trained / "checkpoint",
         "SERVED": trained / "nvfp4",

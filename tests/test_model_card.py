@@ -1,6 +1,7 @@
 """The small files of an output: what is carried over, and the card, whose metadata the Hub must take."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from export.model_card import command_line
 from export.model_free import model_free_ptq
+from export.report import write_report
+from mappings.errors import UsageError
 
 README = """---
 license: apache-2.0
@@ -65,6 +68,27 @@ def source(tmp_path: Path) -> Path:
 def card(directory: Path) -> tuple[dict[str, Any], str]:
     _, metadata, text = (directory / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(metadata), text
+
+
+def test_a_report_adds_what_it_measured(source: Path, tmp_path: Path) -> None:
+    """Once or again, the rest of the card stays."""
+    output = tmp_path / "out"
+    model_free_ptq(source, output, "nvfp4a16")
+    before = (output / "README.md").read_text()
+    with pytest.raises(UsageError, match="card=true needs reference="):
+        write_report(output, output=tmp_path / "report", card=True)
+    for _ in range(2):
+        write_report(output, reference=source, output=tmp_path / "report", card=True)
+    after = (output / "README.md").read_text().splitlines()
+    (added,) = set(after) - set(before.splitlines())
+    assert re.fullmatch(
+        r"\| signal to noise of the weights \| 2\d\.\d dB, the lowest 2\d\.\d dB in `model\..*` \|", added
+    )
+    after.remove(added)
+    assert "\n".join(after) == before.rstrip("\n")
+    (output / "amaxbridge.json").unlink()
+    with pytest.raises(UsageError, match=r"no amaxbridge.json there"):
+        write_report(output, reference=source, output=tmp_path / "report", card=True)
 
 
 def test_companions(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

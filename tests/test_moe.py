@@ -13,7 +13,7 @@ from torch import nn
 
 from bridge import AutoBridge
 from bridge.hf_config import HFModel, check_parallel_sizes
-from bridge.parameters import walk_parameters
+from bridge.parameters import unwrap, walk_parameters
 from export.quant_state import QuantState
 from mappings import AmaxFanoutMapping, AmaxMapping, GatedMLPMapping, RowParallelMapping
 from mappings.amax import per_expert_amax_map
@@ -220,3 +220,8 @@ def test_legacy_grouped_experts_are_walked_one_by_one() -> None:
     with torch.no_grad():
         found["mlp.experts.linear_fc2.weight2"].fill_(1.0)  # loading writes through the view
     assert bool((moe.experts.weight2.view(3, ffn, hidden)[1] == 1.0).all())
+
+
+def test_only_a_model_is_a_model() -> None:
+    with pytest.raises(UsageError, match="give the model, or the list of its chunks, on every rank; not a dict"):
+        unwrap({"weight": torch.ones(1)})  # type: ignore[arg-type]

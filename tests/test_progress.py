@@ -63,6 +63,14 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPat
         assert ("exporting" in screen.getvalue() and "1.0 of 2.0 GB, 1 of 2 tensors" in screen.getvalue()) == terminal
 
 
+def test_of_several_ranks_it_says_that_it_is_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    screen = io.StringIO()
+    with progress("exporting", Console(file=screen, force_terminal=True, width=200)) as shown:
+        shown.begin(tensors=2, nbytes=10)
+    assert "exporting, one of 4 equal shares" in screen.getvalue()
+
+
 def test_on_one_terminal_only_the_first_rank_shows_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that torchrun starts; those that were started one by one have an output of their own."""
     monkeypatch.setenv("RANK", "1")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from verifying import INDEX, Made, fused
+from verifying import INDEX, TOKENIZER, Made, fused
 
 LAYER = "model.layers.1"
 Q, GATE, UP, DOWN = (
@@ -223,10 +223,16 @@ FILES = {
     "a tensor in a header only": Break("index", "model.norm.weight", damage=edit_index(forget)),
     "a file that is gone": Break("index", "model-0000", damage=remove("*.safetensors")),
     "a tensor in two files": Break("duplicates", "model.norm.weight", damage=twice),
+    "no tokenizer": Break("tokenizer", "tokenizer", damage=lambda directory: (directory / TOKENIZER).unlink()),
     "a wrong total size": Break("total-size", INDEX, damage=edit_index(miscount)),
 }
 
 CONFIG = {
+    "quantization_config under its old name": Break(
+        "quantization-config",
+        "quantization_config",
+        lambda made: made.config.update(compression_config=made.config.pop("quantization_config")),
+    ),
     "no quantization_config": Break(
         "quantization-config", "quantization_config", lambda made: made.config.pop("quantization_config")
     ),

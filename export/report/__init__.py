@@ -8,17 +8,37 @@ See README.md for what each part of the page is computed from.
 from pathlib import Path
 
 from export.metadata import json_bytes
+from export.model_card import note_snr
+from export.progress import Progress
 from export.report.facts import Facts, ModuleFacts, PartSize, gather
 from export.report.page import render, report_json
+from mappings.errors import UsageError
 
 __all__ = ["Facts", "ModuleFacts", "PartSize", "gather", "render", "report_json", "write_report"]
 
 
 def write_report(
-    directory: Path, *, reference: Path | None = None, quant_state: Path | None = None, output: Path | None = None
+    directory: Path,
+    *,
+    reference: Path | None = None,
+    quant_state: Path | None = None,
+    output: Path | None = None,
+    card: bool = False,
+    progress: Progress | None = None,
 ) -> Facts:
-    """Writes `report.html` and `report.json`, in `directory` unless `output` is given; see `gather`."""
-    facts = gather(directory, reference, quant_state)
+    """Writes `report.html` and `report.json`, in `directory` unless `output` is given; see `gather`.
+
+    Args:
+        card: note the signal to noise in the model card of `directory`, too.
+
+    Raises:
+        UsageError: a card without a reference, or of a directory that was not made here; and as `gather`.
+    """
+    if card and reference is None:
+        raise UsageError("card=true needs reference=: the signal to noise is that of the weights against it")
+    facts = gather(directory, reference, quant_state, progress)
+    if card:
+        note_snr(directory, facts.snr)
     target = output or directory
     target.mkdir(parents=True, exist_ok=True)
     (target / "report.html").write_text(render(facts), encoding="utf-8")

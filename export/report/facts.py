@@ -15,6 +15,7 @@ from torch import Tensor
 
 from export.kernels.nvfp4 import FP4_MAX, FP8_MAX
 from export.metadata import CONFIG_FILE, QUANT_STATE_FILE
+from export.progress import Progress
 from export.quant_state import QuantState
 from export.quant_state_file import read_quant_state
 from export.record import RECORD_FILE
@@ -113,14 +114,25 @@ class Facts:
         found = [module for module in self.modules if module.is_saturated]
         return sorted(found, key=lambda module: -module.saturation)
 
+    @property
+    def snr(self) -> dict[str, float]:
+        """Of each module where it was measured and is finite, in dB."""
+        return {each.name: each.snr for each in self.modules if each.snr is not None and math.isfinite(each.snr)}
 
-def gather(directory: Path, reference: Path | None = None, quant_state: Path | None = None) -> Facts:
+
+def gather(
+    directory: Path,
+    reference: Path | None = None,
+    quant_state: Path | None = None,
+    progress: Progress | None = None,
+) -> Facts:
     """Reads a checkpoint for a report.
 
     Args:
         directory: of safetensors, with config.json. It need not be one that serves.
         reference: what it was made from, with plain weights.
         quant_state: file of the state of training; by default the one beside the weights.
+        progress: is told how far the weights of the reference are.
 
     Raises:
         UsageError: no such directory, or a state of another model.
@@ -133,7 +145,7 @@ def gather(directory: Path, reference: Path | None = None, quant_state: Path | N
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
     state = read_quant_state(kept, config) if quant_state or kept.is_file() else None
-    serving = verify(directory, reference=reference)
+    serving = verify(directory, reference=reference, progress=progress)
     errors = {error.module: error for error in serving.errors}
     with CheckpointView(directory) as view:
         quantized = sorted(view.quantized, key=lambda module: natural_key(module.name))

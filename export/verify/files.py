@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from export.metadata import CONFIG_FILE, INDEX_FILE
-from export.verify.finding import Problem, Rule
+from export.verify.finding import Problem, Rule, Severity
 from export.verify.view import CheckpointView
+
+_TOKENIZERS = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "tekken.json")
 
 
 def _headers(view: CheckpointView) -> Iterator[Problem]:
@@ -52,6 +54,11 @@ def _config(view: CheckpointView) -> Iterator[Problem]:
         yield Problem(CONFIG_FILE, view.config_problem)
 
 
+def _tokenizer(view: CheckpointView) -> Iterator[Problem]:
+    if not any(file for pattern in _TOKENIZERS for file in view.directory.glob(pattern)):
+        yield Problem("tokenizer", f"has none of {', '.join(_TOKENIZERS)}")
+
+
 _AGAIN = "Export again, or copy the file again"
 
 RULES = (
@@ -82,6 +89,14 @@ RULES = (
         "memory is planned, and downloads are checked, by a wrong number",
         "Write the index again from the headers",
         _total_size,
+    ),
+    Rule(
+        "tokenizer",
+        "a tokenizer lies beside the weights",
+        "engines stop before the weights are loaded, unless they are given another tokenizer",
+        "Copy the tokenizer's files from the model that this was made from",
+        _tokenizer,
+        Severity.NOTE,
     ),
     Rule("config", "config.json is there and is a JSON object", "does not load", _AGAIN, _config),
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from export.checkpoint import SafetensorsCheckpoint
 from export.packed_experts import sources_in
+from export.progress import Progress
 from export.schemes import Scheme
 from export.schemes.nvfp4 import NVFP4
 from export.verify.finding import Problem, Rule, Severity
@@ -91,15 +92,18 @@ class Reference:
                 shapes[name] = stored.spec.shape
         return shapes
 
-    def errors(self, view: CheckpointView) -> Iterator[WeightError]:
+    def errors(self, view: CheckpointView, progress: Progress) -> Iterator[WeightError]:
         """Of every quantized module that can be dequantized and that the reference has."""
         modules = {module.name: module for module in view.quantized if _is_whole(view, module)}
+        sizes = {name: 2 * math.prod(module.shape or ()) for name, module in modules.items()}
+        progress.begin(tensors=len(sizes), nbytes=sum(sizes.values()))
         for group in groups_among(modules):
             members = [modules[name] for name in group.members]
             for module in members:
                 weight = self._read(module)
                 if weight is not None:
                     yield _measure(module, weight, _merged_scale(members, view))
+                progress.advance(tensors=1, nbytes=sizes[module.name])
 
     def _read(self, module: Module) -> Tensor | None:
         try:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from export.progress import NoProgress, Progress
 from export.verify import config, files, groups, matching, names, scales
 from export.verify.finding import Problem, Rule
 from export.verify.parallel import parallel_sizes
@@ -26,6 +27,7 @@ def verify(
     reference: str | Path | None = None,
     expected: Mapping[str, tuple[int, ...]] | None = None,
     tp: int = 1,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Checks a checkpoint, quantized or not. Reads headers and scales; weights only with a reference.
 
@@ -36,6 +38,7 @@ def verify(
         expected: names and shapes of everything the unquantized model has, experts packed or not; by default those of
             the reference.
         tp: tensor-parallel size that it must serve at.
+        progress: is told how far the weights of a reference are.
 
     Raises:
         UsageError: there is no such directory or reference.
@@ -50,7 +53,7 @@ def verify(
         if reference and reference.is_dir():
             original = stack.enter_context(Reference(reference, view.config))
             expected = original.shapes if expected is None else expected
-            errors += original.errors(view)
+            errors += original.errors(view, progress or NoProgress())
             rules += error_rules(errors)
         elif reference:
             rules += state_rules(reference)
