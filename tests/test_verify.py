@@ -139,7 +139,7 @@ def test_other_families_pass(family: str, tmp_path: Path) -> None:
     model_free_ptq(tmp_path / "hf", tmp_path / "out", "nvfp4a16")
     for known in ({"expected": expected_tensors(tmp_path / "hf")}, {"reference": tmp_path / "hf"}):
         report = verify(tmp_path / "out", **known)  # type: ignore[arg-type]
-        assert report.findings == ()
+        assert [finding.rule for finding in report.findings] == ["experts-unread"] * (family == "GPT-OSS")
     assert report.modules == len(report.errors) > 0
 
 

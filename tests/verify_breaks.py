@@ -261,6 +261,7 @@ NAMES = {
     "stacked scales": Break(
         "stacked-experts", f"{LAYER}.mlp.experts.gate_up_proj_weight_global_scale", stack_experts, model=MOE
     ),
+    "experts that vLLM skips": Break("experts-unread", EXPERT, say(architectures=["GptOssForCausalLM"]), model=MOE),
     "a shard's scale is gone": at("suffixes", Q_GLOBAL, drop),
     "codes are gone": Break("suffixes", Q, drop(f"{Q}.weight_packed")),
     "all input scales are gone": Break("input-scales", Q_INPUT, drop_all("input_global_scale")),
