@@ -81,9 +81,10 @@ def _kept(key: str, make: Callable[[], bytes]) -> bytes:
     code = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete_on_close=False) as file:
             file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+            file.close()
+            os.replace(file.name, path)
     except OSError:  # a cache that cannot be written, or is full, costs time only
         pass
     return code
