@@ -209,7 +209,7 @@ class AutoBridge:
         check_described(stored, self.hf, config)
         quantizers = stored.quantizers()
         held = [*stored.parameters(), *state_parameters(quantizers)]
-        plan = plan_stored(held, self.hf.registry, config, share.world, skip=self._without_tensor)
+        plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)
         return saver.save(
             plan,
             lambda needed: (join_bundle(bundle, stored, config) for bundle in needed if bundle.owner == share.rank),
@@ -228,7 +228,7 @@ class AutoBridge:
         return [*self._parameters(chunks), *state_parameters(self._quantizers(chunks))]
 
     def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
-        return plan_export(held, self.hf.registry, config, self._ranks(), skip=self._without_tensor)
+        return plan_export(held, self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
 
     def _stream(self, held: Sequence[Parameter], config: Any, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         tensors = {parameter.name: parameter.tensor for parameter in held}
@@ -264,11 +264,6 @@ class AutoBridge:
     def _described(self, pattern: str | None) -> dict[str, Any]:
         """What config.json says in Megatron's words; `pattern` is that of a HybridModel, None for a GPTModel."""
         return self.hf.family.module_config(self.hf.config, pattern)
-
-    @property
-    def _without_tensor(self) -> frozenset[str]:
-        """Megatron parameters that are another's on the Hugging Face side."""
-        return frozenset({OUTPUT_LAYER}) if self.hf.tied else frozenset()
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()

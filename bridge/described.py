@@ -7,7 +7,7 @@ would be exported in silence.
 from pathlib import Path
 from types import SimpleNamespace
 
-from bridge.hf_config import OUTPUT_LAYER, HFModel
+from bridge.hf_config import HFModel
 from bridge.hf_specs import MegatronSpecs
 from bridge.saved_args import disagreements, read_arguments, saved_sizes
 from bridge.stored import FINAL_NORM_OF_HYBRID, StoredModel
@@ -59,7 +59,7 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespa
     held = {
         name: each.spec
         for name, each in stored.tensors.items()
-        if not is_quantizer_state(name) and not (hf.tied and name == OUTPUT_LAYER)
+        if not is_quantizer_state(name) and name not in hf.without_tensor
     }
     return specs.disagreements(held)
 

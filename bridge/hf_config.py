@@ -77,6 +77,11 @@ class HFModel:
         return bool(self.config.get("tie_word_embeddings"))
 
     @property
+    def without_tensor(self) -> frozenset[str]:
+        """Megatron parameters that are another's on the Hugging Face side."""
+        return frozenset({OUTPUT_LAYER}) if self.tied else frozenset()
+
+    @property
     def tied_head(self) -> tuple[str, ...]:
         """The names of an output layer that files do not hold, because it is the embedding."""
         head = self.registry.megatron_to_hf_lookup(OUTPUT_LAYER) if self.tied else None

@@ -13,7 +13,7 @@ from typing import Unpack
 
 import torch
 
-from bridge.hf_config import OUTPUT_LAYER, HFModel, check_parallel_sizes
+from bridge.hf_config import HFModel, check_parallel_sizes
 from bridge.hf_specs import MegatronSpecs
 from bridge.mesh import Mesh
 from bridge.plan import BundlePlan, RankReport, plan_reports
@@ -96,8 +96,7 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOp
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp, even=False)
     config = mapping_config(hf, padded_to=mesh.tp)
     reports = list(_reports(MegatronSpecs(hf, config), mesh))
-    tied = frozenset({OUTPUT_LAYER}) if hf.tied else frozenset[str]()
-    bundles = plan_reports(reports, hf.registry, config, skip=tied)
+    bundles = plan_reports(reports, hf.registry, config, skip=hf.without_tensor)
     state = _supposed_state(bundles, find_scheme(options.get("scheme", "nvfp4")))
     options["dry_run"] = True
     report = Saver(hf, Apart(ALONE), target, **options).save(bundles, _nothing, lambda: state)

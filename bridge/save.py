@@ -162,7 +162,7 @@ class Saver:
             fingerprint = source and plan_fingerprint(source, finalizer.fingerprint, files)
             made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
             record = {**self._record, MADE_FROM: made_from}
-            output = _Output(Conversion(finalizer, layout, before, state, record), packer, files)
+            output = _Output(Conversion(finalizer, layout, before, state, record), packer, files, carried)
             ended = self._write(plan, stream, output, fingerprint)
         return ExportReport(
             self._recipe.name if self._recipe else "none",
@@ -232,13 +232,13 @@ class Saver:
             writer.close()
         self._write_small_files(output, staged)
         if self._verify:
-            verify(staged.path, expected=self._expected(plan)).conclude(self._target)
+            verify(staged.path, expected=self._expected(plan, output.carried)).conclude(self._target)
 
-    def _expected(self, plan: Sequence[BundlePlan]) -> dict[str, tuple[int, ...]]:
+    def _expected(self, plan: Sequence[BundlePlan], carried: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
         """The shapes that transformers expects, or where it has no such model, those planned; and what is carried."""
         planned = {name: spec for name, spec in specs_of(plan).items() if not is_quantizer_state(name)}
         known = {name: TensorSpec.of(each) for name, each in (self._hf.file_tensors or {}).items()}
-        expected = {**(known or planned), **carried_specs(self._hf, required=True)}
+        expected = {**(known or planned), **carried}
         return {name: spec.shape for name, spec in expected.items()}
 
     def _begin(self, plan: Sequence[BundlePlan], done: frozenset[str]) -> dict[str, BundlePlan]:
@@ -269,11 +269,13 @@ class _Output:
         conversion: what is made, and of what; its layout is that of the weights.
         packer: packs experts that stay as they are.
         files: the layout of the weights, with the quantizer state where it is kept.
+        carried: the tensors that go in unchanged, beside those of Megatron.
     """
 
     conversion: Conversion
     packer: ExpertPacker
     files: Layout
+    carried: Mapping[str, TensorSpec]
 
 
 def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -29,10 +29,11 @@ class Translation:
     Args:
         read: Hugging Face config → the setting.
         write: all settings → the fields of the Hugging Face config that say it; a dot goes into a sub-dictionary.
+            None where other settings say them.
     """
 
     read: Callable[[HFConfig], Any]
-    write: Callable[[Settings], Mapping[str, Any]]
+    write: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}
 
 
 type Source = str | Translation
@@ -86,7 +87,7 @@ class ModelFamily:
     transformer: Mapping[str, Source]
     model: Mapping[str, Source]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    derived: Translation = Translation(lambda hf_config: {}, lambda settings: {})
+    derived: Translation = Translation(lambda hf_config: {})
     requires: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[HFConfig], None] = lambda hf_config: None
     exceptions: Callable[[HFConfig], Iterable[MegatronParamMapping]] = lambda hf_config: ()

@@ -126,7 +126,7 @@ NEMOTRON_H = ModelFamily(
     ),
     hybrid_pattern=Translation(_pattern, _layer_kinds),
     transformer={
-        "num_layers": Translation(lambda hf_config: len(look_up(hf_config, "layers_block_type")), lambda settings: {}),
+        "num_layers": Translation(lambda hf_config: len(look_up(hf_config, "layers_block_type"))),
         "hidden_size": "hidden_size",
         "ffn_hidden_size": "intermediate_size",
         "num_attention_heads": "num_attention_heads",

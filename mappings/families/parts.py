@@ -83,7 +83,7 @@ DECODER_SIZES: dict[str, Source] = {
 }
 
 ONLY_EXPERTS: dict[str, Source] = {
-    "moe_layer_freq": Translation(lambda hf_config: [1] * hf_config["num_hidden_layers"], lambda settings: {}),
+    "moe_layer_freq": Translation(lambda hf_config: [1] * hf_config["num_hidden_layers"]),
     "moe_ffn_hidden_size": "intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
 }
@@ -127,7 +127,7 @@ def _rope_parameters(settings: Settings) -> dict[str, Any]:
 
 ROPE_SCALING: dict[str, Source] = {
     "rope_scaling": Translation(lambda hf_config: _llama3_factor(hf_config) is not None, _rope_parameters),
-    "rope_scaling_factor": Translation(lambda hf_config: _llama3_factor(hf_config) or 1.0, lambda settings: {}),
+    "rope_scaling_factor": Translation(lambda hf_config: _llama3_factor(hf_config) or 1.0),
 }
 
 GATED_RMSNORM_DECODER = {
