@@ -15,8 +15,8 @@ from bridge.writers import Writers
 from export.finalizer import Bundle
 from export.fused_scales import missing_policy
 from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json, output_fingerprint
-from export.model_card import Conversion, companion_files
+from export.metadata import output_fingerprint
+from export.model_card import Conversion, files_beside
 from export.model_directory import check_apart, check_ignored
 from export.packed_experts import ExpertPacker
 from export.progress import NoProgress, Progress
@@ -230,7 +230,10 @@ class Saver:
                 _write_all(writer, output.conversion.state.amax.items())
         finally:
             writer.close()
-        self._write_small_files(output, staged)
+        for name, content in files_beside(
+            self._hf.directory, self._hf.written, output.conversion, alone=not self._keeps_state
+        ):
+            staged.write_file(name, content)
         if self._verify:
             verify(staged.path, expected=self._expected(plan, output.carried)).conclude(self._target)
 
@@ -250,15 +253,6 @@ class Saver:
             kept=sum(bundle.nbytes for key, bundle in mine.items() if key in done),
         )
         return mine
-
-    def _write_small_files(self, output: "_Output", staged: StagedDirectory) -> None:
-        for name, content in companion_files(self._hf.directory, output.conversion):
-            staged.write_file(name, content)
-        quantization = output.conversion.finalizer.quantization_config
-        staged.write_file(CONFIG_FILE, config_json(self._hf.written, quantization))
-        index = index_json(output.conversion.layout, alone=not self._keeps_state)
-        if index is not None:
-            staged.write_file(INDEX_FILE, index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import yaml
 
 from export.finalizer import Finalizer
 from export.layout import Layout
-from export.metadata import CARD_FILE, carried_files, json_bytes
+from export.metadata import CARD_FILE, CONFIG_FILE, INDEX_FILE, carried_files, config_json, index_json, json_bytes
 from export.quant_state import QuantState
 from export.record import RECORD_FILE, versions
 from mappings.errors import UsageError
@@ -53,6 +53,21 @@ class Conversion:
     source_bytes: int
     state: QuantState = field(default_factory=QuantState, repr=False)
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+def files_beside(
+    source: Path | None, config: Mapping[str, Any], conversion: Conversion, *, alone: bool = True
+) -> Iterator[tuple[str, bytes]]:
+    """Every file of an output but the weights: the companions, config.json made from `config`, the index if needed.
+
+    Args:
+        alone: as in `index_json`.
+    """
+    yield from companion_files(source, conversion)
+    yield CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config)
+    index = index_json(conversion.layout, alone=alone)
+    if index is not None:
+        yield INDEX_FILE, index
 
 
 def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tuple[str, bytes]]:

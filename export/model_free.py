@@ -16,8 +16,7 @@ from export.checkpoint import SafetensorsCheckpoint
 from export.fused_scales import MissingAmax, missing_policy
 from export.inverse_maps import Converter, build_microscale_inverse_weight_maps
 from export.layout import Layout
-from export.metadata import CONFIG_FILE, INDEX_FILE, config_json, index_json
-from export.model_card import Conversion, companion_files
+from export.model_card import Conversion, files_beside
 from export.model_directory import check_apart, check_ignored, fingerprint_of, model_directory, read_config
 from export.pipeline import devices_of, write_plan
 from export.progress import NoProgress, Progress
@@ -128,7 +127,8 @@ def model_free_ptq(
             write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
             state = quant_state or QuantState()
             conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
-            _write_small_files(staged, source, config, conversion)
+            for name, content in files_beside(source, config, conversion):
+                staged.write_file(name, content)
             if verify:
                 expected = {name: spec.shape for name, spec in report.sources.items()}
                 verify_checkpoint(staged.path, expected=expected).conclude(target)
@@ -149,14 +149,6 @@ def _plan(
     maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
     files = {path: checkpoint.file(name) for name, path in model_files.items()}
     return plan_shards(maps, files, recipe, state, config, converters, missing)
-
-
-def _write_small_files(staged: StagedDirectory, source: Path, config: dict[str, Any], conversion: Conversion) -> None:
-    for name, content in companion_files(source, conversion):
-        staged.write_file(name, content)
-    staged.write_file(CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config))
-    if (index := index_json(conversion.layout)) is not None:
-        staged.write_file(INDEX_FILE, index)
 
 
 def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeReport:
