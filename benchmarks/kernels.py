@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from export.fused_scales import GroupAmax
-from export.schemes import SCHEMES
-from export.schemes.scheme import quantize_tensors
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.scheme import quantize_tensors
 
 CALIBRATED = GroupAmax(torch.tensor(0.1), torch.tensor(2.0))
 

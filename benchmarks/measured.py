@@ -32,7 +32,7 @@ def _status(field: str) -> int:
 
 def ours(source: Path, target: Path, scheme: str, workers: int) -> Callable[[], object]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from export.model_free import model_free_ptq
+    from amaxbridge.export.model_free.whole_directory import model_free_ptq
 
     return lambda: model_free_ptq(source, target, scheme, max_workers=workers, device="cpu")
 

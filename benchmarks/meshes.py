@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bridge.mesh import Mesh
-from bridge.parameters import Parameter
-from mappings.mapping import MegatronParamMapping
-from mappings.names import is_routed_expert
-from mappings.ranks import Axis
-from mappings.registry import MappingRegistry
+from amaxbridge.bridge.live.model_walk import Parameter
+from amaxbridge.bridge.plan.mesh import Mesh
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import is_routed_expert
+from amaxbridge.mappings.ranks import Axis
+from amaxbridge.mappings.registry import MappingRegistry
 
 
 @dataclass(frozen=True)

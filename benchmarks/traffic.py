@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from amaxbridge.bridge.live.bundle_stream import stream_bundles
+from amaxbridge.bridge.live.process_ranks import ProcessRanks
+from amaxbridge.bridge.plan.export_plan import plan_export
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.ranks import Axis, Ranks
 from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
-from bridge.plan import plan_export
-from bridge.ranks import ProcessRanks
-from bridge.stream import stream_bundles
-from mappings.families import family_of
-from mappings.ranks import Axis, Ranks
 
 DENSE = Model(layers=8, hidden=1024, ffn=4096, heads=16, groups=4, head_dim=64, vocab=32_000)
 MOE = Model(layers=4, hidden=1024, ffn=512, heads=16, groups=4, head_dim=64, vocab=32_000, experts=32)

@@ -11,29 +11,36 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
-from bridge.decide import decide
-from bridge.described import check_described, stored_model
-from bridge.fill import fill_parameters, fill_quantizers
-from bridge.from_arguments import model_of_arguments
-from bridge.hf_config import OUTPUT_LAYER, HFModel, read_hf_model
-from bridge.parameters import Parameter, Quantizer, layer_pattern, unwrap, walk_parameters, walk_quantizers
-from bridge.plan import BundlePlan, plan_export, plan_stored
-from bridge.quant_state import collect_scalars, state_parameters
-from bridge.ranks import current_ranks
-from bridge.save import ExportReport, SaveOptions, Saver
-from bridge.stream import join_bundle, stream_bundles
-from bridge.torch_dist import DistCheckpoint
-from bridge.writers import Apart, Together
-from export.checkpoint import SafetensorsCheckpoint
-from export.dequantized import DequantizedCheckpoint
-from export.finalizer import Bundle
-from export.fused_scales import missing_policy
-from export.model_directory import check_spared
-from export.quant_state import QuantState
-from export.schemes import Recipe, find_scheme
-from export.staging import ALONE, Share
-from mappings.errors import CheckpointError, listing
-from mappings.ranks import LOCAL, Axis, Ranks
+from amaxbridge.bridge.hf import OUTPUT_LAYER, HFModel, read_hf_model
+from amaxbridge.bridge.live.bundle_stream import join_bundle, stream_bundles
+from amaxbridge.bridge.live.collect_amax import collect_scalars, state_parameters
+from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers
+from amaxbridge.bridge.live.model_walk import (
+    Parameter,
+    Quantizer,
+    layer_pattern,
+    unwrap,
+    walk_parameters,
+    walk_quantizers,
+)
+from amaxbridge.bridge.live.process_ranks import current_ranks
+from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
+from amaxbridge.bridge.plan.tensor_decisions import decide
+from amaxbridge.bridge.plan.writing_processes import Apart, Together
+from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
+from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
+from amaxbridge.bridge.stored.identification import check_described, stored_model
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.export.amax.fused_group_amax import missing_policy
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.dequantized import DequantizedCheckpoint
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.staging import ALONE, Share
+from amaxbridge.export.model_free.input_directory import check_spared
+from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.schemes import Recipe, find_scheme
+from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 
 _log = logging.getLogger("amaxbridge")
 _EMBEDDING = "embedding.word_embeddings.weight"

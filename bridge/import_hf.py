@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bridge import megatron
-from bridge.auto import AutoBridge
-from bridge.hf_config import HFModel
-from bridge.megatron.build import ModelClass
-from bridge.parameters import Quantizer, layer_pattern, walk_all_quantizers
-from bridge.quant_state import quantizer_mapping
-from bridge.saved_args import megatron_arguments
-from export.dequantized import Changed, DequantizedCheckpoint
-from export.exchange import replace_directory
-from export.schemes import Scheme
-from export.staging import check_output
-from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
-from mappings.errors import MappingError, UsageError, listing
-from mappings.mapping import MegatronParamMapping
-from mappings.ranks import Axis, Ranks
+from amaxbridge.bridge import megatron
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.live.collect_amax import quantizer_mapping
+from amaxbridge.bridge.live.model_walk import Quantizer, layer_pattern, walk_all_quantizers
+from amaxbridge.bridge.megatron.build_model import ModelClass
+from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
+from amaxbridge.export.dequantized import Changed, DequantizedCheckpoint
+from amaxbridge.export.disk.atomic_move import replace_directory
+from amaxbridge.export.disk.staging import check_output
+from amaxbridge.export.schemes import Scheme
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import MappingError, UsageError, listing
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.ranks import Axis, Ranks
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CACHE_SCALES = (".k_scale", ".v_scale")

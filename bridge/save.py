@@ -7,30 +7,30 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from bridge.carried import carried_specs, carried_tensors, ignored
-from bridge.decide import decide, specs_of
-from bridge.hf_config import HFModel
-from bridge.plan import BundlePlan
-from bridge.writers import Writers
-from export.finalizer import Bundle
-from export.fused_scales import missing_policy
-from export.layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
-from export.metadata import output_fingerprint
-from export.model_card import Conversion, files_beside
-from export.model_directory import check_apart, check_ignored
-from export.packed_experts import ExpertPacker
-from export.progress import NoProgress, Progress
-from export.quant_state import QuantState
-from export.quant_state_file import ModelIdentity, plan_quant_state
-from export.record import MADE_FROM
-from export.schemes import Recipe, find_scheme
-from export.staging import StagedDirectory, plan_fingerprint
-from export.verify import verify
-from export.writer import ShardWriter
-from mappings.amax import PRE_QUANT_SCALE
-from mappings.errors import UsageError, listing
-from mappings.names import is_quantizer_state, is_routed_expert, module_of
-from mappings.tensors import TensorSpec
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.plan.carried_tensors import carried_specs, carried_tensors, ignored
+from amaxbridge.bridge.plan.export_plan import BundlePlan
+from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
+from amaxbridge.bridge.plan.writing_processes import Writers
+from amaxbridge.export.amax.fused_group_amax import missing_policy
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state
+from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.export.disk.shard_layout import DEFAULT_SHARD_BYTES, Layout, Shard, plan_layout
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.staging import StagedDirectory, plan_fingerprint
+from amaxbridge.export.model_free.input_directory import check_apart, check_ignored
+from amaxbridge.export.output.config_and_index import output_fingerprint
+from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.output.model_card import Conversion, files_beside
+from amaxbridge.export.output.provenance import MADE_FROM
+from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.export.schemes import Recipe, find_scheme
+from amaxbridge.export.verify import verify
+from amaxbridge.mappings.amax import PRE_QUANT_SCALE
+from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
+from amaxbridge.mappings.tensors import TensorSpec
 
 type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 

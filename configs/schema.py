@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
 
-from configs.options import help_template, option
+from amaxbridge.configs.options import help_template, option
 
 
 @dataclass

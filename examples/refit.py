@@ -54,7 +54,7 @@ def train(hf: str, address: str, output: str) -> None:
     """One rank of the training, tensor-parallel over all ranks."""
     import modelopt.torch.quantization as mtq
 
-    from bridge import AutoBridge, megatron
+    from amaxbridge.bridge import AutoBridge, megatron
 
     bridge = AutoBridge.from_hf_pretrained(hf)
     with megatron.distributed(tp=int(os.environ.get("WORLD_SIZE", "1"))), Client(address) as engine:

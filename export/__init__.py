@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "build_microscale_inverse_weight_maps": "export.inverse_maps",
-    "model_free_ptq": "export.model_free",
-    "process_file": "export.single_files",
-    "process_file_microscale_scheme": "export.single_files",
-    "split_fused_moe_experts": "export.packed_experts",
-    "validate_file": "export.single_files",
+    "build_microscale_inverse_weight_maps": "model_free.inverse_weight_maps",
+    "model_free_ptq": "model_free.whole_directory",
+    "process_file": "model_free.per_file",
+    "process_file_microscale_scheme": "model_free.per_file",
+    "split_fused_moe_experts": "disk.packed_experts",
+    "validate_file": "model_free.per_file",
 }
 
 __all__ = list(_PLACES)
@@ -20,8 +20,8 @@ __all__ = list(_PLACES)
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
-        raise AttributeError(f"module 'export' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.cache_scales import amax_of_cache_scale, stored_cache_scales
-from export.checkpoint import SafetensorsCheckpoint
-from export.fused_scales import GroupAmax
-from export.kernels.nvfp4 import NVFP4Weight
-from export.kernels.restore import restore_mx, restore_nvfp4
-from export.quant_state import QuantState
-from export.restored_amax import amax_of_divisor, amax_of_scale
-from export.schemes import Groups, Scheme, SchemeGroup, find_scheme
-from export.schemes.mx import MX
-from export.schemes.nvfp4 import NVFP4
-from export.schemes.scaled import Scaled
-from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
-from mappings.errors import CheckpointError, UsageError, listing
-from mappings.fused_groups import group_of
-from mappings.names import module_of
-from mappings.tensors import TensorSpec, max_of
+from amaxbridge.export.amax.amax_from_scales import amax_of_divisor, amax_of_scale
+from amaxbridge.export.amax.cache_scales import amax_of_cache_scale, stored_cache_scales
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.kernels.nvfp4 import NVFP4Weight
+from amaxbridge.export.kernels.restore import restore_mx, restore_nvfp4
+from amaxbridge.export.schemes import Groups, Scheme, SchemeGroup, find_scheme
+from amaxbridge.export.schemes.mx import MX
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.names import module_of
+from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _ARGUMENTS = {  # defaults of compressed-tensors' QuantizationArgs
     "num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, "block_structure": None,

@@ -3,7 +3,7 @@
 Imports torch and the standard library only; see README.md for the reading order.
 """
 
-from mappings.amax import (
+from amaxbridge.mappings.amax import (
     INPUT_QUANTIZER,
     WEIGHT_QUANTIZER,
     AmaxFanoutMapping,
@@ -11,10 +11,10 @@ from mappings.amax import (
     MoeAmaxFanoutMapping,
     convert_to_amax_map,
 )
-from mappings.mapping import MegatronParamMapping
-from mappings.names import NamePattern
-from mappings.registry import MappingRegistry
-from mappings.weights import (
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import NamePattern
+from amaxbridge.mappings.registry import MappingRegistry
+from amaxbridge.mappings.weights import (
     AutoMapping,
     ColumnParallelMapping,
     DirectMapping,

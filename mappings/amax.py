@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from mappings.errors import MappingError
-from mappings.mapping import MegatronParamMapping, hf_name
-from mappings.names import pattern
-from mappings.ranks import Axis
-from mappings.tensors import join_dim, max_of, shard_of
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.mapping import MegatronParamMapping, hf_name
+from amaxbridge.mappings.names import pattern
+from amaxbridge.mappings.ranks import Axis
+from amaxbridge.mappings.tensors import join_dim, max_of, shard_of
 
 WEIGHT_QUANTIZER = ".weight_quantizer._amax"
 GLOBAL_AMAX = ".weight_quantizer._global_amax"
@@ -236,7 +236,7 @@ def per_expert_amax_map(
     """The amax mappings of experts that have a quantizer each: `weight*` → `weight_quantizer.*._amax`.
 
     The other layout that ModelOpt has for grouped experts, beside the shared one of `convert_to_amax_map`; sequential
-    experts are spelled so too (`mappings.spelling`).
+    experts are spelled so too (`mappings.canonical`).
     """
     quantizer, _, buffer = mapped_name.rpartition(".")
     return [

@@ -5,19 +5,19 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from mappings.errors import UsageError
-from mappings.hybrid import (
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.hybrid_layers import (
     hybrid_name,
     read_pattern,
     transformer_name,
     transformer_pattern,
     transformer_settings,
 )
-from mappings.mapping import MegatronParamMapping
-from mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
-from mappings.registry import MappingRegistry
-from mappings.settings import Settings
-from mappings.spelling import canonical
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
+from amaxbridge.mappings.registry import MappingRegistry
 
 type HFConfig = Mapping[str, Any]
 

@@ -3,7 +3,7 @@
 A subclass says only how tensors are taken apart (`_join`, `_split`) and along which dim the Megatron side is
 sharded (`shard_dim`). Names, communication and error messages are here, once: `megatron_to_hf` gathers the shards
 through `Ranks` and joins them, `hf_to_megatron` splits. Programs that move many tensors call `join` and `split`
-themselves and gather as they see fit (`bridge.stream`).
+themselves and gather as they see fit (`bridge.live.bundle_stream`).
 
 A mapping with wildcards is a declaration; `resolve(captures)` makes the mapping of one parameter from it.
 """
@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from mappings.errors import MappingError
-from mappings.names import NamePattern, is_routed_expert, pattern
-from mappings.ranks import LOCAL, Axis, Ranks
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.names import NamePattern, is_routed_expert, pattern
+from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 
 
 class ModuleConfig(Protocol):

@@ -11,7 +11,7 @@ experts.linear_fc1.weight_quantizer.3._amax        one expert
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from mappings.amax import (
+from amaxbridge.mappings.amax import (
     INPUT_QUANTIZER,
     OUTPUT_QUANTIZER,
     PRE_QUANT_SCALE,
@@ -20,9 +20,9 @@ from mappings.amax import (
     convert_to_amax_map,
     per_expert_amax_map,
 )
-from mappings.mapping import MegatronParamMapping
-from mappings.names import module_of
-from mappings.weights import QKVMapping
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import module_of
+from amaxbridge.mappings.weights import QKVMapping
 
 _SUFFIXES = (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER)
 

@@ -2,7 +2,7 @@
 
 `Ranks` is a small protocol on the axes of a Megatron mesh. Three implementations keep the rest of the program
 free of torch.distributed: `LocalRanks` (one process), `ThreadRanks` (a rank is a thread: unit tests run real
-multi-rank code without processes) and `bridge.ranks.ProcessRanks` (torch.distributed process groups).
+multi-rank code without processes) and `bridge.live.process_ranks.ProcessRanks` (torch.distributed process groups).
 """
 
 import threading

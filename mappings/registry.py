@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import chain, combinations, product
 
-from mappings.errors import AmbiguousMappingError, listing
-from mappings.mapping import MegatronParamMapping
-from mappings.names import overlap, pattern
+from amaxbridge.mappings.errors import AmbiguousMappingError, listing
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import overlap, pattern
 
 _NUMBERS = re.compile(r"[\d*]+")
 

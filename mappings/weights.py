@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mappings.mapping import MegatronParamMapping, hf_name
-from mappings.tensors import join_dim, shard_of
+from amaxbridge.mappings.mapping import MegatronParamMapping, hf_name
+from amaxbridge.mappings.tensors import join_dim, shard_of
 
 
 @dataclass(frozen=True)

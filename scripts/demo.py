@@ -11,20 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import DemoConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import DemoConfig
 
 SCRIPTS = Path(__file__).resolve().parent
 
 
 def demo(options: DemoConfig) -> None:
     """Every step is a command that a user could type; the checks at the end read only what the commands wrote."""
-    from scripts.demo_check import check, compare
-    from scripts.demo_text import write_hf_model
-    from scripts.tables import demo_table
+    from amaxbridge.scripts.demo_check import check, compare
+    from amaxbridge.scripts.demo_text import write_hf_model
+    from amaxbridge.scripts.tables import demo_table
 
     output = Path(options.output).absolute()
     shutil.rmtree(output, ignore_errors=True)
@@ -50,5 +47,10 @@ def run(command: list[object]) -> None:
         sys.exit(status)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`make demo`."""
     cli.run("demo", demo)
+
+
+if __name__ == "__main__":
+    main()

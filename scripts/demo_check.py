@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mappings.errors import AmaxbridgeError, listing
-from mappings.fused_groups import groups_among
+from amaxbridge.mappings.errors import AmaxbridgeError, listing
+from amaxbridge.mappings.fused_groups import groups_among
 
 MAX_PERPLEXITY_DIFFERENCE = 0.005
 MAX_SHARE_OF_QUANTIZATION_ERROR = 0.25
@@ -80,7 +80,7 @@ def _run(directory: Path, input_ids: Tensor) -> tuple[float, Tensor, list[str]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from scripts.demo_text import held_back_windows
+    from amaxbridge.scripts.demo_text import held_back_windows
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

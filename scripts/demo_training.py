@@ -20,15 +20,12 @@ import io
 import json
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 START = time.perf_counter()
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -39,11 +36,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from bridge.hf_config import HFModel, read_hf_model
-from bridge.megatron import build_model, distributed, save_checkpoint
-from bridge.parameters import walk_quantizers
-from bridge.ranks import world_rank, world_size
-from scripts.demo_text import CONTEXT, held_back_windows, training_tokens
+from amaxbridge.bridge.hf import HFModel, read_hf_model
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from amaxbridge.bridge.live.process_ranks import world_rank, world_size
+from amaxbridge.bridge.megatron import build_model, distributed, save_checkpoint
+from amaxbridge.scripts.demo_text import CONTEXT, held_back_windows, training_tokens
 
 SEED = 1234
 BATCH = 8

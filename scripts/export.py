@@ -4,35 +4,31 @@ python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or u
 """
 
 import contextlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where this file would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import ExportConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import ExportConfig
 
 if TYPE_CHECKING:
-    from bridge.hf_config import HFModel
+    from amaxbridge.bridge.hf import HFModel
 
 
 def export(options: ExportConfig) -> None:
     """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
-    from bridge.auto import AutoBridge
-    from bridge.mesh import Mesh
-    from bridge.mesh_plan import plan_on_mesh
-    from bridge.ranks import world_rank, world_size
-    from bridge.save import SaveOptions
-    from export.model_card import command_line
-    from export.staging import Share
-    from mappings.errors import UsageError
-    from scripts.mesh_tables import mesh_table
-    from scripts.progress import progress
-    from scripts.recipes import recipe_of
-    from scripts.tables import export_table
+    from amaxbridge.bridge.auto import AutoBridge
+    from amaxbridge.bridge.live.process_ranks import world_rank, world_size
+    from amaxbridge.bridge.plan.dry_run import plan_on_mesh
+    from amaxbridge.bridge.plan.mesh import Mesh
+    from amaxbridge.bridge.save import SaveOptions
+    from amaxbridge.export.disk.staging import Share
+    from amaxbridge.export.output.model_card import command_line
+    from amaxbridge.mappings.errors import UsageError
+    from amaxbridge.scripts.mesh_tables import mesh_table
+    from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.recipes import recipe_of
+    from amaxbridge.scripts.tables import export_table
 
     if options.checkpoint is None and not options.dry_run:
         raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
@@ -64,10 +60,10 @@ def export(options: ExportConfig) -> None:
 
 def _described_model(options: ExportConfig) -> "HFModel":
     """The model of `hf`, or of the checkpoint's arguments; where `hf` is none, the error says what they tell."""
-    from bridge.described import identify
-    from bridge.from_arguments import model_of_arguments
-    from bridge.hf_config import read_hf_model
-    from mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
+    from amaxbridge.bridge.hf import read_hf_model
+    from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
+    from amaxbridge.bridge.stored.identification import identify
+    from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 
     if options.hf is None:
         if options.checkpoint is None:
@@ -87,5 +83,10 @@ def _described_model(options: ExportConfig) -> "HFModel":
         raise UsageError(f"{error}{found}") from error
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`amaxbridge export`."""
     cli.run("export", export)
+
+
+if __name__ == "__main__":
+    main()

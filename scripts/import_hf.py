@@ -3,25 +3,21 @@
 torchrun --nproc-per-node 4 scripts/import_hf.py hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import ImportConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import ImportConfig
 
 
 def import_hf(options: ImportConfig) -> None:
     """Builds the Megatron model, fills it, with quantizers and amax if the source is quantized, and saves it."""
-    from bridge.hf_config import check_parallel_sizes, read_hf_model
-    from bridge.mesh import Mesh
-    from bridge.mesh_plan import plan_import
-    from bridge.ranks import process_group, world_rank, world_size
-    from export.staging import check_output
-    from scripts.mesh_tables import import_plan_table, import_table
+    from amaxbridge.bridge.hf import check_parallel_sizes, read_hf_model
+    from amaxbridge.bridge.live.process_ranks import process_group, world_rank, world_size
+    from amaxbridge.bridge.plan.dry_run import plan_import
+    from amaxbridge.bridge.plan.mesh import Mesh
+    from amaxbridge.export.disk.staging import check_output
+    from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
     hf, sizes = read_hf_model(options.hf), asdict(options.parallel)
     check_output(Path(options.output), overwrite=options.io.overwrite)
@@ -30,8 +26,8 @@ def import_hf(options: ImportConfig) -> None:
             import_plan_table(plan_import(hf, Mesh.smallest(**sizes)), options)
         return
     check_parallel_sizes(hf, world=world_size(), **{axis: size for axis, size in sizes.items() if axis != "vpp"})
-    from bridge import import_hf as importing  # here, because Megatron takes many seconds to import
-    from bridge import megatron
+    from amaxbridge.bridge import import_hf as importing  # here, because Megatron takes many seconds to import
+    from amaxbridge.bridge import megatron
 
     with process_group(), megatron.distributed(**sizes):
         report = importing.import_hf(
@@ -45,5 +41,10 @@ def import_hf(options: ImportConfig) -> None:
         import_table(report, options)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`amaxbridge import`."""
     cli.run("import_hf", import_hf)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from bridge.mesh_plan import ImportPlan, MeshPlan
-from configs.schema import ExportConfig, ImportConfig
-from scripts.tables import export_table, two_columns
+from amaxbridge.bridge.plan.dry_run import ImportPlan, MeshPlan
+from amaxbridge.configs.schema import ExportConfig, ImportConfig
+from amaxbridge.scripts.tables import export_table, two_columns
 
 if TYPE_CHECKING:
-    from bridge.import_hf import ImportReport  # which imports Megatron
+    from amaxbridge.bridge.import_hf import ImportReport  # which imports Megatron
 
 
 def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:

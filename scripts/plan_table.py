@@ -14,9 +14,9 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
-from export.layout import DTYPE_NAMES, Layout
-from mappings.names import is_quantizer_state, module_of, natural_key
-from mappings.tensors import TensorSpec
+from amaxbridge.export.disk.shard_layout import DTYPE_NAMES, Layout
+from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
+from amaxbridge.mappings.tensors import TensorSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
 

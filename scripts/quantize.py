@@ -3,25 +3,20 @@
 python scripts/quantize.py input=HF_DIR output=OUT scheme=nvfp4a16
 """
 
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import QuantizeConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import QuantizeConfig
 
 
 def quantize(options: QuantizeConfig) -> None:
     """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
-    from export.model_card import command_line
-    from export.model_free import model_free_ptq
-    from export.pipeline import default_workers
-    from scripts.progress import progress
-    from scripts.recipes import converters_of, recipe_of
-    from scripts.tables import quantize_table
+    from amaxbridge.export.model_free.pipeline import default_workers
+    from amaxbridge.export.model_free.whole_directory import model_free_ptq
+    from amaxbridge.export.output.model_card import command_line
+    from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.recipes import converters_of, recipe_of
+    from amaxbridge.scripts.tables import quantize_table
 
     with progress(f"quantizing to {options.output}") as shown:
         report = model_free_ptq(
@@ -43,5 +38,10 @@ def quantize(options: QuantizeConfig) -> None:
     quantize_table(report, options)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`amaxbridge quantize`."""
     cli.run("quantize", quantize)
+
+
+if __name__ == "__main__":
+    main()

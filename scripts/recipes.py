@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from configs.schema import SchemeConfig
-from export.inverse_maps import Converter, WithoutInputScales
-from export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
-from export.schemes.recipe import EMBEDDINGS
-from mappings.errors import UsageError
+from amaxbridge.configs.schema import SchemeConfig
+from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
+from amaxbridge.export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
+from amaxbridge.export.schemes.recipe import EMBEDDINGS
+from amaxbridge.mappings.errors import UsageError
 
 
 def recipe_of(config: SchemeConfig) -> Recipe | None:

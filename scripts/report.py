@@ -3,20 +3,16 @@
 python scripts/report.py input=OUT [reference=HF_DIR] [quant_state=FILE]
 """
 
-import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where this file would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import ReportConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import ReportConfig
 
 
 def report(options: ReportConfig) -> None:
     """Reads headers and scales, and with a reference all weights, one tensor at a time."""
-    from export.report import write_report
-    from scripts.progress import progress
+    from amaxbridge.export.report import write_report
+    from amaxbridge.scripts.progress_bar import progress
 
     directory, output = Path(options.input), Path(options.output or options.input)
     with progress(f"measuring {directory}") as shown:
@@ -31,5 +27,10 @@ def report(options: ReportConfig) -> None:
     print(f"{output / 'report.html'}\n{output / 'report.json'}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`amaxbridge report`."""
     cli.run("report", report)
+
+
+if __name__ == "__main__":
+    main()

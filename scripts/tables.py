@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bridge.save import ExportReport
-from configs.schema import ExportConfig, QuantizeConfig
-from export.model_free import ModelFreeReport
-from mappings.errors import listing
-from scripts.demo_check import Findings
-from scripts.plan_table import plan_json, plan_rows, plan_table
+from amaxbridge.bridge.save import ExportReport
+from amaxbridge.configs.schema import ExportConfig, QuantizeConfig
+from amaxbridge.export.model_free.whole_directory import ModelFreeReport
+from amaxbridge.mappings.errors import listing
+from amaxbridge.scripts.demo_check import Findings
+from amaxbridge.scripts.plan_table import plan_json, plan_rows, plan_table
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:

@@ -4,23 +4,19 @@ python scripts/verify.py input=OUT [reference=HF_DIR or quant_state.safetensors]
 """
 
 import json
-import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the checkout in place of scripts/, where export.py would shadow the package `export`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from configs.schema import VerifyConfig
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.configs.schema import VerifyConfig
 
 
 def verify(options: VerifyConfig) -> None:
     """Applies every rule; without a reference, names and shapes come from transformers where it knows the model."""
-    from bridge.hf_config import expected_tensors
-    from export.verify import verify as verify_checkpoint
-    from mappings.errors import CheckpointError
-    from scripts.progress import progress
-    from scripts.verify_tables import verify_tables
+    from amaxbridge.bridge.hf import expected_tensors
+    from amaxbridge.export.verify import verify as verify_checkpoint
+    from amaxbridge.mappings.errors import CheckpointError
+    from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.verify_tables import verify_tables
 
     directory = Path(options.input)
     with progress(f"verifying {directory}") as shown:
@@ -47,5 +43,10 @@ def _is_directory(reference: str | None) -> bool:
     return reference is not None and Path(reference).is_dir()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`amaxbridge verify`."""
     cli.run("verify", verify)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.verify import Finding, Severity, VerifyReport
+from amaxbridge.export.verify import Finding, Severity, VerifyReport
 
 _SHOWN = 5
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}

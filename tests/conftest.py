@@ -293,7 +293,7 @@ class LiveRanks:
 
 def tensors_in(directory: Path) -> dict[str, "Tensor"]:
     """All tensors of a directory of safetensors."""
-    from export.checkpoint import SafetensorsCheckpoint
+    from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 
     with SafetensorsCheckpoint(directory) as checkpoint:
         return {name: checkpoint.read(name) for name in checkpoint.weight_map}

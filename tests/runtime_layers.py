@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.fused_scales import GroupAmax
-from export.metadata import quantization_config
-from export.runtime import CompressedLinear, CompressedTensorsConfig, CompressedTensorsLinearMethod
-from export.schemes import SCHEMES, Scheme
-from export.schemes.scheme import quantize_tensors
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.runtime import CompressedLinear, CompressedTensorsConfig, CompressedTensorsLinearMethod
+from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.scheme import quantize_tensors
 
 GROUP = GroupAmax(torch.tensor(0.11), torch.tensor(3.0))
 

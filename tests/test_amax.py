@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mappings import (
+from amaxbridge.mappings import (
     AmaxFanoutMapping,
     AmaxMapping,
     ColumnParallelMapping,
@@ -19,8 +19,8 @@ from mappings import (
     RowParallelMapping,
     convert_to_amax_map,
 )
-from mappings.errors import MappingError
-from mappings.ranks import Axis, ThreadRanks, run_threads
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
 
 QKV = QKVMapping("d.layers.*.linear_qkv.weight", *(f"m.layers.*.{p}_proj.weight" for p in "qkv"))
 CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)

@@ -13,8 +13,8 @@ from subprocess import PIPE
 import pytest
 from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks, tensors_in
 
-from export.metadata import CARD_FILE
-from export.record import RECORD_FILE
+from amaxbridge.export.output.config_and_index import CARD_FILE
+from amaxbridge.export.output.provenance import RECORD_FILE
 
 EXPORT = ROOT / "scripts" / "export.py"
 
@@ -100,8 +100,8 @@ def test_dry_run_without_a_checkpoint(
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Runs scripts/export.py in this process: its exit status, standard output and standard error."""
-    from scripts import cli
-    from scripts.export import export
+    from amaxbridge import cli
+    from amaxbridge.scripts.export import export
 
     monkeypatch.setattr(sys, "argv", ["export.py", *words])
     with pytest.raises(SystemExit) as stop:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bridge.cpu import enable_cpu, nvfp4_fake_quantize
+from amaxbridge.bridge.megatron.without_cuda import enable_cpu, nvfp4_fake_quantize
 
 qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
 tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")

@@ -11,12 +11,12 @@ import torch
 from conftest import LiveRanks
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from bridge.auto import AutoBridge
-from bridge.described import identify
-from bridge.hf_config import read_hf_model
-from bridge.saved_args import Inert, disagreements, read_arguments
-from bridge.torch_dist import DistCheckpoint
-from mappings.errors import CheckpointError
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.bridge.stored.identification import identify
+from amaxbridge.bridge.stored.saved_arguments import Inert, disagreements, read_arguments
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.mappings.errors import CheckpointError
 
 
 def changed_config(source: Path, directory: Path, **changes: Any) -> Path:

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from amaxbridge.bridge.live.bundle_stream import stream_bundles
+from amaxbridge.bridge.live.process_ranks import ProcessRanks
+from amaxbridge.bridge.plan.export_plan import plan_export
+from amaxbridge.mappings.errors import MappingError, UnmappedParameterError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks, run_threads
 from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
 from benchmarks.traffic import CountingRanks
-from bridge.plan import plan_export
-from bridge.ranks import ProcessRanks
-from bridge.stream import stream_bundles
-from mappings.errors import MappingError, UnmappedParameterError
-from mappings.families import family_of
-from mappings.ranks import LOCAL, Axis, Ranks, run_threads
 
 DENSE = family_of({"architectures": ["Qwen3ForCausalLM"]}).registry
 MOE = family_of({"architectures": ["Qwen3MoeForCausalLM"]}).registry

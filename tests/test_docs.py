@@ -17,9 +17,9 @@ import pytest
 from checkpoints import dense_model, write_checkpoint
 from conftest import ROOT, Launcher, LiveRanks
 
-from export.fused_scales import GroupAmax
-from export.schemes import SCHEMES
-from export.schemes.scheme import quantize_tensors
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.scheme import quantize_tensors
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RANKS = "2"
@@ -143,7 +143,7 @@ def test_every_message_is_one_of_the_program() -> None:
 @cache
 def texts() -> tuple[str, ...]:
     """All texts in the source, … for what is filled in."""
-    rooms = ("scripts", "bridge", "export", "mappings")
+    rooms = ("amaxbridge", "scripts", "bridge", "export", "mappings")
     trees = [ast.parse(file.read_text()) for room in rooms for file in (ROOT / room).rglob("*.py")]
     return tuple(found for tree in trees for node in ast.walk(tree) if (found := text_of(node)))
 

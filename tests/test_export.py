@@ -11,18 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.checkpoint import SafetensorsCheckpoint
-from export.finalizer import Bundle, Finalizer
-from export.fused_scales import MissingAmax, share_amax
-from export.layout import plan_layout
-from export.metadata import carried_files, config_json, index_json
-from export.packed_experts import split_fused_moe_experts
-from export.quant_state import QuantState
-from export.schemes import SCHEMES, find_scheme
-from export.staging import StagedDirectory, check_output
-from export.writer import ShardWriter
-from mappings.errors import AmaxError, CheckpointError, MappingError, OutputExistsError, UsageError
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.fused_group_amax import MissingAmax, share_amax
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.shard_layout import plan_layout
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.staging import StagedDirectory, check_output
+from amaxbridge.export.output.config_and_index import carried_files, config_json, index_json
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.schemes import SCHEMES, find_scheme
+from amaxbridge.mappings.errors import AmaxError, CheckpointError, MappingError, OutputExistsError, UsageError
+from amaxbridge.mappings.tensors import TensorSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64]
 

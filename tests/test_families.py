@@ -16,14 +16,14 @@ from conftest import WORKERS, Launcher
 from tiny_models import LLAMA3, TINY_MODELS, YARN
 from torch import Tensor
 
-from bridge.hf_config import HFModel, check_parallel_sizes
-from bridge.hf_specs import hf_tensors
-from export.packed_experts import ExpertPacker
-from mappings.errors import UsageError
-from mappings.families import FAMILIES, family_of
-from mappings.mapping import MegatronParamMapping
-from mappings.names import kind_of
-from mappings.tensors import TensorSpec
+from amaxbridge.bridge.hf import HFModel, check_parallel_sizes
+from amaxbridge.bridge.plan.tensor_specs import hf_tensors
+from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.families import FAMILIES, family_of
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of
+from amaxbridge.mappings.tensors import TensorSpec
 
 CONFIGS = Path(__file__).parent / "configs"
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers

@@ -16,10 +16,17 @@ from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file, save_file
 from test_model_free import state_of, tensors_of
 
-from export.exchange import replace_directory, restore_previous
-from export.model_free import model_free_ptq
-from export.quant_state import QuantState
-from mappings.errors import AmaxbridgeError, CheckpointError, MappingError, OutputExistsError, UsageError, WriteError
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.atomic_move import replace_directory, restore_previous
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.mappings.errors import (
+    AmaxbridgeError,
+    CheckpointError,
+    MappingError,
+    OutputExistsError,
+    UsageError,
+    WriteError,
+)
 
 FIRST, SECOND = "model-00001-of-00005.safetensors", "model-00002-of-00005.safetensors"
 KILLS = int(os.environ.get("KILLS", 5))
@@ -265,7 +272,7 @@ class TestDisk:
     @pytest.mark.parametrize("exchanges", [True, False])
     def test_a_directory_is_replaced(self, tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not exchanges:
-            monkeypatch.setattr("export.exchange._exchange", lambda one, other: False)
+            monkeypatch.setattr("amaxbridge.export.disk.atomic_move._exchange", lambda one, other: False)
         for name in ("new", "out"):
             (tmp_path / name).mkdir()
             (tmp_path / name / name).write_text("")

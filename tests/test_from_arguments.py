@@ -15,11 +15,11 @@ from test_families import PARAMETERS, published
 from tiny_models import TINY_MODELS
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from bridge.from_arguments import model_of_arguments
-from bridge.hf_config import HFModel, make_hf_model
-from mappings.errors import UnknownArchitectureError, UsageError
-from mappings.families import family_of
-from mappings.settings import DEFAULTS, differences, from_arguments, to_arguments
+from amaxbridge.bridge.hf import HFModel, make_hf_model
+from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
+from amaxbridge.mappings.errors import UnknownArchitectureError, UsageError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_arguments, to_arguments
 
 NOT_OF_MEGATRON = {"initializer_range", "chunk_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 TWO_KINDS = ("Qwen3-MoE", "OLMoE")  # which the arguments do not tell apart; `test_parity.py` has their tensors

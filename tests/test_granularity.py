@@ -13,11 +13,11 @@ from conftest import WORKERS, Launcher, tensors_in
 from torch import Tensor
 from weights import same_bytes
 
-from export.metadata import QUANT_STATE_FILE
-from export.model_free import model_free_ptq
-from export.quant_state import QuantState
-from export.quant_state_file import read_quant_state
-from mappings.amax import PRE_QUANT_SCALE, WEIGHT_QUANTIZER
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE
+from amaxbridge.mappings.amax import PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 
 
 @pytest.fixture(scope="module")

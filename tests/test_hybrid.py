@@ -2,8 +2,14 @@
 
 import pytest
 
-from mappings.errors import MappingError
-from mappings.hybrid import hybrid_name, read_pattern, transformer_name, transformer_pattern, with_stages
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.hybrid_layers import (
+    hybrid_name,
+    read_pattern,
+    transformer_name,
+    transformer_pattern,
+    with_stages,
+)
 
 
 @pytest.mark.parametrize(

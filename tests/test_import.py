@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from test_megatron_moe import same_files, same_tensors
 from tiny_models import config, randomize
 
-from bridge.auto import AutoBridge
-from export.fused_scales import GroupAmax
-from export.metadata import quantization_config
-from export.schemes import SCHEMES, Scheme
-from export.schemes.scheme import arguments, quantize_tensors
-from mappings.fused_groups import groups_among
-from mappings.names import module_of
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.scheme import arguments, quantize_tensors
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.names import module_of
 
 IMPORT = ROOT / "scripts" / "import_hf.py"
 

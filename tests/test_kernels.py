@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from weights import WEIGHTS, all_arithmetics, random_weight, same_bytes, weights_of_all_kinds
 
-from export.kernels import e2m1, mx, nvfp4, scaled
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code
+from amaxbridge.export.kernels import e2m1, mx, nvfp4, scaled
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.scaled import Blocks, Code
 
 INFINITY = 0x7F80  # as bits of a bf16, without a sign
 EVERY_MAGNITUDE = torch.arange(INFINITY, dtype=torch.int16).view(torch.bfloat16)

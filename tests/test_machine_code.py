@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys, torch
-from export.kernels import e2m1
+from amaxbridge.export.kernels import e2m1
 print(e2m1.largest_magnitude(torch.arange(-9.0, 5.0).bfloat16()).item(), "numba" in sys.modules)
 """
 MADE, LOADED = ["9.0", "True"], ["9.0", "False"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mappings import (
+from amaxbridge.mappings import (
     AutoMapping,
     ColumnParallelMapping,
     DirectMapping,
@@ -20,9 +20,9 @@ from mappings import (
     RowParallelMapping,
     VocabParallelMapping,
 )
-from mappings.errors import MappingError
-from mappings.mamba import MambaConvolutionMapping, MambaProjectionMapping
-from mappings.ranks import Axis, ThreadRanks, run_threads
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
+from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 

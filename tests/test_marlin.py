@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.runtime import (
+from amaxbridge.export.runtime import (
     GPTQ_MARLIN_MIN_THREAD_K,
     GPTQ_MARLIN_MIN_THREAD_N,
     GPTQ_MARLIN_TILE,
@@ -21,7 +21,7 @@ from export.runtime import (
     verify_marlin_supported,
     verify_marlin_supports_shape,
 )
-from export.runtime.marlin import marlin_unpermute_scales
+from amaxbridge.export.runtime.marlin import marlin_unpermute_scales
 
 SIZE_K, SIZE_N = 128, 192
 every_width = pytest.mark.parametrize("bits", [4, 8])

@@ -8,8 +8,8 @@ from conftest import LiveRanks, tensors_in
 from safetensors import safe_open
 from torch import Tensor
 
-from export.kernels.nvfp4 import NVFP4Weight, dequantize
-from mappings.fused_groups import groups_among
+from amaxbridge.export.kernels.nvfp4 import NVFP4Weight, dequantize
+from amaxbridge.mappings.fused_groups import groups_among
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2)]
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import Launcher, LiveRanks
 from test_megatron_moe import label, same_files, same_tensors
 
-from bridge.auto import AutoBridge
+from amaxbridge.bridge.auto import AutoBridge
 
 TOPOLOGIES: list[dict[str, int]] = [
     {},

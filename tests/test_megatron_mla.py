@@ -12,11 +12,11 @@ import torch
 from conftest import ROOT, Launcher, LiveRanks, tensors_in
 from test_megatron_moe import compare_logits, label, same_files, same_tensors
 
-from mappings.errors import MappingError, UsageError
-from mappings.families import family_of
-from mappings.fused_groups import groups_among
-from mappings.spelling import canonical
-from mappings.weights import LatentDownMapping
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.errors import MappingError, UsageError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.weights import LatentDownMapping
 
 TOPOLOGIES: list[dict[str, int]] = [
     {"tp": 2},

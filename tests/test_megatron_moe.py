@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, Launcher, LiveRanks, tensors_in
 
-from export.metadata import CARD_FILE
-from export.record import RECORD_FILE
-from mappings.fused_groups import groups_among
+from amaxbridge.export.output.config_and_index import CARD_FILE
+from amaxbridge.export.output.provenance import RECORD_FILE
+from amaxbridge.mappings.fused_groups import groups_among
 
 TOPOLOGIES: list[dict[str, int]] = [
     {"processes": 2, "tp": 2},

@@ -8,13 +8,13 @@ import pytest
 from conftest import LiveRanks
 from test_families import CONFIGS
 
-from bridge.hf_config import HFModel, read_hf_model
-from bridge.mesh import Mesh
-from bridge.mesh_plan import MeshPlan, plan_import, plan_on_mesh
-from export.checkpoint import SafetensorsCheckpoint
-from export.layout import Layout
-from mappings.errors import CheckpointError, UsageError
-from mappings.tensors import TensorSpec
+from amaxbridge.bridge.hf import HFModel, read_hf_model
+from amaxbridge.bridge.plan.dry_run import MeshPlan, plan_import, plan_on_mesh
+from amaxbridge.bridge.plan.mesh import Mesh
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 def published(name: str, directory: Path) -> HFModel:

@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from export.model_card import command_line
-from export.model_free import model_free_ptq
-from export.report import write_report
-from mappings.errors import UsageError
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.output.model_card import command_line
+from amaxbridge.export.report import write_report
+from amaxbridge.mappings.errors import UsageError
 
 README = """---
 license: apache-2.0

@@ -13,7 +13,7 @@ from checkpoints import HIDDEN, MOE, cuts_inside_groups, dense_model, moe_model,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export import (
+from amaxbridge.export import (
     build_microscale_inverse_weight_maps,
     model_free_ptq,
     process_file,
@@ -21,12 +21,12 @@ from export import (
     split_fused_moe_experts,
     validate_file,
 )
-from export.finalizer import Bundle, Finalizer
-from export.kernels.nvfp4 import Arithmetic, tensor_amax
-from export.quant_state import QuantState
-from export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
-from mappings.fused_groups import groups_among
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.kernels.nvfp4 import Arithmetic, tensor_amax
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.tensors import TensorSpec
 
 DATA_FREE = [name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax]
 CALIBRATED = ("nvfp4", "fp8")
@@ -140,7 +140,7 @@ def test_several_schemes_the_first_that_targets_wins(dense: Path, tmp_path: Path
 
 def test_tensors_larger_than_what_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of many parts, whose amax must be measured over all of them first."""
-    monkeypatch.setattr("export.safetensors_file.PART_BYTES", 5 * HIDDEN * 2)
+    monkeypatch.setattr("amaxbridge.export.disk.safetensors_file.PART_BYTES", 5 * HIDDEN * 2)
     tensors = dense_model()
     source = write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors))
     for name in ("nvfp4a16", "fp8_block", "w4a16_asym"):
@@ -267,7 +267,7 @@ def test_a_converter_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [dense_model, moe_model])
 def test_a_served_checkpoint_is_quantized_anew(model: Any, served: str, tmp_path: Path) -> None:
     """Its input scales are dropped."""
-    from scripts.recipes import converters_of
+    from amaxbridge.scripts.recipes import converters_of
 
     tensors, scheme = model(1), SCHEMES[served]
     write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors), config=MOE)
@@ -289,7 +289,7 @@ class TestResume:
     @pytest.fixture
     def interrupted(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A run that ended before its eighth bundle; what it has written is synced."""
-        from export.writer import ShardWriter
+        from amaxbridge.export.disk.shard_writer import ShardWriter
 
         note, calls = ShardWriter.done, 0
 
@@ -323,7 +323,7 @@ class TestResume:
         amax = {**state.amax, "model.layers.0.mlp.down_proj.input_quantizer._amax": torch.tensor(99.0)}
         more = QuantState(amax, state.formats)
         for calibrated in (state, more):
-            monkeypatch.setattr("export.staging.StagedDirectory.commit", _interrupt)
+            monkeypatch.setattr("amaxbridge.export.disk.staging.StagedDirectory.commit", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 model_free_ptq(dense, interrupted, "nvfp4", quant_state=calibrated)
             monkeypatch.undo()

@@ -11,15 +11,15 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import GroupedQuantizer, SequentialQuantizer, TensorQuantizer
 from torch import nn
 
-from bridge import AutoBridge
-from bridge.hf_config import HFModel, check_parallel_sizes
-from bridge.parameters import unwrap, walk_parameters
-from export.quant_state import QuantState
-from mappings import AmaxFanoutMapping, AmaxMapping, GatedMLPMapping, RowParallelMapping
-from mappings.amax import per_expert_amax_map
-from mappings.errors import CheckpointError, UnmappedParameterError, UsageError
-from mappings.families import family_of
-from mappings.ranks import LOCAL, Axis, Ranks, ThreadRanks, run_threads
+from amaxbridge.bridge import AutoBridge
+from amaxbridge.bridge.hf import HFModel, check_parallel_sizes
+from amaxbridge.bridge.live.model_walk import unwrap, walk_parameters
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.mappings import AmaxFanoutMapping, AmaxMapping, GatedMLPMapping, RowParallelMapping
+from amaxbridge.mappings.amax import per_expert_amax_map
+from amaxbridge.mappings.errors import CheckpointError, UnmappedParameterError, UsageError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks, ThreadRanks, run_threads
 
 EXPERTS, HIDDEN, WIDTH = 4, 32, 16
 HF_CONFIG: dict[str, Any] = {

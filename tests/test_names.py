@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mappings.names import NamePattern, natural_key, overlap, pattern
-from mappings.spelling import canonical
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.names import NamePattern, natural_key, overlap, pattern
 
 WORDS = st.sampled_from(["layers", "mlp", "experts", "weight", "a_b", "q"])
 ATOMS = st.one_of(WORDS, st.just("*"), st.just("**"))

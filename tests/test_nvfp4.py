@@ -22,7 +22,7 @@ from weights import (
     weights_of_all_kinds,
 )
 
-from export.kernels.nvfp4 import (
+from amaxbridge.export.kernels.nvfp4 import (
     BLOCK,
     Arithmetic,
     NVFP4Weight,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights import DTYPES, all_arithmetics, all_dtypes, assert_same_weight, random_weight, same_bytes
 
-from export.kernels import nvfp4
-from export.kernels.nvfp4 import (
+from amaxbridge.export.kernels import nvfp4
+from amaxbridge.export.kernels.nvfp4 import (
     BLOCK,
     Arithmetic,
     NVFP4Weight,

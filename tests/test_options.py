@@ -11,12 +11,12 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from configs.options import choices_of, options_of
-from configs.schema import COMMANDS, SchemeConfig, SchemeGroupConfig, register
-from export.schemes import SCHEMES, FromQuantizers, Groups
-from mappings.errors import UsageError
-from scripts import cli
-from scripts.recipes import recipe_of
+from amaxbridge import cli
+from amaxbridge.configs.options import choices_of, options_of
+from amaxbridge.configs.schema import COMMANDS, SchemeConfig, SchemeGroupConfig, register
+from amaxbridge.export.schemes import SCHEMES, FromQuantizers, Groups
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.scripts.recipes import recipe_of
 
 GOLDEN = ROOT / "tests" / "golden" / "options.txt"
 

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.checkpoint import SafetensorsCheckpoint
-from export.layout import plan_layout
-from export.packed_experts import ExpertPacker
-from export.staging import StagedDirectory
-from export.writer import ShardWriter
-from mappings.errors import CheckpointError, MappingError
-from mappings.family import PackedExperts
-from mappings.tensors import TensorSpec
+from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.shard_layout import plan_layout
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.staging import StagedDirectory
+from amaxbridge.mappings.errors import CheckpointError, MappingError
+from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.tensors import TensorSpec
 
 EXPERTS, HIDDEN, FFN = 3, 32, 64
 GPT_OSS = PackedExperts(transposed=True, interleaved=True)

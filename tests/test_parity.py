@@ -11,12 +11,12 @@ from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM
 from workers.model import TOKENS
 
-from bridge.auto import AutoBridge
-from bridge.carried import carried_specs
-from bridge.hf_config import read_hf_model
-from export.staging import Share
-from mappings.errors import UsageError
-from mappings.names import module_of
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.bridge.plan.carried_tensors import carried_specs
+from amaxbridge.export.disk.staging import Share
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.names import module_of
 
 BUILDABLE = [name for name, tiny in TINY_MODELS.items() if not tiny.unbuildable]
 

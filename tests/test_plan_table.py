@@ -5,10 +5,10 @@ import io
 import torch
 from rich.console import Console
 
-from export.finalizer import Finalizer
-from export.schemes import find_scheme
-from mappings.tensors import TensorSpec
-from scripts.plan_table import plan_rows, plan_table
+from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.schemes import find_scheme
+from amaxbridge.mappings.tensors import TensorSpec
+from amaxbridge.scripts.plan_table import plan_rows, plan_table
 
 
 def bf16(*shape: int) -> TensorSpec:

@@ -12,10 +12,10 @@ from conftest import LiveRanks
 from rich.console import Console
 from test_megatron_moe import same_files
 
-from bridge import AutoBridge
-from export.progress import NoProgress
-from scripts import cli
-from scripts.progress import EachMinute, Meter, progress
+from amaxbridge import cli
+from amaxbridge.bridge import AutoBridge
+from amaxbridge.export.progress import NoProgress
+from amaxbridge.scripts.progress_bar import EachMinute, Meter, progress
 
 
 class Clock:

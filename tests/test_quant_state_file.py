@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from export.checkpoint import SafetensorsCheckpoint
-from export.quant_state import Divergence, QuantState
-from export.quant_state_file import ModelIdentity, plan_quant_state, quant_state_bytes, read_quant_state
-from mappings.errors import CheckpointError, UsageError
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.quant_state import Divergence, QuantState
+from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state, quant_state_bytes, read_quant_state
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.tensors import TensorSpec
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bridge.ranks import ProcessRanks
-from mappings.ranks import LOCAL, Axis, Ranks, run_threads
+from amaxbridge.bridge.live.process_ranks import ProcessRanks
+from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks, run_threads
 
 TP, EP = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
 

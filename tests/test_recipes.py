@@ -9,12 +9,12 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
-from bridge.quant_state import format_name
-from export.finalizer import Bundle, Finalizer
-from export.quant_state import QuantState
-from export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme
-from mappings.errors import AmaxError, MappingError, UsageError
-from mappings.tensors import TensorSpec
+from amaxbridge.bridge.live.collect_amax import format_name
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme
+from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError
+from amaxbridge.mappings.tensors import TensorSpec
 
 LAYER = "model.layers.{}"
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

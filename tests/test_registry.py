@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mappings import (
+from amaxbridge.mappings import (
     AmaxFanoutMapping,
     DirectMapping,
     MappingRegistry,
@@ -12,9 +12,9 @@ from mappings import (
     MoeAmaxFanoutMapping,
     QKVMapping,
 )
-from mappings.errors import AmbiguousMappingError, UnknownArchitectureError
-from mappings.families import FAMILIES, family_of
-from mappings.fused_groups import group_of, groups_among
+from amaxbridge.mappings.errors import AmbiguousMappingError, UnknownArchitectureError
+from amaxbridge.mappings.families import FAMILIES, family_of
+from amaxbridge.mappings.fused_groups import group_of, groups_among
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -90,7 +90,7 @@ def test_an_unknown_architecture_names_the_nearest() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architectures[0])
 def test_names_as_committed(family: object) -> None:
     """A change of a mapping shows in the diff of its golden table. To renew it: delete the file and run again."""
-    from mappings.family import ModelFamily
+    from amaxbridge.mappings.family import ModelFamily
 
     assert isinstance(family, ModelFamily)
     rows = [

@@ -14,13 +14,13 @@ import torch
 from conftest import tensors_in
 from torch import Tensor
 
-from export.model_free import model_free_ptq
-from export.quant_state import Divergence, QuantState
-from export.quant_state_file import ModelIdentity, quant_state_bytes
-from export.report import Facts, gather, render, report_json, write_report
-from export.report.heatmap import heat_map
-from export.report.names import place_of
-from mappings.errors import UsageError
+from amaxbridge.export.amax.quant_state import Divergence, QuantState
+from amaxbridge.export.amax.quant_state_file import ModelIdentity, quant_state_bytes
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.report import Facts, gather, render, report_json, write_report
+from amaxbridge.export.report.heatmap import heat_map
+from amaxbridge.export.report.module_place import place_of
+from amaxbridge.mappings.errors import UsageError
 
 SATURATED = "model.layers.1.self_attn.o_proj"
 FAR = "model.layers.0.mlp.experts.5.down_proj"
@@ -55,7 +55,7 @@ def quantized(source: Path, target: Path) -> Path:
 
 def experts_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What transformers may have saved packed, one by one."""
-    from export.packed_experts import split_fused_moe_experts
+    from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 
     return split_fused_moe_experts(tensors)
 
@@ -272,8 +272,8 @@ def test_written_beside_the_checkpoint(dense: Path, qwen3: Path, tmp_path: Path)
 def test_the_command(
     dense: Path, qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from scripts import cli
-    from scripts.report import report
+    from amaxbridge import cli
+    from amaxbridge.scripts.report import report
 
     words = (f"input={dense}", f"reference={qwen3}", f"output={tmp_path / 'out'}")
     monkeypatch.setattr("sys.argv", ["report.py", *words])

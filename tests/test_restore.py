@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from weights import WEIGHTS, all_arithmetics, all_dtypes, assert_same_weight, same_bytes, weights_of_all_kinds
 
-from export.checkpoint import SafetensorsCheckpoint
-from export.dequantized import DequantizedCheckpoint, recipe_from_config
-from export.fused_scales import GroupAmax
-from export.kernels import nvfp4
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.restore import restore_nvfp4
-from export.metadata import quantization_config
-from export.restored_amax import amax_of_divisor, amax_of_scale
-from export.schemes import SCHEMES, Scheme
-from export.schemes.scheme import quantize_tensors
-from mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
-from mappings.errors import CheckpointError, UsageError
+from amaxbridge.export.amax.amax_from_scales import amax_of_divisor, amax_of_scale
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.dequantized import DequantizedCheckpoint, recipe_from_config
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.kernels import nvfp4
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.restore import restore_nvfp4
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.scheme import quantize_tensors
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import CheckpointError, UsageError
 
 factors = pytest.mark.parametrize("factor", [1.0, 0.25, 40.0, 3000.0])
 

@@ -10,14 +10,14 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from runtime_layers import layer_of, load, method_of, quantized_layer, random_inputs, random_weight, written
 from torch import Tensor, nn
 
-from export.kernels import nvfp4
-from export.kernels.nvfp4 import Arithmetic
-from export.runtime import CompressedLinear, CompressedTensorsConfig, CompressedTensorsWNA16Scheme
-from export.runtime.activations import activation_for, quantize_int8
-from export.runtime.signature import Arguments, Signature
-from export.schemes import SCHEMES
-from export.schemes.w4a16 import w4a16
-from mappings.errors import CheckpointError
+from amaxbridge.export.kernels import nvfp4
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.runtime import CompressedLinear, CompressedTensorsConfig, CompressedTensorsWNA16Scheme
+from amaxbridge.export.runtime.activations import activation_for, quantize_int8
+from amaxbridge.export.runtime.signature import Arguments, Signature
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.mappings.errors import CheckpointError
 
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
 SIZES = {"q": 128, "k": 256, "v": 256}

@@ -7,17 +7,17 @@ import torch
 from compressed_tensors.utils import match_name
 from torch import nn
 
-from export.metadata import quantization_config
-from export.runtime import (
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.runtime import (
     CompressedTensorsConfig,
     CompressedTensorsW8A8Int8Scheme,
     CompressedTensorsWNA16Scheme,
     UnsupportedQuantizationError,
 )
-from export.runtime.float_formats import FloatScheme
-from export.runtime.matching import Matching, fused_name, members_of
-from export.schemes import SCHEMES
-from mappings.errors import CheckpointError
+from amaxbridge.export.runtime.float_formats import FloatScheme
+from amaxbridge.export.runtime.group_of_module import Matching, fused_name, members_of
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.mappings.errors import CheckpointError
 
 LINEAR = nn.Linear(1, 1)
 W4A16: dict[str, Any] = {

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from export.model_free import model_free_ptq
-from export.quant_state import QuantState
-from export.runtime import CompressedLinear, load_linear, load_model_
-from export.schemes import SCHEMES, Groups, Scheme
-from export.schemes.recipe import SchemeGroup
-from export.schemes.w4a16 import w4a16
-from mappings.errors import CheckpointError, UsageError
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.runtime import CompressedLinear, load_linear, load_model_
+from amaxbridge.export.schemes import SCHEMES, Groups, Scheme
+from amaxbridge.export.schemes.recipe import SchemeGroup
+from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.mappings.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from conftest import LiveRanks

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from weights import WEIGHTS, all_dtypes, random_weight, same_bytes, weights_of_all_kinds
 
-from export.finalizer import Bundle, Finalizer
-from export.fused_scales import GroupAmax
-from export.kernels.scaled import unpack_int4
-from export.metadata import quantization_config
-from export.packed_experts import split_fused_moe_experts
-from export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
-from export.schemes.scheme import quantize_tensors
-from export.schemes.w4a16 import w4a16
-from mappings.errors import UsageError
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
+from amaxbridge.export.kernels.scaled import unpack_int4
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
+from amaxbridge.export.schemes.scheme import quantize_tensors
+from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.tensors import TensorSpec
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "schemes_llmcompressor.safetensors")
 LABELS = ("bf16", "fp32", "fp16")

@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, WORKERS, LiveRanks
 
-from bridge.torch_dist import DistCheckpoint
-from export.layout import plan_layout
-from export.record import MADE_FROM, RECORD_FILE
-from export.staging import Share, StagedDirectory
-from mappings.errors import CheckpointError, UsageError, WriteError
-from mappings.tensors import TensorSpec
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.export.disk.shard_layout import plan_layout
+from amaxbridge.export.disk.staging import Share, StagedDirectory
+from amaxbridge.export.output.provenance import MADE_FROM, RECORD_FILE
+from amaxbridge.mappings.errors import CheckpointError, UsageError, WriteError
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 @dataclass

@@ -13,10 +13,10 @@ from conftest import ENVIRONMENT, ROOT, Launcher, LiveRanks
 from test_megatron_moe import same_files
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from bridge.auto import AutoBridge
-from bridge.stored import StoredModel
-from bridge.torch_dist import DistCheckpoint, Region
-from mappings.errors import CheckpointError
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.stored.stored_model import StoredModel
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
+from amaxbridge.mappings.errors import CheckpointError
 
 SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
 
@@ -60,7 +60,8 @@ def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None
         "import sys\n"
         "for name in ('megatron', 'modelopt'): sys.modules[name] = None\n"
         f"sys.argv[1:] = {words}\n"
-        "from scripts import cli, export\n"
+        "from amaxbridge import cli\n"
+        "from amaxbridge.scripts import export\n"
         "cli.run('export', export.export)\n"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, check=True)

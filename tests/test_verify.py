@@ -14,10 +14,10 @@ from tiny_models import TINY_MODELS
 from verify_breaks import BREAKS, DENSE, DOWN, LAYER, MOE, Break, Q, drop, scale, swap_nibbles
 from verifying import Made, make, saved_amax
 
-from export.model_free import model_free_ptq
-from export.schemes import SCHEMES
-from export.verify import RULES, Severity, VerifyReport, verify
-from scripts import cli
+from amaxbridge import cli
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.verify import RULES, Severity, VerifyReport, verify
 
 type Command = Callable[..., tuple[int, str, str]]
 
@@ -27,7 +27,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs a command line in this process: its exit status, standard output and standard error."""
 
     def run(name: str, *words: str) -> tuple[int, str, str]:
-        module = importlib.import_module(f"scripts.{name}")
+        module = importlib.import_module(f"amaxbridge.scripts.{name}")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         monkeypatch.setenv("COLUMNS", "160")
         with pytest.raises(SystemExit) as stop:
@@ -113,7 +113,7 @@ def test_plain_weights_pass(qwen3: Path) -> None:
 
 def test_what_transformers_expects_is_expected(good: Callable[..., Made], tmp_path: Path) -> None:
     """Without a reference, names and shapes come from the model class; experts are packed there."""
-    from bridge.hf_config import expected_tensors
+    from amaxbridge.bridge.hf import expected_tensors
 
     made = good(MOE)
     norm = f"{LAYER}.self_attn.k_norm.weight"
@@ -130,7 +130,7 @@ def test_other_families_pass(family: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from bridge.hf_config import expected_tensors
+    from amaxbridge.bridge.hf import expected_tensors
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(TINY_MODELS[family].make(), dtype=torch.bfloat16)
@@ -208,7 +208,7 @@ def test_an_export_that_would_not_serve_is_not_written(
     live: LiveRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     """The model is said to have one more tensor than the Megatron checkpoint."""
-    monkeypatch.setattr("bridge.save.Saver._expected", lambda *_: {"model.more.weight": (4,)})
+    monkeypatch.setattr("amaxbridge.bridge.save.Saver._expected", lambda *_: {"model.more.weight": (4,)})
     words = (f"checkpoint={live.at(tp=2) / 'checkpoint'}", f"hf={live.hf}", f"output={tmp_path / 'out'}")
     status, _, message = command("export", *words)
     assert status == 1

@@ -10,17 +10,17 @@ import torch
 from conftest import tensors_in
 from torch import Tensor
 
-from export.finalizer import Bundle, Finalizer
-from export.layout import plan_layout
-from export.metadata import index_json
-from export.quant_state import QuantState
-from export.schemes import SCHEMES, Groups, Recipe
-from export.schemes.w4a16 import w4a16
-from export.schemes.w4a16_asym import w4a16_asym
-from export.staging import StagedDirectory
-from export.writer import ShardWriter
-from mappings.fused_groups import group_of
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.shard_layout import plan_layout
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.staging import StagedDirectory
+from amaxbridge.export.output.config_and_index import index_json
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
+from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
+from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.tensors import TensorSpec
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
+from amaxbridge.export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from export.kernels import amax_triton, e2m1_triton, e4m3_triton, mx, nvfp4, scaled
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code
+from amaxbridge.export.kernels import amax_triton, e2m1_triton, e4m3_triton, mx, nvfp4, scaled
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.scaled import Blocks, Code
 
 ROWS, COLUMNS = 8192, 28672
 MODELOPT = Arithmetic.MODELOPT

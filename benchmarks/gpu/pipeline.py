@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoints
 import torch
 
-from export.model_free import model_free_ptq
-from export.quant_state import QuantState
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
 
 BLOCK = 64 << 20
 

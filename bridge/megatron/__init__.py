@@ -4,10 +4,16 @@ Megatron's model classes and module paths move between releases (GPTModel is ann
 HybridModel); what has to follow is here.
 """
 
-from bridge.megatron.build import build_chunks, build_model
-from bridge.megatron.checkpoint import load_checkpoint, save_checkpoint
-from bridge.megatron.groups import distributed, process_ranks
-from bridge.megatron.quantizers import cache_quantizers, enable_cache, enable_inputs, enable_weights, insert_quantizers
+from amaxbridge.bridge.megatron.build_model import build_chunks, build_model
+from amaxbridge.bridge.megatron.insert_quantizers import (
+    cache_quantizers,
+    enable_cache,
+    enable_inputs,
+    enable_weights,
+    insert_quantizers,
+)
+from amaxbridge.bridge.megatron.megatron_checkpoint import load_checkpoint, save_checkpoint
+from amaxbridge.bridge.megatron.process_groups import distributed, process_ranks
 
 __all__ = [
     "build_chunks",

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from export.kernels.floats_triton import aligned, larger, on, options
+from amaxbridge.export.kernels.floats_triton import aligned, larger, on, options
 
 _TILE = 8192
 

@@ -43,7 +43,7 @@ class Loop:
         return returned.value
 
     def _load(self, kinds: tuple[_Kind, ...]) -> Any:
-        from export.kernels import machine_code  # LLVM, 50 ms, is imported where weights are quantized
+        from amaxbridge.export.kernels import machine_code  # LLVM, 50 ms, is imported where weights are quantized
 
         with _loading:
             if kinds not in self._loaded:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.kernels.compiled import Loop
+from amaxbridge.export.kernels.compiled import Loop
 
 _largest_magnitude = Loop("e2m1_loops", "largest_magnitude")
 _code_bounds, _quantize_blocks = Loop("e2m1_loops", "code_bounds"), Loop("e2m1_loops", "quantize_blocks")

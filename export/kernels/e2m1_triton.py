@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from export.kernels.floats_triton import (
+from amaxbridge.export.kernels.floats_triton import (
     amax_of,
     from_e4m3,
     halves,

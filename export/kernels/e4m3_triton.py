@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from export.kernels.amax_triton import tensor_amax, widened
-from export.kernels.e2m1_triton import mx_exponent, power_of_two
-from export.kernels.floats_triton import (
+from amaxbridge.export.kernels.amax_triton import tensor_amax, widened
+from amaxbridge.export.kernels.e2m1_triton import mx_exponent, power_of_two
+from amaxbridge.export.kernels.floats_triton import (
     aligned,
     amax_of,
     halves,

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code, encode, largest
+from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.scaled import Blocks, Code, encode, largest
 
 BLOCK = 32
 _BLOCKS = Blocks(width=BLOCK)
@@ -32,7 +32,7 @@ def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     if e2m1.fits_loops(weight):
         return e2m1.quantize_by_tables(weight, BLOCK, _tables(arithmetic))
     if e2m1.fits_triton(weight):
-        from export.kernels import e2m1_triton
+        from amaxbridge.export.kernels import e2m1_triton
 
         codes, exponents, bad = e2m1_triton.quantize_mxfp4(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
         e2m1.check_finite(bad)
@@ -49,7 +49,7 @@ def quantize_mxfp8(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
         ValueError: the weight holds NaN or Inf.
     """
     if e2m1.fits_triton(weight):
-        from export.kernels import e4m3_triton
+        from amaxbridge.export.kernels import e4m3_triton
 
         codes, exponents, bad = e4m3_triton.quantize_mxfp8(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
         e2m1.check_finite(bad)

@@ -25,8 +25,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1
-from export.kernels.nvfp4_scales import (
+from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.nvfp4_scales import (
     BLOCK,
     DTYPES,
     FP4_MAX,
@@ -158,7 +158,7 @@ def _tables(key: tuple[Arithmetic, float, float]) -> e2m1.Tables:
 
 def quantize_by_triton(weight: Tensor, amax: Tensor, arithmetic: Arithmetic, block_amax: Tensor | None) -> NVFP4Weight:
     """The scales of the group are made on the CPU; the GPU gets them as numbers and says if the weight is finite."""
-    from export.kernels import e2m1_triton
+    from amaxbridge.export.kernels import e2m1_triton
 
     scaling = Scaling.of(amax, arithmetic, weight.dtype)
     _, divisor, factor_2 = scaling.key

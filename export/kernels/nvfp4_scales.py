@@ -10,8 +10,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1
-from mappings.tensors import max_of
+from amaxbridge.export.kernels import e2m1
+from amaxbridge.mappings.tensors import max_of
 
 BLOCK = 16
 """Columns that share one block scale."""
@@ -60,7 +60,7 @@ def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
         names = sorted(str(weight.dtype) for weight in weights)
         raise ValueError(f"NVFP4 group of shapes {shapes} mixes {', '.join(names)}: cast it to one dtype")
     if all(map(e2m1.fits_triton, weights)):
-        from export.kernels import amax_triton
+        from amaxbridge.export.kernels import amax_triton
 
         amax = amax_triton.tensor_amax(weights)
     else:

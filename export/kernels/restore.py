@@ -18,8 +18,8 @@ Each stands in the place of a number that rounds to the same code, so a forward 
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1, mx
-from export.kernels.nvfp4 import BLOCK, NVFP4Weight
+from amaxbridge.export.kernels import e2m1, mx
+from amaxbridge.export.kernels.nvfp4 import BLOCK, NVFP4Weight
 
 _CHUNK = 1 << 18  # elements at a time: they stay in the cache
 _TINY = torch.finfo(torch.bfloat16).tiny

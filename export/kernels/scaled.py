@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.kernels.compiled import Loop
-from export.kernels.e2m1 import NOT_FINITE, check_finite, fits_loops, fits_triton
+from amaxbridge.export.kernels.compiled import Loop
+from amaxbridge.export.kernels.e2m1 import NOT_FINITE, check_finite, fits_loops, fits_triton
 
 _extremes, _pack_nibbles = Loop("scaled_loops", "extremes"), Loop("scaled_loops", "pack_nibbles")
 _encode_e4m3, _encode_integers = Loop("scaled_loops", "encode_e4m3"), Loop("scaled_loops", "encode_integers")
@@ -165,7 +165,7 @@ def largest(weight: Tensor, blocks: Blocks) -> Tensor:
         ValueError: the weight holds NaN or Inf.
     """
     if _in_triton(weight, Code.E4M3, blocks):
-        from export.kernels import e4m3_triton
+        from amaxbridge.export.kernels import e4m3_triton
 
         found = e4m3_triton.largest(weight, *blocks.size(weight), blocks.shape(*weight.shape))
         if not found.isfinite().all():
@@ -192,7 +192,7 @@ def _encode(
     if fits_loops(weight):
         return _encode_in_loops(weight, code, blocks, factor, zero_point, divide)
     if _in_triton(weight, code, blocks):
-        from export.kernels import e4m3_triton
+        from amaxbridge.export.kernels import e4m3_triton
 
         codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), divide=divide)
         check_finite(bad)
@@ -208,7 +208,7 @@ def _encode(
 def _in_triton(weight: Tensor, code: Code, blocks: Blocks) -> bool:
     if code is not Code.E4M3 or not fits_triton(weight):
         return False
-    from export.kernels import e4m3_triton
+    from amaxbridge.export.kernels import e4m3_triton
 
     return e4m3_triton.fits(weight, blocks.size(weight)[1])
 

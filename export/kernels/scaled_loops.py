@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from export.kernels.e2m1_loops import OPTIONS, to_bf16
+from amaxbridge.export.kernels.e2m1_loops import OPTIONS, to_bf16
 
 _U32 = np.uint32
 

@@ -7,12 +7,12 @@ See README.md for what each part of the page is computed from.
 
 from pathlib import Path
 
-from export.metadata import json_bytes
-from export.model_card import note_snr
-from export.progress import Progress
-from export.report.facts import Facts, ModuleFacts, PartSize, gather
-from export.report.page import render, report_json
-from mappings.errors import UsageError
+from amaxbridge.export.output.config_and_index import json_bytes
+from amaxbridge.export.output.model_card import note_snr
+from amaxbridge.export.progress import Progress
+from amaxbridge.export.report.facts import Facts, ModuleFacts, PartSize, gather
+from amaxbridge.export.report.html_page import render, report_json
+from amaxbridge.mappings.errors import UsageError
 
 __all__ = ["Facts", "ModuleFacts", "PartSize", "gather", "render", "report_json", "write_report"]
 

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from export.kernels.nvfp4 import FP4_MAX, FP8_MAX
-from export.metadata import CONFIG_FILE, QUANT_STATE_FILE
-from export.progress import Progress
-from export.quant_state import QuantState
-from export.quant_state_file import read_quant_state
-from export.record import RECORD_FILE
-from export.report.names import Place, place_of
-from export.verify import VerifyReport, WeightError, verify
-from export.verify.view import CheckpointView, Module
-from mappings.errors import CheckpointError, UsageError
-from mappings.names import module_of, natural_key
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.kernels.nvfp4 import FP4_MAX, FP8_MAX
+from amaxbridge.export.output.config_and_index import CONFIG_FILE, QUANT_STATE_FILE
+from amaxbridge.export.output.provenance import RECORD_FILE
+from amaxbridge.export.progress import Progress
+from amaxbridge.export.report.module_place import Place, place_of
+from amaxbridge.export.verify import VerifyReport, WeightError, verify
+from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.names import module_of, natural_key
 
 _NVFP4_RANGE = FP4_MAX * FP8_MAX
 _SATURATED = 1 + 2**-8  # an amax may have been rounded to bf16 on its way through a scale

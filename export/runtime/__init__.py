@@ -1,8 +1,10 @@
 """A checkpoint read back the way a serving engine reads it, in plain torch; see README.md."""
 
-from export.runtime.config import CompressedTensorsConfig
-from export.runtime.load import CompressedLinear, load_linear, load_model_
-from export.runtime.marlin import (
+from amaxbridge.export.runtime.compressed_tensors_config import CompressedTensorsConfig
+from amaxbridge.export.runtime.layer_parameters import replace_parameter
+from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
+from amaxbridge.export.runtime.load_layers import CompressedLinear, load_linear, load_model_
+from amaxbridge.export.runtime.marlin import (
     GPTQ_MARLIN_MIN_THREAD_K,
     GPTQ_MARLIN_MIN_THREAD_N,
     GPTQ_MARLIN_TILE,
@@ -18,11 +20,9 @@ from export.runtime.marlin import (
     verify_marlin_supported,
     verify_marlin_supports_shape,
 )
-from export.runtime.method import CompressedTensorsLinearMethod
-from export.runtime.parameters import replace_parameter
-from export.runtime.signature import Signature, UnsupportedQuantizationError
-from export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
-from export.runtime.wna16 import CompressedTensorsWNA16Scheme
+from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
+from amaxbridge.export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
+from amaxbridge.export.runtime.wna16 import CompressedTensorsWNA16Scheme
 
 __all__ = [
     "GPTQ_MARLIN_MIN_THREAD_K",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1, mx, nvfp4, scaled
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code, ScaledWeight
-from export.runtime.signature import Arguments, Signature, UnsupportedQuantizationError
+from amaxbridge.export.kernels import e2m1, mx, nvfp4, scaled
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
+from amaxbridge.export.runtime.signature import Arguments, Signature, UnsupportedQuantizationError
 
 _INT8_MAX = 127.0
 _TINY_INT8 = 1e-10  # the least absmax of a token

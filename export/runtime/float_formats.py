@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from export.runtime.activations import activation_for
-from export.runtime.parameters import (
+from amaxbridge.export.runtime.activations import activation_for
+from amaxbridge.export.runtime.layer_parameters import (
     Partition,
     check_loaded,
     create_parameters,
@@ -25,16 +25,16 @@ from export.runtime.parameters import (
     replace_parameter,
     shared,
 )
-from export.runtime.signature import Signature, UnsupportedQuantizationError
-from export.schemes.fp8 import FP8
-from export.schemes.fp8_block import FP8_BLOCK
-from export.schemes.fp8_dynamic import FP8_DYNAMIC
-from export.schemes.mxfp4 import MXFP4A16
-from export.schemes.mxfp8 import MXFP8A16
-from export.schemes.nvfp4 import NVFP4
-from export.schemes.nvfp4a16 import NVFP4A16
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import Scheme
+from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
+from amaxbridge.export.schemes.fp8 import FP8
+from amaxbridge.export.schemes.fp8_block import FP8_BLOCK
+from amaxbridge.export.schemes.fp8_dynamic import FP8_DYNAMIC
+from amaxbridge.export.schemes.mxfp4 import MXFP4A16
+from amaxbridge.export.schemes.mxfp8 import MXFP8A16
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import Scheme
 
 
 class FloatScheme:

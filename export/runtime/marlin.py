@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from export.kernels.scaled import pack_int4, unpack_int4
+from amaxbridge.export.kernels.scaled import pack_int4, unpack_int4
 
 MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]
 GPTQ_MARLIN_MIN_THREAD_N = 64

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mappings.errors import UsageError
+from amaxbridge.mappings.errors import UsageError
 
 _ORDERS: Mapping[Any, str] = MappingProxyType({"dynamic": "group", "static": "weight", True: "group"})  # older names
 

@@ -11,8 +11,8 @@ weight stands transposed, `[in, out]`, as both want it, and every output has a s
 import torch
 from torch import Tensor, nn
 
-from export.runtime.activations import quantize_int8
-from export.runtime.parameters import (
+from amaxbridge.export.runtime.activations import quantize_int8
+from amaxbridge.export.runtime.layer_parameters import (
     Partition,
     check_loaded,
     create_parameters,
@@ -20,8 +20,8 @@ from export.runtime.parameters import (
     module_parts,
     replace_parameter,
 )
-from export.runtime.signature import UnsupportedQuantizationError
-from mappings.tensors import TensorSpec
+from amaxbridge.export.runtime.signature import UnsupportedQuantizationError
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 class CompressedTensorsW8A8Int8Scheme:
@@ -73,7 +73,7 @@ class CompressedTensorsW8A8Int8Scheme:
         weight, weight_scale = data_of(layer, "weight"), data_of(layer, "weight_scale")
         codes, scale = quantize_int8(x.reshape(-1, x.shape[-1]))
         if x.is_cuda:
-            from export.runtime import triton_kernels  # Triton comes with the CUDA builds of torch
+            from amaxbridge.export.runtime import triton_kernels  # Triton comes with the CUDA builds of torch
 
             out = triton_kernels.int8_matmul(codes, weight, scale, weight_scale, x.dtype)
         else:

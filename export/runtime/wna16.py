@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from export.kernels import scaled
-from export.kernels.scaled import Blocks, ScaledWeight
-from export.runtime import marlin
-from export.runtime.parameters import (
+from amaxbridge.export.kernels import scaled
+from amaxbridge.export.kernels.scaled import Blocks, ScaledWeight
+from amaxbridge.export.runtime import marlin
+from amaxbridge.export.runtime.layer_parameters import (
     Partition,
     check_loaded,
     create_parameters,
@@ -31,9 +31,9 @@ from export.runtime.parameters import (
     replace_parameter,
     shared,
 )
-from export.runtime.signature import UnsupportedQuantizationError
-from mappings.errors import CheckpointError
-from mappings.tensors import TensorSpec
+from amaxbridge.export.runtime.signature import UnsupportedQuantizationError
+from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.tensors import TensorSpec
 
 _LAYOUT = "wna16_layout"  # among the attributes of a layer
 
@@ -154,7 +154,7 @@ class CompressedTensorsWNA16Scheme:
         layer.__dict__[_LAYOUT] = replace(layout, is_marlin=True)
 
     def _apply_on_gpu(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        from export.runtime import triton_kernels  # Triton comes with the CUDA builds of torch
+        from amaxbridge.export.runtime import triton_kernels  # Triton comes with the CUDA builds of torch
 
         rows = x.reshape(-1, x.shape[-1])
         if self.has_g_idx:

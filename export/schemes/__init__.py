@@ -4,19 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from export.schemes.fp8 import FP8
-from export.schemes.fp8_block import FP8_BLOCK
-from export.schemes.fp8_dynamic import FP8_DYNAMIC
-from export.schemes.mxfp4 import MXFP4, MXFP4A16
-from export.schemes.mxfp8 import MXFP8, MXFP8A16
-from export.schemes.nvfp4 import NVFP4
-from export.schemes.nvfp4a16 import NVFP4A16
-from export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
-from export.schemes.scheme import Scheme
-from export.schemes.w4a16 import w4a16
-from export.schemes.w4a16_asym import w4a16_asym
-from export.schemes.w8a8 import W8A8
-from mappings.errors import UsageError
+from amaxbridge.export.schemes.fp8 import FP8
+from amaxbridge.export.schemes.fp8_block import FP8_BLOCK
+from amaxbridge.export.schemes.fp8_dynamic import FP8_DYNAMIC
+from amaxbridge.export.schemes.mxfp4 import MXFP4, MXFP4A16
+from amaxbridge.export.schemes.mxfp8 import MXFP8, MXFP8A16
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
+from amaxbridge.export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
+from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
+from amaxbridge.export.schemes.w8a8 import W8A8
+from amaxbridge.mappings.errors import UsageError
 
 __all__ = ["SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "named_scheme"]
 

@@ -8,9 +8,9 @@ vLLM keeps one weight scale for a fused group, the largest of its members, and q
 more. So a group shares its amax, as it did in training, where q, k and v are one weight with one quantizer.
 """
 
-from export.kernels.scaled import Blocks, Code
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import arguments
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import arguments
 
 _TENSOR = arguments(8, "float", "tensor")
 

@@ -4,9 +4,9 @@ weight        float8_e4m3fn  [out, in]
 weight_scale                 [out/128, in/128] rounded up   amax / 448: fp32 if calibrated, else in the weight's dtype
 """
 
-from export.kernels.scaled import Blocks, Code
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import arguments
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import arguments
 
 _BLOCK = 128
 

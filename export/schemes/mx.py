@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.fused_scales import GroupAmax
-from export.kernels import e2m1, mx
-from export.kernels.nvfp4 import Arithmetic
-from export.schemes.scheme import arguments
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.kernels import e2m1, mx
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.schemes.scheme import arguments
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

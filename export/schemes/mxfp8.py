@@ -4,7 +4,7 @@ weight        float8_e4m3fn  [out, in]
 weight_scale  uint8          [out, in/32]   E8M0: 2^(scale - 127)
 """
 
-from export.schemes.mx import MX
+from amaxbridge.export.schemes.mx import MX
 
 MXFP8 = MX("mxfp8", 8, "mxfp8-quantized")
 MXFP8A16 = MX("mxfp8a16", 8, "mxfp8-quantized", weights_only=True)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.fused_scales import GroupAmax
-from export.kernels import nvfp4
-from export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
-from export.schemes.scheme import arguments
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.kernels import nvfp4
+from amaxbridge.export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
+from amaxbridge.export.schemes.scheme import arguments
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

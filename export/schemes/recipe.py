@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from export.quant_state import QuantState
-from export.schemes.scheme import Scheme
-from mappings.errors import UsageError
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.mappings.errors import UsageError
 
 EVERY_LINEAR = "Linear"
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")

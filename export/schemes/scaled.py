@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.fused_scales import GroupAmax
-from export.kernels import scaled
-from export.kernels.scaled import Blocks, Code, ScaledWeight
-from mappings.tensors import TensorSpec
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.kernels import scaled
+from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
+from amaxbridge.mappings.tensors import TensorSpec
 
 _CODES_A_WORD = 8  # of 4 bits; zero points are packed along the rows
 

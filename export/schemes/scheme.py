@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from export.fused_scales import DATA_FREE, GroupAmax
-from export.kernels.e2m1 import NOT_FINITE
-from export.rows import Rows, WholeTensor, Written
-from mappings.errors import MappingError
-from mappings.tensors import TensorSpec, max_of
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
+from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
+from amaxbridge.export.kernels.e2m1 import NOT_FINITE
+from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring and quantizing
 NO_AMAX: Mapping[str, Tensor] = MappingProxyType({})

@@ -9,9 +9,9 @@ Rounding a calibrated scale to bf16 moves its codes by 2^-9 of themselves at mos
 training computed, and no nearer to the weight.
 """
 
-from export.kernels.scaled import Blocks, Code
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import arguments
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import arguments
 
 
 def w4a16(group_size: int = 128) -> Scaled:

@@ -4,9 +4,9 @@ weight_scale              [out, in/group]     (max - min) / 15
 weight_zero_point  int32  [out/8, in/group]   eight rows a word, plus 8, the first row in the low bits
 """
 
-from export.kernels.scaled import Blocks, Code
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import arguments
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import arguments
 
 
 def w4a16_asym(group_size: int = 128) -> Scaled:

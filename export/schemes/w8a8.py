@@ -4,9 +4,9 @@ weight        int8  [out, in]
 weight_scale        [out, 1]   amax / 127 in fp32 if calibrated, else amax / 127.5 in the weight's dtype
 """
 
-from export.kernels.scaled import Blocks, Code
-from export.schemes.scaled import Scaled
-from export.schemes.scheme import arguments
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import arguments
 
 W8A8 = Scaled(
     "w8a8",

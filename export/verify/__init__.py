@@ -7,11 +7,11 @@
 See README.md for the rules and how to add one.
 """
 
-from export.verify.finding import Finding, Problem, Rule, Severity
-from export.verify.parallel import ParallelSize
-from export.verify.reference import WeightError
-from export.verify.report import VerifyReport
-from export.verify.verifying import RULES, verify
+from amaxbridge.export.verify.all_rules import RULES, verify
+from amaxbridge.export.verify.finding import Finding, Problem, Rule, Severity
+from amaxbridge.export.verify.parallel_sizes import ParallelSize
+from amaxbridge.export.verify.reference_weights import WeightError
+from amaxbridge.export.verify.verify_report import VerifyReport
 
 __all__ = [
     "RULES", "Finding", "ParallelSize", "Problem", "Rule", "Severity", "VerifyReport", "WeightError", "verify",

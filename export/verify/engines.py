@@ -17,13 +17,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from export.runtime.matching import LINEAR, Matching, fused_name
-from export.schemes.recipe import EVERY_LINEAR
-from export.verify.quantization import HEAD, Quantization, is_sound, means
-from export.verify.view import CheckpointView
-from mappings.errors import CheckpointError
-from mappings.fused_groups import groups_among
-from mappings.names import is_routed_expert
+from amaxbridge.export.runtime.group_of_module import LINEAR, Matching, fused_name
+from amaxbridge.export.schemes.recipe import EVERY_LINEAR
+from amaxbridge.export.verify.checkpoint_view import CheckpointView
+from amaxbridge.export.verify.stored_config import HEAD, Quantization, is_sound, means
+from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.names import is_routed_expert
 
 EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
 
@@ -55,7 +55,7 @@ ENGINES = (
     Engine("SGLang", ignores_parts=True, first_expert=True, refuses_untargeted=True),
     Engine("transformers", fuses=False, ignores_classes=True, head_is_linear=True),
 )
-RUNTIME = Engine("export.runtime")
+RUNTIME = Engine("amaxbridge.export.runtime")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from export.verify.view import CheckpointView
+from amaxbridge.export.verify.checkpoint_view import CheckpointView
 
 
 class Severity(StrEnum):

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from mappings.errors import UnknownArchitectureError
-from mappings.families.deepseek_v3 import DEEPSEEK_V3
-from mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
-from mappings.families.glm4_moe import GLM4_MOE
-from mappings.families.gpt_oss import GPT_OSS
-from mappings.families.llama import LLAMA, MISTRAL
-from mappings.families.mixtral import MIXTRAL
-from mappings.families.nemotron_h import NEMOTRON_H
-from mappings.families.olmoe import OLMOE
-from mappings.families.qwen2 import QWEN2
-from mappings.families.qwen2_moe import QWEN2_MOE
-from mappings.families.qwen3 import QWEN3
-from mappings.families.qwen3_moe import QWEN3_MOE
-from mappings.family import ModelFamily
+from amaxbridge.mappings.errors import UnknownArchitectureError
+from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
+from amaxbridge.mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
+from amaxbridge.mappings.families.glm4_moe import GLM4_MOE
+from amaxbridge.mappings.families.gpt_oss import GPT_OSS
+from amaxbridge.mappings.families.llama import LLAMA, MISTRAL
+from amaxbridge.mappings.families.mixtral import MIXTRAL
+from amaxbridge.mappings.families.nemotron_h import NEMOTRON_H
+from amaxbridge.mappings.families.olmoe import OLMOE
+from amaxbridge.mappings.families.qwen2 import QWEN2
+from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
+from amaxbridge.mappings.families.qwen3 import QWEN3
+from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
+from amaxbridge.mappings.family import ModelFamily
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,

@@ -2,19 +2,19 @@
 
 from typing import Any
 
-from mappings.errors import UsageError
-from mappings.families import parts, sigmoid_experts
-from mappings.family import HFConfig, ModelFamily, Translation, look_up
-from mappings.mapping import MegatronParamMapping
-from mappings.settings import Settings
-from mappings.weights import ColumnParallelMapping, LatentDownMapping, ReplicatedMapping
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.families import decoder, sigmoid_experts
+from amaxbridge.mappings.family import HFConfig, ModelFamily, Translation, look_up
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.weights import ColumnParallelMapping, LatentDownMapping, ReplicatedMapping
 
-_ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
+_ATTENTION, _HF_ATTENTION = f"{decoder.MEGATRON}.self_attention", f"{decoder.HF}.self_attn"
 _Q_ROWS = ("q_lora_rank",)
 _KV_ROWS = ("kv_lora_rank", "qk_pos_emb_head_dim")
 
 _LAYER: tuple[MegatronParamMapping, ...] = (
-    ReplicatedMapping(f"{parts.MEGATRON}.input_layernorm.weight", f"{parts.HF}.input_layernorm.weight"),
+    ReplicatedMapping(f"{decoder.MEGATRON}.input_layernorm.weight", f"{decoder.HF}.input_layernorm.weight"),
     ColumnParallelMapping(f"{_ATTENTION}.linear_q_proj.weight", f"{_HF_ATTENTION}.q_proj.weight"),
     LatentDownMapping(f"{_ATTENTION}.linear_q_down_proj.weight", f"{_HF_ATTENTION}.q_a_proj.weight", rows=_Q_ROWS),
     ReplicatedMapping(f"{_ATTENTION}.q_layernorm.weight", f"{_HF_ATTENTION}.q_a_layernorm.weight"),
@@ -24,9 +24,9 @@ _LAYER: tuple[MegatronParamMapping, ...] = (
     ),
     ReplicatedMapping(f"{_ATTENTION}.kv_layernorm.weight", f"{_HF_ATTENTION}.kv_a_layernorm.weight"),
     ColumnParallelMapping(f"{_ATTENTION}.linear_kv_up_proj.weight", f"{_HF_ATTENTION}.kv_b_proj.weight"),
-    parts.ATTENTION_OUTPUT,
-    parts.MLP_NORM,
-    *parts.MLP,
+    decoder.ATTENTION_OUTPUT,
+    decoder.MLP_NORM,
+    *decoder.MLP,
     *sigmoid_experts.EXPERTS,
 )
 
@@ -71,10 +71,10 @@ def _rope_parameters(settings: Settings) -> dict[str, Any]:
 
 DEEPSEEK_V3 = ModelFamily(
     architectures=("DeepseekV3ForCausalLM",),
-    mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
+    mappings=(decoder.EMBEDDING, *_LAYER, *decoder.HEAD),
     exceptions=lambda hf_config: sigmoid_experts.mtp_layers(hf_config, _LAYER),
     transformer={
-        **{name: field for name, field in parts.DECODER_SIZES.items() if name != "kv_channels"},
+        **{name: field for name, field in decoder.DECODER_SIZES.items() if name != "kv_channels"},
         "q_lora_rank": "q_lora_rank",
         "kv_lora_rank": "kv_lora_rank",
         "qk_head_dim": "qk_nope_head_dim",
@@ -84,9 +84,9 @@ DEEPSEEK_V3 = ModelFamily(
     },
     derived=Translation(_rope, _rope_parameters),
     requires={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True, "norm_topk_prob": True},
-    model=parts.MODEL_ARGUMENTS,
+    model=decoder.MODEL_ARGUMENTS,
     constants={
-        **parts.GATED_RMSNORM_DECODER,
+        **decoder.GATED_RMSNORM_DECODER,
         **sigmoid_experts.ROUTER,
         "multi_latent_attention": True,
         "qk_layernorm": True,

@@ -4,30 +4,30 @@ Of a Gemma 3 that sees images Megatron has the language model; the rest goes int
 
 Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear is a
 part of it in Megatron's names, as NVIDIA's Megatron-Bridge trains these models: `linear_proj.post_layernorm`.
-Megatron-Core itself has no such layers; `bridge/megatron/gemma.py` has what it takes to build them on its own.
+Megatron-Core itself has no such layers; `bridge/megatron/gemma_layers.py` has what it takes to build them on its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mappings.errors import UsageError
-from mappings.families import parts
-from mappings.family import HFConfig, ModelFamily, Source, Translation, fixed, look_up
-from mappings.settings import Settings
-from mappings.weights import ReplicatedMapping
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.families import decoder
+from amaxbridge.mappings.family import HFConfig, ModelFamily, Source, Translation, fixed, look_up
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 _LAYER = (
-    *parts.QKV,
-    parts.ATTENTION_OUTPUT,
+    *decoder.QKV,
+    decoder.ATTENTION_OUTPUT,
     ReplicatedMapping(
-        f"{parts.MEGATRON}.self_attention.linear_proj.post_layernorm.weight",
-        f"{parts.HF}.post_attention_layernorm.weight",
+        f"{decoder.MEGATRON}.self_attention.linear_proj.post_layernorm.weight",
+        f"{decoder.HF}.post_attention_layernorm.weight",
     ),
-    ReplicatedMapping(f"{parts.MEGATRON}.pre_mlp_layernorm.weight", f"{parts.HF}.pre_feedforward_layernorm.weight"),
-    *parts.MLP,
+    ReplicatedMapping(f"{decoder.MEGATRON}.pre_mlp_layernorm.weight", f"{decoder.HF}.pre_feedforward_layernorm.weight"),
+    *decoder.MLP,
     ReplicatedMapping(
-        f"{parts.MEGATRON}.mlp.linear_fc2.post_layernorm.weight", f"{parts.HF}.post_feedforward_layernorm.weight"
+        f"{decoder.MEGATRON}.mlp.linear_fc2.post_layernorm.weight", f"{decoder.HF}.post_feedforward_layernorm.weight"
     ),
 )
 
@@ -39,10 +39,10 @@ def _scalar(settings: Settings) -> dict[str, Any]:
     return {"query_pre_attn_scalar": whole if whole**-0.5 == scale else scale**-2}
 
 
-_CONSTANTS = {**parts.GATED_RMSNORM_DECODER, "layernorm_zero_centered_gamma": True}
+_CONSTANTS = {**decoder.GATED_RMSNORM_DECODER, "layernorm_zero_centered_gamma": True}
 _LAYERS: Mapping[str, Source] = {
     "softmax_scale": Translation(lambda hf_config: hf_config["query_pre_attn_scalar"] ** -0.5, _scalar),
-    **parts.SLIDING_LAYERS,
+    **decoder.SLIDING_LAYERS,
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
@@ -77,11 +77,11 @@ def _interpolated(settings: Settings) -> dict[str, Any]:
 
 GEMMA2 = ModelFamily(
     architectures=("Gemma2ForCausalLM",),
-    mappings=(parts.EMBEDDING, *_LAYER, *parts.HEAD),
-    transformer=parts.DECODER_SIZES,
+    mappings=(decoder.EMBEDDING, *_LAYER, *decoder.HEAD),
+    transformer=decoder.DECODER_SIZES,
     requires=_REQUIRES,
     check=_check,
-    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
+    model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants=_CONSTANTS,
     layers=_LAYERS,
     activation=_ACTIVATION,
@@ -90,12 +90,12 @@ GEMMA2 = ModelFamily(
 
 GEMMA3 = ModelFamily(
     architectures=("Gemma3ForCausalLM",),
-    mappings=(parts.EMBEDDING, *_LAYER, *parts.QK_NORMS, *parts.HEAD),
-    transformer=parts.DECODER_SIZES,
+    mappings=(decoder.EMBEDDING, *_LAYER, *decoder.QK_NORMS, *decoder.HEAD),
+    transformer=decoder.DECODER_SIZES,
     requires=_REQUIRES,
     check=_check,
     model={
-        **parts.MODEL_ARGUMENTS,
+        **decoder.MODEL_ARGUMENTS,
         "rotary_base": "rope_parameters.full_attention.rope_theta",
         "seq_len_interpolation_factor": Translation(_interpolation, _interpolated),
     },

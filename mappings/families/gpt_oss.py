@@ -7,12 +7,12 @@ Plain files hold the experts of a layer as one tensor, inputs first, gate and up
 them in MXFP4 (`…_blocks`, `…_scales`), which is read too, and never written in that form.
 """
 
-from mappings.families import parts
-from mappings.family import HFConfig, ModelFamily, PackedExperts, fixed, require
-from mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
+from amaxbridge.mappings.families import decoder
+from amaxbridge.mappings.family import HFConfig, ModelFamily, PackedExperts, fixed, require
+from amaxbridge.mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
 
-_ATTENTION, _HF_ATTENTION = f"{parts.MEGATRON}.self_attention", f"{parts.HF}.self_attn"
-_MLP, _HF_MLP = f"{parts.MEGATRON}.mlp", f"{parts.HF}.mlp"
+_ATTENTION, _HF_ATTENTION = f"{decoder.MEGATRON}.self_attention", f"{decoder.HF}.self_attn"
+_MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
 
 def _check(hf_config: HFConfig) -> None:
@@ -24,44 +24,44 @@ def _check(hf_config: HFConfig) -> None:
 GPT_OSS = ModelFamily(
     architectures=("GptOssForCausalLM",),
     mappings=(
-        parts.EMBEDDING,
-        *parts.QKV,
-        parts.QKV_BIAS,
+        decoder.EMBEDDING,
+        *decoder.QKV,
+        decoder.QKV_BIAS,
         ColumnParallelMapping(f"{_ATTENTION}.core_attention.softmax_offset", f"{_HF_ATTENTION}.sinks"),
-        parts.ATTENTION_OUTPUT,
+        decoder.ATTENTION_OUTPUT,
         ReplicatedMapping(f"{_ATTENTION}.linear_proj.bias", f"{_HF_ATTENTION}.o_proj.bias"),
-        parts.MLP_NORM,
+        decoder.MLP_NORM,
         ReplicatedMapping(f"{_MLP}.router.weight", f"{_HF_MLP}.router.weight"),
         ReplicatedMapping(f"{_MLP}.router.bias", f"{_HF_MLP}.router.bias"),
-        *parts.ROUTED_EXPERTS,
+        *decoder.ROUTED_EXPERTS,
         GatedMLPMapping(
             f"{_MLP}.experts.linear_fc1.bias*",
             gate=f"{_HF_MLP}.experts.*.gate_proj.bias",
             up=f"{_HF_MLP}.experts.*.up_proj.bias",
         ),
         ReplicatedMapping(f"{_MLP}.experts.linear_fc2.bias*", f"{_HF_MLP}.experts.*.down_proj.bias"),
-        *parts.HEAD,
+        *decoder.HEAD,
     ),
     transformer={
-        **parts.DECODER_SIZES,
-        **parts.ONLY_EXPERTS,
+        **decoder.DECODER_SIZES,
+        **decoder.ONLY_EXPERTS,
         "num_moe_experts": "num_local_experts",
     },
     requires={"swiglu_alpha": 1.702, "attention_bias": True},
     check=_check,
     model={
-        **parts.MODEL_ARGUMENTS,
+        **decoder.MODEL_ARGUMENTS,
         "position_embedding_type": fixed("yarn", **{"rope_parameters.rope_type": "yarn"}),
     },
     constants={
-        **parts.GATED_RMSNORM_DECODER,
-        **parts.SOFTMAX_ROUTER,
+        **decoder.GATED_RMSNORM_DECODER,
+        **decoder.SOFTMAX_ROUTER,
         "add_bias_linear": True,
         "moe_router_pre_softmax": False,
     },
     layers={
         "softmax_type": fixed("learnable"),
-        **parts.SLIDING_LAYERS,
+        **decoder.SLIDING_LAYERS,
         "activation_func_clamp_value": "swiglu_limit",
         "glu_linear_offset": fixed(1.0),
         "yarn_rotary_scaling_factor": "rope_parameters.factor",

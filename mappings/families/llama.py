@@ -2,27 +2,27 @@
 
 from dataclasses import replace
 
-from mappings.families import parts
-from mappings.family import ModelFamily
+from amaxbridge.mappings.families import decoder
+from amaxbridge.mappings.family import ModelFamily
 
 LLAMA = ModelFamily(
     architectures=("LlamaForCausalLM",),
     mappings=(
-        parts.EMBEDDING,
-        *parts.QKV,
-        parts.ATTENTION_OUTPUT,
-        parts.MLP_NORM,
-        *parts.MLP,
-        *parts.HEAD,
+        decoder.EMBEDDING,
+        *decoder.QKV,
+        decoder.ATTENTION_OUTPUT,
+        decoder.MLP_NORM,
+        *decoder.MLP,
+        *decoder.HEAD,
     ),
-    transformer=parts.DECODER_SIZES,
-    requires=parts.PLAIN_DECODER,
-    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
-    constants=parts.GATED_RMSNORM_DECODER,
+    transformer=decoder.DECODER_SIZES,
+    requires=decoder.PLAIN_DECODER,
+    model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
+    constants=decoder.GATED_RMSNORM_DECODER,
 )
 
 MISTRAL = replace(
     LLAMA,
     architectures=("MistralForCausalLM",),
-    transformer={**parts.DECODER_SIZES, "window_size": parts.WINDOW},
+    transformer={**decoder.DECODER_SIZES, "window_size": decoder.WINDOW},
 )

@@ -8,8 +8,8 @@ layers lie outside `backbone`, counted through; transformers does not build them
 from collections.abc import Iterator
 from typing import Any
 
-from mappings.families import sigmoid_experts
-from mappings.family import (
+from amaxbridge.mappings.families import sigmoid_experts
+from amaxbridge.mappings.family import (
     HFConfig,
     ModelFamily,
     Source,
@@ -19,11 +19,11 @@ from mappings.family import (
     read_table,
     write_table,
 )
-from mappings.hybrid import read_pattern
-from mappings.mamba import MambaConvolutionMapping, MambaProjectionMapping
-from mappings.mapping import MegatronParamMapping
-from mappings.settings import Settings
-from mappings.weights import (
+from amaxbridge.mappings.hybrid_layers import read_pattern
+from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.weights import (
     ColumnParallelMapping,
     QKVMapping,
     ReplicatedMapping,

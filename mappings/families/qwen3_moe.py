@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from mappings.families import parts
-from mappings.family import HFConfig, ModelFamily, Source, Translation, look_up
-from mappings.settings import Settings
+from amaxbridge.mappings.families import decoder
+from amaxbridge.mappings.family import HFConfig, ModelFamily, Source, Translation, look_up
+from amaxbridge.mappings.megatron_settings import Settings
 
 
 def _experts(hf_config: HFConfig) -> Any:
@@ -29,27 +29,27 @@ SPARSE_LAYERS: dict[str, Source] = {
     "moe_layer_freq": Translation(_moe_layers, _dense_layers),
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
-    "moe_router_pre_softmax": parts.SOFTMAX_OVER_ALL,
+    "moe_router_pre_softmax": decoder.SOFTMAX_OVER_ALL,
 }
 
 QWEN3_MOE = ModelFamily(
     architectures=("Qwen3MoeForCausalLM",),
     mappings=(
-        parts.EMBEDDING,
-        *parts.QKV,
-        *parts.QK_NORMS,
-        parts.ATTENTION_OUTPUT,
-        parts.MLP_NORM,
-        *parts.MLP,
-        parts.ROUTER,
-        *parts.ROUTED_EXPERTS,
-        *parts.HEAD,
+        decoder.EMBEDDING,
+        *decoder.QKV,
+        *decoder.QK_NORMS,
+        decoder.ATTENTION_OUTPUT,
+        decoder.MLP_NORM,
+        *decoder.MLP,
+        decoder.ROUTER,
+        *decoder.ROUTED_EXPERTS,
+        *decoder.HEAD,
     ),
     transformer={
-        **parts.DECODER_SIZES,
+        **decoder.DECODER_SIZES,
         **SPARSE_LAYERS,
     },
-    requires=parts.PLAIN_DECODER,
-    model={**parts.MODEL_ARGUMENTS, **parts.ROPE_SCALING},
-    constants={**parts.GATED_RMSNORM_DECODER, **parts.SOFTMAX_ROUTER, "qk_layernorm": True},
+    requires=decoder.PLAIN_DECODER,
+    model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
+    constants={**decoder.GATED_RMSNORM_DECODER, **decoder.SOFTMAX_ROUTER, "qk_layernorm": True},
 )

@@ -13,11 +13,11 @@ brings copies of the embedding and of the output layer in Hugging Face's files, 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mappings.families import parts
-from mappings.family import HFConfig, Source, Translation, look_up
-from mappings.mapping import MegatronParamMapping
-from mappings.settings import Settings
-from mappings.weights import (
+from amaxbridge.mappings.families import decoder
+from amaxbridge.mappings.family import HFConfig, Source, Translation, look_up
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.weights import (
     ColumnParallelMapping,
     CopiedVocabMapping,
     GatedMLPMapping,
@@ -25,10 +25,10 @@ from mappings.weights import (
     RowParallelMapping,
 )
 
-_MLP, _HF_MLP = f"{parts.MEGATRON}.mlp", f"{parts.HF}.mlp"
+_MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
 EXPERTS: tuple[MegatronParamMapping, ...] = (
-    parts.ROUTER,
+    decoder.ROUTER,
     ReplicatedMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.gate.e_score_correction_bias"),
     GatedMLPMapping(
         f"{_MLP}.shared_experts.linear_fc1.weight",
@@ -36,7 +36,7 @@ EXPERTS: tuple[MegatronParamMapping, ...] = (
         up=f"{_HF_MLP}.shared_experts.up_proj.weight",
     ),
     RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_experts.down_proj.weight"),
-    *parts.ROUTED_EXPERTS,
+    *decoder.ROUTED_EXPERTS,
 )
 
 
@@ -53,15 +53,15 @@ def mtp_layers(hf_config: HFConfig, decoder_layer: Sequence[MegatronParamMapping
         yield ColumnParallelMapping(f"{layer}.eh_proj.weight", f"{hf_layer}.eh_proj.weight")
         yield ReplicatedMapping(f"{layer}.final_layernorm.weight", f"{hf_layer}.shared_head.norm.weight")
     if hf_layers:
-        for shared, copy in ((parts.EMBEDDING, "embed_tokens"), (parts.OUTPUT, "shared_head.head")):
+        for shared, copy in ((decoder.EMBEDDING, "embed_tokens"), (decoder.OUTPUT, "shared_head.head")):
             copies = [f"{layer}.{copy}.weight" for layer in hf_layers]
             yield CopiedVocabMapping(shared.megatron_param, shared.hf_param, copies=copies)
 
 
 def _moved(mapping: MegatronParamMapping, layer: str, hf_layer: str) -> MegatronParamMapping:
     """A decoder layer's mapping for one layer elsewhere."""
-    megatron_param = mapping.megatron_param.replace(parts.MEGATRON, layer)
-    return mapping.rename(megatron_param, lambda name: name.replace(parts.HF, hf_layer))
+    megatron_param = mapping.megatron_param.replace(decoder.MEGATRON, layer)
+    return mapping.rename(megatron_param, lambda name: name.replace(decoder.HF, hf_layer))
 
 
 MTP_COUNT = Translation(

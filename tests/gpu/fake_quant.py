@@ -21,8 +21,8 @@ import sys
 import torch
 from torch import Tensor
 
-from export.kernels import e2m1
-from export.kernels.nvfp4 import Arithmetic, NVFP4Weight, dequantize, quantize
+from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.nvfp4 import Arithmetic, NVFP4Weight, dequantize, quantize
 
 BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between E2M1 values
 NEAR = 2.0**-20
@@ -59,7 +59,7 @@ def fake_quantized(weight: Tensor, amax: Tensor) -> Tensor:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    from bridge.cpu import enable_cpu
+    from amaxbridge.bridge.megatron.without_cuda import enable_cpu
 
     enable_cpu()
     blocks = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}

@@ -22,10 +22,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "workers")]
 
 from live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
 
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.live.model_walk import walk_parameters  # noqa: E402
+from amaxbridge.bridge.live.process_ranks import current_ranks, world_rank  # noqa: E402
 from benchmarks.traffic import CountingRanks, naive  # noqa: E402
-from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.parameters import walk_parameters  # noqa: E402
-from bridge.ranks import current_ranks, world_rank  # noqa: E402
 
 
 @dataclass(frozen=True)

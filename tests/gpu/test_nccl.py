@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from amaxbridge.bridge.live.bundle_stream import stream_bundles
+from amaxbridge.bridge.live.process_ranks import ProcessRanks
+from amaxbridge.bridge.plan.export_plan import plan_export
+from amaxbridge.mappings.families import family_of
 from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
-from bridge.plan import plan_export
-from bridge.ranks import ProcessRanks
-from bridge.stream import stream_bundles
-from mappings.families import family_of
 
 MODEL = Model(layers=2, hidden=256, ffn=512, heads=8, groups=2, head_dim=32, vocab=1000, experts=8)
 REGISTRY = family_of({"architectures": ["Qwen3MoeForCausalLM"]}).registry

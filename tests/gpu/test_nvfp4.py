@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from weights import DTYPES, WEIGHTS, all_arithmetics, all_dtypes, assert_same_weight, weights_of_all_kinds
 
-from export.kernels import e2m1, nvfp4
-from export.kernels.nvfp4 import Arithmetic, dequantize, quantize, tensor_amax
+from amaxbridge.export.kernels import e2m1, nvfp4
+from amaxbridge.export.kernels.nvfp4 import Arithmetic, dequantize, quantize, tensor_amax
 
 FACTORS = (0.01, 0.7, 1.0, 3.0)  # of the weight's own amax: where it is smaller, values saturate
 BIG = (8192, 28672)

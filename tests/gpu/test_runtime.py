@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from export.fused_scales import GroupAmax
-from export.metadata import quantization_config
-from export.runtime import (
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.runtime import (
     CompressedLinear,
     CompressedTensorsConfig,
     CompressedTensorsWNA16Scheme,
@@ -18,9 +18,9 @@ from export.runtime import (
     marlin_repack,
     triton_kernels,
 )
-from export.runtime.activations import activation_for, quantize_int8
-from export.schemes import SCHEMES
-from export.schemes.scheme import quantize_tensors
+from amaxbridge.export.runtime.activations import activation_for, quantize_int8
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.scheme import quantize_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from export.fused_scales import GroupAmax
-from export.schemes import SCHEMES
-from export.schemes.scheme import quantize_tensors
+from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.scheme import quantize_tensors
 
 
 @pytest.mark.parametrize("name", SCHEMES)

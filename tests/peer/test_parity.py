@@ -14,7 +14,7 @@ from checkpoints import cuts_inside_groups, dense_model, moe_model, write_checkp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.model_free import model_free_ptq
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
 
 PEER = os.environ.get("PEER", ".venv-llmcompressor/bin/python")
 PRESETS = ("NVFP4A16", "MXFP4A16", "MXFP8A16", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM", "W8A8")

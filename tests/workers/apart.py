@@ -15,13 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import scripts.progress
-from export import writer
-from export.progress import NoProgress, Progress
-from scripts import cli
-from scripts.export import export
+from amaxbridge import cli
+from amaxbridge.export.disk import shard_writer
+from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.scripts import progress_bar
+from amaxbridge.scripts.export import export
 
-IMPORTED = ("bridge.auto", "bridge.mesh_plan", "scripts.tables", "transformers.models.auto", "hydra")
+IMPORTED = (
+    "amaxbridge.bridge.auto",
+    "amaxbridge.bridge.plan.dry_run",
+    "amaxbridge.scripts.tables",
+    "transformers.models.auto",
+    "hydra",
+)
 
 
 class Pausing(NoProgress):
@@ -46,13 +52,13 @@ def start(words: list[str], rank: int, world: int, cwd: str, log: str, pause: in
         os.dup2(output, stream)
     os.chdir(cwd)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    writer._SYNC_BYTES = 0
+    shard_writer._SYNC_BYTES = 0
 
     @contextlib.contextmanager
     def progress(what: str) -> Iterator[Progress]:
         yield Pausing(pause, Path(f"{log}.paused"))
 
-    scripts.progress.progress = progress
+    progress_bar.progress = progress
     sys.argv = ["export.py", *words]
     status = 1
     try:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from weights import WEIGHTS, same_bytes
 
-from export.kernels import (
+from amaxbridge.export.kernels import (
     amax_triton,
     e2m1_triton,
     e4m3_triton,
@@ -24,8 +24,8 @@ from export.kernels import (
     nvfp4,
     scaled,
 )
-from export.kernels.nvfp4 import Arithmetic
-from export.kernels.scaled import Blocks, Code
+from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.scaled import Blocks, Code
 
 MODELOPT = Arithmetic.MODELOPT
 

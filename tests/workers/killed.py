@@ -11,14 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from export import writer
-from export.model_free import model_free_ptq
+from amaxbridge.export.disk import shard_writer
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
 
 
 def start(source: Path, target: Path) -> int:
     child = os.fork()
     if not child:
-        writer._SYNC_BYTES = 1 << 15  # so that there is something to go on from
+        shard_writer._SYNC_BYTES = 1 << 15  # so that there is something to go on from
         try:
             model_free_ptq(source, target, "nvfp4a16", max_workers=2, overwrite=True)
         except BaseException as error:

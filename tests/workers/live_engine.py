@@ -29,13 +29,13 @@ from model import TOKENS, forward  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.megatron import process_ranks  # noqa: E402
-from bridge.ranks import world_rank  # noqa: E402
-from export.checkpoint import SafetensorsCheckpoint  # noqa: E402
-from export.model_free import model_free_ptq  # noqa: E402
-from export.schemes import SCHEMES  # noqa: E402
-from mappings.ranks import Axis  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
+from amaxbridge.bridge.megatron import process_ranks  # noqa: E402
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint  # noqa: E402
+from amaxbridge.export.model_free.whole_directory import model_free_ptq  # noqa: E402
+from amaxbridge.export.schemes import SCHEMES  # noqa: E402
+from amaxbridge.mappings.ranks import Axis  # noqa: E402
 
 INT8_ROWS_AND_TOKENS = copy.deepcopy(mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG)
 for _entry in INT8_ROWS_AND_TOKENS["quant_cfg"]:

@@ -20,10 +20,10 @@ import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
 from model import forward  # noqa: E402
 
-from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.parameters import walk_quantizers  # noqa: E402
-from bridge.ranks import world_rank  # noqa: E402
-from mappings.errors import UsageError  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
+from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
+from amaxbridge.mappings.errors import UsageError  # noqa: E402
 
 
 def static_blocks(model: Any) -> None:
@@ -86,8 +86,8 @@ def whole(state: Any, bridge: AutoBridge) -> Any:
     """The state of all ranks: per-channel and per-block values lie on their owners."""
     from dataclasses import replace
 
-    from bridge.ranks import current_ranks
-    from mappings.ranks import Axis
+    from amaxbridge.bridge.live.process_ranks import current_ranks
+    from amaxbridge.mappings.ranks import Axis
 
     parts = current_ranks().all_gather_object(Axis.WORLD, dict(state.amax))
     return replace(state, amax={name: value for part in parts for name, value in part.items()})

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from live_moe import insert_quantizers, mirror_amax, save_logits, set_amax_from_names
 
-from bridge import AutoBridge, megatron
-from bridge.parameters import walk_quantizers
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

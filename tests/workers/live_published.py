@@ -18,9 +18,9 @@ logging.disable(logging.INFO)
 import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.hf_config import HFModel  # noqa: E402
-from mappings.families import family_of  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.hf import HFModel  # noqa: E402
+from amaxbridge.mappings.families import family_of  # noqa: E402
 
 
 def main(configs: Path, out: Path) -> None:

@@ -24,8 +24,8 @@ from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bridge import AutoBridge, megatron  # noqa: E402
-from bridge.ranks import world_rank  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import scripts.progress
-from export.progress import NoProgress, Progress
-from scripts import cli
-from scripts.export import export
+from amaxbridge import cli
+from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.scripts import progress_bar
+from amaxbridge.scripts.export import export
 
 
 class Slow(NoProgress):
@@ -22,5 +22,5 @@ def slow(what: str) -> Iterator[Progress]:
 
 
 if __name__ == "__main__":
-    scripts.progress.progress = slow  # type: ignore[assignment]
+    progress_bar.progress = slow  # type: ignore[assignment]
     cli.run("export", export)

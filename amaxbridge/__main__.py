@@ -1,0 +1,48 @@
+"""`amaxbridge COMMAND …`, and the same as `python -m amaxbridge COMMAND …`, under torchrun too."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "export": ("export", "a Megatron checkpoint to a Hugging Face checkpoint in the compressed-tensors format"),
+    "import": ("import_hf", "a Hugging Face checkpoint to a Megatron checkpoint"),
+    "quantize": ("quantize", "a Hugging Face checkpoint to compressed-tensors, without Megatron or a model"),
+    "verify": ("verify", "check a checkpoint before it is served"),
+    "report": ("report", "a page and JSON about a checkpoint"),
+}
+"""The name of each command: its module in `amaxbridge.scripts`, and what it does."""
+
+
+def main() -> None:
+    """Runs the command that the first argument names; exits with its status, or with 2 where there is none."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from amaxbridge import __version__
+
+        print(__version__)
+        return
+    name = words[0]
+    if name not in COMMANDS:
+        print(f"error: unknown command '{name}'\n\n{_usage()}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[:2] = [f"amaxbridge {name}"]
+    import_module(f"amaxbridge.scripts.{COMMANDS[name][0]}").main()
+
+
+def _usage() -> str:
+    commands = [f"  {name:<10}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    lines = [
+        "usage: amaxbridge COMMAND [option=value …]",
+        "",
+        *commands,
+        "",
+        "amaxbridge COMMAND --help shows the options.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What all command lines share: the way a command starts, logs, fails and exits.
+
+Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard
+error, from one rank, without a traceback unless `debug=true`.
+
+torch, and so every other room of the house, is imported when a command runs: it takes seconds, and `--help` and a
+misspelled option need none of it.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+
+import amaxbridge.configs
+from amaxbridge.configs.schema import register
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+CONFIGS = Path(amaxbridge.configs.__file__).parent
+
+
+def run(name: str, command: Callable[[Any], None]) -> None:
+    """Runs `command` with the Hydra configuration `name`, then exits.
+
+    Hydra itself exits with 1 for a misspelled option; before the command has started that becomes 2. What it says until
+    then is the same on all ranks; one rank says it.
+    """
+    register()
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
+    started = False
+    silence = contextlib.ExitStack()
+
+    @hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")
+    def main(config: DictConfig) -> None:
+        nonlocal started
+        started = True
+        silence.close()
+        sys.exit(_guarded(command, config))
+
+    if not speaks():
+        silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    try:
+        with silence:
+            main()
+    except SystemExit as stop:
+        sys.exit(2 if stop.code == 1 and not started else stop.code)
+    except KeyboardInterrupt:  # before the command has started
+        sys.exit(INTERRUPTED)
+
+
+def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
+    from amaxbridge.mappings.errors import AmaxbridgeError, UsageError
+
+    _quiet_logging()
+    try:
+        options = OmegaConf.to_object(config)
+        command(options)
+    except MissingMandatoryValue as error:
+        return _fail(UsageError(f"{error.full_key}= is required; --help shows all options"), UsageError.exit_status)
+    except AmaxbridgeError as error:
+        if config.debug:
+            raise
+        return _fail(error, error.exit_status)
+    except OSError as error:
+        if config.debug:
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
+    return 0
+
+
+def speaks() -> bool:
+    """Whether this process says what all ranks would: of those that torchrun starts, on one terminal, the first."""
+    return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _at_home(word: str) -> str:
+    """`output=~/out` with the home directory, which only some shells put there; Hydra's grammar has no ~."""
+    option, is_option, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
+
+
+def _rank() -> int:
+    """As `amaxbridge.bridge.live.process_ranks.world_rank`, without its imports."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(error: BaseException, status: int, message: str = "") -> int:
+    """Says why on standard error, and what the error's notes add: what is kept for another run, say.
+
+    One rank says an error that all of them have by construction; one that a rank has alone, that rank says.
+    """
+    alone = getattr(error, "rank", None)
+    if speaks() or alone == _rank():
+        prefix = "" if alone is None else f"rank {alone}: "
+        lines = [f"{prefix}error: {message or error}", *getattr(error, "__notes__", ())]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    return status
+
+
+def _quiet_logging() -> None:
+    """Our own log at INFO on rank 0, warnings with a rank prefix elsewhere; the frameworks' chatter not at all."""
+    rank = _rank()
+    prefix = f"rank {rank}: " if rank else ""
+    logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("amaxbridge").setLevel(logging.INFO if speaks() else logging.WARNING)
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")

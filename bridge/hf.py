@@ -1,0 +1,237 @@
+"""A Hugging Face model: its configuration with every default filled in, and what its files hold.
+
+The only user of transformers, whose import takes seconds; so it is imported where it is needed, and a wrong path fails
+before.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from amaxbridge.export.model_free.input_directory import model_directory
+from amaxbridge.export.output.config_and_index import CONFIG_FILE
+from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.registry import MappingRegistry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+OUTPUT_LAYER = "output_layer.weight"
+"""Megatron's name."""
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ALWAYS_WRITTEN = ("architectures", "dtype", "model_type", "transformers_version")
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face model. Its directory need not hold weights, and there may be none.
+
+    Args:
+        directory: where its files are; None where the model is known from a Megatron checkpoint alone.
+        written: config.json as it is on the disk; the output's config.json is made from it.
+        filled: the same with the defaults of the architecture filled in.
+        family: the model family that `architectures` names.
+        notes: what users of an output have to know of the configuration.
+    """
+
+    directory: Path | None
+    written: Mapping[str, Any]
+    filled: Mapping[str, Any]
+    family: ModelFamily
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`filled`; of a model with other parts, that of its language model."""
+        return self.family.language_config(self.filled)
+
+    @property
+    def source(self) -> str:
+        """What describes the model, in messages."""
+        return str(self.directory or "config.json, made of the saved arguments")
+
+    @property
+    def weights_directory(self) -> Path:
+        """Where its weights are.
+
+        Raises:
+            UsageError: the model is known from a Megatron checkpoint alone.
+        """
+        if self.directory is None:
+            raise UsageError("a model that saved arguments describe has no Hugging Face weights: give hf=")
+        return self.directory
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding; a pipeline's last stage has a copy of it all the same."""
+        return bool(self.config.get("tie_word_embeddings"))
+
+    @property
+    def without_tensor(self) -> frozenset[str]:
+        """Megatron parameters that are another's on the Hugging Face side."""
+        return frozenset({OUTPUT_LAYER}) if self.tied else frozenset()
+
+    @property
+    def tied_head(self) -> tuple[str, ...]:
+        """The names of an output layer that files do not hold, because it is the embedding."""
+        head = self.registry.megatron_to_hf_lookup(OUTPUT_LAYER) if self.tied else None
+        return head.targets if head else ()
+
+    @cached_property
+    def registry(self) -> MappingRegistry:
+        """The mappings of this model."""
+        return self.family.registry_for(self.config)
+
+    @cached_property
+    def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
+        """As `expected_tensors`, on the meta device, of the language model alone, a tied head left out; built once."""
+        from transformers import AutoConfig
+
+        tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+        left = (*self.family.carried, *self.tied_head)
+        return tensors and {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
+
+
+def read_hf_model(path: str | Path) -> HFModel:
+    """Reads a local directory, or fetches everything but the weights of a model on the Hub.
+
+    Raises:
+        UsageError: no such directory or no config.json in it.
+        UnknownArchitectureError: no family claims the model.
+    """
+    directory = model_directory(path, weights=False)
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    try:
+        written = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    family = family_of(written)
+
+    return HFModel(directory, written, _auto_config(directory).to_dict(), family)
+
+
+def _auto_config(directory: Path) -> Any:
+    """transformers' configuration of a directory that has a config.json.
+
+    Raises:
+        UsageError: its values contradict one another.
+    """
+    from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except StrictDataclassError as error:
+        why = str(error).partition("\n")[2].strip() or error
+        raise UsageError(f"{directory / CONFIG_FILE} is refused by transformers: {why}; correct it") from error
+
+
+def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
+    """A model that no directory describes, from the fields of its config.json. Special tokens are left unset.
+
+    Other fields have the defaults of transformers; a note tells which.
+
+    Raises:
+        UsageError: transformers refuses a field.
+    """
+    import transformers
+
+    made = {"architectures": [architecture], "dtype": dtype, **dict.fromkeys(_TOKENS), **fields}
+    try:
+        config = getattr(transformers, architecture).config_class(**made)
+    except (StrictDataclassError, ValueError) as error:
+        raise UsageError(f"{architecture}: {error}") from error
+    written = {**fields, **json.loads(config.to_json_string())}
+    rest = [name for name in written if name not in {*fields, *_TOKENS, *_ALWAYS_WRITTEN}]
+    unsaid = f"config.json has the defaults of transformers in {', '.join(rest)}, and no {', '.join(_TOKENS)}"
+    family = family_of({"architectures": [architecture]})
+    return HFModel(None, written, config.to_dict(), family, (unsaid,))
+
+
+def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of all tensors of a model as transformers saves it unquantized; None if it has no such model.
+
+    The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
+    are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
+
+    Raises:
+        UsageError: values of config.json contradict one another.
+    """
+    if not (directory / CONFIG_FILE).is_file():  # transformers would look for it on the Hub
+        return None
+    tensors = _file_tensors(lambda: _auto_config(directory))
+    return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, torch.Tensor] | None:
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        config = read_config()
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules remain
+        return None
+    return dict(revert_weight_conversion(model, model.state_dict()))
+
+
+def check_parallel_sizes(
+    hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None, even: bool = True
+) -> None:
+    """Raises UsageError when the model cannot be built at these sizes; names every reason.
+
+    Args:
+        etp: tensor-parallel size of the experts; None for `tp`.
+        even: whether all pipeline stages must have as many layers, as those that are built here.
+    """
+    sizes = hf.family.transformer_config(hf.config)
+    heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
+    reasons: list[tuple[object, str]] = [
+        (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),
+        (heads % tp, f"TP={tp} does not divide {heads} attention heads"),
+        (groups % tp and tp % groups, f"TP={tp} and {groups} key-value heads do not divide one another"),
+        (even and layers % pp, f"PP={pp} does not divide {layers} layers"),
+    ]
+    experts = sizes.get("num_moe_experts")
+    for name, what in (("mamba_num_heads", "Mamba heads"), ("mamba_num_groups", "Mamba groups")):
+        count = sizes.get(name, 0)
+        reasons.append((count % tp, f"TP={tp} does not divide {count} {what}"))
+    if "-" in hf.family.layer_pattern(hf.config):
+        width = sizes["ffn_hidden_size"]
+        reasons.append((width % tp, f"TP={tp} does not divide the MLP width of {width}"))
+    if experts:
+        reasons += _expert_reasons(experts, sizes["moe_ffn_hidden_size"], world=world, pp=pp, ep=ep, etp=etp or tp)
+        shared = sizes.get("moe_shared_expert_intermediate_size") or 0
+        reasons.append((shared % tp, f"TP={tp} does not divide the shared experts' width of {shared}"))
+        biased = sizes.get("add_bias_linear") and (etp or tp) > 1
+        reasons.append((biased, f"ETP={etp or tp} and experts with biases, which Megatron has at ETP=1 only"))
+    else:
+        reasons.append((ep > 1, f"EP={ep} needs experts, and the model has none"))
+    found = [reason for wrong, reason in reasons if wrong]
+    if found:
+        raise UsageError(
+            f"the model does not fit the parallel sizes:{listing(found)}\n"
+            "Set parallel.tp, parallel.pp, parallel.ep and parallel.etp"
+        )
+
+
+def _expert_reasons(experts: int, width: int, *, world: int, pp: int, ep: int, etp: int) -> list[tuple[object, str]]:
+    return [
+        (world % (etp * ep * pp), f"{world} processes do not divide into ETP={etp} × EP={ep} × PP={pp}"),
+        (experts % ep, f"EP={ep} does not divide {experts} experts"),
+        (width % etp, f"ETP={etp} does not divide the expert width of {width}"),
+    ]

@@ -1,0 +1,1 @@
+"""A model in memory: walking it, streaming its bundles, collecting amax, filling it."""

@@ -1,0 +1,181 @@
+"""Collecting the quantizer state of a live model in Hugging Face names.
+
+Per-tensor state (one number) is fanned out to its Hugging Face names on its own rank, without communication. Then one
+collective takes the maximum by name over all ranks: tensor and data parallel replicas that drifted apart, experts and
+pipeline stages all fall into place, because a rank that has no value for a name contributes minus infinity.
+
+Per-channel and per-block state follows the weights, as parts of their bundles: `state_parameters` gives it in the
+shape that the weight's join takes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.export.amax.quant_state import Divergence, QuantState
+from amaxbridge.mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
+from amaxbridge.mappings.errors import UnmappedParameterError, listing
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import natural_key
+from amaxbridge.mappings.ranks import Axis, Ranks
+from amaxbridge.mappings.registry import MappingRegistry
+
+_NO_VALUE = float("-inf")
+_GLOBAL = "_global_amax"
+_BUFFERS = ("_amax", _GLOBAL, "_pre_quant_scale")
+_CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
+_FORMATS: dict[Any, str] = {  # num_bits, axis, columns and rows of a block, scale_bits
+    ((2, 1), None, 16, None, (4, 3)): "nvfp4",
+    ((2, 1), None, 32, None, (8, 0)): "mxfp4",
+    ((4, 3), None, 32, None, (8, 0)): "mxfp8",
+    ((4, 3), None, None, None, None): "fp8",
+    ((4, 3), 0, None, None, None): "fp8_channel",
+    ((4, 3), None, 128, 128, None): "fp8_block",
+    (8, 0, None, None, None): "int8",
+    (4, None, 128, None, None): "int4",
+}
+
+
+class _Local(NamedTuple):
+    """What one rank's quantizers say, in Hugging Face names."""
+
+    values: dict[str, float]  # per-tensor; minus infinity where a static quantizer was never calibrated
+    formats: dict[str, str]  # by module, or quantizer of the key-value cache
+    unmapped: list[str]
+    of_parts: set[str]  # names whose value is the largest of what follows a weight: ranks differ as their shards do
+
+
+def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
+    """Per-channel and per-block state as tensors that the plan moves with the weights.
+
+    A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
+    blocks along a row flat, `[out · blocks, 1]`, and that of square blocks as `[rows, 1, columns, 1]`.
+    """
+    for quantizer in quantizers:
+        for buffer, tensor in _buffers(quantizer):
+            if tensor.numel() > 1:
+                name = f"{quantizer.name}.{buffer}"
+                yield Parameter(name, _as_rows(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
+
+
+def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, ranks: Ranks) -> QuantState:
+    """The per-tensor state and the formats of all enabled quantizers. Collective; every rank gets the same.
+
+    The largest of a per-block amax counts as per-tensor state too, as `_global_amax`, where ModelOpt keeps none.
+
+    Raises:
+        UnmappedParameterError: an enabled quantizer has no Hugging Face name.
+    """
+    local = _local_state(quantizers, registry)
+    names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
+    reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
+    unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
+    if unmapped:
+        raise UnmappedParameterError(
+            f"{len(unmapped)} enabled quantizers have no mapping:{listing(unmapped)}\n"
+            "Disable them before the export, or add a mapping to the model's family in mappings/families/"
+        )
+    names = sorted({name for report in reports for name in report.values}, key=natural_key)
+    least, greatest = _reduce(names, local.values, ranks)
+    known = [name for name in names if greatest[name] != _NO_VALUE]
+    whole = set(known).difference(*(report.of_parts for report in reports))
+    return QuantState(
+        amax={name: torch.tensor(greatest[name]) for name in known},
+        formats={module: found for report in reports for module, found in report.formats.items()},
+        missing=frozenset(names) - frozenset(known),
+        divergent={
+            name: Divergence(least[name], greatest[name])
+            for name in known
+            if name in whole and least[name] != greatest[name]
+        },
+    )
+
+
+def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> _Local:
+    local = _Local({}, {}, [], set())
+    for quantizer in quantizers:
+        mapping = quantizer_mapping(quantizer, registry)
+        if mapping is None:
+            local.unmapped.append(quantizer.name)
+            continue
+        for target in mapping.targets:
+            if target.endswith(WEIGHT_QUANTIZER):
+                local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
+            elif target.endswith(_CACHE_QUANTIZERS):
+                local.formats[target.removesuffix("._amax")] = format_name(quantizer.module)
+        for buffer, value in _scalars(quantizer):
+            names = [target.removesuffix("_amax") + buffer for target in mapping.targets]
+            local.values.update(dict.fromkeys(names, value))
+            if buffer == _GLOBAL and _GLOBAL not in dict(_buffers(quantizer)):
+                local.of_parts.update(names)
+    return local
+
+
+def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> MegatronParamMapping | None:
+    """The mapping of a quantizer's amax; of one that serves several experts, to the names of just those."""
+    mapping = registry.megatron_to_hf_lookup(f"{quantizer.name}._amax")
+    return mapping.for_experts(quantizer.experts) if isinstance(mapping, MoeAmaxFanoutMapping) else mapping
+
+
+def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
+    for buffer in _BUFFERS:
+        tensor = getattr(quantizer.module, buffer, None)
+        if isinstance(tensor, Tensor):
+            yield buffer, tensor.detach()
+
+
+def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
+    """Per-tensor state by buffer; NaN as infinity, which survives a maximum on every backend and is refused as well."""
+    found = dict(_buffers(quantizer))
+    if "_amax" not in found and not is_dynamic(quantizer.module):
+        yield "_amax", _NO_VALUE
+    for buffer, tensor in found.items():
+        if tensor.numel() == 1:
+            yield buffer, _not_nan(float(tensor))
+        elif buffer == "_amax" and _GLOBAL not in found:
+            yield _GLOBAL, _not_nan(float(tensor.max()))
+
+
+def _not_nan(value: float) -> float:
+    return float("inf") if math.isnan(value) else value
+
+
+def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.flatten(2).flatten(0, 1)
+    return tensor.reshape(quantizer.rows, -1) if quantizer.rows else tensor
+
+
+def amax_shape(block_sizes: Mapping[Any, Any], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which ModelOpt keeps an amax `[rows, blocks]`: the inverse of `state_parameters`."""
+    rows, columns = shape
+    if block_sizes.get(-2):
+        return rows, 1, columns, 1
+    return (rows * columns, 1) if block_sizes.get(-1) else (rows, columns)
+
+
+def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
+    """Least and greatest value of each name over all ranks that have one, in one collective."""
+    values = torch.tensor([local.get(name, _NO_VALUE) for name in names], dtype=torch.float32)
+    negated = torch.where(values == _NO_VALUE, values, -values)
+    greatest, least = ranks.all_reduce_max(Axis.WORLD, torch.stack([values, negated]))
+    return dict(zip(names, (-least).tolist(), strict=True)), dict(zip(names, greatest.tolist(), strict=True))
+
+
+def is_dynamic(quantizer: Any) -> bool:
+    """Whether a quantizer computes its amax anew for each tensor, or block (MX), so that there is none to collect."""
+    blocks = getattr(quantizer, "block_sizes", None) or {}
+    powers_of_two = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
+    return bool(getattr(quantizer, "_dynamic", False)) or powers_of_two
+
+
+def format_name(quantizer: Any) -> str:
+    """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
+    bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or {}
+    along = None if blocks else axis  # of a block quantizer it is set at run time
+    known = _FORMATS.get((bits, along, blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")))
+    return known or f"num_bits={bits} axis={axis} block_sizes={blocks or None}"

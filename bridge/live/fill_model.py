@@ -1,0 +1,86 @@
+"""Filling a live Megatron model from Hugging Face tensors and amax: each rank takes what its own shards need."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.live.collect_amax import amax_shape, is_dynamic, quantizer_mapping
+from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.bridge.plan.export_plan import find_mappings
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
+from amaxbridge.mappings.ranks import Ranks
+from amaxbridge.mappings.registry import MappingRegistry
+
+
+def fill_quantizers(
+    quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, config: Any, ranks: Ranks
+) -> None:
+    """Sets the amax of each enabled quantizer from Hugging Face names: the mirror of collecting. No communication.
+
+    Several Hugging Face values for one Megatron quantizer become their maximum; a per-channel or per-block amax is cut
+    as its weight is.
+
+    Raises:
+        UnmappedParameterError: an enabled quantizer has no Hugging Face name.
+        AmaxError: the state has no value for an enabled static quantizer; all of them are named.
+    """
+    missing = []
+    for quantizer in quantizers:
+        mapping = quantizer_mapping(quantizer, registry)
+        if mapping is None:
+            raise UnmappedParameterError(f"{quantizer.name}: an enabled quantizer without a mapping; disable it first")
+        values = {name: state.amax[name] for name in mapping.targets if name in state.amax}
+        if len(values) == len(mapping.targets):
+            amax = mapping.split(values, config, ranks.rank(mapping.axis), ranks.size(mapping.axis))
+            _set_amax(quantizer, amax)
+        elif not is_dynamic(quantizer.module):
+            missing += [name for name in mapping.targets if name not in values]
+    if missing:
+        raise AmaxError(f"the quantizer state has no value for {len(missing)} quantizers:{listing(missing)}")
+
+
+def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
+    """In the shape that the quantizer keeps, as a new fp32 buffer: an existing one may be bf16, and would round."""
+    held = getattr(quantizer.module, "_amax", None)
+    if held is not None and held.numel() == amax.numel():
+        amax = amax.reshape(held.shape).to(held.device)
+    elif amax.numel() > 1:
+        amax = amax.reshape(amax_shape(quantizer.module.block_sizes or {}, amax.shape))
+    if held is not None:
+        del quantizer.module._amax
+    quantizer.module.amax = amax.clone()
+
+
+def fill_parameters(
+    parameters: Iterable[Parameter],
+    read: Callable[[str], Tensor],
+    registry: MappingRegistry,
+    config: Any,
+    ranks: Ranks,
+) -> None:
+    """Copies into each parameter its shard of the Hugging Face tensors. No communication.
+
+    Args:
+        read: Hugging Face name → tensor.
+
+    Raises:
+        UnmappedParameterError: parameters without a mapping.
+        MappingError: shards that do not have the parameter's shape; all of them are named.
+    """
+    parameters = list(parameters)
+    mappings = find_mappings([parameter.name for parameter in parameters], registry)
+    problems = []
+    for parameter in parameters:
+        mapping = mappings[parameter.name]
+        tensors = {name: read(name) for name in mapping.targets}
+        shard = mapping.split(tensors, config, ranks.rank(mapping.axis), ranks.size(mapping.axis))
+        if shard.shape != parameter.tensor.shape:
+            problems.append(f"{parameter.name}: has {list(parameter.tensor.shape)}, its shard is {list(shard.shape)}")
+            continue
+        with torch.no_grad():
+            parameter.tensor.copy_(shard)
+    if problems:
+        raise MappingError(f"{len(problems)} parameters do not fit the Hugging Face tensors:{listing(problems)}")

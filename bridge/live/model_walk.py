@@ -1,0 +1,153 @@
+"""Walking a live Megatron model: every parameter, buffer and quantizer under its global name.
+
+A rank's own names are local: layers count from the start of the pipeline (or virtual pipeline) stage, experts from
+the start of the expert-parallel block. Megatron writes the global numbers on its modules, `layer_number` on a layer
+and `local_expert_indices` on a mixture-of-experts layer, so they are read there rather than computed again.
+
+Nothing here imports Megatron or ModelOpt: modules are known by these attributes.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.names import is_quantizer_state
+
+_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias|\w+_quantizer\.))(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter or persistent buffer of this rank: its global name in canonical spelling, and its shard."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """A ModelOpt TensorQuantizer of this rank.
+
+    Args:
+        name: global, in canonical spelling.
+        module: the quantizer itself.
+        rows: output rows of the weight shard beside it, None where there is no weight.
+        experts: global numbers of the experts that lie on this rank beside it, empty outside experts.
+    """
+
+    name: str
+    module: Any
+    rows: int | None
+    experts: tuple[int, ...]
+
+
+def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The bare model chunks of this rank, without DDP or mixed-precision wrappers."""
+    chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
+    return [_unwrap_one(chunk) for chunk in chunks]
+
+
+def _unwrap_one(chunk: Any) -> nn.Module:
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module
+    if not isinstance(chunk, nn.Module):
+        raise UsageError(f"give the model, or the list of its chunks, on every rank; not a {type(chunk).__name__}")
+    return chunk
+
+
+def layer_pattern(chunks: Sequence[nn.Module]) -> str | None:
+    """The `hybrid_layer_pattern` of a HybridModel, None of a GPTModel."""
+    return getattr(chunks[0], "hybrid_layer_pattern", None)
+
+
+def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Parameter]:
+    """All parameters and persistent buffers of this rank, quantizer buffers left out.
+
+    Args:
+        spelling: global Megatron name → the mappings' name; see `ModelFamily.spelling`.
+    """
+    for chunk in chunks:
+        names = _GlobalNames(chunk)
+        for local_name, tensor in _persistent_tensors(chunk).items():
+            if not is_quantizer_state(local_name):
+                yield from _one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
+
+
+def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
+    """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) is none itself."""
+    return (each for each in walk_all_quantizers(chunks, spelling) if each.module.is_enabled)
+
+
+def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
+    """As `walk_quantizers`, disabled ones too."""
+    for chunk in chunks:
+        names = _GlobalNames(chunk)
+        for local_name, module in chunk.named_modules():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)):
+                continue
+            if is_quantizer_state(local_name) and hasattr(module, "is_enabled"):
+                owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
+                weight = getattr(owner, "weight", getattr(owner, "weight0", None))
+                rows = None if weight is None else weight.shape[0]
+                yield Quantizer(spelling(names.of(local_name)), module, rows, names.local_experts(local_name))
+
+
+def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
+    """The parameter; of legacy grouped experts a view for each expert, `[out, in]` as everywhere else.
+
+    Megatron's GroupedMLP kept the local experts of a layer in two parameters, read as `[experts, hidden, 2 · ffn]` and
+    `[experts, ffn, hidden]`: inputs first.
+    """
+    layer, legacy, linear = name.rpartition(".experts.weight")
+    if legacy and linear in ("1", "2"):
+        hidden = tensor.shape[0] if linear == "1" else tensor.shape[1]
+        inputs = hidden if linear == "1" else tensor.shape[0] // len(experts)
+        for expert, weight in zip(experts, tensor.view(len(experts), inputs, -1), strict=True):
+            yield Parameter(f"{layer}.experts.linear_fc{linear}.weight{expert}", weight.t())
+    else:
+        yield Parameter(name, tensor)
+
+
+def _persistent_tensors(chunk: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(chunk.named_parameters())
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}".lstrip(".")] = buffer
+    return tensors
+
+
+class _GlobalNames:
+    """Local → global names of one model chunk."""
+
+    def __init__(self, chunk: nn.Module) -> None:
+        self.modules: Mapping[str, nn.Module] = dict(chunk.named_modules())
+
+    def of(self, local_name: str) -> str:
+        path: list[str] = []
+        parts = local_name.split(".")
+        for index, part in enumerate(parts):
+            parent = parts[index - 1] if index else ""
+            if part.isdigit() and parent == "layers":
+                layer = self.modules[".".join(parts[: index + 1])]
+                part = str(int(getattr(layer, "layer_number", int(part) + 1)) - 1)
+            elif part.isdigit() and parent == "local_experts":
+                part = str(self.local_experts(local_name)[int(part)])
+            elif part.isdigit() and isinstance(self.modules.get(".".join(parts[:index])), nn.Sequential):
+                part = f"[{part}]"  # a stage of a chain of quantizers (W4A8), which must not look like an expert
+            path.append(part)
+        name = ".".join(path)
+        grouped = _GROUPED_EXPERT.fullmatch(name)
+        if grouped:
+            return f"{grouped[1]}{self.local_experts(local_name)[int(grouped[2])]}"
+        return name
+
+    def local_experts(self, local_name: str) -> tuple[int, ...]:
+        """Global numbers of the local experts of the layer that a name lies in; Megatron keeps them on the layer."""
+        layer = self.modules.get(local_name.partition(".experts.")[0])
+        return tuple(getattr(layer, "local_expert_indices", ()))

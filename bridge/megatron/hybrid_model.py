@@ -1,0 +1,115 @@
+"""Building a HybridModel from Megatron-Core's own layers, which ships specifications for Transformer Engine only.
+
+Attention and MLP layers are the two halves of GPTModel's layer. Norms get the names in checkpoints that Transformer
+Engine's layers give them, so that checkpoints of both load into either.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import MoETransformerLayer
+
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.megatron.mamba_in_torch import enable_mamba
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.hybrid_layers import with_stages
+
+
+class LocalHybridStack(HybridStack):  # type: ignore[misc]  # Megatron is not typed
+    """Megatron's stack of layers, with torch's final norm in place of Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: Any, *, post_layer_norm: bool = True, **kw: Any) -> None:
+        super().__init__(config, submodules, post_layer_norm=False, **kw)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = WrappedTorchNorm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+
+def build_hybrid_chunk(
+    hf: HFModel, config: TransformerConfig, vp_stage: int | None, *, dense: ModuleSpec, sparse: ModuleSpec
+) -> HybridModel:
+    """One model chunk of this rank; the decoder layers are divided evenly between pipeline stages.
+
+    Args:
+        dense: GPTModel's layer with an MLP.
+        sparse: the same with experts.
+
+    Raises:
+        UsageError: a rotary embedding that HybridModel does not have.
+    """
+    pattern = hf.family.layer_pattern(hf.config)
+    if "M" in pattern:
+        enable_mamba(config)
+    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    arguments = hf.family.model_arguments(hf.config)
+    arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
+    if arguments.pop("rope_scaling", False):
+        raise UsageError("Megatron's HybridModel does not scale its rotary embedding (rope_type llama3)")
+    arguments.pop("rope_scaling_factor", None)
+    return HybridModel(
+        config,
+        ModuleSpec(module=LocalHybridStack, submodules=_layers(dense.submodules, sparse.submodules)),
+        hybrid_layer_pattern=with_stages(pattern, stages),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+        **arguments,
+    )
+
+
+def _layers(dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodules) -> HybridStackSubmodules:
+    """The specification of every kind of layer. Where Transformer Engine fuses a norm, its name on the disk says so."""
+    attention = TransformerLayerSubmodules(
+        input_layernorm=dense.input_layernorm,
+        self_attention=dense.self_attention,
+        self_attn_bda=dense.self_attn_bda,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=dense.pre_mlp_layernorm,
+        mlp=dense.mlp,
+        mlp_bda=dense.mlp_bda,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    )
+    moe = TransformerLayerSubmodules(pre_mlp_layernorm=sparse.pre_mlp_layernorm, mlp=sparse.mlp, mlp_bda=sparse.mlp_bda)
+    projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    mamba = MambaLayerSubmodules(
+        norm=WrappedTorchNorm,
+        mixer=ModuleSpec(module=MambaMixer, submodules=projections),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    around_mtp = MultiTokenPredictionLayerSubmodules(
+        enorm=WrappedTorchNorm, hnorm=WrappedTorchNorm, eh_proj=ColumnParallelLinear, layer_norm=WrappedTorchNorm
+    )
+    mtp = MultiTokenPredictionBlockSubmodules(
+        layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=around_mtp)]
+    )
+    fused_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return HybridStackSubmodules(
+        attention_layer=ModuleSpec(
+            module=TransformerLayer, submodules=replace(attention, sharded_state_dict_keys_map=fused_norm)
+        ),
+        mla_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+        moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe),
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+        mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=mtp),
+    )

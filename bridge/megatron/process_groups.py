@@ -1,0 +1,57 @@
+"""Megatron's process groups."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions import fused_softmax
+
+from amaxbridge.bridge.live.process_ranks import ProcessRanks, process_group
+from amaxbridge.bridge.megatron.without_cuda import enable_cpu
+from amaxbridge.mappings.ranks import Axis
+
+
+def process_ranks() -> ProcessRanks:
+    """This process among the others, in the groups that Megatron's parallel state holds."""
+    return ProcessRanks(
+        {
+            Axis.TP: parallel_state.get_tensor_model_parallel_group(),
+            Axis.ETP: parallel_state.get_expert_tensor_parallel_group(),
+            Axis.EP: parallel_state.get_expert_model_parallel_group(),
+            Axis.PP: parallel_state.get_pipeline_model_parallel_group(),
+            Axis.DP: parallel_state.get_data_parallel_group(),
+        }
+    )
+
+
+@contextlib.contextmanager
+def distributed(
+    *, tp: int, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None, seed: int = 1234
+) -> Iterator[None]:
+    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in.
+
+    Args:
+        vpp: model chunks of each pipeline rank; None for one chunk, without a virtual pipeline.
+        ep: expert-parallel size. Experts are spread over the ranks that tensor and data parallelism leave or share.
+        etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
+    """
+    enable_cpu()
+    if not torch.cuda.is_available():
+        fused_softmax.get_sliding_window_causal_mask = _sliding_window_mask
+    with process_group():
+        parallel_state.initialize_model_parallel(
+            tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """`[queries, keys]`, True where a key is hidden: as Megatron's, which always makes it on a GPU."""
+    distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+    return (distance < -window[0]) | (distance > window[1])

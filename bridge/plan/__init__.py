@@ -1,0 +1,1 @@
+"""Which bundle is made from what, by whom: plans, meshes, dry runs."""

@@ -1,0 +1,208 @@
+"""The plan of an export from a mesh that does not exist: a dry run for a model of any size, on a laptop.
+
+What each rank would hold follows from config.json alone, so neither a checkpoint nor Megatron is needed. It is then the
+plan of a live export, made by the code that makes those, with an amax supposed for every quantizer.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Unpack
+
+import torch
+
+from amaxbridge.bridge.hf import HFModel, check_parallel_sizes
+from amaxbridge.bridge.live.bundle_stream import BUCKET_BYTES
+from amaxbridge.bridge.plan.export_plan import BundlePlan, RankReport, plan_reports
+from amaxbridge.bridge.plan.mesh import Mesh
+from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
+from amaxbridge.bridge.plan.writing_processes import Apart
+from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.dequantized import DequantizedCheckpoint
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.staging import ALONE
+from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.schemes import Recipe, find_scheme
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.names import module_of
+from amaxbridge.mappings.ranks import Axis
+
+_NEVER_QUANTIZED = ("embedding.", "output_layer.", ".router.", "eh_proj.")  # by ModelOpt's presets
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """What falls to one rank in an export.
+
+    Args:
+        held: bytes of its shards of the model, which are there before; 0 where a checkpoint is read from files.
+        bundles: how many it joins, quantizes and writes.
+        received: bytes of shards that come from other ranks.
+        written: bytes of tensors that it writes.
+        peak: bytes of memory at most, beside its shards: the largest bundle in both forms, and buckets in flight.
+    """
+
+    held: int
+    bundles: int
+    received: int
+    written: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeshPlan:
+    """A dry run.
+
+    Args:
+        mesh: the ranks that were supposed.
+        export: as an export would report it.
+        shares: of each rank, in rank order.
+        needed_amax: quantizers whose amax the checkpoint must have.
+    """
+
+    mesh: Mesh
+    export: ExportReport
+    shares: Sequence[RankShare]
+    needed_amax: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """A dry run of an import.
+
+    Args:
+        mesh: the ranks that it needs.
+        schemes: scheme → how many Hugging Face modules have it.
+        held: bytes of the bf16 shards of each rank, in rank order.
+    """
+
+    mesh: Mesh
+    schemes: Mapping[str, int]
+    held: Sequence[int]
+
+
+def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOptions]) -> MeshPlan:
+    """The plan of an export at the given sizes.
+
+    Raises:
+        UsageError: the model cannot be built at these sizes, or the recipe reads formats from quantizers.
+        MappingError: a module cannot be quantized as asked; all are named.
+        ValueError: transformers has no causal language model of the architecture.
+    """
+    check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp, even=False)
+    config = mapping_config(hf, padded_to=mesh.tp)
+    reports = list(_reports(MegatronSpecs(hf, config), mesh))
+    bundles = plan_reports(reports, hf.registry, config, skip=hf.without_tensor)
+    state = _supposed_state(bundles, find_scheme(options.get("scheme", "nvfp4")))
+    options["dry_run"] = True
+    report = Saver(hf, Apart(ALONE), target, **options).save(bundles, _nothing, lambda: state)
+    held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in reports]
+    return MeshPlan(mesh, report, rank_shares(report, held), list(state.amax))
+
+
+def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
+    """The plan of an import at the given sizes: the directory is opened and checked, and nothing is built.
+
+    Raises:
+        UsageError: the model cannot be built at these sizes.
+        CheckpointError: files or tensors are missing; all are named.
+    """
+    check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
+    specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
+    with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
+        schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
+        missing = [
+            name
+            for mapping in specs.mappings.values()
+            for name in mapping.targets
+            if module_of(name) not in schemes and not checkpoint.has(name)
+        ]
+    if missing:
+        raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")
+    held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in _reports(specs, mesh)]
+    return ImportPlan(mesh, Counter(scheme.name for scheme in schemes.values()), held)
+
+
+def mapping_config(hf: HFModel, *, padded_to: int = 1) -> SimpleNamespace:
+    """What mappings read of Megatron's configuration, for a GPTModel, or a HybridModel where there is no other.
+
+    Args:
+        padded_to: the vocabulary becomes a multiple of it.
+    """
+    hybrid = hf.family.hybrid_pattern is not None
+    fields = (hf.family.hybrid_config if hybrid else hf.family.transformer_config)(hf.config)
+    vocabulary = hf.config["vocab_size"]
+    return SimpleNamespace(
+        **fields,
+        transformer_impl="local",
+        vocab_size=vocabulary,
+        padded_vocab_size=vocabulary + -vocabulary % padded_to,
+    )
+
+
+def rank_shares(report: ExportReport, held: Sequence[int]) -> list[RankShare]:
+    """What falls to each rank.
+
+    Args:
+        held: bytes of the shards of each rank.
+    """
+    outputs: dict[str, int] = {}
+    for shard in report.layout.shards:
+        for name, spec in shard.specs.items():
+            outputs[module_of(name)] = outputs.get(module_of(name), 0) + spec.nbytes
+    shares = [[each, 0, 0, 0, 0] for each in held]
+    for bundle in report.bundles:
+        joined = sum(spec.nbytes for spec in bundle.specs.values())
+        modules = {module_of(name) for name in bundle.specs}
+        written = sum(outputs.get(module, 0) for module in modules)
+        moved = sum(part.shard.nbytes for part in bundle.moved_parts)
+        received = moved * (len(bundle.group) - 1)
+        share = shares[bundle.owner]
+        share[1] += 1
+        share[2] += received
+        share[3] += written
+        buckets = 2 * max(BUCKET_BYTES, moved * len(bundle.group)) if bundle.moved_parts else 0
+        share[4] = max(share[4], joined + written + buckets)
+    return [RankShare(*share) for share in shares]
+
+
+def _reports(specs: MegatronSpecs, mesh: Mesh) -> Iterator[RankReport]:
+    """What each rank would report; ranks of one place share theirs."""
+    held = {
+        place: {name: specs.shard(name, mesh.size(specs.mappings[name])) for name in names}
+        for place, names in mesh.held(list(specs.mappings)).items()
+    }
+    groups = mesh.groups()
+    of_rank = {axis: {rank: tuple(group) for group in groups[axis] for rank in group} for axis in (Axis.TP, Axis.ETP)}
+    for rank in range(mesh.world):
+        yield RankReport(held[mesh.place(rank)], {axis: of_rank[axis][rank] for axis in of_rank})
+
+
+def _supposed_state(bundles: Sequence[BundlePlan], recipe: Recipe | None) -> QuantState:
+    """What a calibrated model would have, where ModelOpt's presets put quantizers: an amax of 1 everywhere."""
+    amax, formats = dict[str, torch.Tensor](), dict[str, str]()
+    parts = (part for bundle in bundles for part in bundle.parts) if recipe is not None else ()
+    for part in parts:
+        if any(name in part.name for name in _NEVER_QUANTIZED):
+            continue
+        for name, spec in part.tensors.items():
+            module = module_of(name)
+            linear = name.endswith(".weight") and len(spec.shape) == 2
+            scheme = recipe.scheme_of(module, None) if recipe is not None and linear else None
+            if scheme is None:
+                continue
+            formats[module] = scheme.format
+            if scheme.needs_weight_amax:
+                amax[module + WEIGHT_QUANTIZER] = torch.ones(())
+            if scheme.needs_input_amax:
+                amax[module + INPUT_QUANTIZER] = torch.ones(())
+    return QuantState(amax=amax, formats=formats)
+
+
+def _nothing(needed: Sequence[BundlePlan]) -> Iterator[Bundle]:
+    del needed
+    yield from ()

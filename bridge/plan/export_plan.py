@@ -1,0 +1,219 @@
+"""The plan of an export: which bundle is made from what, by whom. Made on specs, before a byte moves.
+
+A bundle is everything that belongs to one fused group of Hugging Face modules: the weights and biases, and the
+per-channel or per-block quantizer state that follows them. Every rank reports what it holds; from the same reports
+every rank computes the same plan, so problems are found everywhere at once and raised together, and no rank is left
+waiting in a collective.
+
+Each bundle has one owner among the ranks that hold it (tensor-parallel peers and data-parallel replicas alike); owners
+are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves shards.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from amaxbridge.bridge.live.model_walk import Parameter
+from amaxbridge.mappings.errors import MappingError, UnmappedParameterError, listing
+from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of, module_of, natural_key
+from amaxbridge.mappings.ranks import Axis, Ranks
+from amaxbridge.mappings.registry import MappingRegistry
+from amaxbridge.mappings.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One Megatron tensor of a bundle.
+
+    Args:
+        mapping: resolved; its `megatron_param` is the tensor's global name.
+        shard: shape and dtype of each rank's shard.
+        tensors: the Hugging Face tensors it becomes.
+    """
+
+    mapping: MegatronParamMapping
+    shard: TensorSpec
+    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def name(self) -> str:
+        return self.mapping.megatron_param
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePlan:
+    """A bundle on its way.
+
+    Args:
+        parts: the Megatron tensors it is made from.
+        owner: the world rank that joins, quantizes and writes it.
+        axis: the mesh axis that shards its parts, None when the owner has all of every part.
+        group: world ranks that hold the shards, in shard order; the owner is one of them.
+    """
+
+    parts: tuple[Part, ...]
+    owner: int
+    axis: Axis | None
+    group: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """The bundle's name: the primary module of its fused group."""
+        return _bundle_key(self.parts[0].mapping)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """All its Hugging Face tensors, quantizer state included."""
+        return {name: spec for part in self.parts for name, spec in part.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its Hugging Face tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def moved_parts(self) -> list[Part]:
+        """The parts whose shards must come together at the owner."""
+        return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]
+
+
+class RankReport(NamedTuple):
+    """What one rank holds, and its group on each axis that shards parameters."""
+
+    specs: Mapping[str, TensorSpec]
+    groups: Mapping[Axis, tuple[int, ...]]
+
+
+def plan_export(
+    parameters: Iterable[Parameter], registry: MappingRegistry, config: Any, ranks: Ranks, *, skip: frozenset[str]
+) -> list[BundlePlan]:
+    """The bundles of a live model in an order all ranks agree on. Collective over all ranks.
+
+    Args:
+        parameters: of this rank, with the quantizer state that follows them.
+        config: the model's configuration, as the mappings read it.
+        skip: Megatron names that have no tensor of their own on the Hugging Face side (a tied output layer).
+
+    Raises:
+        UnmappedParameterError: parameters without a mapping.
+        MappingError: shapes that do not fit, on any rank, or a Hugging Face name that would be written twice.
+    """
+    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
+    report = RankReport(specs, {axis: ranks.members(axis) for axis in (Axis.TP, Axis.ETP)})
+    return plan_reports(ranks.all_gather_object(Axis.WORLD, report), registry, config, skip=skip)
+
+
+def plan_stored(
+    parameters: Iterable[Parameter], registry: MappingRegistry, config: Any, processes: int, *, skip: frozenset[str]
+) -> list[BundlePlan]:
+    """As `plan_export`, of a model that each of some processes can read all of: the same in all, without a word."""
+    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
+    reports = [RankReport(specs, dict.fromkeys((Axis.TP, Axis.ETP), (rank,))) for rank in range(processes)]
+    return plan_reports(reports, registry, config, skip=skip)
+
+
+def plan_reports(
+    reports: Sequence[RankReport], registry: MappingRegistry, config: Any, *, skip: frozenset[str]
+) -> list[BundlePlan]:
+    """As `plan_export`, from the reports of all ranks, which need not exist."""
+    names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
+    return _Planner(reports, config).plan(find_mappings(names, registry).values())
+
+
+def find_mappings(names: Sequence[str], registry: MappingRegistry) -> dict[str, MegatronParamMapping]:
+    """The resolved mapping of each Megatron name.
+
+    Raises:
+        UnmappedParameterError: some have none; all of them are named.
+    """
+    mappings = {name: found for name in names if (found := registry.megatron_to_hf_lookup(name)) is not None}
+    unmapped = [name for name in names if name not in mappings]
+    if unmapped:
+        raise UnmappedParameterError(
+            f"{len(unmapped)} of {len(names)} Megatron parameters have no mapping:{listing(unmapped)}\n"
+            "Add a mapping to the model's family in mappings/families/"
+        )
+    return mappings
+
+
+def _bundle_key(mapping: MegatronParamMapping) -> str:
+    """The primary module of the fused group that a weight, a bias or a quantizer's state belongs to."""
+    module = module_of(mapping.targets[0])
+    return group_of(module_of(module) if module.endswith("_quantizer") else module).primary
+
+
+class _Planner:
+    """Chooses owners and collects problems."""
+
+    def __init__(self, reports: Sequence[RankReport], config: Any) -> None:
+        self._reports = reports
+        self._config = config
+        self._load = [0] * len(reports)
+        self._specs = {name: spec for report in reports for name, spec in report.specs.items()}
+        self._holders: dict[str, list[int]] = {}
+        for rank, report in enumerate(reports):
+            for name in report.specs:
+                self._holders.setdefault(name, []).append(rank)
+        self._joined: dict[tuple[object, ...], list[TensorSpec]] = {}
+        self._problems: list[str] = []
+        self._writers: dict[str, str] = {}
+
+    def plan(self, mappings: Iterable[MegatronParamMapping]) -> list[BundlePlan]:
+        bundles: dict[str, list[MegatronParamMapping]] = {}
+        for mapping in mappings:
+            bundles.setdefault(_bundle_key(mapping), []).append(mapping)
+        largest_first = sorted(bundles, key=lambda key: -self._nbytes(bundles[key]))  # balances the owners better
+        planned = {key: self._bundle(bundles[key]) for key in largest_first}
+        if self._problems:
+            raise MappingError(f"{len(self._problems)} parameters do not fit:{listing(self._problems)}")
+        return [planned[key] for key in bundles]
+
+    def _nbytes(self, mappings: Iterable[MegatronParamMapping]) -> int:
+        """Bytes of one rank's shards of a bundle."""
+        return sum(self._specs[mapping.megatron_param].nbytes for mapping in mappings)
+
+    def _bundle(self, mappings: Sequence[MegatronParamMapping]) -> BundlePlan:
+        names = [mapping.megatron_param for mapping in mappings]
+        holders = set(self._holders[names[0]]).intersection(*(self._holders[name] for name in names[1:]))
+        if not holders:
+            self._problems.append(f"{', '.join(names)} are fused, and no rank holds all of them")
+            return BundlePlan((), 0, None, (0,))
+        owner = min(holders, key=lambda rank: (self._load[rank], rank))
+        sharded = next((mapping for mapping in mappings if mapping.shard_dim is not None), None)
+        axis = sharded.axis if sharded is not None else None
+        group = self._reports[owner].groups[axis] if axis is not None else (owner,)
+        parts = [part for mapping in mappings if (part := self._part(mapping, owner, group)) is not None]
+        self._load[owner] += sum(spec.nbytes for part in parts for spec in part.tensors.values())
+        return BundlePlan(tuple(parts), owner, axis if len(group) > 1 else None, group)
+
+    def _part(self, mapping: MegatronParamMapping, owner: int, group: tuple[int, ...]) -> Part | None:
+        name = mapping.megatron_param
+        shards = {rank: self._reports[rank].specs.get(name) for rank in {*group, *self._holders[name]}}
+        if len(set(shards.values())) != 1:
+            held = ", ".join(f"rank {rank}: {spec or 'nothing'}" for rank, spec in sorted(shards.items()))
+            self._problems.append(f"{name}: ranks of {mapping.axis} hold different shards: {held}")
+            return None
+        shard = self._reports[owner].specs[name]
+        count = len(group) if mapping.shard_dim is not None else 1
+        try:
+            tensors = self._join(mapping, shard, count)
+        except MappingError as error:
+            self._problems.append(str(error))
+            return None
+        for target in tensors:
+            first = self._writers.setdefault(target, name)
+            if first != name:
+                self._problems.append(f"{target} would be written by {first} and by {name}")
+        return Part(mapping, shard, tensors)
+
+    def _join(self, mapping: MegatronParamMapping, shard: TensorSpec, count: int) -> dict[str, TensorSpec]:
+        """What a mapping joins from equal shards: computed once for all layers and experts, which are alike."""
+        kind = type(mapping), kind_of(mapping.megatron_param), *map(kind_of, mapping.targets), shard, count
+        if kind not in self._joined:
+            joined = mapping.join([shard.meta()] * count, self._config)
+            if tuple(joined) != mapping.targets:
+                return {target: TensorSpec.of(tensor) for target, tensor in joined.items()}
+            self._joined[kind] = [TensorSpec.of(tensor) for tensor in joined.values()]
+        return dict(zip(mapping.targets, self._joined[kind], strict=True))

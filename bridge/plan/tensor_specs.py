@@ -1,0 +1,137 @@
+"""What a model is made of, without weights: Hugging Face tensors by name, and the Megatron tensors they become.
+
+Names and shapes come from transformers' own model, built on the meta device, and from the conversion that it publishes
+of its names to those of files; layers for multi-token prediction (MTP), which it does not build, are added. There is no
+second table of shapes here that could disagree.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.export.disk.packed_experts import packed_source
+from amaxbridge.mappings.hybrid_layers import read_pattern
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of
+from amaxbridge.mappings.tensors import TensorSpec
+
+
+def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
+    """Every tensor of the language model in the files, on the meta device, experts one by one.
+
+    Raises:
+        ValueError: transformers has no causal language model of this architecture.
+    """
+    if hf.file_tensors is None:
+        raise ValueError(f"transformers has no causal language model for {hf.config.get('architectures')}")
+    tensors = hf.file_tensors
+    return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
+
+
+class MegatronSpecs:
+    """The Megatron tensors of a model, and the shape of a shard of each.
+
+    Args:
+        hf: the model.
+        config: what mappings read of Megatron's configuration.
+    """
+
+    def __init__(self, hf: HFModel, config: SimpleNamespace) -> None:
+        self._tensors = hf_tensors(hf)
+        self._config = config
+        self._registry = hf.registry
+        self._known: dict[tuple[str, int], TensorSpec] = {}
+        self.mappings: dict[str, MegatronParamMapping] = {}
+        for name in self._tensors:
+            mapping = hf.registry.hf_to_megatron_lookup(name)
+            if mapping is not None:
+                self.mappings.setdefault(mapping.megatron_param, mapping)
+
+    def shard(self, name: str, size: int) -> TensorSpec:
+        """Of a parameter that is spread over `size` ranks; computed once for each kind."""
+        key = kind_of(name), size
+        if key not in self._known:
+            mapping = self.mappings[name]
+            tensors = {target: self._tensors[target] for target in mapping.targets}
+            self._known[key] = TensorSpec.of(mapping.split(tensors, self._config, 0, size))
+        return self._known[key]
+
+    def disagreements(self, found: Mapping[str, TensorSpec]) -> list[str]:
+        """One line for each kind of tensor that `found`, by global Megatron name, has in another shape, or lacks.
+
+        A vocabulary may be padded. Names that no mapping takes are left to the plan.
+        """
+        missing = [name for name in self.mappings if name not in found]
+        more = [name for name in found if name not in self.mappings and self._registry.megatron_to_hf_lookup(name)]
+        other = [name for name in self.mappings if name in found and not _fits(found[name], self.shard(name, 1), name)]
+        return [
+            *(f"{kind}: {found[name]}, {self.shard(name, 1)} expected" for kind, name in _by_kind(other)),
+            *(f"{kind}: missing, {self.shard(name, 1)} expected" for kind, name in _by_kind(missing)),
+            *(f"{kind}: {found[name]}, which the model does not have" for kind, name in _by_kind(more)),
+        ]
+
+
+def _fits(found: TensorSpec, expected: TensorSpec, name: str) -> bool:
+    if "embedding" in name or "output_layer" in name:
+        return found.shape[1:] == expected.shape[1:] and found.shape[0] >= expected.shape[0]
+    return found.shape == expected.shape
+
+
+def _by_kind(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each kind with how many there are, and one of its names."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    for kind, members in kinds.items():
+        yield (members[0] if len(members) == 1 else f"{kind} ({len(members):,} of them)"), members[0]
+
+
+def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Packed experts as the tensors of each expert."""
+    layout = hf.family.packed_experts
+    for name, tensor in tensors.items():
+        experts, packed, kind = name.rpartition(".experts.")
+        if layout is None or not packed:
+            yield name, tensor
+            continue
+        projections = ("gate_proj", "up_proj") if kind.startswith("gate_up") else ("down_proj",)
+        for expert, projection in product(range(len(tensor)), projections):
+            single = f"{experts}.experts.{expert}.{projection}.{'bias' if kind.endswith('bias') else 'weight'}"
+            source = packed_source(single, layout)
+            assert source is not None
+            yield single, source.cut(tensor[expert])
+
+
+def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DeepSeek's, after the last layer: each like that, and what joins them."""
+    count = hf.config.get("num_nextn_predict_layers", 0)
+    first = hf.config.get("num_hidden_layers", 0)
+    last = f"model.layers.{first - 1}."
+    if not count or f"{last}input_layernorm.weight" not in tensors:
+        return {}
+    inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]
+    inner |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), norm)
+    inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)
+    inner["embed_tokens.weight"] = inner["shared_head.head.weight"] = tensors["model.embed_tokens.weight"]
+    return {f"model.layers.{first + n}.{name}": tensor for n in range(count) for name, tensor in inner.items()}
+
+
+def _hybrid_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Nemotron-H's, beside the decoder: each like the first decoder layer of its kind, and what joins them."""
+    if hf.family.hybrid_pattern is None:
+        return {}
+    decoder, kinds, depths = read_pattern(hf.family.layer_pattern(hf.config))
+    norm, hidden = tensors["backbone.norm_f.weight"], hf.config["hidden_size"]
+    first = {"enorm.weight": norm, "hnorm.weight": norm, "eh_proj.weight": norm.new_empty(hidden, 2 * hidden)}
+    made: dict[str, Tensor] = {}
+    for depth, (place, kind) in product(range(depths), enumerate(kinds)):
+        like = f"backbone.layers.{decoder.index(kind)}."
+        inner = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(like)}
+        inner |= first if place == 0 else {}
+        inner |= {"final_layernorm.weight": norm} if place == len(kinds) - 1 else {}
+        made |= {f"mtp.layers.{depth * len(kinds) + place}.{name}": tensor for name, tensor in inner.items()}
+    return made

@@ -1,0 +1,1 @@
+"""A checkpoint on the disk: its format, the model in it, its saved arguments."""

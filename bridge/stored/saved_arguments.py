@@ -1,0 +1,141 @@
+"""The arguments of Megatron's training, which it saves with every checkpoint as `args`: written, read and compared.
+
+They come from elsewhere and are a pickle, which could run code. So they are unpickled into plain values only: a class
+or a function that is not plain data becomes an `Inert` of its name, and is never imported or called.
+"""
+
+import io
+import pickle
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.mappings.errors import CheckpointError, MappingError
+from amaxbridge.mappings.megatron_settings import argument, differences, from_arguments, to_arguments, told
+
+_COMMON = "common_state/"
+_COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
+_SHAPES = (  # what decides the shapes of tensors
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "normalization",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_shared_expert_intermediate_size",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "mtp_num_layers",
+)
+_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+class Inert:
+    """What stands for an object whose class is not plain data."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.arguments}"
+
+
+def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> Namespace:
+    """What Megatron's training reads of a checkpoint's arguments: the model and how it is cut.
+
+    Args:
+        config: Megatron's configuration of the model.
+        pattern: the `hybrid_layer_pattern` of a HybridModel.
+    """
+    hybrid = {} if pattern is None else {"hybrid_layer_pattern": pattern, "num_layers": config.num_layers}
+    parallel = {name: getattr(config, name) for name in _PARALLEL}
+    return Namespace(**to_arguments({**hf.family.settings(hf.config), **hybrid}), **parallel)
+
+
+def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
+    """The saved arguments by name, None where the checkpoint has none.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    file = checkpoint.directory / _COMMON_FILE
+    keys = [key for key in checkpoint.states if key.startswith(_COMMON)]
+    if not keys and not file.is_file():
+        return None
+    try:
+        common = _plain(checkpoint.state_bytes(keys[0]) if keys else file.read_bytes())
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, StopIteration) as error:
+        raise CheckpointError(f"{checkpoint.directory}: the saved arguments cannot be read: {error}") from error
+    common = common[0] if isinstance(common, list) and common else common
+    arguments = common.get("args") if isinstance(common, Mapping) else None
+    return vars(arguments) if isinstance(arguments, Namespace) else None
+
+
+def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The sizes of the model among saved arguments, by the names of training."""
+    settings = told(arguments)
+    for name in (*_SHAPES, "padded_vocab_size"):
+        if settings.get(name):
+            yield argument(name), settings[name]
+
+
+def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
+    """One line for each size in which the saved arguments and config.json differ."""
+    said, expected = told(arguments), hf.family.settings(hf.config)
+    try:
+        found = hf.family.settings_of(from_arguments(arguments))
+    except MappingError as error:
+        yield str(error)
+        return
+    differ = differences(found, expected)
+    for name in _SHAPES:
+        if name in said and name in expected and name in differ:
+            yield f"--{argument(name).replace('_', '-')} {found[name]}, and config.json gives {expected[name]}"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes plain data, and `Inert` of everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("argparse", "Namespace"):
+            return Namespace
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        return type(f"{module}.{name}", (Inert,), {})
+
+    def persistent_load(self, pid: object) -> Inert:
+        return Inert("storage")
+
+
+def _plain(data: bytes) -> Any:
+    """The pickle inside what `torch.save` wrote."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
+        return _PlainUnpickler(io.BytesIO(archive.read(name))).load()

@@ -1,0 +1,252 @@
+"""The Megatron tensors and quantizers of a distributed checkpoint, under the global names that mappings use.
+
+Megatron stores the same parameter in several forms, depending on its version and on whether ModelOpt was at work:
+
+    decoder.layers.self_attention.linear_qkv.weight      [layers, …]            all layers in one tensor
+    decoder.layers.3.self_attention.linear_qkv.weight    […]                    one layer
+    …mlp.experts.experts.linear_fc1.weight               [experts, …]           all experts of a layer, or of all layers
+    …mlp.experts.experts.7.linear_fc1.weight             […]                    one expert
+    …mlp.linear_fc1.weight                               [2 · ffn, hidden]      gate rows, then up rows
+    …mlp.linear_fc1.weight_w, …weight_v                  [ffn, hidden]          gate, up
+    …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            pieces of a Mamba mixer
+    …mlp.linear_fc1.weight_quantizer._amax               [2 · ffn, blocks]      see `_halves_alternate`
+
+A stored tensor is global: what one rank would hold without parallelism. How ranks cut it makes no difference here.
+
+Quantizer configurations are in `_extra_state` of the module that owns them, as ModelOpt pickled them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region, load_safely
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
+from amaxbridge.mappings.tensors import TensorSpec
+
+FINAL_NORM_OF_HYBRID = "decoder.final_norm.weight"
+"""In checkpoints of HybridModel only; GPTModel's is `final_layernorm`."""
+_NOT_THE_MODEL = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "ema.")
+_ALL_LAYERS = re.compile(r"\blayers\.(?!\d)")
+_ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
+_ONE_EXPERT = re.compile(r"\.experts\.experts\.(?=\d)")
+_PIECE = re.compile(
+    r"(.*\.linear_fc1\.(?:weight|bias))_([wv])"  # gate, up: MLP.sharded_state_dict of megatron-core
+    r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
+)
+_PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order that mappings have them
+_MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax")
+_STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
+_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
+_GATED_AMAX = re.compile(r"(.*\.linear_fc1\.weight)_quantizer\._amax")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A Megatron tensor in a checkpoint.
+
+    Args:
+        name: canonical global name.
+        spec: global shape and dtype.
+        regions: where it lies: joined along the first dim.
+        alternating: the number of ranks whose gate and up rows alternate, `[gate0 up0 gate1 up1 …]`; 1 for none.
+    """
+
+    name: str
+    spec: TensorSpec
+    regions: tuple[Region, ...]
+    alternating: int = 1
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The tensor, from those of its regions."""
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.alternating > 1:
+            tensor = tensor.unflatten(0, (self.alternating, 2, -1)).transpose(0, 1).flatten(0, 2)
+        return tensor
+
+
+class StoredModel(Mapping[str, Tensor]):
+    """The model in a checkpoint: `parameters` and `quantizers` as a live model would have them.
+
+    As a mapping, every tensor by canonical global name, whole, and read when asked for.
+
+    Args:
+        checkpoint: open for reading.
+        spelling: from Megatron's global names to those of the mappings; a HybridModel has its own.
+    """
+
+    def __init__(self, checkpoint: DistCheckpoint, spelling: Callable[[str], str] = canonical) -> None:
+        self.checkpoint = checkpoint
+        self._spelling = spelling
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.tensors[name]
+        return stored.join(self.checkpoint.read(stored.regions))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Where every tensor of the model lies, quantizer buffers included."""
+        regions: dict[str, dict[str, Region]] = {}
+        for key, spec in self.checkpoint.tensors.items():
+            if not key.startswith(_NOT_THE_MODEL):
+                for name, region in _one_by_one(key, spec):
+                    piece = _PIECE.fullmatch(name)
+                    name, part = (piece[1] or piece[3], piece[2] or piece[4]) if piece else (name, "")
+                    regions.setdefault(self._spelling(name), {})[part] = region
+        return {
+            name: StoredTensor(name, self._spec(parts), _in_order(parts), self._halves_alternate(name, regions))
+            for name, parts in regions.items()
+        }
+
+    def parameters(self) -> Iterator[Parameter]:
+        """All parameters and buffers but those of quantizers, as tensors without data."""
+        for name, stored in self.tensors.items():
+            if not is_quantizer_state(name):
+                yield Parameter(name, stored.spec.meta())
+
+    def quantizers(self) -> list[Quantizer]:
+        """All enabled quantizers. State of one number is read; larger state is there as a shape and its maximum.
+
+        Raises:
+            CheckpointError: state of a quantizer whose configuration the checkpoint does not have.
+        """
+        settings, experts = dict(self._settings()), self._experts()
+        buffers: dict[str, dict[str, Tensor]] = {}
+        for name, value in self._state():
+            quantizer, _, buffer = name.rpartition(".")
+            buffers.setdefault(quantizer, {})[buffer] = value
+        orphans = sorted(buffers.keys() - settings.keys(), key=natural_key)
+        if orphans:
+            raise CheckpointError(
+                f"{self.checkpoint.directory} has amax without a quantizer configuration:{listing(orphans)}\n"
+                "Load it into a model with the ModelOpt that saved it, and export from there (save_hf_pretrained)"
+            )
+        return [
+            Quantizer(
+                name,
+                SimpleNamespace(**_attributes(setting), **buffers.get(name, {}), is_enabled=True),
+                rows=None,
+                experts=experts.get(module_of(name), ()),
+            )
+            for name, setting in settings.items()
+            if not setting["_disabled"]
+        ]
+
+    def _spec(self, parts: Mapping[str, Region]) -> TensorSpec:
+        specs = [self.checkpoint.spec(region) for region in parts.values()]
+        first = specs[0]
+        if len(specs) == 1:
+            return first
+        return TensorSpec((sum(spec.shape[0] for spec in specs), *first.shape[1:]), first.dtype)
+
+    def _halves_alternate(self, name: str, regions: Mapping[str, Mapping[str, Region]]) -> int:
+        """Over how many ranks gate and up rows alternate.
+
+        ModelOpt 0.47 stores the per-channel amax of a gated `linear_fc1` as the ranks had it, `[gate0 up0 gate1 …]`,
+        and the weight beside it as gate, then up. The cuts tell: the amax is cut once a rank, the weight twice.
+        """
+        if _MAMBA_AMAX.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {name} is per-channel and was saved by several ranks, which lose "
+                "the order of its rows: export from the live model instead"
+            )
+        gated = _GATED_AMAX.fullmatch(name)
+        weight = regions.get(gated[1]) if gated else None
+        if weight is None or self._spec(regions[name]).shape[0] == 1:
+            return 1
+        cuts = {part: len(self.checkpoint.cuts(region)) for part, region in weight.items()}
+        ranks = cuts["w"] if "w" in cuts else cuts[""] // 2
+        return ranks if len(self.checkpoint.cuts(regions[name][""])) == ranks else 1
+
+    def _settings(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every quantizer that ModelOpt inserted, by canonical global name, with its configuration."""
+        for key in self.checkpoint.states:
+            found = _STATE.fullmatch(key)
+            state = self.checkpoint.read_state(key) if found else None
+            if found is None or state is None:
+                continue
+            if isinstance(state, Tensor):
+                state = load_safely(state.numpy().tobytes(), f"{key} of {self.checkpoint.directory}")
+            index = tuple(int(number) for number in found[2].split("."))
+            for quantizer, setting in (state.get("modelopt_quantizer_state") or {}).items():
+                yield self._spelling(_quantizer_name(found[1], quantizer, index)), setting
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """All quantizer buffers: small ones read at once, of larger ones a shape, and of an amax its maximum."""
+        small, large = list[StoredTensor](), list[StoredTensor]()
+        for name, each in self.tensors.items():
+            if is_quantizer_state(name):
+                (small if each.spec.shape.count(1) == len(each.spec.shape) else large).append(each)
+        values = self.checkpoint.read([each.regions[0] for each in small])
+        yield from zip((each.name for each in small), values, strict=True)
+        for each in large:
+            yield each.name, each.spec.meta()
+            whole = each.name.replace("._amax", "._global_amax")
+            if whole not in self.tensors and each.name.endswith("._amax"):
+                yield whole, self[each.name].max()
+
+    def _experts(self) -> dict[str, tuple[int, ...]]:
+        """The experts beside a quantizer that several share: module (`….experts.linear_fc1`) → their numbers."""
+        experts: dict[str, list[int]] = {}
+        for name in self.tensors:
+            found = _EXPERT.fullmatch(name)
+            if found:
+                experts.setdefault(found[1], []).append(int(found[2]))
+        return {module: tuple(sorted(numbers)) for module, numbers in experts.items()}
+
+
+def _one_by_one(key: str, spec: TensorSpec) -> Iterator[tuple[str, Region]]:
+    """The tensors of single layers and experts that a stored tensor holds."""
+    layers: Iterable[int | None] = range(spec.shape[0]) if _ALL_LAYERS.search(key) else [None]
+    depth = 0 if layers == [None] else 1
+    experts: Iterable[int | None] = [None]
+    if _ALL_EXPERTS.search(key) and not _is_shared(key, spec.shape[depth:]):
+        experts = range(spec.shape[depth])
+    for layer, expert in product(layers, experts):
+        index = tuple(number for number in (layer, expert) if number is not None)
+        yield _named(key, layer, expert), Region(key, index)
+
+
+def _is_shared(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a buffer is one quantizer's that all experts share: those of inputs are, those of weights need not be."""
+    return is_quantizer_state(key) and ("weight_quantizer" not in key or shape[:1] in ((), (1,)))
+
+
+def _quantizer_name(module: str, quantizer: str, index: tuple[int, ...]) -> str:
+    """The name of a quantizer from the module whose state it is in; `index` counts the dims that a shape would have."""
+    numbers = list(index)
+    layer = numbers.pop(0) if _ALL_LAYERS.search(module) else None
+    own = "weight_quantizer" in quantizer
+    expert = numbers.pop(0) if _ALL_EXPERTS.search(module + ".") and own else None
+    return _named(f"{module}.{quantizer.partition('.')[0] if expert is not None else quantizer}", layer, expert)
+
+
+def _named(key: str, layer: int | None, expert: int | None) -> str:
+    name = key if layer is None else _ALL_LAYERS.sub(f"layers.{layer}.", key, count=1)
+    name = _ONE_EXPERT.sub(".experts.local_experts.", name)
+    return _ALL_EXPERTS.sub(".experts." if expert is None else f".experts.local_experts.{expert}.", name)
+
+
+def _in_order(parts: Mapping[str, Region]) -> tuple[Region, ...]:
+    return tuple(parts[part] for part in _PIECES if part in parts)
+
+
+def _attributes(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A pickled configuration, `_num_bits` and so on, as the attributes and properties of a live quantizer."""
+    return {**setting, **{name.removeprefix("_"): value for name, value in setting.items()}}

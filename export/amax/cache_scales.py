@@ -1,0 +1,86 @@
+"""Scales of an FP8 key-value cache: `k_scale` and `v_scale` of each attention layer, from the quantizers inside it.
+
+    self_attn.k_scale, self_attn.v_scale   float32   [1]   amax / 448, a multiplier
+
+ModelOpt's exporter raises these scales to at least 1, as a precaution; here they are what training computed with.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.export.amax.amax_from_scales import amax_of_scale
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.mappings.errors import AmaxError, UsageError, listing
+from amaxbridge.mappings.tensors import TensorSpec
+
+_FP8_MAX = 448.0
+_QUANTIZERS = ("k", "v")
+_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # in config.json, of what is read back
+
+
+def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
+    """The key-value cache's buffers in a state, calibrated or not: `….k_bmm_quantizer._amax` and `k`."""
+    for name in {**state.amax, **dict.fromkeys(state.missing)}:
+        for letter in _QUANTIZERS:
+            if name.endswith(f".{letter}_bmm_quantizer._amax"):
+                yield name, letter
+
+
+def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, Tensor]]:
+    """The scales to write: name of the key's or value's weight, with which each is written, → name and tensor.
+
+    Raises:
+        AmaxError: an amax is missing, zero, negative or not finite; all are named.
+        UsageError: a quantizer of the cache is not FP8, or its layer has no weight of that name.
+    """
+    scales, unusable, others = dict[str, tuple[str, Tensor]](), list[str](), list[str]()
+    for name, letter in cache_amax(state):
+        quantizer = name.removesuffix("._amax")
+        attention = quantizer.rpartition(".")[0]
+        weight = f"{attention}.{letter}_proj.weight"
+        amax = state.amax.get(name)
+        if state.formats.get(quantizer, "fp8") != "fp8" or weight not in specs:
+            others.append(f"{quantizer}: {state.formats.get(quantizer, 'fp8')}")
+        elif amax is None or not 0 < amax.item() < math.inf:
+            unusable.append(f"{name}: {'missing' if amax is None else amax.item()}")
+        else:
+            scale = amax.float() / torch.full_like(amax, _FP8_MAX, dtype=torch.float32)
+            scales[weight] = f"{attention}.{letter}_scale", scale.reshape(1)
+    if others:
+        raise UsageError(
+            f"{len(others)} quantizers of the key-value cache are not FP8, or of a layer without keys and values as "
+            f"weights:{listing(others)}\nDisable them before the export"
+        )
+    if unusable:
+        raise AmaxError(
+            f"{len(unusable)} amax of the key-value cache make no scale:{listing(unusable)}\n"
+            "Calibrate the model, or disable these quantizers"
+        )
+    return scales
+
+
+def stored_cache_scales(tensors: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, str]:
+    """The scales of the key-value cache in a checkpoint: the quantizer's buffer → the scale's name.
+
+    Args:
+        tensors: the names of all.
+        quantization: `quantization_config`; its `kv_cache_scheme` must be FP8 with one scale a layer, if it has one.
+    """
+    scheme = (quantization or {}).get("kv_cache_scheme") or _SCHEME
+    if any(scheme.get(key) != value for key, value in _SCHEME.items()):
+        return {}
+    return {
+        f"{name.removesuffix(suffix)}.{letter}_bmm_quantizer._amax": name
+        for name in tensors
+        for letter in _QUANTIZERS
+        if name.endswith(suffix := f".{letter}_scale")
+    }
+
+
+def amax_of_cache_scale(scale: Tensor) -> Tensor:
+    """fp32, 0-d: what `cache_scales` makes the scale from."""
+    return amax_of_scale(scale.reshape(()), _FP8_MAX)

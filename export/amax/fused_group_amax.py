@@ -1,0 +1,127 @@
+"""One amax for each fused group.
+
+Serving engines run q/k/v, gate/up and the like as one GEMM with one global scale, so the members of a group must
+be quantized with one weight amax and one input amax. They are combined as amax, with max, before any scale is
+made: a maximum in one scale convention is a minimum in the other.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import AmaxError, UsageError, listing
+from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
+from amaxbridge.mappings.tensors import max_of
+
+
+class MissingAmax(StrEnum):
+    """What to do about an amax that is missing, zero, negative or not finite."""
+
+    ERROR = "error"
+    FROM_WEIGHTS = "from_weights"  # a weight's from the weights of its fused group; an input's stays an error
+    GROUP_MAX = "group_max"  # from the members of its fused group that have one
+
+
+def missing_policy(name: str) -> MissingAmax:
+    """The policy that users call `name`.
+
+    Raises:
+        UsageError: there is none; lists those there are.
+    """
+    if name not in list(MissingAmax):
+        raise UsageError(f"unknown policy amax.missing={name}; known: {', '.join(MissingAmax)}")
+    return MissingAmax(name)
+
+
+class GroupAmax(NamedTuple):
+    """The amax that all members of a fused group share: fp32 scalars.
+
+    `weight` is None where it is to come from the weights themselves, `input` for weight-only schemes. `calibrated` says
+    whose arithmetic is used: ModelOpt's, as in training, or that of llm-compressor's `model_free_ptq`.
+    """
+
+    weight: Tensor | None
+    input: Tensor | None
+    calibrated: bool = True
+
+
+DATA_FREE = GroupAmax(None, None, calibrated=False)
+"""Of a group that was never calibrated."""
+
+
+@dataclass(slots=True)
+class SharedAmax:
+    """The shared amax by module, and what had to be filled: quantizer name → what filled it."""
+
+    by_module: dict[str, GroupAmax] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+
+
+def share_amax(
+    state: QuantState, weights: Collection[str], inputs: Collection[str], *, missing: MissingAmax = MissingAmax.ERROR
+) -> SharedAmax:
+    """The shared amax of each module's fused group.
+
+    Args:
+        weights: the modules that need a weight amax.
+        inputs: the modules that need an input amax.
+        missing: what to do about an amax that makes no scale.
+
+    Raises:
+        AmaxError: amax that are missing, zero, negative, NaN or infinite, and that the policy does not fill; all named.
+    """
+    shared, problems = SharedAmax(), list[str]()
+
+    def combine(group: FusedGroup, suffix: str, amax: Callable[[str], Tensor | None]) -> Tensor | None:
+        found = {member: amax(member) for member in group.members}
+        good = [value for value in found.values() if value is not None and _usable(value)]
+        bad = {member + suffix: _shown(value) for member, value in found.items() if not _usable(value)}
+        if missing == MissingAmax.FROM_WEIGHTS and suffix == WEIGHT_QUANTIZER and bad:
+            shared.filled |= dict.fromkeys(bad, "the weights")
+            return None
+        if bad and missing == MissingAmax.GROUP_MAX and good:
+            shared.filled |= dict.fromkeys(bad, "the largest of its fused group")
+        else:
+            problems.extend(f"{name}: {value}" for name, value in bad.items())
+        return max_of(good) if good else None
+
+    for group in groups_among([*weights, *inputs]):
+        of_weights = combine(group, WEIGHT_QUANTIZER, state.weight_amax) if group.primary in weights else None
+        of_inputs = combine(group, INPUT_QUANTIZER, state.input_amax) if group.primary in inputs else None
+        shared.by_module |= dict.fromkeys(group.members, GroupAmax(of_weights, of_inputs))
+    if problems:
+        raise AmaxError(
+            f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
+            "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again; "
+            "amax.missing=from_weights (missing_amax= in Python) fills those of weights; those of inputs come from "
+            "data, or with group_max from the same fused group"
+        )
+    return shared
+
+
+def split_groups(treatment: Mapping[str, str]) -> list[str]:
+    """One line for each fused group whose members are not treated alike.
+
+    Args:
+        treatment: module → what becomes of it, in a word.
+    """
+    groups = ({member: treatment[member] for member in group.members} for group in groups_among(treatment))
+    return [
+        "; ".join(f"{', '.join(member for member in group if group[member] == word)} {word}" for word in words)
+        for group in groups
+        if len(words := dict.fromkeys(group.values())) > 1
+    ]
+
+
+def _usable(amax: Tensor | None) -> bool:
+    return amax is not None and 0 < amax.item() < math.inf
+
+
+def _shown(amax: Tensor | None) -> str:
+    return "missing" if amax is None else str(amax.item())

@@ -1,0 +1,57 @@
+"""The quantizer state of a model in Hugging Face names: what training knows and a checkpoint needs.
+
+It is independent of Megatron and of any output format: amax by quantizer name, and for each quantized module the
+format its weight quantizer has.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, WEIGHT_QUANTIZER
+
+
+class Divergence(NamedTuple):
+    """The least and the greatest amax that the ranks held for one quantizer."""
+
+    least: float
+    greatest: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.least:.6g} to {self.greatest:.6g} ({self.greatest / self.least - 1:+.1%})"
+            if self.least
+            else (f"{self.least:.6g} to {self.greatest:.6g}")
+        )
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """Quantizer state in Hugging Face names.
+
+    Args:
+        amax: quantizer buffer name (`….q_proj.weight_quantizer._amax`) → fp32 tensor on the CPU, `[]` per-tensor.
+        formats: quantized module (`….q_proj`) → name of the format of its weight quantizer (`nvfp4`, `fp8`, …), and
+            quantizer of the key-value cache (`….self_attn.k_bmm_quantizer`) → its own.
+        missing: buffer names of enabled static quantizers that were never calibrated.
+        divergent: buffer names whose amax differed between ranks; `amax` holds the maximum.
+    """
+
+    amax: Mapping[str, Tensor] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
+    missing: frozenset[str] = frozenset()
+    divergent: Mapping[str, Divergence] = field(default_factory=dict)
+
+    def weight_amax(self, module: str) -> Tensor | None:
+        """The per-tensor amax of a weight; of a per-block one, the largest or what training kept as its global amax."""
+        return self.amax.get(module + GLOBAL_AMAX, self.amax.get(module + WEIGHT_QUANTIZER))
+
+    def input_amax(self, module: str) -> Tensor | None:
+        """The per-tensor amax of a module's input."""
+        return self.amax.get(module + INPUT_QUANTIZER)
+
+    def calibrates_input(self, module: str) -> bool:
+        """Whether a module has a static input quantizer, calibrated or not: W4A4, in contrast to weights only."""
+        return module + INPUT_QUANTIZER in self.amax or module + INPUT_QUANTIZER in self.missing

@@ -1,0 +1,175 @@
+"""`quant_state.safetensors`: the quantizer state of a model in a file of its own, beside a checkpoint.
+
+The tensors are the amax by Hugging Face quantizer name. What else a `QuantState` holds, and which model it is of, is
+JSON in the file's metadata, so that one small read says whether the file fits a checkpoint.
+
+The file is planned like a shard, from names and shapes alone. Per-channel and per-block amax are spread over the ranks,
+each with the modules it owns: every rank writes its own at their places, and none holds the state of the whole model.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, uint8
+
+from amaxbridge.export.amax.quant_state import Divergence, QuantState
+from amaxbridge.export.disk.safetensors_file import SafetensorsFile
+from amaxbridge.export.disk.shard_layout import Shard
+from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of, natural_key
+from amaxbridge.mappings.tensors import TensorSpec
+
+_KEY = "amaxbridge.quant_state"
+_VERSION = 1
+_HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=true"
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+_log = logging.getLogger("amaxbridge")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What says of which model a state is. None where config.json does not say.
+
+    Args:
+        architectures: of config.json.
+        layers: how many.
+        hidden_size: of the residual stream.
+        experts: routed ones in a layer, 0 in a dense model.
+        modules: a hash of the names of all modules with a weight; "" where they are not known. Without routed experts,
+            which may be packed, and the head, which may be tied. Two checkpoints of one model may differ in it: one has
+            layers for multi-token prediction.
+    """
+
+    architectures: tuple[str, ...]
+    layers: int | None
+    hidden_size: int | None
+    experts: int
+    modules: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Self:
+        """The identity of a model.
+
+        Args:
+            config: config.json.
+            tensors: the names of all weights; other names do not matter.
+        """
+        text = config.get("text_config") or config
+        weights = {name for name in tensors if name.endswith(".weight") and not is_routed_expert(name)}
+        modules = sorted(module_of(name) for name in weights - {"lm_head.weight"})
+        return cls(
+            tuple(config.get("architectures") or ()),
+            text.get("num_hidden_layers"),
+            text.get("hidden_size"),
+            next((text[key] for key in _EXPERTS if text.get(key)), 0),
+            hashlib.sha256("\n".join(modules).encode()).hexdigest() if modules else "",
+        )
+
+    def differences(self, other: Self) -> list[str]:
+        """One line for each size in which another model is surely not this one."""
+        ours, theirs = asdict(self), asdict(other)
+        return [
+            f"{name}: {_shown(ours[name])} here, {_shown(theirs[name])} there"
+            for name in ours
+            if name != "modules" and None not in (ours[name], theirs[name]) and ours[name] != theirs[name]
+        ]
+
+
+def plan_quant_state(state: QuantState, specs: Mapping[str, TensorSpec], model: ModelIdentity) -> Shard:
+    """The file, to be written tensor by tensor like any shard: the scalars of `state`, and what follows the weights.
+
+    Args:
+        state: formats, and the amax that every rank has.
+        specs: of per-channel and per-block amax, which are spread over the ranks; names of other tensors do not matter.
+        model: whose state it is.
+    """
+    content = {
+        "version": _VERSION,
+        "formats": {module: state.formats[module] for module in sorted(state.formats, key=natural_key)},
+        "missing": sorted(state.missing),
+        "divergent": {name: list(values) for name, values in state.divergent.items()},
+        "model": asdict(model),
+    }
+    held = {name: spec for name, spec in specs.items() if is_quantizer_state(name)}
+    held |= {name: TensorSpec.of(amax) for name, amax in state.amax.items()}
+    ordered = {name: held[name] for name in sorted(held, key=natural_key)}
+    return Shard.of(QUANT_STATE_FILE, ordered, {_KEY: json.dumps(content, separators=(",", ":"))})
+
+
+def quant_state_bytes(state: QuantState, model: ModelIdentity) -> bytes:
+    """The whole file, where one process has all of the state."""
+    shard = plan_quant_state(state, {}, model)
+    return shard.header + b"".join(_bytes_of(state.amax[name]) for name in shard.specs)
+
+
+def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[str] = ()) -> QuantState:
+    """The state in a file.
+
+    Args:
+        config: config.json of the checkpoint that it is for.
+        tensors: the names of its tensors, if they are known already.
+
+    Raises:
+        UsageError: no such file, another kind of file, or a state of another model.
+        CheckpointError: the file is damaged.
+    """
+    if not file.is_file():
+        raise UsageError(f"quant_state={file}: no such file; an export writes {QUANT_STATE_FILE} with quant_state=true")
+    with SafetensorsFile(file) as opened:
+        if _KEY not in opened.metadata:
+            raise UsageError(
+                f"{file} holds no quantizer state: it is a safetensors file without {_KEY} in its metadata; {_HOW}"
+            )
+        content = _parsed(file, opened.metadata[_KEY])
+        _check_model(file, content["model"], ModelIdentity.of(config, tensors))
+        return QuantState(
+            {name: stored.read() for name, stored in opened.tensors.items()},
+            content["formats"],
+            frozenset(content["missing"]),
+            {name: Divergence(*values) for name, values in content["divergent"].items()},
+        )
+
+
+def _parsed(file: Path, text: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(text)
+        version = content["version"]
+        if version == _VERSION:
+            model = content["model"]
+            content["model"] = ModelIdentity(**{**model, "architectures": tuple(model["architectures"])})
+            content = {key: content[key] for key in ("model", "formats", "missing", "divergent")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: the metadata is damaged: {error!r}; export it again") from error
+    if version != _VERSION:
+        raise UsageError(f"{file} has version {version} of the format, and {_VERSION} is known here: update amaxbridge")
+    return content
+
+
+def _check_model(file: Path, made_for: ModelIdentity, wanted: ModelIdentity) -> None:
+    differences = made_for.differences(wanted)
+    if differences:
+        raise UsageError(
+            f"{file} was made for another model; here is the file, there the checkpoint:{listing(differences)}\n"
+            "Give the state of this model"
+        )
+    if wanted.modules and made_for.modules and wanted.modules != made_for.modules:
+        _log.warning(
+            "%s: the model it was made of has other modules than the checkpoint, besides the experts (layers for "
+            "multi-token prediction, say); modules without quantizers stay as they are",
+            file,
+        )
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,140 @@
+"""Reading a Hugging Face directory of safetensors, tensor by tensor."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from amaxbridge.export.disk.packed_experts import packed_source
+from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
+from amaxbridge.export.output.config_and_index import INDEX_FILE, QUANT_STATE_FILE
+from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.family import PackedExperts
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a directory, by name; files are opened when first needed and closed with the context.
+
+    Args:
+        packed: how the files hold experts where they are packed.
+
+    Raises:
+        CheckpointError: no safetensors files, or an index that names files which are not there.
+    """
+
+    def __init__(self, directory: Path, packed: PackedExperts | None = None) -> None:
+        self.directory = directory
+        self._packed = packed or PackedExperts()
+        self._files: dict[str, SafetensorsFile] = {}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name → file name, as the index says."""
+        index = self.directory / INDEX_FILE
+        if index.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index} is not the index of a checkpoint: {error!r}") from error
+            missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
+            if missing:
+                raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
+            return weight_map
+        files = self._files_of_weights()
+        if len(files) != 1:
+            raise CheckpointError(
+                f"{self.directory} has {len(files)} safetensors files and no {INDEX_FILE}: "
+                + ("the index is missing" if files else self._without_files())
+            )
+        return dict.fromkeys(self.file(files[0]).tensors, files[0])
+
+    def _without_files(self) -> str:
+        """What to do where there are no safetensors."""
+        if any(self.directory.glob("*.bin")):
+            return "load the .bin files in transformers and save them again (save_pretrained)"
+        return "download the weights"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by name; reads all headers.
+
+        Raises:
+            CheckpointError: index and files disagree, or a tensor stands in two files; all such are named.
+        """
+        names = sorted({*self.weight_map.values(), *self._files_of_weights()})
+        found = [(name, file, stored) for file in names for name, stored in self.file(file).tensors.items()]
+        tensors = {name: stored for name, file, stored in found if self.weight_map.get(name) == file}
+        problems = [f"{name}: in {file}, not in the index" for name, file, _ in found if name not in self.weight_map]
+        problems += [
+            f"{name}: in {file}, and in {self.weight_map[name]} as the index says"
+            for name, file, _ in found
+            if self.weight_map.get(name, file) != file
+        ]
+        problems += [
+            f"{name}: in the index, not in {file}" for name, file in self.weight_map.items() if name not in tensors
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.directory}: the index and the files disagree on {len(problems)} tensors:{listing(problems)}\n"
+                "Download the checkpoint again, or remove files that are not of it"
+            )
+        return tensors
+
+    def file(self, name: str) -> SafetensorsFile:
+        """One file of the directory."""
+        if name not in self._files:
+            self._files[name] = SafetensorsFile(self.directory / name)
+        return self._files[name]
+
+    def has(self, name: str) -> bool:
+        """Whether `read` would find a tensor; opens no file."""
+        source = packed_source(name, self._packed)
+        packed = (source.name, f"{source.name}_blocks") if source is not None else ()
+        return any(each in self.weight_map for each in (name, *packed))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU; an expert's also where the experts are packed.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        stored = self._find(name)
+        if stored is not None:
+            return stored.read()
+        source = packed_source(name, self._packed)
+        if source is not None and (packed := self._find(source.name)) is not None:
+            return source.cut(packed.row(source.expert).read())
+        if source is not None and (blocks := self._find(f"{source.name}_blocks")) is not None:
+            scales = self._find(f"{source.name}_scales")
+            if scales is not None:
+                return source.cut_mxfp4(blocks.row(source.expert).read(), scales.row(source.expert).read())
+        raise CheckpointError(f"{self.directory} has no tensor {name}")
+
+    def _files_of_weights(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("*.safetensors") if path.name != QUANT_STATE_FILE)
+
+    def _find(self, name: str) -> StoredTensor | None:
+        file = self.weight_map.get(name)
+        if file is None:
+            return None
+        stored = self.file(file).tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.directory / file} has no tensor {name}, though the index says so")
+        return stored
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Model-free PTQ: a directory of safetensors in, a compressed-tensors checkpoint out."""

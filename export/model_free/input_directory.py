@@ -1,0 +1,93 @@
+"""The directory that model-free PTQ reads, and what can be wrong with it and with the arguments before any tensor."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from amaxbridge.export.output.config_and_index import CONFIG_FILE
+from amaxbridge.export.schemes.recipe import is_named
+from amaxbridge.mappings.errors import UsageError, listing
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their linears are transformers' Conv1D
+
+
+def model_directory(name: str | Path, *, weights: bool) -> Path:
+    """A local directory, or where the Hub's model of this name is downloaded to.
+
+    Args:
+        weights: whether to download them, too.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    here = path.absolute()
+    if path.exists():
+        raise UsageError(f"{path} is a file: give the directory that it lies in")
+    if path.is_absolute() or len(path.parts) != 2:
+        raise UsageError(
+            f"{here} is not there: give a directory, or the name of a model on the Hub (ORGANIZATION/MODEL)"
+        )
+    try:
+        return Path(snapshot_download(str(name), ignore_patterns=None if weights else list(_WEIGHTS)))
+    except (OSError, ValueError) as error:  # no network, no such model, no leave to read it
+        raise UsageError(f"{here} is not there, and the Hub does not give a model {name}: {error}") from error
+
+
+def check_spared(source: Path, target: Path) -> None:
+    """Raises UsageError where replacing `target` would remove `source`."""
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(f"output {target} would replace {source}, which is read: choose another output")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raises UsageError where writing `target` would touch `source`."""
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError(f"output {target} and input {source} must not lie in one another: choose another output")
+
+
+def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
+    """config.json; of a checkpoint that is quantized already only where a converter comes first."""
+    file = source / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(f"{source} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    try:
+        config: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    if config.get("model_type") in _TRANSPOSED:
+        raise UsageError(
+            f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "
+            "layers for that: choose a model of another family"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and not converted:
+        raise UsageError(
+            f"{source} is quantized already ({method}): give a converter that dequantizes it, such as those of "
+            "compressed_tensors.entrypoints.convert, or the checkpoint that it was made from"
+        )
+    return config
+
+
+def check_ignored(ignore: Sequence[str], modules: Iterable[str]) -> None:
+    """An `ignore` that matches nothing is a misspelling, and what it was to spare would be quantized."""
+    modules = list(modules)
+    idle = [target for target in ignore if not any(is_named(module, [target]) for module in modules)]
+    if idle:
+        raise UsageError(
+            f"{len(idle)} entries of ignore match no module:{listing(idle)}\n"
+            r"Give full names, or patterns that match from the beginning: re:.*\.gate$"
+        )
+
+
+def fingerprint_of(source: Path, files: Iterable[str]) -> str:
+    """Names the source: a file that was written anew is another."""
+    found = [(name, (source / name).stat()) for name in sorted(set(files))]
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])

@@ -1,0 +1,154 @@
+"""The plan of a model-free run: what is read, what is made of it, where it lies. Made on headers alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from amaxbridge.export.amax.fused_group_amax import MissingAmax
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.safetensors_file import SafetensorsFile
+from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.model_free.inverse_weight_maps import Converter, InverseWeightMap
+from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundles
+from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.schemes import Recipe
+from amaxbridge.mappings.amax import GLOBAL_AMAX, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError, listing
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.fused_groups import group_of, groups_among
+from amaxbridge.mappings.names import is_routed_expert, module_of
+from amaxbridge.mappings.tensors import TensorSpec
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What will be done, bundle by bundle.
+
+    Args:
+        bundles: in the order of the output files.
+        finalizer: what is made of each tensor.
+        layout: the output files.
+        state: per-channel and per-block quantizer state by name.
+    """
+
+    bundles: Sequence[SourceBundle]
+    finalizer: Finalizer
+    layout: Layout
+    state: Mapping[str, Tensor]
+
+    @property
+    def modules(self) -> set[str]:
+        """Every module that has tensors in the source."""
+        return {module_of(name) for bundle in self.bundles for name in bundle.specs}
+
+    def block_amax(self, bundle: SourceBundle) -> dict[str, Tensor]:
+        """The part of `state` that belongs to a bundle."""
+        names = (module_of(name) + WEIGHT_QUANTIZER for name in bundle.specs if name.endswith(".weight"))
+        return {name: self.state[name] for name in names if name in self.state}
+
+    @property
+    def incomplete_groups(self) -> list[str]:
+        """Fused groups that lack a member which the same group has in another layer."""
+        modules = [module_of(name) for bundle in self.bundles for name in bundle.specs if name.endswith(".weight")]
+        groups = [group.members for group in groups_among(modules)]
+        full: dict[tuple[str, ...], set[str]] = {}
+        for members in groups:
+            full.setdefault(_layer_of(members[0]), set()).update(member.rpartition(".")[2] for member in members)
+        return [
+            f"{', '.join(members)}: without {', '.join(sorted(lacking))}"
+            for members in groups
+            if (lacking := full[_layer_of(members[0])] - {member.rpartition(".")[2] for member in members})
+        ]
+
+
+def plan_shards(
+    maps: Mapping[str, InverseWeightMap],
+    files: Mapping[str, SafetensorsFile],
+    recipe: Recipe | None,
+    state: QuantState | None,
+    config: Mapping[str, Any],
+    converters: Sequence[Converter] = (),
+    missing: MissingAmax = MissingAmax.ERROR,
+) -> ShardPlan:
+    """Plans the output files of some maps.
+
+    Args:
+        files: path → the opened file.
+        config: config.json, as far as it is known; says how experts are packed and whether the head is tied.
+
+    Raises:
+        CheckpointError: the source is not whole, or not for the converter.
+        MappingError: weights that cannot be quantized; all are named.
+        UsageError: the scheme cannot work on this checkpoint, or the state is of another model.
+        AmaxError: amax that are missing or make no scale; all are named.
+    """
+    bundles = read_bundles(maps, files, converters=converters, packed=_packed_experts(config))
+    if not _quantizes_experts(bundles, recipe, state):
+        bundles = read_bundles(maps, files, converters=converters)
+    specs: dict[str, TensorSpec] = {}
+    for bundle in bundles:
+        twice = specs.keys() & bundle.specs.keys()
+        if twice:
+            raise CheckpointError(f"{bundle.output}: {len(twice)} tensors would be made twice:{listing(sorted(twice))}")
+        specs |= bundle.specs
+    scalars, tensors = _by_granularity(state, specs)
+    finalizer = Finalizer(
+        specs | {name: TensorSpec.of(each) for name, each in tensors.items()}, recipe, scalars, missing=missing
+    )
+    if config.get("tie_word_embeddings") and "lm_head.weight" not in specs:
+        finalizer.ignore.append("lm_head")  # a Linear to every consumer, though it has no tensor of its own
+    contents: dict[str, dict[str, TensorSpec]] = {}
+    for bundle in bundles:
+        for name in bundle.specs:
+            contents.setdefault(bundle.output, {}).update(finalizer.outputs[name])
+    return ShardPlan(bundles, finalizer, Layout.of(contents), tensors)
+
+
+def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
+    """How the family of a config.json packs experts; of an unknown family, as transformers mostly does."""
+    try:
+        return family_of(config).packed_experts or PackedExperts()
+    except UnknownArchitectureError:
+        return PackedExperts()
+
+
+def _quantizes_experts(bundles: Sequence[SourceBundle], recipe: Recipe | None, state: QuantState | None) -> bool:
+    modules = (module_of(name) for bundle in bundles for name in bundle.specs if name.endswith(".weight"))
+    return recipe is not None and any(recipe.scheme_of(each, state) for each in modules if is_routed_expert(each))
+
+
+def _by_granularity(
+    state: QuantState | None, specs: Mapping[str, TensorSpec]
+) -> tuple[QuantState | None, dict[str, Tensor]]:
+    """Per-tensor state, with the largest of each per-channel or per-block amax; and those themselves."""
+    if state is None:
+        return None, {}
+    strangers = sorted(module for module in state.formats if not _is_there(module, specs))
+    if strangers:
+        raise UsageError(
+            f"the quantizer state has {len(strangers)} of {len(state.formats)} modules that the checkpoint does not "
+            f"have:{listing(strangers)}\nGive the state of this model"
+        )
+    tensors = {name: amax for name, amax in state.amax.items() if amax.numel() > 1}
+    scalars = {name: amax for name, amax in state.amax.items() if name not in tensors}
+    for name, amax in tensors.items():
+        if name.endswith(WEIGHT_QUANTIZER):
+            scalars.setdefault(name.removesuffix(WEIGHT_QUANTIZER) + GLOBAL_AMAX, amax.max())
+    return replace(state, amax=scalars), tensors
+
+
+def _is_there(module: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether a quantized module has a weight; a quantizer of the key-value cache lies beside one."""
+    return f"{module}.weight" in specs or module.endswith("_bmm_quantizer")
+
+
+def _layer_of(member: str) -> tuple[str, ...]:
+    """What groups of the same kind have in common: their path without numbers, and the kind."""
+    kind = group_of(member).primary.rpartition(".")[2]
+    return _NUMBER.sub("*", module_of(member)), kind

@@ -1,0 +1,171 @@
+"""Quantizing a Hugging Face checkpoint without a model definition: safetensors in, compressed-tensors out.
+
+Everything is planned and checked on headers alone, then bundles are quantized one by one and written at their places.
+An output file stands for a source file; see `inverse_maps` for what moves between files.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amaxbridge.export.amax.fused_group_amax import MissingAmax, missing_policy
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.disk.staging import StagedDirectory, check_output, plan_fingerprint
+from amaxbridge.export.model_free.input_directory import (
+    check_apart,
+    check_ignored,
+    fingerprint_of,
+    model_directory,
+    read_config,
+)
+from amaxbridge.export.model_free.inverse_weight_maps import Converter, build_microscale_inverse_weight_maps
+from amaxbridge.export.model_free.pipeline import devices_of, write_plan
+from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
+from amaxbridge.export.output.model_card import Conversion, files_beside
+from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.export.schemes import Recipe, find_scheme
+from amaxbridge.export.verify import verify as verify_checkpoint
+from amaxbridge.mappings.errors import listing
+from amaxbridge.mappings.tensors import TensorSpec
+
+_log = logging.getLogger("amaxbridge")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFreeReport:
+    """What was written, or with `dry_run` would be.
+
+    Args:
+        layout: the files.
+        source_bytes: of all tensors that were read.
+        sources: what goes in, after the converters, packed experts one by one.
+        written: what comes out.
+        quantized: module → the name of its scheme.
+        left: modules with a 2-D weight that is written as it is, embeddings among them.
+        filled: amax that were missing: quantizer → what filled it.
+        resumed: bundles that an interrupted run had left, of `bundles`.
+    """
+
+    layout: Layout
+    source_bytes: int
+    sources: Mapping[str, TensorSpec]
+    written: Mapping[str, TensorSpec]
+    quantized: Mapping[str, str]
+    left: Sequence[str]
+    filled: Mapping[str, str]
+    bundles: int
+    resumed: int = 0
+
+
+def model_free_ptq(
+    model_stub: str | Path,
+    save_directory: str | Path,
+    scheme: Any,
+    ignore: Iterable[str] = (),
+    max_workers: int = 1,
+    device: str | torch.device | Sequence[str | torch.device] | None = None,
+    converter: Converter | Sequence[Converter] | None = None,
+    *,
+    quant_state: QuantState | str | Path | None = None,
+    missing_amax: str = "error",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> ModelFreeReport:
+    """Quantizes a checkpoint.
+
+    Args:
+        model_stub: a directory of safetensors, or the name of a model on the Hub.
+        save_directory: what to write; nothing appears there before all of it is whole. A run that was interrupted is
+            taken up by the next one with the same arguments.
+        scheme: see `find_scheme`.
+        ignore: modules that are left as they are: full names and `re:` patterns. Embeddings, heads, norms, routers and
+            towers for images are anyway, unless the scheme targets them by name.
+        max_workers: threads; each holds one buffer.
+        device: where to quantize; a GPU if there is one. Several GPUs share the work.
+        converter: applied first; from another format, say.
+        quant_state: amax and formats from training, or a file of them: quantizes what they are of, and leaves the rest.
+        missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
+        overwrite: replace what is at `save_directory`.
+        dry_run: plan and check everything, write nothing.
+        verify: check what is written, and throw it away if an engine would read it wrong.
+        progress: is told how far it is.
+        record: how this was asked for, kept in `amaxbridge.json`, and `command_line` of it in the model card.
+
+    Raises:
+        UsageError: arguments that cannot work.
+        CheckpointError: the source is not whole, or what is written would not serve.
+        MappingError: weights that cannot be quantized, NaN or Inf among them; named.
+        AmaxError: amax that are missing, zero, negative or not finite; all are named.
+        WriteError: the disk is full; what is written is kept for the next run.
+    """
+    recipe, missing = find_scheme(scheme, ignore := tuple(ignore)), missing_policy(missing_amax)
+    source = model_directory(model_stub, weights=True).absolute()
+    target = Path(save_directory).expanduser().absolute()
+    check_apart(source, target)
+    check_output(target, overwrite=overwrite)
+    devices = devices_of(device)
+    converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
+    config = read_config(source, converted=bool(converters))
+    with SafetensorsCheckpoint(source) as checkpoint:
+        if isinstance(quant_state, str | Path):
+            quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
+        plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
+        check_ignored(ignore, {*plan.modules, *plan.finalizer.ignore})
+        if lonely := plan.incomplete_groups:
+            _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
+        report = _report(plan, checkpoint)
+        if dry_run:
+            return report
+        files = fingerprint_of(source, set(checkpoint.weight_map.values()))
+        fingerprint = plan_fingerprint(files, plan.finalizer.fingerprint, plan.layout)
+        with StagedDirectory(target, fingerprint, overwrite=overwrite) as staged:
+            done = staged.open(plan.layout) or frozenset()
+            write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
+            state = quant_state or QuantState()
+            conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
+            for name, content in files_beside(source, config, conversion):
+                staged.write_file(name, content)
+            if verify:
+                expected = {name: spec.shape for name, spec in report.sources.items()}
+                verify_checkpoint(staged.path, expected=expected).conclude(target)
+            staged.commit()
+    return replace(report, resumed=len(done))
+
+
+def _plan(
+    checkpoint: SafetensorsCheckpoint,
+    recipe: Recipe | None,
+    state: QuantState | None,
+    config: Mapping[str, Any],
+    converters: Sequence[Converter],
+    missing: MissingAmax,
+) -> ShardPlan:
+    weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
+    model_files = {name: str(checkpoint.directory / name) for name in dict.fromkeys(weight_map.values())}
+    maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
+    files = {path: checkpoint.file(name) for name, path in model_files.items()}
+    return plan_shards(maps, files, recipe, state, config, converters, missing)
+
+
+def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeReport:
+    finalizer = plan.finalizer
+    return ModelFreeReport(
+        plan.layout,
+        sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
+        {name: spec for bundle in plan.bundles for name, spec in bundle.specs.items()},
+        finalizer.output_specs,
+        finalizer.scheme_names,
+        finalizer.left,
+        finalizer.filled,
+        len(plan.bundles),
+    )

@@ -1,0 +1,138 @@
+"""The files beside the tensors: config.json with its `quantization_config`, the index, and what is carried over."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
+from amaxbridge.export.output.provenance import RECORD_FILE
+from amaxbridge.export.schemes.scheme import Scheme, arguments
+from amaxbridge.mappings.errors import listing
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+QUANT_STATE_FILE = "quant_state.safetensors"
+CARD_FILE = "README.md"
+
+_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".gguf",
+    ".onnx", ".onnx_data", ".h5", ".msgpack",
+)  # fmt: skip
+_WRITTEN_ANEW = (
+    CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",  # of the source's quantization
+)  # fmt: skip
+
+
+_log = logging.getLogger("amaxbridge")
+
+
+def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
+    """config.json of the output: the source's, with `quantization_config` replaced, or removed where there is none."""
+    config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return json_bytes(config)
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], *, kv_cache: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors.
+
+    Only keys that all engines accept, and groups `group_0`, `group_1`, … with a format each. One scheme for all targets
+    the class `Linear`; several name their modules, because engines must not find both kinds of targets.
+
+    Args:
+        schemes: quantized module → its scheme.
+        ignore: the linear modules that are left as they are.
+        kv_cache: whether the layers have `k_scale` and `v_scale`, for a key-value cache in FP8.
+    """
+    members: dict[str, list[str]] = {}
+    for module, scheme in schemes.items():
+        members.setdefault(json.dumps(scheme.config_group), []).append(module)
+    groups = [json.loads(group) for group in members]
+    for group, modules in zip(groups, members.values(), strict=True):
+        others = (schemes.keys() - set(modules)) | set(ignore)
+        group["targets"] = ["Linear"] if len(groups) == 1 and "lm_head" not in schemes else _patterns(modules, others)
+        group["output_activations"] = None
+    formats = {group["format"] for group in groups}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "ignore": list(ignore),
+    }
+    return config | ({"kv_cache_scheme": arguments(8, "float", "tensor")} if kv_cache else {})
+
+
+def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets for just these modules: a pattern for those that differ in numbers, names where it would hit others."""
+    taken = {_DIGITS.sub("0", name) for name in others}
+    targets: dict[str, None] = {}
+    for module in modules:
+        if _DIGITS.sub("0", module) in taken:
+            targets[module] = None
+        else:
+            targets["re:" + r"\d+".join(map(re.escape, _DIGITS.split(module))) + "$"] = None
+    return list(targets)
+
+
+def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
+    """The safetensors index, or None for the single file that needs none.
+
+    Args:
+        alone: whether no other safetensors file lies beside the shards. Without an index, vLLM and SGLang load all.
+    """
+    if alone and [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
+        return None
+    return json_bytes({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
+
+
+def carried_files(source: Path) -> dict[str, Path]:
+    """Files of a Hugging Face directory that go along unchanged: path in the output → file.
+
+    Tokenizer, chat templates, remote code, generation config, licence, images of the card; directories too, but hidden
+    ones and those with weights of their own (`original/`, `onnx/`), which are the model once more.
+    """
+    carried, left = _sorted_out(source)
+    if left:
+        _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
+    return carried
+
+
+def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
+    """Names all that an output is made from: the plan of its tensors, config.json, and the source's other files."""
+    digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
+    others = {} if source is None else {**_sorted_out(source)[0], CARD_FILE: source / CARD_FILE}
+    for name, file in others.items():
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _sorted_out(source: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that go along, and the directories that do not."""
+    carried = {}
+    left = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _WRITTEN_ANEW and not path.name.endswith(_WEIGHT_SUFFIXES):
+            carried[path.name] = path
+        elif path.is_dir() and not path.name.startswith((".", "__")):
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+            if any(file.name.endswith(_WEIGHT_SUFFIXES) for file in inside):
+                left.append(path.name)
+            else:
+                carried |= {file.relative_to(source).as_posix(): file for file in inside}
+    return carried, left
+
+
+def json_bytes(content: object) -> bytes:
+    """As files of a checkpoint hold it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,262 @@
+"""From Hugging Face weights to what is written: the last step of every export, from Megatron or from files.
+
+A finalizer is made once, from the specs of all tensors and the quantizer state, and finds every problem then. What
+follows is one call per bundle of tensors, in any order, on any rank.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from amaxbridge.export.amax.cache_scales import cache_amax, cache_scales
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax, MissingAmax, share_amax, split_groups
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
+from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.export.schemes.recipe import EMBEDDINGS, is_targeted
+from amaxbridge.export.schemes.scheme import quantize_group
+from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
+from amaxbridge.mappings.errors import MappingError, UsageError, listing
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.names import is_quantizer_state, module_of
+from amaxbridge.mappings.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The unit of flow: all Hugging Face tensors of one fused group of modules, born together.
+
+    Args:
+        tensors: weights, biases, norms by name.
+        state: per-channel or per-block quantizer state by name (`….weight_quantizer._amax`), rows as in the weight.
+        key: the name of the bundle, the same in every run.
+    """
+
+    tensors: Mapping[str, Rows]
+    state: Mapping[str, Tensor]
+    key: str = ""
+
+    @classmethod
+    def of(cls, mixed: Mapping[str, Tensor], key: str = "") -> Self:
+        """Sorts tensors that come together, in memory, into weights and quantizer state."""
+        state = {name: tensor for name, tensor in mixed.items() if is_quantizer_state(name)}
+        return cls({name: WholeTensor(tensor) for name, tensor in mixed.items() if name not in state}, state, key)
+
+
+class Finalizer:
+    """Decides for each tensor what is written, and makes it.
+
+    Args:
+        specs: every Hugging Face tensor of the model, per-channel and per-block quantizer state included.
+        recipe: the scheme of each module, from `find_scheme`, or None to write everything as it is.
+        state: per-tensor amax and formats from training; None to quantize without data what the recipe targets.
+        missing: what to do about an amax that makes no scale.
+
+    Raises:
+        UsageError: there is nothing to quantize, or the quantizers hold what the schemes have no place for.
+        MappingError: a module cannot be quantized as asked; every such module is named.
+        AmaxError: an amax that is needed is missing or unusable.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, TensorSpec],
+        recipe: Recipe | None,
+        state: QuantState | None,
+        *,
+        missing: MissingAmax = MissingAmax.ERROR,
+    ) -> None:
+        tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
+        linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
+        self._schemes: dict[str, Scheme] = {}
+        self._amax: dict[str, GroupAmax] = {}
+        self._cache_scales: dict[str, tuple[str, Tensor]] = {}
+        self.filled: dict[str, str] = {}
+        if recipe is not None:
+            self._schemes = _choose(recipe, linears, state)
+            if state is not None:
+                self._take(recipe, state, specs, missing)
+        self.outputs = self._plan(tensors)
+        self.left = [module for module in linears if module not in self._schemes]
+        self.ignore = [module for module in self.left if not module.endswith(EMBEDDINGS)]
+
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """Every tensor that is written."""
+        return {name: spec for made in self.outputs.values() for name, spec in made.items()}
+
+    @property
+    def quantized(self) -> list[str]:
+        """The modules that are quantized, in the order of the model."""
+        return list(self._schemes)
+
+    @property
+    def scheme_names(self) -> dict[str, str]:
+        """Quantized module → the name of its scheme."""
+        return {module: scheme.name for module, scheme in self._schemes.items()}
+
+    @property
+    def quantization_config(self) -> dict[str, object] | None:
+        """For config.json; None where nothing is quantized."""
+        if not self._schemes:
+            return None
+        return quantization_config(self._schemes, self.ignore, kv_cache=bool(self._cache_scales))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what is made of the tensors: the scheme and the amax of every module."""
+        decided = {
+            module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
+            for module, scheme in self._schemes.items()
+        }
+        caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
+        return hashlib.sha256(json.dumps([decided, caches], sort_keys=True).encode()).hexdigest()
+
+    def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
+        """As `finalize_rows`, of a bundle in memory: the name and the whole of each tensor."""
+        for name, _, tensor in self.finalize_rows(bundle):
+            yield name, tensor
+
+    def finalize_rows(self, bundle: Bundle) -> Iterator[Written]:
+        """What is written for a bundle.
+
+        Raises:
+            MappingError: a weight that is quantized holds NaN or Inf.
+        """
+        quantized = dict[str, Rows]()
+        for name, tensor in bundle.tensors.items():
+            module = self._quantized_module(name)
+            if module is None:
+                for first, rows in tensor.parts():
+                    yield Written(name, first, _folded(name, rows, bundle.state))
+            else:
+                quantized[module] = tensor
+            if name in self._cache_scales:
+                scale, value = self._cache_scales[name]
+                yield Written(scale, 0, value)
+        block_amax = {module: bundle.state.get(module + WEIGHT_QUANTIZER) for module in quantized}
+        for group in groups_among(quantized):
+            weights = {member: quantized[member] for member in group.members}
+            blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
+            yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
+
+    def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
+        """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
+        inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
+        weights = {
+            module
+            for module, scheme in self._schemes.items()
+            if scheme.needs_weight_amax or module + WEIGHT_QUANTIZER in state.missing
+        }
+        self._cache_scales = cache_scales(state, specs)
+        written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
+        known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
+        ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
+        _check_no_state_is_lost(known - ignored - written)
+        shared = share_amax(state, weights, inputs, missing=missing)
+        self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
+        self.filled = shared.filled
+
+    def _plan(self, specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+        """Tensor → what is written for it."""
+        planned: dict[str, dict[str, TensorSpec]] = {}
+        problems = []
+        for name, spec in specs.items():
+            module = self._quantized_module(name)
+            try:
+                planned[name] = (
+                    {name: spec}
+                    if module is None
+                    else self._schemes[module].output_specs(module, spec, calibrated=module in self._amax)
+                )
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+            if name in self._cache_scales:
+                scale, tensor = self._cache_scales[name]
+                planned[name] = {scale: TensorSpec.of(tensor), **planned[name]}
+        if problems:
+            raise MappingError(
+                f"{len(problems)} weights cannot be quantized:{listing(problems)}\n"
+                "Name them in ignore, or choose a scheme with smaller blocks, or without (fp8_dynamic, w8a8)"
+            )
+        return planned
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is a weight that is quantized."""
+        return self._quantized_module(name) is not None
+
+    def _quantized_module(self, name: str) -> str | None:
+        module = module_of(name)
+        return module if name.endswith(".weight") and module in self._schemes else None
+
+
+def _exactly(value: Tensor | bool | None) -> str:
+    return float(value).hex() if isinstance(value, Tensor) else str(value)
+
+
+def _is_linear(name: str, spec: TensorSpec) -> bool:
+    return name.endswith(".weight") and len(spec.shape) == 2
+
+
+def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A weight that stays unquantized, times the scale that its input quantizer multiplied the input by."""
+    scale = state.get(module_of(name) + PRE_QUANT_SCALE) if name.endswith(".weight") else None
+    return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
+
+
+def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) -> dict[str, Scheme]:
+    """The scheme of each module that is quantized, checked against the fused groups and the quantizers."""
+    treated = {module: recipe.scheme_of(module, state) for module in linears}
+    chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
+    if not chosen:
+        raise UsageError(
+            f"scheme={recipe.name} needs quantizers, and the model has none enabled; "
+            "insert them with ModelOpt before the export, or choose scheme=none"
+            if state is not None
+            else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
+        )
+    split = split_groups({module: f"as {scheme.name}" if scheme else "not" for module, scheme in treated.items()})
+    if split:
+        raise MappingError(f"fused groups must be quantized as one:{listing(split)}")
+    if state is None:
+        static = [module for module, scheme in chosen.items() if scheme.needs_input_amax]
+        if static:
+            raise UsageError(
+                f"scheme={recipe.name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
+                "Give quant_state= of a trained model, or choose a scheme without static inputs: nvfp4a16, fp8_dynamic"
+            )
+        return chosen
+    left = [
+        module
+        for module, scheme in treated.items()
+        if scheme is None and module in state.formats and not is_targeted(module, recipe.ignore)
+    ]
+    if left:
+        raise UsageError(
+            f"{len(left)} modules have quantizers, and scheme={recipe.name} does not target them:{listing(left)}\n"
+            "Target them, or ignore them"
+        )
+    others = {module: scheme for module, scheme in chosen.items() if state.formats[module] != scheme.format}
+    if others:
+        wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
+        found = [f"{module}: {state.formats[module]}" for module in others]
+        raise UsageError(
+            f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}\n"
+            "Take the scheme that it was trained for, or scheme=auto, which reads it from the quantizers"
+        )
+    return chosen
+
+
+def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
+    """The completeness gate: state of other quantizers than the schemes write is refused, not dropped."""
+    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX)))
+    if lost:
+        raise UsageError(
+            f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"
+            "Disable these quantizers before the export, or choose another scheme"
+        )

@@ -1,0 +1,228 @@
+"""The model card, and the same as JSON: what was made of which model, by which command, and how it turned out.
+
+The card's metadata is the source's, with what is true of the output put in its place: `base_model` names the source,
+evaluation results are left out (they are not of these weights), licence and languages stay. Our section comes first,
+the source's text follows unchanged, because it holds what users of the output must know: terms, prompts, citation.
+
+`amaxbridge.json` is for programs, `export/report` among them; how the export was asked for is in it, too. The card
+holds no date, no host and no full path: the same export writes the same card, and it can be published.
+"""
+
+import json
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.output.config_and_index import (
+    CARD_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    carried_files,
+    config_json,
+    index_json,
+    json_bytes,
+)
+from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.provenance import RECORD_FILE, versions
+from amaxbridge.mappings.errors import UsageError
+
+_log = logging.getLogger("amaxbridge")
+_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
+_BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
+_OURS = re.compile(f"{_BEGIN}.*?{_END}\\s*", re.DOTALL)
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # of a directory in the cache of the Hub
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What an export notes down of itself.
+
+    Args:
+        finalizer: what became of each module.
+        layout: the files of weights.
+        source_bytes: of all weights before.
+        state: what training calibrated.
+        record: how it was asked for; its `command_line` and its `notes` to users are shown in the card.
+    """
+
+    finalizer: Finalizer = field(repr=False)
+    layout: Layout = field(repr=False)
+    source_bytes: int
+    state: QuantState = field(default_factory=QuantState, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+def files_beside(
+    source: Path | None, config: Mapping[str, Any], conversion: Conversion, *, alone: bool = True
+) -> Iterator[tuple[str, bytes]]:
+    """Every file of an output but the weights: the companions, config.json made from `config`, the index if needed.
+
+    Args:
+        alone: as in `index_json`.
+    """
+    yield from companion_files(source, conversion)
+    yield CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config)
+    index = index_json(conversion.layout, alone=alone)
+    if index is not None:
+        yield INDEX_FILE, index
+
+
+def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
+    """All small files of an output but config.json and the index: path in the output, content.
+
+    Args:
+        source: Hugging Face directory whose tokenizer, chat template and so on go along; None where there is none.
+    """
+    for name, file in (carried_files(source) if source else {}).items():
+        yield name, file.read_bytes()
+    facts = {**conversion.record, **_facts(source, conversion), "versions": versions()}
+    yield RECORD_FILE, json_bytes(facts)
+    readme = source / CARD_FILE if source else None
+    original = readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else ""
+    yield CARD_FILE, model_card(original, facts).encode()
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """This process's command, with the last name alone of every absolute path: cards are published."""
+    words = sys.argv if argv is None else argv
+    return shlex.join(["python", *(re.sub(r"(^|=)(?:/[^/=]+)*/([^/=]+)/?$", r"\1\2", word) for word in words)])
+
+
+def model_card(original: str, facts: Mapping[str, Any]) -> str:
+    """README.md.
+
+    Args:
+        original: that of the source, "" for none.
+        facts: as in `amaxbridge.json`.
+    """
+    metadata, text = _parsed(original)
+    return "\n".join(
+        ["---", _front_matter(metadata, facts), "---", "", _section(facts), _OURS.sub("", text).strip(), ""]
+    )
+
+
+def note_snr(directory: Path, snr: Mapping[str, float]) -> None:
+    """Notes what was measured in an output's `amaxbridge.json`, and writes our section of its card anew.
+
+    Args:
+        snr: module → signal to noise of its weight against the source, in dB.
+
+    Raises:
+        UsageError: no such file: the directory was not made here; or nothing was measured.
+    """
+    record, card = directory / RECORD_FILE, directory / CARD_FILE
+    if not record.is_file() or not snr:
+        why = f"no {RECORD_FILE} there" if snr else "no weight could be measured"
+        raise UsageError(f"{directory}: {why}, so its card stays as it is; leave card= out")
+    lowest = min(snr, key=lambda module: snr[module])
+    measured = {"mean": sum(snr.values()) / len(snr), "lowest": snr[lowest], "lowest_module": lowest}
+    facts = {**json.loads(record.read_bytes()), "snr": measured}
+    record.write_bytes(json_bytes(facts))
+    card.write_bytes(model_card(card.read_text(encoding="utf-8") if card.is_file() else "", facts).encode())
+
+
+def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
+    finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
+    config: Any = finalizer.quantization_config or {}
+    groups = config.get("config_groups", {}).values()
+    return {
+        "base_model": _hub_name(source),
+        "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
+        "formats": list(dict.fromkeys(group["format"] for group in groups)),
+        "kv_cache": "kv_cache_scheme" in config,
+        "bytes": {"before": conversion.source_bytes, "after": layout.total_size},
+        "tensors": sum(len(shard.specs) for shard in layout.shards),
+        "files": len(layout.shards),
+        "quantized": len(finalizer.quantized),
+        "ignored": list(dict.fromkeys(_NUMBER.sub("*", module) for module in finalizer.ignore)),
+        "amax": {
+            "collected": len(state.amax),
+            "missing": sorted(state.missing),
+            "filled": dict(finalizer.filled),
+            "divergent": {name: list(values) for name, values in state.divergent.items()},
+        },
+    }
+
+
+def _hub_name(source: Path | None) -> str | None:
+    """`owner/name` of a snapshot in the cache of the Hub; None for another directory."""
+    found = _SNAPSHOT.search(source.absolute().as_posix() + "/") if source else None
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def _parsed(original: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text. A block that is no YAML mapping, which the Hub would refuse, goes away with a warning."""
+    found = _FRONT_MATTER.match(original)
+    if found is None:
+        return {}, original
+    try:
+        metadata = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        _log.warning("the metadata of the source's %s is no YAML mapping, and is left out: set the licence", CARD_FILE)
+        metadata = {}
+    return metadata, original[found.end() :]
+
+
+def _front_matter(original: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in original.items() if key not in _NOT_OF_THE_OUTPUT}
+    tags = kept.pop("tags", None) or []
+    tags = [tags] if isinstance(tags, str) else tags
+    ours = ["amaxbridge", *(["compressed-tensors", facts["scheme"]] if facts["quantized"] else [])]
+    if facts["base_model"]:
+        kept |= {"base_model": facts["base_model"]}
+        kept |= {"base_model_relation": "quantized" if facts["quantized"] else "finetune"}
+    kept = {"library_name": "transformers", **kept, "tags": list(dict.fromkeys([*tags, *ours]))}
+    return str(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10_000)).rstrip()
+
+
+def _section(facts: Mapping[str, Any]) -> str:
+    name = facts["base_model"] or "a model"
+    what = f"quantized to {facts['scheme']}" if facts["quantized"] else "exported"
+    before, after, amax = facts["bytes"]["before"], facts["bytes"]["after"], facts["amax"]
+    rows = {
+        "scheme": facts["scheme"] + (f" ({', '.join(facts['formats'])})" if facts["formats"] else ""),
+        "key-value cache": "FP8" if facts["kv_cache"] else "",
+        "size": f"{_size(after)}, before {_size(before)}" + (f" ({after / before:.0%})" if before else ""),
+        "modules quantized": f"{facts['quantized']:,}",
+        "left as they are": ", ".join(f"`{module}`" for module in facts["ignored"]),
+        "amax from training": f"{amax['collected']:,}" if amax["collected"] else "none, quantized without data",
+        "amax that differed between ranks": f"{len(amax['divergent']):,}" if amax["divergent"] else "",
+        "amax that were missing": f"{len(amax['filled']):,}, filled" if amax["filled"] else "",
+        "signal to noise of the weights": _snr(facts["snr"]) if "snr" in facts else "",
+        "made with": ", ".join(f"{package} {number}" for package, number in facts["versions"].items()),
+    }
+    if not facts["quantized"]:
+        rows = {key: rows[key] for key in ("size", "made with")}
+    serve = ["", "```sh", "vllm serve PATH_OF_THIS_DIRECTORY", "```"] if facts["quantized"] else []
+    command = ["", "```sh", facts["command_line"], "```"] if facts.get("command_line") else []
+    notes = ["", *(f"- {note}" for note in facts["notes"])] if facts.get("notes") else []
+    table = ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
+    head = f"# {name.rpartition('/')[2]}, {facts['scheme']}" if facts["base_model"] else f"# {what.capitalize()}"
+    linked = f"[{name}](https://huggingface.co/{name})" if facts["base_model"] else name
+    sentence = f"{linked}, {what} by amaxbridge{', in the compressed-tensors format' if facts['quantized'] else ''}."
+    said = [sentence[0].upper() + sentence[1:], *notes]
+    return "\n".join([_BEGIN, head, "", *said, *table, *serve, *command, "", _END, ""])
+
+
+def _snr(measured: Mapping[str, Any]) -> str:
+    return f"{measured['mean']:.1f} dB, the lowest {measured['lowest']:.1f} dB in `{measured['lowest_module']}`"
+
+
+def _size(count: int) -> str:
+    for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:.3g} {unit}"
+    return f"{count} bytes"

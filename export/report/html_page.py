@@ -1,0 +1,246 @@
+"""The page and the JSON beside it. The page needs nothing but itself: no script, no font, no address."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from amaxbridge.export.report.facts import Facts, Json, ModuleFacts, rows_of
+from amaxbridge.export.report.heatmap import LEVELS, HeatMap, heat_map
+
+_SHOWN = 12  # rows of a table; the rest is in the JSON
+_FEW = 3  # problems of one kind
+_FAR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionSNR:
+    """The SNR of one projection over all layers and experts, in dB."""
+
+    projection: str
+    modules: int
+    mean: float
+    worst: float
+    worst_module: str
+
+
+@dataclass(frozen=True, slots=True)
+class FarExpert:
+    """An expert whose amax is far from those of its layer: `factor` times their median."""
+
+    module: str
+    what: str
+    amax: float
+    factor: float
+
+
+def render(facts: Facts) -> str:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader("amaxbridge.export.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": _size,
+        "count": "{:,}".format,
+        "db": _db,
+        "number": "{:.4g}".format,
+        "breakable": _breakable,
+    }
+    return environment.get_template("page.html.jinja").render(
+        facts=facts,
+        snr=snr_by_projection(facts.modules),
+        snr_map=_by_layer("mean SNR in dB", facts.modules, lambda module: module.snr, _mean, logarithmic=False),
+        amax_maps=_amax_maps(facts.modules),
+        expert_maps=_expert_maps(facts.modules),
+        far=far_experts(facts.modules),
+        schemes=_counts(module.scheme for module in facts.modules),
+        amax=_amax_notes(facts),
+        levels=range(LEVELS),
+        shown=_SHOWN,
+        few=_FEW,
+    )
+
+
+def report_json(facts: Facts) -> Json:
+    """All facts, for programs; a number that JSON does not have is null."""
+    return {
+        "directory": facts.directory,
+        "architectures": facts.config.get("architectures"),
+        "conversion": facts.conversion,
+        "bytes": {"before": facts.before, "after": facts.after},
+        "parts": [{"part": part.part, "before": part.before, "after": part.after} for part in facts.parts],
+        "schemes": _counts(module.scheme for module in facts.modules),
+        "left": facts.left,
+        "snr": [
+            {"projection": each.projection, "modules": each.modules, "mean_db": _finite(each.mean),
+             "worst_db": _finite(each.worst), "worst_module": each.worst_module}
+            for each in snr_by_projection(facts.modules)
+        ],
+        "serving": facts.serving.as_json() | {"directory": facts.directory},
+        "saturated": [module.name for module in facts.saturated],
+        "amax": _amax_notes(facts),
+        "modules": list(rows_of(facts)),
+    }  # fmt: skip
+
+
+def snr_by_projection(modules: Iterable[ModuleFacts]) -> list[ProjectionSNR]:
+    """One row for each projection that was measured, the worst first."""
+    found: dict[str, list[ModuleFacts]] = {}
+    for module in modules:
+        if module.snr is not None:
+            found.setdefault(module.place.projection, []).append(module)
+    rows = []
+    for projection, members in found.items():
+        values = [module.snr for module in members if module.snr is not None]
+        worst = min(members, key=lambda module: math.inf if module.snr is None else module.snr)
+        rows.append(ProjectionSNR(projection, len(members), _mean(values), min(values), worst.name))
+    return sorted(rows, key=lambda row: row.worst)
+
+
+def far_experts(modules: Iterable[ModuleFacts]) -> list[FarExpert]:
+    """The experts whose amax are furthest from the median of their layer, in either direction."""
+    routed = [module for module in modules if module.place.expert is not None]
+    found = []
+    for what, amax in _KINDS.items():
+        ordered = sorted(routed, key=lambda module: (module.place.projection, module.place.layer or 0))
+        for _, group in groupby(ordered, lambda module: (module.place.projection, module.place.layer)):
+            values = [(module, value) for module in group if (value := amax(module))]
+            if values:
+                median = statistics.median(value for _, value in values)
+                found += [FarExpert(module.name, what, value, value / median) for module, value in values]
+    return sorted(found, key=lambda each: -abs(math.log(each.factor)))[:_FAR]
+
+
+_KINDS: Mapping[str, Callable[[ModuleFacts], float | None]] = {
+    "weight": lambda module: module.weight_amax,
+    "input": lambda module: module.input_amax,
+}
+
+
+def _amax_maps(modules: Sequence[ModuleFacts]) -> list[HeatMap]:
+    """Layer by projection, of weights and of inputs; of experts the largest."""
+    maps = (_by_layer(f"amax of the {what}s", modules, amax, max, logarithmic=True) for what, amax in _KINDS.items())
+    return [each for each in maps if each is not None]
+
+
+def _by_layer(
+    title: str,
+    modules: Iterable[ModuleFacts],
+    value: Callable[[ModuleFacts], float | None],
+    combine: Callable[[list[float]], float],
+    *,
+    logarithmic: bool,
+) -> HeatMap | None:
+    """A row for each projection, a column for each layer."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for module in modules:
+        number = value(module)
+        if number is not None and math.isfinite(number) and module.place.layer is not None:
+            found.setdefault((module.place.projection, module.place.layer), []).append(number)
+    projections = list(dict.fromkeys(projection for projection, _ in found))
+    layers = sorted({layer for _, layer in found})
+    if not layers:
+        return None
+    columns = range(layers[0], layers[-1] + 1)
+    cells: dict[tuple[int, int], float | None] = {
+        (projections.index(projection), layer - layers[0]): combine(numbers)
+        for (projection, layer), numbers in found.items()
+    }
+    names = [f"layer {number}" for number in columns]
+    return heat_map(title, cells, list(map(_label, projections)), names, logarithmic=logarithmic, all_rows=True)
+
+
+def _expert_maps(modules: Iterable[ModuleFacts]) -> list[HeatMap]:
+    """Layer by expert, for each projection; projections that share their amax in one map."""
+    routed = [module for module in modules if module.place.expert is not None]
+    layers = sorted({module.place.layer or 0 for module in routed})
+    experts = range(max((module.place.expert or 0 for module in routed), default=-1) + 1)
+    row = {layer: number for number, layer in enumerate(layers)}
+    maps = []
+    for what, amax in _KINDS.items():
+        by_projection: dict[str, dict[tuple[int, int], float | None]] = {}
+        for module in routed:
+            cells = by_projection.setdefault(module.place.short, {})
+            cells[row[module.place.layer or 0], module.place.expert or 0] = amax(module)
+        together: list[tuple[list[str], dict[tuple[int, int], float | None]]] = []
+        for projection, cells in by_projection.items():
+            same = next((names for names, others in together if others == cells), None)
+            if same is None:
+                together.append(([projection], cells))
+            else:
+                same.append(projection)
+        for names, cells in together:
+            title = f"{what} amax of {', '.join(names)}"
+            rows, columns = [f"layer {layer}" for layer in layers], [f"expert {number}" for number in experts]
+            maps.append(heat_map(title, cells, rows, columns, logarithmic=True))
+    return [each for each in maps if each is not None]
+
+
+def _amax_notes(facts: Facts) -> Json:
+    """What differed between ranks, what was missing, and what filled it: from the export's notes, or the state's."""
+    noted: Json = facts.conversion.get("amax") or {}
+    state = facts.state
+    divergent: dict[str, Sequence[float]] = noted.get("divergent") or (dict(state.divergent) if state else {})
+    filled: dict[str, str] = noted.get("filled") or {}
+    missing = noted.get("missing") or (sorted(state.missing) if state else [])
+    rows = [
+        (name, least, greatest, greatest / least if least else math.inf)
+        for name, (least, greatest) in divergent.items()
+    ]
+    return {
+        "known": bool(noted or state),
+        "collected": noted.get("collected", len(state.amax) if state else 0),
+        "divergent": [
+            {"name": name, "least": least, "greatest": greatest, "ratio": _finite(ratio)}
+            for name, least, greatest, ratio in sorted(rows, key=lambda row: -row[3])
+        ],
+        "missing": [{"name": name, "filled": filled.get(name)} for name in sorted({*missing, *filled})],
+    }
+
+
+def _label(projection: str) -> str:
+    """A projection as short as it can be told from others: `experts gate_proj`."""
+    words = [
+        word for word in projection.split(".") if word not in ("*", "mlp", "mixer", "self_attn", "block_sparse_moe")
+    ]
+    return " ".join(words)
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _breakable(name: str) -> Markup:
+    """A module's name, which may go on in the next line after a dot."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
+def _db(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact"
+
+
+def _size(count: float) -> str:
+    for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,161 @@
+"""A layer's method: the scheme that its signature asks for, and errors that name the layer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amaxbridge.export.runtime.float_formats import FloatScheme
+from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
+from amaxbridge.export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
+from amaxbridge.export.runtime.wna16 import CompressedTensorsWNA16Scheme
+from amaxbridge.mappings.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from amaxbridge.export.runtime.compressed_tensors_config import CompressedTensorsConfig
+
+
+class LinearScheme(Protocol):
+    """How layers of one signature hold their weights and compute."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Registers the parameters to load. Attributes `tp_rank` and `tp_size` say which part is this rank's."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Checks that all was loaded, and puts it into the form that `apply` reads."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` `[*, in]` → `[*, out]`, all merged modules one after another."""
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """The weight `[out, in]`, dequantized to bf16."""
+
+
+class CompressedTensorsLinearMethod:
+    """How one linear layer loads and computes.
+
+    Args:
+        quant_config: of the checkpoint.
+        signature: of the layer's config group.
+        prefix: the layer's full name, for messages.
+
+    Raises:
+        UnsupportedQuantizationError: the runtime does not compute this signature; says what it does.
+    """
+
+    def __init__(self, quant_config: "CompressedTensorsConfig", signature: Signature, prefix: str = "") -> None:
+        self.quant_config = quant_config
+        self.signature = signature
+        self.prefix = prefix
+        with self._naming():
+            self.scheme = scheme_for(signature)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Registers the parameters of a layer; each has a `weight_loader(parameter, tensor, shard_id)`.
+
+        Args:
+            layer: gets the parameters, named as in the checkpoint.
+            input_size_per_partition: inputs on this rank.
+            output_partition_sizes: outputs on this rank, of each merged module.
+            input_size: inputs on all ranks.
+            output_size: outputs on all ranks, of all modules.
+            params_dtype: of the inputs.
+            extra_weight_attrs: attributes for the parameters; `tp_rank` and `tp_size` say which part is this rank's.
+
+        Raises:
+            ValueError: the format does not divide into these sizes.
+        """
+        with self._naming():
+            self.scheme.create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Puts what was loaded into the form that `apply` reads: repacked, transposed, scales permuted.
+
+        Raises:
+            CheckpointError: something was not loaded, or merged modules have scales that one GEMM cannot use.
+        """
+        with self._naming():
+            self.scheme.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` `[*, input_size_per_partition]` → `[*, sum(output_partition_sizes)]`, in the dtype of `x`."""
+        return self.scheme.apply(layer, x, bias)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Puts the layer's name before what a scheme says."""
+        try:
+            yield
+        except (ValueError, CheckpointError) as error:
+            if not self.prefix:
+                raise
+            raise type(error)(f"{self.prefix}: {error}") from error
+
+
+def scheme_for(signature: Signature) -> LinearScheme:
+    """The scheme of a signature.
+
+    Raises:
+        UnsupportedQuantizationError: there is none; says what is wrong and what is supported.
+    """
+    weights, inputs = signature.weights, signature.inputs
+    if weights.dynamic:
+        raise UnsupportedQuantizationError(f"{signature}: weights with dynamic scales are not in a checkpoint")
+    if weights.kind == "float":
+        return FloatScheme(signature)
+    if weights.kind != "int":
+        raise UnsupportedQuantizationError(f"{signature}: weights are int or float, not {weights.kind}")
+    if inputs is None:
+        return _weights_only(signature)
+    if (inputs.kind, inputs.bits, inputs.strategy, inputs.dynamic, inputs.symmetric) != ("int", 8, "token", True, True):
+        raise UnsupportedQuantizationError(
+            f"{signature}: integer weights go with inputs of 8-bit integers, dynamic by token and symmetric, or with "
+            "inputs that are not quantized"
+        )
+    if weights.strategy not in ("channel", "tensor") or not weights.symmetric or weights.group_size:
+        raise UnsupportedQuantizationError(
+            f"{signature}: int8 with int8 inputs is by channel or by tensor, and symmetric"
+        )
+    return CompressedTensorsW8A8Int8Scheme(weight_bits=weights.bits, has_row_scales=weights.strategy == "channel")
+
+
+def _weights_only(signature: Signature) -> LinearScheme:
+    weights = signature.weights
+    if signature.quant_format != "pack-quantized":
+        raise UnsupportedQuantizationError(f"{signature}: integer weights alone are read as pack-quantized")
+    if weights.strategy not in ("group", "channel"):
+        raise UnsupportedQuantizationError(f"{signature}: packed integers are by group or by channel")
+    return CompressedTensorsWNA16Scheme(
+        weight_bits=weights.bits,
+        group_size=weights.group_size if weights.strategy == "group" else -1,
+        symmetric=weights.symmetric,
+        actorder=weights.actorder,
+    )

@@ -1,0 +1,290 @@
+"""A checkpoint as the rules see it: opened once, read-only.
+
+Headers, index and config.json are read at the beginning; what is broken in them becomes a problem that a rule reports,
+not an exception, so that one damaged file does not hide what else is wrong. Scales are read when a rule asks, single
+numbers in runs and larger ones in the file's own memory, each once. Weights are read by the rules that have a
+reference, and by no others.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
+from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
+from amaxbridge.export.schemes import Scheme
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.recipe import EMBEDDINGS
+from amaxbridge.export.verify.stored_config import Quantization
+from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.tensors import TensorSpec
+
+INPUT_SUFFIXES = ("input_global_scale", "input_scale")
+QUANTIZED_SUFFIXES = frozenset(
+    {"weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", *INPUT_SUFFIXES}
+)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_CODES_IN = {torch.uint8: 2, torch.int32: 8}  # of 4 bits
+_CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
+
+
+class Extent(NamedTuple):
+    """The least and the greatest number of a tensor; NaN where it holds one."""
+
+    least: float
+    greatest: float
+
+
+class Place(NamedTuple):
+    """A tensor in a file, as its header says."""
+
+    file: str
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A linear module as the files hold it.
+
+    Args:
+        name: full name.
+        tensors: by the last part of their names: `weight_packed`, `bias`.
+        scheme: what config.json says of the module; None for none, or for one that is not known.
+        group: the number of its config group; None for none.
+        shape: `[out, in]` of the weight, from its codes; None where they are missing or are no matrix.
+    """
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    scheme: Scheme | None
+    group: int | None
+    shape: tuple[int, int] | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are scales or packed codes, or codes in place of a weight."""
+        weight = self.tensors.get("weight")
+        return not QUANTIZED_SUFFIXES.isdisjoint(self.tensors) or (weight is not None and weight.spec.dtype in _CODES)
+
+    @property
+    def group_scale(self) -> str | None:
+        """The tensor that holds the one weight scale which a fused group shares; None in formats without."""
+        if isinstance(self.scheme, NVFP4):
+            return "weight_global_scale"
+        return "weight_scale" if self.scheme is not None and self.scheme.needs_weight_amax else None
+
+    @property
+    def input_scale(self) -> str | None:
+        """The tensor that holds the input's scale, where there is one."""
+        return next((suffix for suffix in INPUT_SUFFIXES if suffix in self.tensors), None)
+
+
+class CheckpointView:
+    """The checkpoint in a directory, open until the context ends.
+
+    `expected` are the shapes by name of everything the unquantized model has, where that is known.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.expected: Mapping[str, tuple[int, ...]] | None = None
+        self.broken: dict[str, str] = {}
+        self._plans: dict[tuple[int | None, tuple[int, int]], dict[str, frozenset[TensorSpec]] | str] = {}
+        self._made: dict[Callable[[CheckpointView], Any], Any] = {}
+        self.files: dict[str, SafetensorsFile] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            if path.name == QUANT_STATE_FILE:  # may lie beside a checkpoint and is no part of it
+                continue
+            try:
+                self.files[path.name] = SafetensorsFile(path)
+            except CheckpointError as error:
+                self.broken[path.name] = str(error)
+        self.config, self.config_problem = _read_json(directory / CONFIG_FILE)
+        index, self.index_problem = _read_json(directory / INDEX_FILE)
+        self.index = index if self.index_problem is None else None
+
+    @cached_property
+    def places(self) -> list[tuple[str, Place]]:
+        """Every tensor of every header; a name comes twice where two files have it."""
+        return [(name, Place(file, at)) for file, opened in self.files.items() for name, at in opened.tensors.items()]
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """By name; where two files have one, that of the file which the index names."""
+        weight_map = self.weight_map
+        found = {name: place.stored for name, place in self.places}
+        return found | {name: place.stored for name, place in self.places if weight_map.get(name) == place.file}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """As the index has it; empty without one."""
+        found = (self.index or {}).get("weight_map")
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the language model."""
+        nested = self.config.get("text_config")
+        return {**self.config, **nested} if isinstance(nested, dict) else self.config
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        """What config.json says of quantization."""
+        return Quantization.of(self.config.get("quantization_config"))
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Every linear module, quantized or not, by name. Embeddings are none."""
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        for name, stored in self.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            parts.setdefault(module, {})[suffix] = stored
+        modules: dict[str, Module] = {}
+        for name, tensors in parts.items():
+            weight = tensors.get("weight")
+            plain = weight is not None and len(weight.spec.shape) == 2 and not name.endswith(EMBEDDINGS)
+            if plain or not QUANTIZED_SUFFIXES.isdisjoint(tensors):
+                group = self.quantization.group_of(name)
+                scheme = None if group is None else self.quantization.groups[group].scheme
+                modules[name] = Module(name, tensors, scheme, group, _shape(tensors))
+        return modules
+
+    @cached_property
+    def quantized(self) -> list[Module]:
+        """The modules that the files hold quantized."""
+        return [module for module in self.modules.values() if module.is_quantized]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding, and so has no tensor."""
+        return bool(self.text_config.get("tie_word_embeddings")) and "lm_head.weight" not in self.tensors
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Every tensor of one fp32 number that is a scale."""
+        wanted = [
+            (name, stored)
+            for name, stored in self.tensors.items()
+            if name.endswith("_scale") and stored.spec.dtype == torch.float32 and stored.spec.nbytes == 4
+        ]
+        return dict(_read_numbers(wanted))
+
+    @cached_property
+    def weight_scales(self) -> dict[str, Extent]:
+        """Least and greatest of each module's `weight_scale`; of E8M0, the exponents as bytes."""
+        return {
+            module.name: _extent(scale)
+            for module in self.quantized
+            if (scale := module.tensors.get("weight_scale")) is not None and scale.spec.nbytes
+        }
+
+    def planned(self, module: Module) -> dict[str, frozenset[TensorSpec]]:
+        """What its scheme writes for a module: last part of the name → the specs that are right.
+
+        There are several because scales have the dtype of the weight, or fp32 where an amax was calibrated. Nothing
+        where scheme or shape are not known, or do not fit: see `misfit`.
+        """
+        found = self._plan(module)
+        return {} if isinstance(found, str) else found
+
+    def misfit(self, module: Module) -> str | None:
+        """Why the scheme cannot hold a weight of the module's shape."""
+        found = self._plan(module)
+        return found if isinstance(found, str) else None
+
+    def _plan(self, module: Module) -> dict[str, frozenset[TensorSpec]] | str:
+        if module.scheme is None or module.shape is None:
+            return {}
+        key = module.group, module.shape
+        if key not in self._plans:
+            try:
+                self._plans[key] = _output_specs(module.scheme, module.shape)
+            except ValueError as error:
+                self._plans[key] = str(error)
+        return self._plans[key]
+
+    def once[T](self, make: "Callable[[CheckpointView], T]") -> T:
+        """What `make` gives for this checkpoint, made when the first rule needs it."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+    packed = tensors.get("weight_packed")
+    codes = packed or tensors.get("weight")
+    if codes is None or len(codes.spec.shape) != 2:
+        return None
+    rows, columns = codes.spec.shape
+    return rows, columns * _CODES_IN.get(codes.spec.dtype, 1) if packed else columns
+
+
+def _output_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
+    specs: dict[str, set[TensorSpec]] = {}
+    for dtype, calibrated in product(_FLOATS, (False, True)):
+        for name, spec in scheme.output_specs("", TensorSpec(shape, dtype), calibrated=calibrated).items():
+            specs.setdefault(name.removeprefix("."), set()).add(spec)
+    return {name: frozenset(allowed) for name, allowed in specs.items()}
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The object in a file, and what is wrong with it."""
+    if not path.is_file():
+        return {}, "is not there"
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        return {}, f"is not valid JSON: {error}"
+    return (content, None) if isinstance(content, dict) else ({}, "is not a JSON object")
+
+
+def _read_numbers(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[tuple[str, float]]:
+    """fp32 numbers. Those that lie side by side, as writers that sort by dtype put them, are read together."""
+    run: list[str] = []
+    first: StoredTensor | None = None
+    for name, stored in sorted(tensors, key=lambda item: (str(item[1].file.path), item[1].begin)):
+        if first is None or stored.file is not first.file or stored.begin != first.begin + 4 * len(run):
+            yield from _read_run(run, first)
+            run, first = [], stored
+        run.append(name)
+    yield from _read_run(run, first)
+
+
+def _read_run(names: list[str], first: StoredTensor | None) -> Iterator[tuple[str, float]]:
+    if first is not None:
+        run = StoredTensor(first.file, first.begin, TensorSpec((len(names),), torch.float32))
+        yield from zip(names, run.read().tolist(), strict=True)
+
+
+def _extent(stored: StoredTensor) -> Extent:
+    if stored.spec.dtype == torch.float8_e4m3fn:
+        least, greatest = _of_bytes(StoredTensor(stored.file, stored.begin, TensorSpec(stored.spec.shape, torch.uint8)))
+        if greatest < 0x7F:  # positive numbers: their bytes have their order
+            return Extent(*torch.tensor([least, greatest], dtype=torch.uint8).view(torch.float8_e4m3fn).tolist())
+    elif stored.spec.dtype == torch.uint8:
+        return Extent(*_of_bytes(stored))
+    parts = [rows.float().aminmax() for _, rows in stored.parts()]
+    return Extent(*(float(torch.stack(each).aminmax()[at]) for at, each in enumerate(zip(*parts, strict=True))))
+
+
+def _of_bytes(stored: StoredTensor) -> tuple[int, int]:
+    """Least and greatest, by numpy: quick for small tensors. The second pass finds a part in the cache."""
+    parts = [(rows.min(), rows.max()) for rows in (part.rows.numpy() for part in stored.parts())]
+    return int(min(least for least, _ in parts)), int(max(greatest for _, greatest in parts))

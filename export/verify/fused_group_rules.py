@@ -1,0 +1,74 @@
+"""Rules about fused groups: what an engine runs as one GEMM is quantized as one."""
+
+from collections.abc import Callable, Iterator
+
+from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.export.verify.finding import Problem, Rule
+from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
+
+
+def _formats(view: CheckpointView) -> Iterator[Problem]:
+    for group in groups_among(view.modules):
+        members = [view.modules[name] for name in group.members]
+        treated = {(module.is_quantized, module.group if module.is_quantized else None) for module in members}
+        if len(treated) > 1:
+            yield Problem(group.primary, "; ".join(f"{module.name} {_treatment(module)}" for module in members))
+
+
+def _treatment(module: Module) -> str:
+    if not module.is_quantized:
+        return "not quantized"
+    return module.scheme.name if module.scheme else "quantized in no known format"
+
+
+def _weights(view: CheckpointView) -> Iterator[Problem]:
+    yield from _unshared(view, lambda module: module.group_scale)
+
+
+def _inputs(view: CheckpointView) -> Iterator[Problem]:
+    yield from _unshared(view, lambda module: module.input_scale)
+
+
+def _unshared(view: CheckpointView, suffix_of: Callable[[Module], str | None]) -> Iterator[Problem]:
+    """Groups whose members have different numbers; equal as floats is equal in bits, for usable ones."""
+    for group in groups_among(module.name for module in view.quantized):
+        values = _values(view, group, suffix_of)
+        if len(set(values.values())) > 1:
+            found = ", ".join(f"{name.split('.')[-2]} {value:.9g}" for name, value in values.items())
+            yield Problem(
+                next(iter(values)), f"{found}; off by up to {max(values.values()) / min(values.values()):.3g}"
+            )
+
+
+def _values(view: CheckpointView, group: FusedGroup, suffix_of: Callable[[Module], str | None]) -> dict[str, float]:
+    names = [(name, suffix_of(view.modules[name])) for name in group.members]
+    found = {f"{name}.{suffix}": view.numbers.get(f"{name}.{suffix}", 0.0) for name, suffix in names if suffix}
+    return {name: value for name, value in found.items() if value > 0}  # others have a rule of their own
+
+
+_SHARE = "Quantize the group with one amax, the largest of its members"
+
+RULES = (
+    Rule(
+        "fused-formats",
+        "members of a fused group are quantized alike, or none is",
+        "does not load, or the whole group is read in the format of its first member",
+        "Target all members of the group, or ignore all",
+        _formats,
+    ),
+    Rule(
+        "fused-weight-scales",
+        "members of a fused group have one weight scale, bit for bit",
+        "vLLM keeps the largest divisor (of experts, the gate's) for all members and only warns; "
+        "the others' weights are off by the ratio. SGLang may refuse to load",
+        _SHARE,
+        _weights,
+    ),
+    Rule(
+        "fused-input-scales",
+        "members of a fused group have one input scale, bit for bit",
+        "vLLM keeps one of them for the whole group; of FP8 experts it refuses those that differ by more than 1e-5",
+        _SHARE,
+        _inputs,
+    ),
+)

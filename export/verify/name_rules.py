@@ -1,0 +1,275 @@
+"""Rules about names, shapes and dtypes: everything the model needs is there, once, as the format has it.
+
+What a model needs is known in three ways, from the weakest to the strongest: config.json gives the numbers of layers
+and experts, and the config group of a module its tensors; a reference checkpoint, or whoever calls `verify`, gives
+every name and shape (`expected`).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from amaxbridge.export.verify.checkpoint_view import INPUT_SUFFIXES, QUANTIZED_SUFFIXES, CheckpointView, Module
+from amaxbridge.export.verify.finding import Problem, Rule, Severity
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, natural_key
+
+_LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.+)")
+_EXPERTS = ".experts."
+_OF_SCALES = ("_scale", "_scale_2", "_packed", "_zero_point")
+_CACHE_SCALES = ("k_scale", "v_scale")
+_FOREIGN = frozenset(  # what other programs, or other steps of an export, leave behind
+    (
+        "_amax", "_extra_state", "weight_scale_2", "weight_scale_inv", "output_scale", "k_cache_scale", "v_cache_scale",
+        "weight_g_idx", "pre_quant_scale",
+    )
+)  # fmt: skip
+_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+
+def _expected(view: CheckpointView) -> Iterator[Problem]:
+    if view.expected is None:
+        return
+    tied = {"lm_head.weight"} if view.text_config.get("tie_word_embeddings") else set[str]()
+    quantized = {module.name for module in view.quantized}
+    for name, shape in view.expected.items():
+        module = view.modules.get(name.rpartition(".")[0])
+        if name.endswith(".weight") and module is not None and module.is_quantized:
+            if module.shape not in (shape, None):
+                yield Problem(name, f"the model has {list(shape)}, the quantized weight {list(module.shape or ())}")
+        elif name not in view.tensors:
+            if name not in tied:
+                yield Problem(name, f"is not there; the model has it, {list(shape)}")
+        elif view.tensors[name].spec.shape != shape:
+            yield Problem(name, f"has {list(view.tensors[name].spec.shape)}, the model {list(shape)}")
+    for name in view.tensors:
+        owner, _, suffix = name.rpartition(".")
+        of_a_weight = owner in quantized and suffix in QUANTIZED_SUFFIXES and f"{owner}.weight" in view.expected
+        if not of_a_weight and name not in view.expected and not _is_extra(view, name):
+            yield Problem(name, "the model has no such tensor")
+
+
+def _is_extra(view: CheckpointView, name: str) -> bool:
+    """Tensors beyond the model's own: scales of the cache, layers for multi-token prediction, a copied head."""
+    return name.endswith(_CACHE_SCALES) or is_mtp(view, name) or name == "lm_head.weight"
+
+
+def is_mtp(view: CheckpointView, name: str) -> bool:
+    """Whether a tensor is of a layer for multi-token prediction, which model classes leave out."""
+    found, layers = _LAYER.fullmatch(name), view.text_config.get("num_hidden_layers")
+    return name.startswith(("mtp.", "model.mtp.")) or (
+        found is not None and isinstance(layers, int) and found[1] == "model.layers" and int(found[2]) >= layers
+    )
+
+
+def _layers(view: CheckpointView) -> Iterator[Problem]:
+    wanted = view.text_config.get("num_hidden_layers")
+    stacks: dict[str, set[int]] = {}
+    for name in view.tensors:
+        if (found := _LAYER.match(name)) and "mtp" not in found[1]:
+            stacks.setdefault(found[1], set()).add(int(found[2]))
+    for stack, numbers in stacks.items():
+        is_main = stack in ("model.layers", "backbone.layers", "model.language_model.layers", "language_model.layers")
+        count = wanted if isinstance(wanted, int) and is_main else max(numbers) + 1
+        for number in sorted(set(range(count)) - numbers):
+            yield Problem(f"{stack}.{number}", "has no tensors")
+
+
+def _mtp(view: CheckpointView) -> Iterator[Problem]:
+    wanted, layers = (view.text_config.get(key) for key in ("num_nextn_predict_layers", "num_hidden_layers"))
+    if not isinstance(wanted, int) or not isinstance(layers, int):
+        return
+    found = {name for name in view.tensors if is_mtp(view, name)}
+    numbers = {int(match[2]) for name in found if (match := _LAYER.fullmatch(name)) and match[1] == "model.layers"}
+    if wanted and not found:
+        yield Problem("num_nextn_predict_layers", f"config.json has {wanted}, and no tensor is of such a layer")
+    elif numbers and numbers != set(range(layers, layers + wanted)):
+        there = ", ".join(map(str, sorted(numbers)))
+        yield Problem("num_nextn_predict_layers", f"config.json has {wanted} after {layers}, the files layers {there}")
+
+
+def _experts(view: CheckpointView) -> Iterator[Problem]:
+    """Each layer's experts: as many as config.json says, and each with all that the others have."""
+    wanted = next((view.text_config[key] for key in _EXPERT_COUNTS if view.text_config.get(key)), None)
+    layers: dict[str, dict[int, set[str]]] = {}
+    for name in view.tensors:
+        layer, _, rest = name.partition(_EXPERTS)
+        expert, _, part = rest.partition(".")
+        if expert.isdigit():
+            layers.setdefault(f"{layer}.experts", {}).setdefault(int(expert), set()).add(part)
+    for layer, experts in sorted(layers.items(), key=lambda item: natural_key(item[0])):
+        count = wanted if isinstance(wanted, int) else max(experts) + 1
+        for number in sorted(set(range(count)) - experts.keys()):
+            yield Problem(f"{layer}.{number}", f"is not there; config.json has {count} experts")
+        for number in sorted(experts.keys() - set(range(count))):
+            yield Problem(f"{layer}.{number}", f"is one more than the {count} of config.json")
+        everything = Counter(part for parts in experts.values() for part in parts)
+        for number, parts in experts.items():
+            for part in sorted(everything.keys() - parts):
+                yield Problem(f"{layer}.{number}.{part}", f"is not there; {everything[part]} other experts have it")
+
+
+def _stacked(view: CheckpointView) -> Iterator[Problem]:
+    for name, stored in view.tensors.items():
+        rest = name.partition(_EXPERTS)[2]
+        if rest.endswith(_OF_SCALES) and not rest[0].isdigit():
+            yield Problem(name, f"{stored.spec} for all experts of the layer")
+
+
+def _unread(view: CheckpointView) -> Iterator[Problem]:
+    if "GptOssForCausalLM" in (view.config.get("architectures") or ()):
+        for module in view.quantized:
+            if is_expert(module.name):
+                yield Problem(module.name, f"is {_named(module)}")
+
+
+def _suffixes(view: CheckpointView) -> Iterator[Problem]:
+    """Every tensor of the scheme; those of inputs have a rule of their own."""
+    for module in view.quantized:
+        planned = view.planned(module)
+        for suffix in planned.keys() - module.tensors.keys() - set(INPUT_SUFFIXES):
+            yield Problem(f"{module.name}.{suffix}", f"is not there; {_named(module)} has it")
+    for module in view.quantized:
+        if module.shape is None:
+            yield Problem(module.name, f"has no codes, only {', '.join(sorted(module.tensors))}")
+
+
+def _inputs(view: CheckpointView) -> Iterator[Problem]:
+    for module in view.quantized:
+        planned = view.planned(module)
+        for suffix in INPUT_SUFFIXES if planned else ():
+            name = f"{module.name}.{suffix}"
+            if suffix in planned and suffix not in module.tensors:
+                yield Problem(name, "is not there; config.json says that inputs have a static scale")
+            elif suffix in module.tensors and suffix not in planned:
+                yield Problem(name, f"is there; by config.json ({_named(module)}) inputs have no static scale")
+
+
+def _contract(view: CheckpointView) -> Iterator[Problem]:
+    for module in view.quantized:
+        if misfit := view.misfit(module):
+            yield Problem(module.name, misfit)
+        for suffix, allowed in view.planned(module).items():
+            stored = module.tensors.get(suffix)
+            if stored is not None and stored.spec not in allowed:
+                right = " or ".join(sorted(map(str, allowed)))
+                yield Problem(f"{module.name}.{suffix}", f"is {stored.spec}, must be {right}")
+
+
+def _leftovers(view: CheckpointView) -> Iterator[Problem]:
+    for name in view.tensors:
+        if is_quantizer_state(name) or name.rpartition(".")[2] in _FOREIGN:
+            yield Problem(name, "is no tensor of the format")
+    for module in view.quantized:
+        planned = view.planned(module)
+        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SUFFIXES}
+        for suffix in others if planned else ():
+            yield Problem(f"{module.name}.{suffix}", f"is no tensor of {_named(module)}")
+
+
+def _cache(view: CheckpointView) -> Iterator[Problem]:
+    wanted = view.quantization.raw.get("kv_cache_scheme")
+    found = {name for name in view.tensors if name.endswith(tuple(f".{suffix}" for suffix in _CACHE_SCALES))}
+    if not wanted:
+        for name in sorted(found, key=natural_key):
+            yield Problem(name, "is there; config.json has no kv_cache_scheme")
+        return
+    attentions = {name.rpartition(".")[0] for name in found}
+    attentions |= {name.rpartition(".")[0] for name in view.modules if name.endswith(".self_attn.k_proj")}
+    for attention in sorted(attentions, key=natural_key):
+        for suffix in _CACHE_SCALES:
+            if f"{attention}.{suffix}" not in found and not is_mtp(view, f"{attention}.{suffix}"):
+                yield Problem(f"{attention}.{suffix}", "is not there; config.json has a kv_cache_scheme")
+
+
+def _named(module: Module) -> str:
+    assert module.scheme is not None
+    return module.scheme.name
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is a routed expert's."""
+    return is_routed_expert(f"{module}.")
+
+
+RULES = (
+    Rule(
+        "expected-names",
+        "every tensor of the model is there, quantized or not, with its shape, and no other",
+        "vLLM loads what there is, and leaves the parameter of a missing tensor as memory was",
+        "Export again; if the names are another architecture's, check config.json",
+        _expected,
+    ),
+    Rule(
+        "layers",
+        "every layer that config.json counts is there",
+        "the parameters of a missing layer are left as memory was",
+        "Export again with all pipeline stages",
+        _layers,
+    ),
+    Rule(
+        "mtp",
+        "layers for multi-token prediction are there, as many as config.json says",
+        "serves without them; speculative decoding with them does not load, or drafts nonsense",
+        "Export them, or set num_nextn_predict_layers to 0",
+        _mtp,
+        Severity.WARNING,
+    ),
+    Rule(
+        "experts",
+        "all experts of a layer are there, each with the same tensors",
+        "loads in silence (tried with vLLM): tokens that are routed to the expert get nonsense",
+        "Export again from all expert-parallel ranks",
+        _experts,
+    ),
+    Rule(
+        "stacked-experts",
+        "scales and codes of experts are tensors of one expert each",
+        "engines look for names with an expert's number and skip the stacked tensor",
+        "Write a tensor for each expert",
+        _stacked,
+    ),
+    Rule(
+        "experts-unread",
+        "no engine's loader passes over the quantized experts of this architecture",
+        "vLLM's loader of GPT-OSS (read in 0.32, not run) takes packed experts in bf16 or MXFP4 and skips other names "
+        "without an error: tokens get nonsense",
+        "For vLLM leave the experts in 16 bits (ignore them, or disable their quantizers)",
+        _unread,
+        Severity.WARNING,
+    ),
+    Rule(
+        "suffixes",
+        "a quantized module has every tensor of its format",
+        "loads in silence (tried with vLLM): the scale is what memory was",
+        "Export again",
+        _suffixes,
+    ),
+    Rule(
+        "input-scales",
+        "static input scales are there where config.json says so, and nowhere else",
+        "missing: loads in silence, inputs are scaled by what memory was; too many: vLLM refuses to load",
+        "Calibrate the inputs, or choose a scheme without static inputs",
+        _inputs,
+    ),
+    Rule(
+        "contract",
+        "dtype and shape of each tensor are those of the format",
+        "loaders cast dtypes and broadcast shapes in silence: the values are others",
+        "Export again",
+        _contract,
+    ),
+    Rule(
+        "leftovers",
+        "nothing is left of quantizers, and no tensor of another format",
+        "engines stop at unknown names, or skip them: then a scale that matters is not used",
+        "Remove them, or export again",
+        _leftovers,
+    ),
+    Rule(
+        "kv-scales",
+        "a key-value cache in FP8 has k_scale and v_scale in every layer, and kv_cache_scheme in config.json",
+        "missing: the cache is scaled by 1, and saturates; without kv_cache_scheme the scales stop the load",
+        "Export again; calibrate the cache's quantizers of every layer, or disable all",
+        _cache,
+    ),
+)

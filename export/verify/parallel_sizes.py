@@ -1,0 +1,107 @@
+"""Which sizes of tensor and expert parallelism will serve, from shapes alone.
+
+An engine cuts column-parallel weights (q, k, v, gate, up) along their outputs and row-parallel ones (o, down) along
+their inputs; each shard must still suit the format and its kernel:
+
+    NVFP4      inputs of a shard in blocks of 16, else it loads and is wrong
+    MXFP4/8    inputs of a shard in blocks of 32
+    FP8 block  inputs of a shard in blocks of 128; outputs too, of each merged member but the last
+    W4A16      Marlin: outputs of a shard divide by 64, inputs by 128 and by the group
+
+Heads divide, too. Key and value heads are copied where there are fewer of them than ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from amaxbridge.export.kernels.scaled import Code
+from amaxbridge.export.schemes import Scheme
+from amaxbridge.export.schemes.mx import MX
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.export.verify.finding import Problem
+from amaxbridge.mappings.fused_groups import group_of
+
+SIZES = (1, 2, 4, 8, 16)
+_ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "dense", "fc2", "wo")
+_COLUMN_PARALLEL = (
+    "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "q_b_proj", "kv_b_proj", "in_proj_qkv",
+    "in_proj_z", "fc1", "lm_head",
+)  # fmt: skip
+_KEYS_AND_VALUES = ("k_proj", "v_proj")
+_FP8_BLOCK = 128
+_MARLIN_OUT, _MARLIN_IN = 64, 128
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSize:
+    """A size of tensor (`TP`) or expert parallelism (`EP`), and what does not fit it; nothing where it serves."""
+
+    axis: str
+    size: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def serves(self) -> bool:
+        return not self.problems
+
+
+def parallel_sizes(view: CheckpointView, sizes: tuple[int, ...] = SIZES) -> tuple[ParallelSize, ...]:
+    """Each size of TP, and of EP where there are experts, with one problem for each kind of module."""
+    tensor = [ParallelSize("TP", size, tuple(_tensor_parallel(view, size))) for size in sizes]
+    experts = next((view.text_config[key] for key in _EXPERTS if view.text_config.get(key)), None)
+    if not isinstance(experts, int):
+        return tuple(tensor)
+    uneven = {size: Problem("experts", f"{experts} do not divide by {size}") for size in sizes if experts % size}
+    return (*tensor, *(ParallelSize("EP", size, (uneven[size],) if size in uneven else ()) for size in sizes))
+
+
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+
+
+def _tensor_parallel(view: CheckpointView, size: int) -> Iterator[Problem]:
+    heads, kv_heads = (view.text_config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and heads % size:
+        yield Problem("num_attention_heads", f"{heads} do not divide by {size}")
+    if isinstance(kv_heads, int) and kv_heads % size and size % kv_heads:
+        yield Problem("num_key_value_heads", f"{kv_heads} and {size} do not divide one another")
+    kinds = dict[tuple[str, str | None, tuple[int, int]], Module]()
+    for module in view.quantized:
+        if module.shape is not None:
+            scheme = module.scheme.name if module.scheme else None
+            kinds.setdefault((module.name.rpartition(".")[2], scheme, module.shape), module)
+    for module in kinds.values():
+        copies = kv_heads if isinstance(kv_heads, int) and module.name.endswith(_KEYS_AND_VALUES) else size
+        if reason := _misfit(module, size, min(size, copies)):
+            yield Problem(module.name, reason)
+
+
+def _misfit(module: Module, size: int, column_shards: int) -> str | None:
+    """Why a module cannot be cut among so many ranks, None where it can."""
+    assert module.shape is not None
+    rows, columns = module.shape
+    projection = module.name.rpartition(".")[2]
+    by_rows, by_columns = projection in _ROW_PARALLEL, projection in _COLUMN_PARALLEL
+    if by_rows and columns % size:
+        return f"{columns} inputs do not divide by {size}"
+    if by_columns and rows % column_shards:
+        return f"{rows} outputs do not divide by {column_shards}"
+    shard = (rows // column_shards if by_columns else rows, columns // size if by_rows else columns)
+    return _misfit_of_shard(module.name, module.scheme, shard)
+
+
+def _misfit_of_shard(name: str, scheme: Scheme | None, shard: tuple[int, int]) -> str | None:
+    out, into, last = 1, 1, group_of(name).members[-1] == name
+    if isinstance(scheme, NVFP4):
+        into = 16
+    elif isinstance(scheme, MX):
+        into = 32
+    elif isinstance(scheme, Scaled) and scheme.code is Code.INT4:
+        out, into = _MARLIN_OUT, max(_MARLIN_IN, scheme.blocks.width or 1)
+    elif isinstance(scheme, Scaled) and scheme.blocks.height == _FP8_BLOCK:
+        out, into = 1 if last and ".experts." not in name else _FP8_BLOCK, _FP8_BLOCK
+    rows, columns = shard
+    if columns % into:
+        return f"a shard has {columns} inputs, which do not divide by {into}"
+    return f"a shard has {rows} outputs, which do not divide by {out}" if rows % out else None

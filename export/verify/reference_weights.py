@@ -1,0 +1,260 @@
+"""What the checkpoint was made from, and how far its weights are from that as an engine has them.
+
+Every fused group is dequantized after the engine's own merge of scales: vLLM keeps the largest NVFP4 divisor of a
+group, and of an expert the gate's. So a group with unshared scales shows the error that will be served, shard by
+shard, and not the small one that each tensor has by itself.
+
+Weights are read here, and nowhere else in this package: one module at a time, some thousand rows at a time.
+"""
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from amaxbridge.export.disk.packed_experts import sources_in
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.progress import Progress
+from amaxbridge.export.schemes import Scheme
+from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.export.verify.finding import Problem, Rule, Severity
+from amaxbridge.export.verify.name_rules import is_expert
+from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.tensors import TensorSpec
+
+_ROWS = 4096  # at a time; every block's height divides it
+_CLIPPED = 1e-3
+_RANGE = 2688.0
+_BOUNDS: Mapping[int, float] = {4: 0.25, 8: 0.06}  # by bits of a code; Gaussian weights have about half of it
+_LARGE_FACTOR = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far a module's weight, as an engine has it, is from the reference.
+
+    Args:
+        scheme: its name.
+        bits: of a code.
+        error: |w - dequantized| / |w|.
+        swapped: the same with the two codes of each byte exchanged; NaN where a byte is one code.
+        factor: what the dequantized weight would have to be multiplied by to be nearest.
+        clipped: the share of weights beyond the largest that NVFP4's scale can hold; 0 in other formats.
+        largest: absolute weight of the reference.
+    """
+
+    module: str
+    scheme: str
+    bits: int
+    error: float
+    swapped: float
+    factor: float
+    clipped: float
+    largest: float
+
+    @property
+    def snr(self) -> float:
+        """In dB."""
+        return -20 * math.log10(self.error) if self.error > 0 else math.inf
+
+
+class Reference:
+    """A checkpoint with the weights before quantization, under the same names; experts may be packed there.
+
+    Args:
+        config: of the checkpoint that is verified; its family knows how experts are packed.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self._packed = _packed_experts(config)
+        self._checkpoint = SafetensorsCheckpoint(directory, self._packed)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name; GPT-OSS's MXFP4 as the weights that it is."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, stored in self._checkpoint.tensors.items():
+            if name.endswith("_blocks") and len(stored.spec.shape) == 4:
+                experts, rows, blocks, _ = stored.spec.shape
+                plain = (rows, blocks * 32)
+                shapes[name.removesuffix("_blocks")] = (experts, *(plain[::-1] if self._packed.transposed else plain))
+            elif not (
+                name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in self._checkpoint.tensors
+            ):
+                shapes[name] = stored.spec.shape
+        return shapes
+
+    def errors(self, view: CheckpointView, progress: Progress) -> Iterator[WeightError]:
+        """Of every quantized module that can be dequantized and that the reference has."""
+        modules = {module.name: module for module in view.quantized if _is_whole(view, module)}
+        sizes = {name: 2 * math.prod(module.shape or ()) for name, module in modules.items()}
+        progress.begin(tensors=len(sizes), nbytes=sum(sizes.values()))
+        for group in groups_among(modules):
+            members = [modules[name] for name in group.members]
+            for module in members:
+                weight = self._read(module)
+                if weight is not None:
+                    yield _measure(module, weight, _merged_scale(members, view))
+                progress.advance(tensors=1, nbytes=sizes[module.name])
+
+    def _read(self, module: Module) -> Tensor | None:
+        try:
+            weight = self._checkpoint.read(f"{module.name}.weight")
+        except CheckpointError:  # another rule says that the model has no such tensor
+            return None
+        return weight if tuple(weight.shape) == module.shape else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._checkpoint.close()
+
+
+def one_by_one(
+    shapes: Mapping[str, tuple[int, ...]], held: Container[str], config: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes with packed experts as the tensors of each expert, unless `held` has them packed, too."""
+    packed, single = _packed_experts(config), dict[str, tuple[int, ...]]()
+    for name, shape in shapes.items():
+        sources = {} if name in held else sources_in(name, shape, packed)
+        part = TensorSpec(shape[1:], torch.bfloat16)
+        single |= {each: tuple(source.cut(part.meta()).shape) for each, source in sources.items()} or {name: shape}
+    return single
+
+
+def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
+    try:
+        return family_of(config).packed_experts or PackedExperts()
+    except UnknownArchitectureError:
+        return PackedExperts()
+
+
+def error_rules(errors: list[WeightError]) -> tuple[Rule, ...]:
+    """The rules on errors that were measured."""
+
+    def too_large(view: CheckpointView) -> Iterator[Problem]:
+        for each in errors:
+            if not each.error <= _BOUNDS[each.bits]:
+                yield Problem(f"{each.module}.weight", f"differs by {each.error:.3g} of its norm{_reason(each)}")
+
+    def clipped(view: CheckpointView) -> Iterator[Problem]:
+        for each in errors:
+            if each.clipped > _CLIPPED:
+                yield Problem(
+                    f"{each.module}.weight", f"{each.clipped:.2%} of the weights are beyond the scale's range"
+                )
+
+    return (
+        Rule(
+            "weight-error",
+            "weights, dequantized as an engine does it, are near the reference",
+            "loads in silence: the model answers worse, or nonsense",
+            "See the other findings for scales; if there are none, the weights are of another model or step",
+            too_large,
+        ),
+        Rule(
+            "saturation",
+            "weights lie in the range of their scale",
+            "serves, with the largest weights cut off",
+            "The amax is smaller than the weights: collect it again after the last step of training",
+            clipped,
+            Severity.WARNING,
+        ),
+    )
+
+
+def _reason(each: WeightError) -> str:
+    if each.swapped <= _BOUNDS[each.bits]:
+        return f", by {each.swapped:.3g} with the codes of each byte exchanged: nibbles are in the wrong order"
+    if each.factor > _LARGE_FACTOR or 0 < each.factor < 1 / _LARGE_FACTOR:
+        return f"; it is nearest at {each.factor:.4g} times: a scale is wrong, or not shared"
+    return ""
+
+
+def _is_whole(view: CheckpointView, module: Module) -> bool:
+    """Whether all that dequantizing needs is there, in the right dtypes and shapes."""
+    needed = {suffix: specs for suffix, specs in view.planned(module).items() if not suffix.startswith("input")}
+    return bool(needed) and all(
+        suffix in module.tensors and module.tensors[suffix].spec in specs for suffix, specs in needed.items()
+    )
+
+
+def _merged_scale(members: list[Module], view: CheckpointView) -> float | None:
+    """NVFP4's divisor for all members of a fused group, as vLLM has it; None for other formats."""
+    divisors = [
+        view.numbers[f"{module.name}.weight_global_scale"] for module in members if isinstance(module.scheme, NVFP4)
+    ]
+    if not divisors:
+        return None
+    return divisors[0] if is_expert(members[0].name) else max(divisors)
+
+
+def _measure(module: Module, weight: Tensor, divisor: float | None) -> WeightError:
+    """Sums over parts of the rows, in fp64: |w|², |d|², w·d, |w - d|², |w - d swapped|², clipped."""
+    scheme = module.scheme
+    assert scheme is not None and module.shape is not None
+    nibbles = "weight_packed" in module.tensors
+    sums, largest = torch.zeros(6, dtype=torch.float64), 0.0
+    for first in range(0, len(weight), _ROWS):
+        rows = weight[first : first + _ROWS].float()
+        largest = max(largest, float(rows.abs().max()))
+        tensors = _rows_of(module, first, len(rows), divisor)
+        found = _dequantized(scheme, module.name, tensors)
+        swapped = torch.tensor(math.nan)
+        if nibbles:
+            codes = tensors["weight_packed"].view(torch.uint8)
+            exchanged = ((codes << 4) | (codes >> 4)).view(tensors["weight_packed"].dtype)
+            swapped = _dequantized(scheme, module.name, {**tensors, "weight_packed": exchanged})
+        beyond = (rows.abs() > 1.01 * _RANGE / divisor).sum() if divisor else torch.tensor(0)
+        sums += torch.stack(
+            [each.double() for each in (
+                rows.square().sum(), found.square().sum(), (rows * found).sum(), (rows - found).square().sum(),
+                (rows - swapped).square().sum(), beyond,
+            )]
+        )  # fmt: skip
+    norm, own, product, error, exchanged_error, beyond = sums.tolist()
+    return WeightError(
+        module.name,
+        scheme.name,
+        scheme.config_group["weights"]["num_bits"],
+        _ratio(error, norm),
+        _ratio(exchanged_error, norm),
+        product / own if own else math.nan,
+        beyond / max(weight.numel(), 1),
+        largest,
+    )
+
+
+def _ratio(error: float, norm: float) -> float:
+    return math.sqrt(error / norm) if norm else (math.inf if error else 0.0)
+
+
+def _dequantized(scheme: Scheme, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    return scheme.dequantize(module, {f"{module}.{name}": tensor for name, tensor in tensors.items()}).float()
+
+
+def _rows_of(module: Module, first: int, count: int, divisor: float | None) -> dict[str, Tensor]:
+    """What some rows of the weight are stored as."""
+    assert module.shape is not None and module.scheme is not None
+    total, columns = module.shape
+    tensors: dict[str, Tensor] = {}
+    for suffix, stored in module.tensors.items():
+        if suffix == "weight_shape":
+            tensors[suffix] = torch.tensor([count, columns])
+        elif suffix == "weight_global_scale" and divisor is not None:
+            tensors[suffix] = torch.tensor([divisor])
+        elif suffix.startswith("weight"):
+            length = stored.spec.shape[0]
+            step = 1 if length == total else module.scheme.row_step
+            whole = length == 1 and total > 1 and step * length < total
+            tensors[suffix] = stored.read() if whole else stored.rows(first // step, -(-count // step)).read()
+    return tensors

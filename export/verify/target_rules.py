@@ -1,0 +1,131 @@
+"""Rules about targets and `ignore`: what `engines` make of every layer, against what the files hold."""
+
+from collections.abc import Iterator
+
+from amaxbridge.export.verify.checkpoint_view import CheckpointView
+from amaxbridge.export.verify.engines import ENGINES, EXPERT, label, readings
+from amaxbridge.export.verify.finding import Problem, Rule, Severity
+from amaxbridge.export.verify.stored_config import HEAD, means
+
+
+def _conflicts(view: CheckpointView) -> Iterator[Problem]:
+    for engine, layer, reading, _ in view.once(readings):
+        if reading.conflict:
+            yield Problem(layer.name, f"{engine.name}: {reading.conflict}")
+    for experts, projections in _first_experts(view).items():
+        if len(set(projections.values())) > 1:
+            found = ", ".join(f"{name} {label(view.quantization, group)}" for name, group in projections.items())
+            yield Problem(experts, f"vLLM: the projections of an expert are in different groups: {found}")
+
+
+def _first_experts(view: CheckpointView) -> dict[str, dict[str, int | None]]:
+    """Layer of experts → the group that vLLM reads for each projection of the first expert."""
+    layers: dict[str, dict[str, int | None]] = {}
+    for engine, layer, reading, _ in view.once(readings):
+        if engine is ENGINES[0] and (found := EXPERT.fullmatch(layer.name)):
+            layers.setdefault(found[1], {})[layer.name.rpartition(".")[2]] = reading.group
+    return layers
+
+
+def _unread(view: CheckpointView) -> Iterator[Problem]:
+    for engine, _, reading, modules in view.once(readings):
+        if reading.group is None and not reading.conflict:
+            for name in modules:
+                if name in view.modules and view.modules[name].is_quantized:
+                    yield Problem(name, f"quantized in the files; {engine.name}: {reading.why}")
+
+
+def _misread(view: CheckpointView) -> Iterator[Problem]:
+    config = view.quantization
+    for engine, _, reading, modules in view.once(readings):
+        if reading.group is None:
+            continue
+        for name in modules:
+            module = view.modules.get(name)
+            why = f" ({reading.why})" if reading.why else ""
+            if module is None or not module.is_quantized:
+                there = "not quantized in the files" if module else "the embedding, which is not quantized"
+                yield Problem(name, f"{there}; {engine.name} reads it as {label(config, reading.group)}{why}")
+            elif module.group != reading.group:
+                yield Problem(
+                    name,
+                    f"of {label(config, module.group)}; {engine.name} reads {label(config, reading.group)}{why}",
+                )
+
+
+def _untargeted(view: CheckpointView) -> Iterator[Problem]:
+    for engine, layer, reading, modules in view.once(readings):
+        neither = reading.group is None and reading.why.startswith("neither")
+        plain = all(name in view.modules and not view.modules[name].is_quantized for name in modules)
+        if neither and plain and engine.refuses_untargeted and not layer.name.endswith(HEAD):
+            yield Problem(layer.name, f"{engine.name}: neither targeted nor ignored")
+
+
+def _several(view: CheckpointView) -> Iterator[Problem]:
+    if len(view.quantization.groups) < 2:
+        return
+    for name in view.modules:
+        found = [group for group in view.quantization.groups if any(means(target, name) for target in group.targets)]
+        if len(found) > 1:
+            yield Problem(name, f"targeted by {', '.join(group.name for group in found)}")
+
+
+def _router_patterns(view: CheckpointView) -> Iterator[Problem]:
+    """A pattern that is to spare a router, `re:.*gate.*`, and spares the experts' gates with it."""
+    routers = [name for name in view.modules if name.endswith((".gate", ".router", ".router.weight"))]
+    gates = [name for name in view.modules if name.endswith((".gate_proj", ".w1"))]
+    for entry in view.quantization.ignore:
+        if entry.startswith("re:") and any(means(entry, name) for name in routers):
+            hit = [name for name in gates if means(entry, name)]
+            if hit:
+                yield Problem(f"ignore: {entry}", f"spares the router and {len(hit)} gate projections, {hit[0]} first")
+
+
+_TARGETS = "Correct `targets` and `ignore` in config.json: full names, or patterns with \\. and $"
+
+RULES = (
+    Rule(
+        "unanimous",
+        "the members of a fused layer are all in one config group, or all ignored",
+        "does not load",
+        _TARGETS,
+        _conflicts,
+    ),
+    Rule(
+        "quantized-is-targeted",
+        "every quantized module is targeted by a config group and not ignored, in every engine",
+        "the engine makes a plain weight of it and does not find one: stops, or leaves it as memory was",
+        _TARGETS,
+        _unread,
+    ),
+    Rule(
+        "plain-is-ignored",
+        "every linear module that is not quantized (routers, vision towers, layers for multi-token prediction, heads) "
+        "is ignored, and every quantized one is read in its own group",
+        "the engine waits for codes and scales that are not there: stops, or leaves them as memory was",
+        "Name these modules in `ignore`, and write \\. and $ in patterns",
+        _misread,
+    ),
+    Rule(
+        "targeted-or-ignored",
+        "every linear module is targeted or ignored",
+        "SGLang and older vLLM stop",
+        "Name these modules in `ignore`",
+        _untargeted,
+    ),
+    Rule(
+        "one-group",
+        "no module is targeted by several groups",
+        "which group it gets differs between engines",
+        _TARGETS,
+        _several,
+    ),
+    Rule(
+        "router-patterns",
+        "a pattern that ignores the router does not ignore the experts",
+        "serves, with experts in 16 bits",
+        "Write `re:.*\\.gate$`",
+        _router_patterns,
+        Severity.WARNING,
+    ),
+)

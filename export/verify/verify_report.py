@@ -1,0 +1,144 @@
+"""What a verification found, as data."""
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from amaxbridge.export.verify.finding import Finding, Severity
+from amaxbridge.export.verify.parallel_sizes import ParallelSize
+from amaxbridge.export.verify.reference_weights import WeightError
+from amaxbridge.mappings.errors import CheckpointError, listing
+
+_log = logging.getLogger("amaxbridge")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def text(finding: Finding) -> str:
+    """For a log or an error."""
+    return (
+        f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
+        f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
+    )
+
+
+class ProjectionError(NamedTuple):
+    """The errors of one projection over all layers and experts, against a reference."""
+
+    projection: str
+    scheme: str
+    modules: int
+    mean_snr: float
+    worst: WeightError
+
+    @classmethod
+    def of(cls, projection: str, scheme: str, errors: list[WeightError]) -> "ProjectionError":
+        snr = [each.snr for each in errors if math.isfinite(each.snr)]
+        mean = sum(snr) / len(snr) if snr else math.inf
+        return cls(projection, scheme, len(errors), mean, max(errors, key=lambda each: each.error))
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Findings of all rules, and tables.
+
+    Args:
+        directory: what was verified.
+        tensors, modules: how many there are; `modules` are the quantized ones.
+        schemes: the name of each scheme that is used → its number of modules.
+        rules: how many were applied.
+        parallel: which sizes will serve.
+        errors: against the reference; empty without one.
+    """
+
+    directory: Path
+    tensors: int
+    modules: int
+    schemes: dict[str, int]
+    rules: int
+    findings: tuple[Finding, ...]
+    parallel: tuple[ParallelSize, ...]
+    errors: tuple[WeightError, ...] = ()
+
+    @property
+    def failures(self) -> list[Finding]:
+        """Findings that make it unfit to serve."""
+        return self._of(Severity.ERROR)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Findings for people to judge."""
+        return self._of(Severity.WARNING)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is fit to serve, warnings or not."""
+        return not self.failures
+
+    def _of(self, severity: Severity) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity is severity]
+
+    @property
+    def projections(self) -> list[ProjectionError]:
+        """The errors against the reference, by projection, in the order of the model."""
+        kinds: dict[tuple[str, str], list[WeightError]] = {}
+        for each in self.errors:
+            kinds.setdefault((_NUMBER.sub("*", each.module), each.scheme), []).append(each)
+        return [ProjectionError.of(projection, scheme, errors) for (projection, scheme), errors in kinds.items()]
+
+    def conclude(self, target: Path) -> None:
+        """The end of an export: warnings go to the log, and failures stop it before anything is at `target`.
+
+        Raises:
+            CheckpointError: it would not serve right; names every rule, the tensors and what an engine would do.
+        """
+        for finding in self.warnings:
+            _log.warning("%s", text(finding))
+        if not self.ok:
+            raise CheckpointError(
+                f"{target} would not serve right, and was not written:\n"
+                + "\n".join(map(text, self.failures))
+                + "\nWith verify=false it is written all the same"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {
+            "directory": str(self.directory),
+            "ok": self.ok,
+            "tensors": self.tensors,
+            "quantized_modules": self.modules,
+            "schemes": self.schemes,
+            "rules": self.rules,
+            "findings": [
+                {
+                    "rule": finding.rule,
+                    "severity": str(finding.severity),
+                    "in_an_engine": finding.effect,
+                    "next_step": finding.next_step,
+                    "problems": [{"subject": each.subject, "what": each.what} for each in finding.problems],
+                }
+                for finding in self.findings
+            ],
+            "parallel": [
+                {"axis": each.axis, "size": each.size, "serves": each.serves, "problems": list(map(str, each.problems))}
+                for each in self.parallel
+            ],
+            "projections": [
+                {
+                    "projection": each.projection,
+                    "scheme": each.scheme,
+                    "modules": each.modules,
+                    "mean_snr_db": _finite(each.mean_snr),
+                    "worst_error": _finite(each.worst.error),
+                    "worst_module": each.worst.module,
+                }
+                for each in self.projections
+            ],
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,183 @@
+"""What the families share: the pieces of a decoder that most of them name alike, in Megatron and in Hugging Face.
+
+A family lists the pieces it has and adds its own. The tables below the mappings give the same sizes their names in
+Megatron's configuration, and say which of a config's features Megatron computes as transformers does.
+"""
+
+from typing import Any
+
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.family import HFConfig, Source, Translation, fixed, look_up
+from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.weights import (
+    GatedMLPMapping,
+    QKVMapping,
+    ReplicatedMapping,
+    RowParallelMapping,
+    VocabParallelMapping,
+)
+
+MEGATRON = "decoder.layers.*"
+HF = "model.layers.*"
+
+EMBEDDING = VocabParallelMapping("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+
+QKV = (
+    ReplicatedMapping(f"{MEGATRON}.input_layernorm.weight", f"{HF}.input_layernorm.weight"),
+    QKVMapping(
+        f"{MEGATRON}.self_attention.linear_qkv.weight",
+        q=f"{HF}.self_attn.q_proj.weight",
+        k=f"{HF}.self_attn.k_proj.weight",
+        v=f"{HF}.self_attn.v_proj.weight",
+    ),
+)
+QKV_BIAS = QKVMapping(
+    f"{MEGATRON}.self_attention.linear_qkv.bias",
+    q=f"{HF}.self_attn.q_proj.bias",
+    k=f"{HF}.self_attn.k_proj.bias",
+    v=f"{HF}.self_attn.v_proj.bias",
+)
+QK_NORMS = (
+    ReplicatedMapping(f"{MEGATRON}.self_attention.q_layernorm.weight", f"{HF}.self_attn.q_norm.weight"),
+    ReplicatedMapping(f"{MEGATRON}.self_attention.k_layernorm.weight", f"{HF}.self_attn.k_norm.weight"),
+)
+ATTENTION_OUTPUT = RowParallelMapping(f"{MEGATRON}.self_attention.linear_proj.weight", f"{HF}.self_attn.o_proj.weight")
+
+MLP_NORM = ReplicatedMapping(f"{MEGATRON}.pre_mlp_layernorm.weight", f"{HF}.post_attention_layernorm.weight")
+MLP = (
+    GatedMLPMapping(
+        f"{MEGATRON}.mlp.linear_fc1.weight",
+        gate=f"{HF}.mlp.gate_proj.weight",
+        up=f"{HF}.mlp.up_proj.weight",
+    ),
+    RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_proj.weight"),
+)
+
+ROUTER = ReplicatedMapping(f"{MEGATRON}.mlp.router.weight", f"{HF}.mlp.gate.weight")
+ROUTED_EXPERTS = (
+    GatedMLPMapping(
+        f"{MEGATRON}.mlp.experts.linear_fc1.weight*",
+        gate=f"{HF}.mlp.experts.*.gate_proj.weight",
+        up=f"{HF}.mlp.experts.*.up_proj.weight",
+    ),
+    RowParallelMapping(f"{MEGATRON}.mlp.experts.linear_fc2.weight*", f"{HF}.mlp.experts.*.down_proj.weight"),
+)
+
+OUTPUT = VocabParallelMapping("output_layer.weight", "lm_head.weight")
+HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"), OUTPUT)
+
+
+def head_dim(hf_config: HFConfig) -> int:
+    """As transformers' attention layers have it: the hidden size is divided among the heads where nothing is said."""
+    return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
+
+
+DECODER_SIZES: dict[str, Source] = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": Translation(head_dim, lambda settings: {"head_dim": settings["kv_channels"]}),
+    "layernorm_epsilon": "rms_norm_eps",
+}
+
+ONLY_EXPERTS: dict[str, Source] = {
+    "moe_layer_freq": Translation(lambda hf_config: [1] * hf_config["num_hidden_layers"]),
+    "moe_ffn_hidden_size": "intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+}
+"""Every layer has experts, as wide as `intermediate_size` says."""
+
+MODEL_ARGUMENTS: dict[str, Source] = {
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+    "position_embedding_type": fixed("rope"),
+    "rotary_base": "rope_parameters.rope_theta",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
+
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _llama3_factor(hf_config: HFConfig) -> float | None:
+    """The factor of Llama 3's rope scaling, None without scaling.
+
+    Megatron takes the factor alone and fixes the rest:
+    megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.
+
+    Raises:
+        UsageError: another scaling, or other fixed numbers.
+    """
+    rope = look_up(hf_config, "rope_parameters")
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3" or any(rope.get(name) != value for name, value in _LLAMA3_ROPE.items()):
+        numbers = ", ".join(f"{name}={value}" for name, value in _LLAMA3_ROPE.items())
+        raise UsageError(f"Megatron's rotary embedding scales only as rope_type 'llama3' with {numbers}; found {rope}")
+    return float(rope["factor"])
+
+
+def _rope_parameters(settings: Settings) -> dict[str, Any]:
+    scaled = {"rope_type": "llama3", "factor": settings["rope_scaling_factor"], **_LLAMA3_ROPE}
+    rope = scaled if settings["rope_scaling"] else {"rope_type": "default"}
+    return {f"rope_parameters.{name}": value for name, value in rope.items()}
+
+
+ROPE_SCALING: dict[str, Source] = {
+    "rope_scaling": Translation(lambda hf_config: _llama3_factor(hf_config) is not None, _rope_parameters),
+    "rope_scaling_factor": Translation(lambda hf_config: _llama3_factor(hf_config) or 1.0),
+}
+
+GATED_RMSNORM_DECODER = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+}
+
+
+SOFTMAX_OVER_ALL = Translation(
+    lambda hf_config: not hf_config["norm_topk_prob"],
+    lambda settings: {"norm_topk_prob": not settings["moe_router_pre_softmax"]},
+)
+"""Megatron's `moe_router_pre_softmax` for a router that takes the top k of the softmax over all experts.
+
+`norm_topk_prob` divides those by their sum, which is the softmax over the chosen logits alone: Megatron's default.
+"""
+
+SOFTMAX_ROUTER = {
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+}
+
+PLAIN_DECODER = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "clip_qkv": None,
+}
+"""What `GATED_RMSNORM_DECODER` computes, and families could have otherwise."""
+
+
+def _sliding_layers(hf_config: HFConfig) -> list[int]:
+    """1 for each layer with sliding-window attention, 0 for each with full attention."""
+    return [int(kind == "sliding_attention") for kind in hf_config["layer_types"]]
+
+
+def _layer_types(settings: Settings) -> dict[str, Any]:
+    slides = settings["window_attn_skip_freq"] or [1] * settings["num_layers"]
+    return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
+
+
+WINDOW = Translation(
+    lambda hf_config: (hf_config["sliding_window"] - 1, 0) if hf_config.get("sliding_window") else None,
+    lambda settings: {"sliding_window": settings["window_size"] and settings["window_size"][0] + 1},
+)
+"""Keys to the left and right of a query that it sees; Hugging Face's `sliding_window` counts its own, too."""
+
+SLIDING_LAYERS: dict[str, Source] = {
+    "window_size": WINDOW,
+    "window_attn_skip_freq": Translation(_sliding_layers, _layer_types),
+}

@@ -1,0 +1,164 @@
+"""HybridModel, Megatron's second model class: attention, MLP, experts and Mamba are layers of their own.
+
+`hybrid_layer_pattern` has a letter for each layer, `|` between pipeline stages and `/` before each layer for
+multi-token prediction (MTP), which is a pattern again. `*-*E/*E` is a dense layer, a sparse one and an MTP layer.
+Letters and layout: megatron.core.models.hybrid.hybrid_layer_allocation.
+
+Mappings are written for layers as Hugging Face numbers them, so names are brought there, one of two ways:
+
+- `transformer_name`: a decoder layer of Hugging Face is two of HybridModel's, the names are those of a GPTModel.
+
+      decoder.layers.2.self_attention.linear_qkv.weight               decoder.layers.1.self_attention.linear_qkv.weight
+      decoder.layers.3.mlp.linear_fc1.weight                          decoder.layers.1.mlp.linear_fc1.weight
+      mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc1.weight     mtp.layers.0.mtp_model_layer.mlp.linear_fc1.weight
+
+- `hybrid_name`: layers are the same on both sides (Nemotron-H) and have one norm each; MTP layers are counted through.
+
+      decoder.layers.3.pre_mlp_layernorm.weight                       decoder.layers.3.norm.weight
+      mtp.layers.1.mtp_model_layer.layers.0.input_layernorm.weight    mtp.layers.2.norm.weight
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from amaxbridge.mappings.canonical import canonical
+from amaxbridge.mappings.errors import MappingError
+
+MIXERS = "*+DGM"
+"""Softmax attention, latent attention, sparse attention, gated delta net, Mamba."""
+FEED_FORWARD = "-E"
+"""MLP, mixture of experts."""
+
+_LAYERS = re.compile(f"[{re.escape(MIXERS + FEED_FORWARD)}]*")
+_TRANSFORMER = re.compile(f"([{re.escape(MIXERS)}][{FEED_FORWARD}]?)*")
+_IN_TURN = re.compile(rf"(\*[{FEED_FORWARD}])+|(\+[{FEED_FORWARD}])+")
+
+_DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_MTP_INNER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.")
+_MTP_OUTER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.(?=(enorm|hnorm|eh_proj|final_layernorm)\.)")
+_LAYER_NORM = re.compile(r"^((?:decoder|mtp)\.layers\.\d+)\.(?:input|pre_mlp)_layernorm\.")
+
+
+class HybridPattern(NamedTuple):
+    """The letters of a `hybrid_layer_pattern`.
+
+    Args:
+        decoder: a letter for each decoder layer, pipeline stages left out.
+        mtp: a letter for each layer inside an MTP layer, "" where there are none.
+        depths: the number of MTP layers.
+    """
+
+    decoder: str
+    mtp: str
+    depths: int
+
+
+@cache
+def read_pattern(text: str) -> HybridPattern:
+    """Takes a `hybrid_layer_pattern` apart.
+
+    Raises:
+        MappingError: an unknown letter, or MTP layers that differ.
+    """
+    decoder, *mtp = text.replace("|", "").split("/")
+    if not _LAYERS.fullmatch(decoder + "".join(mtp)):
+        raise MappingError(f"hybrid_layer_pattern {text!r}: layers are the letters {MIXERS}{FEED_FORWARD}")
+    if len(set(mtp)) > 1:
+        raise MappingError(f"hybrid_layer_pattern {text!r}: MTP layers must be the same")
+    return HybridPattern(decoder, mtp[0] if mtp else "", len(mtp))
+
+
+def transformer_pattern(config: Mapping[str, Any]) -> str:
+    """The pattern of a transformer: attention and MLP or experts in turn.
+
+    Args:
+        config: fields of Megatron's TransformerConfig; `moe_layer_freq` as a list, or left out where layers are alike.
+    """
+    attention = "+" if config.get("multi_latent_attention") else "*"
+    alike = [bool(config.get("num_moe_experts"))] * config["num_layers"]
+    layers = [attention + ("E" if sparse else "-") for sparse in config.get("moe_layer_freq", alike)]
+    return "/".join(["".join(layers), *layers[-1:] * (config.get("mtp_num_layers") or 0)])
+
+
+def transformer_settings(text: str) -> dict[str, Any]:
+    """What `transformer_pattern` makes a pattern of: fields of Megatron's TransformerConfig.
+
+    Raises:
+        MappingError: the pattern is not that of a transformer.
+    """
+    layers = read_pattern(text)
+    if not _IN_TURN.fullmatch(layers.decoder):
+        raise MappingError(f"hybrid_layer_pattern {text!r}: not attention and MLP or experts in turn")
+    return {
+        "num_layers": len(layers.decoder) // 2,
+        "moe_layer_freq": [int(letter == "E") for letter in layers.decoder[1::2]],
+        "multi_latent_attention": layers.decoder[0] == "+",
+        "mtp_num_layers": layers.depths or None,
+    }
+
+
+def with_stages(text: str, stages: int) -> str:
+    """The pattern with its decoder layers divided as evenly as can be between pipeline stages, by `|`."""
+    decoder, *mtp = text.replace("|", "").split("/")
+    ends = [len(decoder) * stage // stages for stage in range(stages + 1)]
+    return "/".join(["|".join(decoder[start:end] for start, end in pairwise(ends)), *mtp])
+
+
+def transformer_name(megatron_name: str, pattern: str) -> str:
+    """The canonical name of a HybridModel's parameter or quantizer where a decoder layer is a mixer and what follows.
+
+    Args:
+        megatron_name: global, in any spelling.
+        pattern: the model's `hybrid_layer_pattern`.
+
+    Raises:
+        MappingError: the pattern is not that of a transformer, or has no such layer.
+    """
+    layers = read_pattern(pattern)
+    name = _DECODER_LAYER.sub(
+        lambda found: f"decoder.layers.{_decoder_layer(int(found[1]), layers.decoder, megatron_name)}.",
+        canonical(megatron_name),
+    )
+    inner = _MTP_INNER_LAYER.match(name)
+    if inner and _decoder_layer(int(inner[2]), layers.mtp, megatron_name):
+        raise MappingError(f"{megatron_name}: an MTP layer {layers.mtp!r} is more than one layer of a transformer")
+    return _MTP_INNER_LAYER.sub(r"mtp.layers.\1.mtp_model_layer.", name)
+
+
+def hybrid_name(megatron_name: str, pattern: str) -> str:
+    """The canonical name of a HybridModel's parameter or quantizer where Hugging Face has the same layers.
+
+    What stands around the layers of an MTP layer goes to the first of them, its final norm to the last.
+
+    Args:
+        megatron_name: global, in any spelling.
+        pattern: the model's `hybrid_layer_pattern`.
+    """
+    count = len(read_pattern(pattern).mtp)
+    name = canonical(megatron_name)
+    name = _MTP_INNER_LAYER.sub(lambda found: f"mtp.layers.{int(found[1]) * count + int(found[2])}.", name)
+    name = _MTP_OUTER_LAYER.sub(lambda found: _outer_layer(int(found[1]), found[2], count), name)
+    return _LAYER_NORM.sub(r"\1.norm.", name)
+
+
+def _outer_layer(depth: int, module: str, count: int) -> str:
+    inner = count - 1 if module == "final_layernorm" else 0
+    return f"mtp.layers.{depth * count + inner}."
+
+
+def _decoder_layer(layer: int, letters: str, name: str) -> int:
+    numbers = _decoder_layers(letters)
+    if layer >= len(numbers):
+        raise MappingError(f"{name}: no such layer in the hybrid_layer_pattern {letters!r}")
+    return numbers[layer]
+
+
+@cache
+def _decoder_layers(letters: str) -> tuple[int, ...]:
+    """The decoder layer of each of HybridModel's layers: a mixer begins one, a feed-forward layer ends it."""
+    if not _TRANSFORMER.fullmatch(letters):
+        raise MappingError(f"hybrid_layer_pattern {letters!r}: an MLP or experts must follow attention or Mamba")
+    return tuple(mixers - 1 for mixers in accumulate(letter in MIXERS for letter in letters))

@@ -1,0 +1,45 @@
+"""Mamba-2: the fused projection and the convolution of its mixer, several pieces that are spread over the ranks each.
+
+A rank has its share of every piece, one after another: `[z x B C dt]` of its heads and groups. z and x have `head_dim`
+rows for each head, B and C `state` rows for each group, dt one for each head.
+Layout: megatron.core.ssm.mamba_mixer.MambaMixer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from amaxbridge.mappings.tensors import join_dim, shard_of
+from amaxbridge.mappings.weights import ColumnParallelMapping
+
+
+@dataclass(frozen=True)
+class MambaProjectionMapping(ColumnParallelMapping):
+    """`in_proj`: `[(2 · heads · head_dim + 2 · groups · state + heads)/tp, …]`, the pieces z, x, B, C and dt."""
+
+    pieces: ClassVar[Sequence[str]] = ("z", "x", "B", "C", "dt")
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        rows = [count // len(shards) for count in self._rows(config)]
+        pieces = zip(*(shard.split(rows) for shard in shards), strict=True)
+        return {self.hf_param: torch.cat([join_dim(piece, 0) for piece in pieces])}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        pieces = tensors[self.hf_param].split(self._rows(config))
+        return torch.cat([shard_of(piece, 0, rank, size) for piece in pieces])
+
+    def _rows(self, config: Any) -> list[int]:
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        states = config.mamba_num_groups * config.mamba_state_dim
+        rows = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
+        return [rows[piece] for piece in self.pieces]
+
+
+@dataclass(frozen=True)
+class MambaConvolutionMapping(MambaProjectionMapping):
+    """`conv1d`: `[(heads · head_dim + 2 · groups · state)/tp, 1, width]`, the pieces x, B and C."""
+
+    pieces: ClassVar[Sequence[str]] = ("x", "B", "C")
