@@ -11,6 +11,8 @@ import contextlib
 import io
 import logging
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -79,6 +81,12 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
     return 0
+
+
+def command_line(name: str) -> str:
+    """The command as it can be typed again, with the last name alone of every absolute path: cards are published."""
+    words = (re.sub(r"(^|=)(?:/[^/=]+)*/([^/=]+)/?$", r"\1\2", word) for word in sys.argv[1:])
+    return shlex.join(["amaxbridge", name, *words])
 
 
 def speaks() -> bool:

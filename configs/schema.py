@@ -88,7 +88,7 @@ class CommonConfig:
 class ExportConfig(CommonConfig):
     """Megatron checkpoint → Hugging Face checkpoint in the compressed-tensors format.
 
-    python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
+    amaxbridge export checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
     """
 
     checkpoint: str | None = option(
@@ -119,7 +119,7 @@ class ExportConfig(CommonConfig):
 class ImportConfig(CommonConfig):
     """Hugging Face checkpoint, plain or compressed-tensors → Megatron distributed checkpoint.
 
-    torchrun --nproc-per-node 4 scripts/import_hf.py hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
+    torchrun --nproc-per-node 4 -m amaxbridge import hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
     """
 
     hf: str = option("Hugging Face directory.")
@@ -135,7 +135,7 @@ class ImportConfig(CommonConfig):
 class QuantizeConfig(CommonConfig):
     """Hugging Face checkpoint → compressed-tensors, without Megatron and without a model.
 
-    python scripts/quantize.py input=HF_DIR output=OUT scheme=nvfp4a16
+    amaxbridge quantize input=HF_DIR output=OUT scheme=nvfp4a16
     """
 
     input: str = option("Hugging Face directory or hub name.")
@@ -159,7 +159,7 @@ class QuantizeConfig(CommonConfig):
 class VerifyConfig(CommonConfig):
     """Checks a compressed-tensors checkpoint; exit status 1 when it would not serve right.
 
-    python scripts/verify.py input=OUT [reference=HF_DIR]
+    amaxbridge verify input=OUT [reference=HF_DIR]
     """
 
     input: str = option("Directory to check.")
@@ -174,7 +174,7 @@ class VerifyConfig(CommonConfig):
 class ReportConfig(CommonConfig):
     """What was exported, for people and for programs: report.html and report.json.
 
-    python scripts/report.py input=OUT [reference=HF_DIR] [quant_state=FILE]
+    amaxbridge report input=OUT [reference=HF_DIR] [quant_state=FILE]
     """
 
     input: str = option("Directory to report on.")

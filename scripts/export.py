@@ -1,6 +1,6 @@
 """Megatron checkpoint → Hugging Face checkpoint in the compressed-tensors format.
 
-python scripts/export.py checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
+amaxbridge export checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under torchrun to share the work
 """
 
 import contextlib
@@ -23,7 +23,6 @@ def export(options: ExportConfig) -> None:
     from amaxbridge.bridge.plan.mesh import Mesh
     from amaxbridge.bridge.save import SaveOptions
     from amaxbridge.export.disk.staging import Share
-    from amaxbridge.export.output.model_card import command_line
     from amaxbridge.mappings.errors import UsageError
     from amaxbridge.scripts.mesh_tables import mesh_table
     from amaxbridge.scripts.progress_bar import progress
@@ -45,7 +44,7 @@ def export(options: ExportConfig) -> None:
         "dry_run": options.dry_run,
         "quant_state": options.quant_state,
         "verify": options.verify,
-        "record": {"command": "export", "command_line": command_line(), "options": asdict(options)},
+        "record": {"command": "export", "command_line": cli.command_line("export"), "options": asdict(options)},
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))

@@ -1,6 +1,6 @@
 """Hugging Face checkpoint, plain or compressed-tensors → Megatron distributed checkpoint.
 
-torchrun --nproc-per-node 4 scripts/import_hf.py hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
+torchrun --nproc-per-node 4 -m amaxbridge import hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
 """
 
 from dataclasses import asdict

@@ -1,6 +1,6 @@
 """Hugging Face checkpoint → compressed-tensors, without Megatron and without a model.
 
-python scripts/quantize.py input=HF_DIR output=OUT scheme=nvfp4a16
+amaxbridge quantize input=HF_DIR output=OUT scheme=nvfp4a16
 """
 
 from dataclasses import asdict
@@ -13,7 +13,6 @@ def quantize(options: QuantizeConfig) -> None:
     """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
     from amaxbridge.export.model_free.pipeline import default_workers
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
-    from amaxbridge.export.output.model_card import command_line
     from amaxbridge.scripts.progress_bar import progress
     from amaxbridge.scripts.recipes import converters_of, recipe_of
     from amaxbridge.scripts.tables import quantize_table
@@ -33,7 +32,7 @@ def quantize(options: QuantizeConfig) -> None:
             dry_run=options.dry_run,
             verify=options.verify,
             progress=shown,
-            record={"command": "quantize", "command_line": command_line(), "options": asdict(options)},
+            record={"command": "quantize", "command_line": cli.command_line("quantize"), "options": asdict(options)},
         )
     quantize_table(report, options)
 

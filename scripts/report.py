@@ -1,6 +1,6 @@
 """A checkpoint → report.html for people and report.json for programs.
 
-python scripts/report.py input=OUT [reference=HF_DIR] [quant_state=FILE]
+amaxbridge report input=OUT [reference=HF_DIR] [quant_state=FILE]
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Does a compressed-tensors checkpoint serve right? Exit status 1 when it does not.
 
-python scripts/verify.py input=OUT [reference=HF_DIR or quant_state.safetensors] [json=FILE] [tp=8]
+amaxbridge verify input=OUT [reference=HF_DIR or quant_state.safetensors] [json=FILE] [tp=8]
 """
 
 import json

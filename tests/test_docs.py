@@ -1,7 +1,7 @@
 """The documentation does what it says: every command in it is run, every message and every link in it exists.
 
 A page is run from its top to its end in a directory of its own that has what the page's reader has (`places`). Run are
-lines of code blocks that start with `python scripts/`, `python examples/` or `torchrun`, and Python blocks that say
+lines of code blocks that start with `amaxbridge`, `python examples/` or `torchrun`, and Python blocks that say
 on how many ranks: ```python ranks=2. A YAML block whose first line is a comment with a path is that file.
 """
 
@@ -75,12 +75,16 @@ def test_every_command_runs(page: Path, launch: Launcher, places: dict[str, Path
 
 
 def run(command: str, launch: Launcher, directory: Path) -> None:
-    words = shlex.split(command, comments=True)
+    program, *words = shlex.split(command, comments=True)
     processes = "1"
-    if words.pop(0) == "torchrun":
+    if program == "torchrun":
         option, _, processes = words.pop(0).partition("=")
         assert option == "--nproc-per-node", command
         processes = processes or words.pop(0)
+        if words[0] == "-m":
+            _, program, *words = words
+    if program == "amaxbridge":
+        words = ["amaxbridge/__main__.py", *words]
     clear(directory, [word.removeprefix("output=") for word in words if word.startswith("output=")])
     script, *options = words
     count = int(RANKS if processes == "N" else processes)
@@ -103,7 +107,7 @@ def steps(text: str) -> Iterator[tuple[str, str]]:
         elif kind in ("", "sh", "bash", "console"):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.strip().removeprefix("$ ")
-                if re.match(r"python (scripts|examples)/|torchrun ", command):
+                if re.match(r"amaxbridge |python examples/|torchrun ", command):
                     yield "command", command
 
 

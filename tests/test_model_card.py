@@ -10,8 +10,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from amaxbridge.cli import command_line
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
-from amaxbridge.export.output.model_card import command_line
 from amaxbridge.export.report import write_report
 from amaxbridge.mappings.errors import UsageError
 
@@ -103,9 +103,7 @@ def test_companions(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_the_card_keeps_the_licence_and_says_what_is_new(source: Path, tmp_path: Path) -> None:
-    model_free_ptq(
-        source, tmp_path / "out", "nvfp4a16", record={"command_line": "python scripts/quantize.py scheme=nvfp4a16"}
-    )
+    model_free_ptq(source, tmp_path / "out", "nvfp4a16", record={"command_line": "amaxbridge quantize scheme=nvfp4a16"})
     metadata, text = card(tmp_path / "out")
     assert metadata == {
         "library_name": "transformers",
@@ -122,7 +120,7 @@ def test_the_card_keeps_the_licence_and_says_what_is_new(source: Path, tmp_path:
     assert facts["bytes"] == {"before": before, "after": after}
     assert (facts["quantized"], facts["ignored"], facts["base_model"]) == (6, ["lm_head"], "owner/model")
     assert f"{after / 1e3:.3g} kB, before {before / 1e3:.3g} kB ({after / before:.0%})" in text
-    assert "python scripts/quantize.py scheme=nvfp4a16" in text
+    assert "amaxbridge quantize scheme=nvfp4a16" in text
     assert text.endswith("# A model\n\nIts terms, and how to prompt it.\n")
     assert str(tmp_path) not in text + json.dumps(facts)
 
@@ -151,12 +149,7 @@ def test_sources_without_a_good_card(source: Path, tmp_path: Path, readme: str |
     assert ("# No metadata" in text) == (readme is not None and "# No metadata" in readme)
 
 
-def test_the_command_shows_no_places_of_the_machine() -> None:
-    argv = [
-        "/home/me/amaxbridge/scripts/quantize.py",
-        "input=/data/Qwen3-8B/",
-        "output=out/nvfp4",
-        "scheme=nvfp4",
-        "a b",
-    ]
-    assert command_line(argv) == "python quantize.py input=Qwen3-8B output=out/nvfp4 scheme=nvfp4 'a b'"
+def test_the_command_shows_no_places_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["input=/data/Qwen3-8B/", "output=out/nvfp4", "scheme=nvfp4", "a b"]
+    monkeypatch.setattr("sys.argv", ["/home/me/amaxbridge/scripts/quantize.py", *words])
+    assert command_line("quantize") == "amaxbridge quantize input=Qwen3-8B output=out/nvfp4 scheme=nvfp4 'a b'"

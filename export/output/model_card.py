@@ -11,9 +11,7 @@ holds no date, no host and no full path: the same export writes the same card, a
 import json
 import logging
 import re
-import shlex
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,12 +89,6 @@ def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tup
     readme = source / CARD_FILE if source else None
     original = readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else ""
     yield CARD_FILE, model_card(original, facts).encode()
-
-
-def command_line(argv: Sequence[str] | None = None) -> str:
-    """This process's command, with the last name alone of every absolute path: cards are published."""
-    words = sys.argv if argv is None else argv
-    return shlex.join(["python", *(re.sub(r"(^|=)(?:/[^/=]+)*/([^/=]+)/?$", r"\1\2", word) for word in words)])
 
 
 def model_card(original: str, facts: Mapping[str, Any]) -> str:
