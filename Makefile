@@ -38,11 +38,11 @@ test-peer: peer
 test-gpu: setup
 	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
 
-# What the real vLLM makes of our checkpoints, on a CPU: the table of README.md.
+# What the real vLLM makes of our checkpoints, on a CPU: the table of docs/in-vllm.md.
 test-vllm: vllm
 	PYTHONPATH=. $(BIN)/python tests/real_vllm/run.py --vllm $(VLLM)/bin/python
 
-# Logits of every family in transformers and in Megatron: the table of README.md.
+# Logits of every family in transformers and in Megatron: the table of docs/families.md.
 parity: setup
 	PYTHONPATH=. $(BIN)/python tests/parity.py
 

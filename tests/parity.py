@@ -1,6 +1,6 @@
 """Every family on both sides: transformers' logits against Megatron's, and the weights there and back.
 
-`make parity` runs this file as a program, which prints the table and writes it into the root README.md.
+`make parity` runs this file as a program, which prints the table and writes it into docs/families.md.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from conftest import ROOT, WORKERS, Launcher, tensors_in
 from tiny_models import TINY_MODELS, save_tiny_model
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "families.md"
 _TABLE = re.compile(r"(<!-- parity -->\n).*?(<!-- /parity -->)", re.DOTALL)
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         finally:
             launcher.close()
     print(found)
-    README.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], README.read_text()))
+    PAGE.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole comparison, from Megatron ranks to the table of README.md: `make test-vllm`.
+"""The whole comparison, from Megatron ranks to the table of docs/in-vllm.md: `make test-vllm`.
 
     python tests/real_vllm/run.py --vllm .venv-vllm/bin/python [--keep DIR]
 
@@ -20,7 +20,7 @@ from prepare import TESTS
 
 SERVE = Path(__file__).with_name("serve.py")
 _TABLE = re.compile(r"(<!-- vllm -->\n).*?(<!-- /vllm -->)", re.DOTALL)
-TABLES = (TESTS.parent / "README.md", Path(__file__).with_name("README.md"))
+TABLES = (TESTS.parent / "docs" / "in-vllm.md", Path(__file__).with_name("README.md"))
 
 # How far a dequantized weight may be from the source, relative norm: half a step of the format, measured on a normal
 # distribution, and a fifth more.
