@@ -1,7 +1,7 @@
-"""Compiled loops, called on numpy arrays without numba, which compiled them: see `machine_code`.
+"""Calling compiled loops on numpy arrays without importing numba, which compiled them; see `machine_code`.
 
-A function is called as numba's own code would: with a pointer to what it returns, one to an error, then the arguments,
-an array as the members of its struct (numba's `ArrayModel`). No lock of Python's is held meanwhile.
+The calling convention is numba's: a pointer to the return value, a pointer to an error, then the arguments; an array is
+passed as the members of its struct (numba's `ArrayModel`). The interpreter lock is released during the call.
 """
 
 import ctypes
@@ -16,15 +16,15 @@ _SCALARS: dict[Any, tuple[str, Any]] = {
     int: ("int64", ctypes.c_int64),
     np.float32: ("float32", ctypes.c_float),
 }
-_loading = Lock()  # a loop that two threads want is compiled once
+_loading = Lock()  # two threads that need the same loop compile it once
 
 
 class Loop:
     """A function that numba can compile. Threads may share it.
 
     Args:
-        module: beside this file; imported only where its machine code is not kept yet.
-        name: of a function in it, compiled with `OPTIONS` of `e2m1_loops`.
+        module: a module beside this file; it is imported only if its machine code is not in the cache.
+        name: a function in that module, compiled with `e2m1_loops.OPTIONS`.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -32,7 +32,7 @@ class Loop:
         self._loaded: dict[tuple[_Kind, ...], Any] = {}
 
     def __call__(self, *arguments: Any) -> int:
-        """Calls it with contiguous arrays, `int`, `bool` and `np.float32`; returns its unsigned integer, or 0."""
+        """Calls the loop with contiguous arrays, `int`, `bool` and `np.float32`; returns its unsigned integer, or 0."""
         kinds = tuple(map(_kind_of, arguments))
         if (function := self._loaded.get(kinds)) is None:
             function = self._load(kinds)
@@ -43,7 +43,7 @@ class Loop:
         return returned.value
 
     def _load(self, kinds: tuple[_Kind, ...]) -> Any:
-        from amaxbridge.export.kernels import machine_code  # LLVM, 50 ms, is imported where weights are quantized
+        from amaxbridge.export.kernels import machine_code  # imports LLVM, which takes 50 ms
 
         with _loading:
             if kinds not in self._loaded:
@@ -61,9 +61,9 @@ def _numba_type(kind: _Kind) -> str:
 
 
 def _members(argument: Any) -> list[Any]:
-    """What is passed for an argument."""
+    """The C values that are passed for one argument."""
     if not isinstance(argument, np.ndarray):
         return [_SCALARS[type(argument)][1](argument)]
     assert argument.flags.c_contiguous
     sizes = (argument.size, argument.itemsize, argument.ctypes.data, *argument.shape, *argument.strides)
-    return [None, None, *map(ctypes.c_int64, sizes)]  # no owner whose references are counted
+    return [None, None, *map(ctypes.c_int64, sizes)]  # no owner to count references of

@@ -1,8 +1,9 @@
 """E2M1, the 4-bit float of NVFP4 and MXFP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. Rounding, packing, reading.
 
-The plain torch here works on any device and defines the bytes. For bf16 weights on a CPU `quantize_by_tables` gives the
-same bytes from integer tables, which are this arithmetic evaluated on every magnitude that a bf16 can have, and on a
-GPU the kernels of `e2m1_triton` do.
+The plain torch code works on any device and defines the bytes. For bf16 weights on a CPU, `quantize_by_tables` makes
+the
+same bytes from integer tables: this arithmetic, evaluated on every magnitude that a bf16 can have. On a GPU the kernels
+of `e2m1_triton` make them.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def round_to_codes(scaled: Tensor) -> Tensor:
     """E2M1 codes (uint8) of floats: nearest, ties to even, saturating at 6; bit 3 is the sign, -0.0 is code 0.
 
-    `searchsorted` is how ModelOpt rounds; seven comparisons say the same, treat ties to even without a correction,
-    and are faster.
+    ModelOpt rounds with `searchsorted` and corrects ties afterwards. Seven comparisons give the same codes, need no
+    correction, and are faster.
     """
     magnitude = scaled.abs()
     codes = (scaled < 0).to(torch.uint8) << 3
@@ -38,12 +39,12 @@ def round_to_codes(scaled: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes `[rows, columns]` as bytes `[rows, columns/2]`, the even column in the low nibble."""
+    """Packs codes `[rows, columns]` into bytes `[rows, columns/2]`, the even column in the low nibble."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The values, fp32 `[rows, columns]`, of packed codes `[rows, columns/2]`."""
+    """Returns the values of packed codes `[rows, columns/2]`: fp32 `[rows, columns]`."""
     values = torch.tensor(VALUES + tuple(-value for value in VALUES), device=packed.device)
     byte = torch.arange(256, device=packed.device)
     pairs = torch.stack((values[byte & 0xF], values[byte >> 4]), dim=-1)  # [256, 2]
@@ -52,19 +53,19 @@ def unpack(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What `e2m1_loops.quantize_blocks` looks up: `scale_of` uint8 `[32768]`, `bounds` uint16 `[256, 8]`, in numpy."""
+    """The tables of `e2m1_loops.quantize_blocks`: `scale_of` uint8 `[32768]`, `bounds` uint16 `[256, 8]`, in numpy."""
 
     scale_of: Any
     bounds: Any
 
     @classmethod
     def of(cls, scale_bytes: Tensor, steps: Tensor, *, round_quotient: bool = False) -> "Tables":
-        """Tables from the reference arithmetic.
+        """Builds the tables from the reference arithmetic.
 
         Args:
-            scale_bytes: uint8 `[32768]`, the scale of a block with each of `magnitudes()` as its amax.
-            steps: fp32 `[n]`, n ≤ 256: what a code of 1.0 stands for under each scale byte.
-            round_quotient: whether the reference rounds `value / step` to bf16.
+            scale_bytes: uint8 `[32768]`, the scale byte of a block whose amax is each of `magnitudes()`.
+            steps: fp32 `[n]`, n ≤ 256: the value of code 1.0 under each scale byte.
+            round_quotient: True if the reference rounds `value / step` to bf16.
         """
         bounds = np.empty((len(steps), 8), np.uint16)
         _code_bounds(steps.numpy(), round_quotient, bounds)
@@ -73,29 +74,29 @@ class Tables:
 
 @cache
 def magnitudes() -> Tensor:
-    """Every bf16 without a sign, in the order of its bits: `[32768]`, infinity and the NaN last."""
+    """Every non-negative bf16 in the order of its bits, `[32768]`; infinity and the NaNs come last."""
     return torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
 
 
 def fits_loops(weight: Tensor) -> bool:
-    """Whether the compiled loops take this weight: bf16 in the memory of the CPU."""
+    """True if the compiled loops take this weight: bf16, in CPU memory."""
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
 def fits_triton(weight: Tensor) -> bool:
-    """Whether the Triton kernels take this weight: on a GPU that they are for."""
+    """True if the Triton kernels take this weight: it is on a GPU that they support."""
     return weight.is_cuda and _has_triton_kernels(weight.device.index)
 
 
 @cache
 def _has_triton_kernels(device: int) -> bool:
-    """Ada, Hopper and later: NVIDIA's GPUs that convert to E4M3."""
+    """True for NVIDIA GPUs that convert to E4M3 (Ada, Hopper and later) if Triton is installed."""
     capable = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
     return capable and find_spec("triton") is not None
 
 
 def check_finite(bad: Tensor) -> None:
-    """Raises what a Triton kernel found; here the host waits for it.
+    """Waits for the flag that a Triton kernel sets on a weight that is not finite.
 
     Raises:
         ValueError: the weight holds NaN or Inf.
@@ -105,7 +106,7 @@ def check_finite(bad: Tensor) -> None:
 
 
 def largest_magnitude(weight: Tensor) -> Tensor:
-    """The largest `|w|` of a bf16 weight on the CPU, fp32, 0-d; NaN or Inf where the weight holds one."""
+    """The largest `|w|` of a bf16 weight on the CPU: fp32, 0-d; NaN or Inf if the weight holds one."""
     found = _largest_magnitude(weight.contiguous().view(-1).view(torch.uint16).numpy())
     return torch.tensor(found << 16, dtype=torch.int32).view(torch.float32)
 

@@ -1,11 +1,12 @@
 """E2M1 codes of bf16 weights on a CPU, by integer comparisons alone; numba compiles this file at first use.
 
 Under one scale, the code of a value is a step function of the bits of its magnitude. So the bits of a block's amax
-look up the scale byte (`scale_of`), the byte looks up the eight magnitudes at which the code changes (`bounds`), and
-a code is the number of bounds that a magnitude exceeds: no floating point for any element.
+index the scale byte (`scale_of`), the scale byte indexes the eight magnitudes at which the code changes (`bounds`), and
+the code is the number of bounds that a magnitude exceeds. No element needs floating point.
 
-The step for one block is written in LLVM's own terms, as one vector: a register of AVX2 holds 16 bf16, another
-processor takes what it has. As a loop over elements, LLVM vectorizes it in part only, and it is four times slower.
+The step for one block is written directly in LLVM IR, as one vector: an AVX2 register holds 16 bf16, and other
+    processors
+use what they have. Written as a loop over elements, LLVM vectorizes only a part of it, and it is four times slower.
 """
 
 from typing import Any
@@ -20,12 +21,12 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)  # between neighbouring E2M1 values
 _BF16_INFINITY = 0x7F80
 
-OPTIONS = {"error_model": "numpy", "_nrt": False}  # without errors of Python, without its memory: see `compiled`
+OPTIONS = {"error_model": "numpy", "_nrt": False}  # neither Python's errors nor its allocator: see `compiled`
 
 
 @njit(**OPTIONS)
 def largest_magnitude(bits: Any) -> Any:
-    """The bits of the largest magnitude of a weight, uint16 `[n]` of bf16: above 0x7F7F it is not finite."""
+    """The bits of the largest magnitude of a bf16 weight, uint16 `[n]`; above 0x7F7F it is not finite."""
     largest = np.uint16(0)
     for i in range(bits.size):
         largest = max(largest, np.uint16(bits[i] & np.uint16(0x7FFF)))
@@ -34,13 +35,13 @@ def largest_magnitude(bits: Any) -> Any:
 
 @njit(**OPTIONS)
 def quantize_blocks(bits: Any, width: Any, scale_of: Any, bounds: Any, codes: Any, scales: Any) -> Any:
-    """Quantizes every block of a weight; returns the largest magnitude, as bits: above 0x7F7F it is not finite.
+    """Quantizes every block of a weight; returns the bits of its largest magnitude, above 0x7F7F if it is not finite.
 
     Args:
         bits: uint16 `[blocks, width]`, the weight's bf16.
         width: 16 or 32.
-        scale_of: uint8 `[32768]`, the scale byte for each magnitude that a block's amax can have.
-        bounds: uint16 `[256, 8]`, for each scale byte, see `code_bounds`.
+        scale_of: uint8 `[32768]`, the scale byte for each possible amax of a block.
+        bounds: uint16 `[256, 8]`, the bounds of the codes under each scale byte; see `code_bounds`.
         codes: uint8 `[blocks, width / 2]`, written: two codes a byte, the even column in the low nibble.
         scales: uint8 `[blocks]`, written.
     """
@@ -56,11 +57,11 @@ def quantize_blocks(bits: Any, width: Any, scale_of: Any, bounds: Any, codes: An
 
 @njit(**OPTIONS)
 def code_bounds(steps: Any, round_quotient: Any, bounds: Any) -> None:
-    """The greatest magnitudes, as bits of bf16, that do not reach code 1 to 7; last, that divide to zero: no sign.
+    """For each step, the greatest magnitudes (bf16 bits) below codes 1 to 7, and the greatest that divides to zero.
 
     Args:
-        steps: fp32 `[n]`, what a code of 1.0 stands for. NaN makes every code 0.
-        round_quotient: whether `value / step` is rounded to bf16 before it is compared.
+        steps: fp32 `[n]`, the value of code 1.0. NaN makes every code 0.
+        round_quotient: True if `value / step` is rounded to bf16 before the comparison.
         bounds: uint16 `[n, 8]`, written.
     """
     for row in range(steps.size):
@@ -81,7 +82,7 @@ def code_bounds(steps: Any, round_quotient: Any, bounds: Any) -> None:
 
 @njit(**OPTIONS)
 def _reaches(magnitude: Any, step: Any, k: Any, round_quotient: Any) -> Any:
-    """Whether a magnitude reaches code `k + 1`, ties to even; for `k` = 7, whether its quotient is not zero."""
+    """True if a magnitude reaches code `k + 1`, ties to even; for `k` = 7, if its quotient is not zero."""
     quotient = np.uint32(magnitude << 16).view(np.float32) / step
     if round_quotient:
         quotient = to_bf16(quotient)

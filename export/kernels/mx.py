@@ -2,9 +2,9 @@
 
     weight = code * 2 ** (scale - 127)          codes E2M1 (MXFP4) or E4M3 (MXFP8)
 
-Programs differ in the exponent. compressed-tensors rounds the block's amax to a power of two first, up from 1.75 (what
-E2M1 would round up to the next); a few values may then saturate. ModelOpt takes the smallest that saturates none.
-Rounding to codes is the same, nearest with ties to even.
+The two arithmetics choose the exponent differently. compressed-tensors first rounds the block's amax to a power of two,
+upwards from a mantissa of 1.75 (which E2M1 would round up, too), so a few values may saturate. ModelOpt takes the
+smallest exponent under which none does. Both round to the nearest code, ties to even.
 """
 
 import math
@@ -65,17 +65,17 @@ def dequantize(codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bflo
 
 
 def _scales(weight: Tensor, largest_code: float, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Exponents uint8 `[out, in/32]` and what they stand for."""
+    """Exponents uint8 `[out, in/32]`, and the powers of two that they stand for."""
     exponents = _exponents(largest(weight, _BLOCKS), largest_code, arithmetic)
     steps = power_of_two(exponents)
     if arithmetic == Arithmetic.MODELOPT:
         return exponents, steps
-    steps = steps.to(weight.dtype)  # in fp16 a small one is zero, which compressed-tensors replaces by 1
+    steps = steps.to(weight.dtype)  # a small step is zero in fp16; compressed-tensors replaces it by 1
     return exponents.masked_fill(steps == 0, 127), steps.masked_fill(steps == 0, 1.0)
 
 
 def _exponents(amax: Tensor, largest_code: float, arithmetic: Arithmetic) -> Tensor:
-    """Biased exponents of blocks with this amax, in the dtype of the weight. Without a logarithm, which may be off."""
+    """Biased exponents of blocks with this amax, given in the weight's dtype. No logarithm: it may be off by one."""
     if arithmetic == Arithmetic.MODELOPT:  # ceil(log2(amax / largest)): MXFP4QTensor, MXFP8QTensor
         amax = amax.float()
         fraction, exponent = (amax / torch.full_like(amax, largest_code)).frexp()
@@ -90,7 +90,7 @@ def _exponents(amax: Tensor, largest_code: float, arithmetic: Arithmetic) -> Ten
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """fp32, by its bits: a power computed on a GPU may be off. 2^-127 is subnormal."""
+    """2^(exponent - 127) as fp32, built from bits: a power computed on a GPU may be inexact. 2^-127 is subnormal."""
     return (exponents.int() << 23).masked_fill(exponents == 0, 1 << 22).view(torch.float32)
 
 

@@ -5,18 +5,18 @@ group of weights (q/k/v, gate/up) has one fp32 *global scale*, stored as a divis
 
     weight = code * block_scale / global_scale          global_scale = 448 * 6 / amax
 
-Two programs define what the bytes are, and they disagree on a few percent of the block scales; both are here:
+Two programs define the bytes, and they disagree on a few percent of the block scales. Both are here:
 
 - ``MODELOPT`` is ``NVFP4QTensor`` of NVIDIA ModelOpt, in fp32 throughout: what a training run exports.
 - ``COMPRESSED_TENSORS`` is ``model_free_ptq`` of llm-compressor with the compressed-tensors library, which
   rounds amax, global scale and ``block_amax / 6`` in the dtype of the weight.
 
-Why not the obvious, shorter ways? Multiplying by a reciprocal instead of dividing is off by one ulp, and one
-ulp moves a code at a rounding tie. That includes the reciprocals that torch takes by itself: on CUDA it turns
-a division by a Python number or by a CPU scalar into a multiplication. Hence divisors here are tensors on the
-weight's device, and CPU and GPU give the same bytes. bf16 weights on a CPU take a way without floating point, from
-tables that are this arithmetic evaluated on every bf16: fifty times faster, the same bytes (``e2m1.Tables``). Weights
-on a GPU take Triton kernels where there is Triton (``e2m1_triton``): the same bytes in one pass.
+Why not shorter? Multiplying by a reciprocal instead of dividing is off by one ulp, and one ulp moves a code at a
+rounding tie. torch takes reciprocals by itself: on CUDA it turns a division by a Python number or a CPU scalar into a
+multiplication. So divisors here are tensors on the weight's device, and CPU and GPU make the same bytes. bf16 weights
+on
+a CPU need no floating point: tables hold this arithmetic evaluated on every bf16, fifty times faster (``e2m1.Tables``).
+Weights on a GPU take one pass of a Triton kernel where Triton is installed (``e2m1_triton``).
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class NVFP4Weight:
     - ``global_scale``: fp32 ``(1,)``, a divisor.
 
     Raises:
-        ValueError: a dtype or a shape is another one (engines cast and broadcast such tensors in silence).
+        ValueError: a dtype or shape is wrong (engines cast and broadcast such tensors in silence).
     """
 
     packed: Tensor
@@ -86,20 +86,20 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax
     zero; the exporter keeps the scale, and so does this. ``COMPRESSED_TENSORS`` follows llm-compressor's
     ``model_free_ptq``.
 
-    Rows are worked on in chunks, so that scratch memory stays bounded; the bytes do not depend on them.
+    Works on chunks of rows to bound scratch memory; the bytes do not depend on the chunks.
 
     Args:
         weight: ``[out, in]``, bf16, fp16 or fp32.
-        amax: one element, the maximum of the whole fused group: calibrated, or from `tensor_amax`. Where it
-            is smaller than the weight's own maximum, values saturate, as they did in training.
+        amax: one element, the maximum of the whole fused group: calibrated, or from `tensor_amax`. If it is
+            smaller than the weight's own maximum, values saturate, as they did in training.
         arithmetic: whose rounding.
         block_amax: ``[out, in/16]``, the amax of each block where training kept them (ModelOpt's static
             block quantizer); without it, each block's own maximum. For ``MODELOPT`` only.
 
     Raises:
-        ValueError: the weight is not 2-D, its columns do not divide by 16, its dtype is another one,
-            it holds NaN or Inf, ``amax`` is more than one element or gives no finite, positive global scale, or
-            ``block_amax`` has another shape.
+        ValueError: the weight is not 2-D, its columns do not divide by 16, its dtype is not supported,
+            it holds NaN or Inf, ``amax`` has more than one element or gives no finite, positive global scale, or
+            ``block_amax`` has the wrong shape.
     """
     if weight.ndim != 2 or weight.shape[1] % BLOCK:
         raise ValueError(f"NVFP4 needs [out, in] with in % {BLOCK} == 0, not shape {tuple(weight.shape)}")
@@ -147,9 +147,9 @@ def dequantize(w: NVFP4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return out
 
 
-@lru_cache(maxsize=16)  # the members of a fused group, and the parts of a large weight, follow each other
+@lru_cache(maxsize=16)  # the members of a fused group, and the chunks of a large weight, come one after the other
 def _tables(key: tuple[Arithmetic, float, float]) -> e2m1.Tables:
-    """The arithmetic of a group on every bf16; the key is that of its `Scaling`, because tensors are no keys."""
+    """The arithmetic of a group, evaluated on every bf16. The key is `Scaling.key`: tensors cannot be keys."""
     arithmetic, divisor, factor_2 = key
     scaling = Scaling(arithmetic, torch.tensor([divisor]), torch.tensor([factor_2]))
     every_scale = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -157,7 +157,7 @@ def _tables(key: tuple[Arithmetic, float, float]) -> e2m1.Tables:
 
 
 def quantize_by_triton(weight: Tensor, amax: Tensor, arithmetic: Arithmetic, block_amax: Tensor | None) -> NVFP4Weight:
-    """The scales of the group are made on the CPU; the GPU gets them as numbers and says if the weight is finite."""
+    """Makes the group's scales on the CPU and passes them as numbers; the GPU reports a weight that is not finite."""
     from amaxbridge.export.kernels import e2m1_triton
 
     scaling = Scaling.of(amax, arithmetic, weight.dtype)

@@ -1,6 +1,6 @@
-"""What NVFP4 is scaled by: the global scale of a fused group, from its amax, and the scale of each block.
+"""The scales of NVFP4: the global scale of a fused group, made from its amax, and the scale of each block.
 
-`Arithmetic` says whose rounding; `nvfp4` says what it is about, and why divisors are tensors.
+See `nvfp4` for the two arithmetics, and for why divisors are tensors.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ FP8_MAX = 448.0
 _SCALE_RANGE = FP4_MAX * FP8_MAX
 _FP8_TINY = 2.0**-9  # smallest positive (subnormal) E4M3 value
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of weights that can be quantized."""
+"""Dtypes of weights that can be quantized."""
 
 
 class Arithmetic(StrEnum):
@@ -34,7 +34,7 @@ class Arithmetic(StrEnum):
 
     @classmethod
     def of(cls, *, calibrated: bool) -> "Arithmetic":
-        """Training's where an amax was calibrated, else the peer's."""
+        """ModelOpt's if an amax was calibrated, else llm-compressor's."""
         return cls.MODELOPT if calibrated else cls.COMPRESSED_TENSORS
 
 
@@ -109,7 +109,7 @@ def input_global_scale(amax: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How blocks are scaled in one fused group: `divisor` as stored, and ModelOpt's own factor, fp32 ``(1,)``."""
+    """How the blocks of one fused group are scaled: `divisor` as stored, `factor_2` as in ModelOpt; fp32 ``(1,)``."""
 
     arithmetic: Arithmetic
     divisor: Tensor
@@ -125,7 +125,7 @@ class Scaling:
         return self.arithmetic, self.divisor.item(), self.factor_2.item()
 
     def block_scale(self, block_amax: Tensor) -> Tensor:
-        """The E4M3 scale of blocks with this amax, given in the dtype of the weight."""
+        """The E4M3 scale of blocks with this amax, which is given in the weight's dtype."""
         if self.arithmetic == Arithmetic.MODELOPT:
             scale = block_amax.float() / (FP4_MAX * self.factor_2)
             return scale.masked_fill(scale == 0, 1.0).clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
@@ -135,7 +135,7 @@ class Scaling:
         return rounded.masked_fill(rounded == 0, 0.125).to(torch.float8_e4m3fn)  # compressed-tensors' "eps" of E4M3
 
     def step(self, block_scale: Tensor) -> Tensor:
-        """What a code of 1.0 stands for under a block scale, fp32."""
+        """The value of code 1.0 under a block scale, fp32."""
         if self.arithmetic == Arithmetic.MODELOPT:
             return block_scale.float() * self.factor_2
         return block_scale.float() / self.divisor
@@ -148,8 +148,9 @@ def _largest(weight: Tensor) -> Tensor:
 
 
 def static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:
-    """The E4M3 scale from calibrated block amax ``[rows, in/16]``, in the order of operations of ModelOpt's
-    ``get_weights_scaling_factor_from_quantizer``.
+    """The E4M3 scale from calibrated block amax ``[rows, in/16]``.
+
+    The operations have the order of ModelOpt's ``get_weights_scaling_factor_from_quantizer``.
     """
     limit = torch.full_like(block_amax, FP4_MAX)
     scale = block_amax.float() / limit

@@ -1,18 +1,21 @@
-"""The way back from blocks of small floats: a weight that quantizes to the very bytes it came from.
+"""Restoring a weight from NVFP4 or MX bytes so that quantizing it again makes the same bytes.
 
-Codes times scales do not always do so, because bytes say more than values. NVFP4, in ModelOpt's arithmetic:
+Dequantized values alone are not enough: several byte patterns decode to the same value. For NVFP4 in ModelOpt's
+arithmetic:
 
-- Nibble 8 is a negative that rounds to zero, and -0.0 would become nibble 0. It becomes the smallest negative number.
-- A block that rounds to zeros under the smallest scale held small numbers: a block of zeros would get scale 1.
-- Scales are subnormal E4M3 numbers, with steps of a whole, where a block is small. Under twice the smallest, the
-  largest value of a block may have rounded to 4, whose scale would be the smallest; it lay between 4.5 and 5.
+- Nibble 8 is a negative number that rounded to zero; -0.0 would become nibble 0. It is restored as the smallest
+  negative number.
+- A block of zeros under the smallest scale held small numbers; a block of real zeros would get scale 1. One element is
+  restored as the smallest positive number.
+- Small blocks have subnormal E4M3 scales, in coarse steps. Under twice the smallest scale, the largest value of a block
+  may have rounded to 4, which alone would imply the smallest scale; it lay between 4.5 and 5, and 4.75 is restored.
 
-All other blocks that ModelOpt makes hold a 6, from which their scale follows. The MX formats:
+Every other block that ModelOpt makes holds a 6, which implies its scale. For the MX formats:
 
-- A power of two is the smallest under which a block does not saturate, so its largest value lay above half of the
-  largest code. What has rounded to that half gets a larger one that rounds to it, too.
+- The exponent is the smallest under which the block does not saturate, so its largest value lay above half of the
+  largest code. A value that rounded down to that half is restored as a larger one that rounds to it, too.
 
-Each stands in the place of a number that rounds to the same code, so a forward pass that quantizes sees no difference.
+Each restored number rounds to the same code as the original, so a forward pass that quantizes sees no difference.
 """
 
 import torch
@@ -21,20 +24,21 @@ from torch import Tensor
 from amaxbridge.export.kernels import e2m1, mx
 from amaxbridge.export.kernels.nvfp4 import BLOCK, NVFP4Weight
 
-_CHUNK = 1 << 18  # elements at a time: they stay in the cache
+_CHUNK = 1 << 18  # elements at a time, so that they stay in the cache
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LEAST = 2.0**-9
 """The smallest block scale."""
 
 
 def restore_nvfp4(weight: NVFP4Weight, factor_2: Tensor) -> Tensor:
-    """bf16 `[out, in]`, from which `nvfp4.quantize` in ModelOpt's arithmetic makes these codes and block scales.
+    """Returns a bf16 weight `[out, in]` that `nvfp4.quantize`, in ModelOpt's arithmetic, turns into these bytes again.
 
-    Two codes and their scale are looked up at once, in a table of all that there are; the few blocks under the smallest
-    scales are then made one by one.
+    One table lookup restores two codes under their scale. The few blocks under the smallest scales are restored
+    separately.
 
     Args:
-        factor_2: `amax / 2688` of the amax that will be given to it, fp32.
+        weight: the codes and block scales.
+        factor_2: `amax / 2688` of the amax that `quantize` will get, fp32.
     """
     rows, columns = weight.packed.shape[0], weight.packed.shape[1] * 2
     every_scale = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -57,10 +61,10 @@ def restore_nvfp4(weight: NVFP4Weight, factor_2: Tensor) -> Tensor:
 
 
 def restore_mx(weight: Tensor, exponents: Tensor, largest_code: float) -> Tensor:
-    """bf16 `[out, in]`, from which `mx.quantize_…` in ModelOpt's arithmetic makes the codes and exponents again.
+    """Returns a bf16 weight `[out, in]` that `mx.quantize_…`, in ModelOpt's arithmetic, turns into these bytes again.
 
     Args:
-        weight: dequantized, bf16, which is exact.
+        weight: the dequantized weight, bf16, which is exact.
         exponents: uint8 `[out, in/32]`.
         largest_code: 6 or 448.
     """
@@ -78,7 +82,7 @@ def restore_mx(weight: Tensor, exponents: Tensor, largest_code: float) -> Tensor
 
 
 def _values(packed: Tensor, scale: Tensor, factor_2: Tensor) -> Tensor:
-    """fp32 `[…, 16]` of blocks `[…, 8]` under scales `[…]`."""
+    """The restored values, fp32 `[…, 16]`, of packed blocks `[…, 8]` under scales `[…]`."""
     codes = e2m1.unpack(packed.reshape(-1, BLOCK // 2)).reshape(*scale.shape, BLOCK)
     largest = codes.abs().amax(-1)
     moved = (scale == 2 * _LEAST) & (largest == 4)

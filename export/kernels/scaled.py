@@ -2,13 +2,13 @@
 
     weight = (code - zero_point) * scale
 
-Two programs define the bytes, as for NVFP4. Without a calibrated amax it is llm-compressor's ``model_free_ptq``: scales
-from the weight itself, every step rounded in the weight's dtype, and scales stored in it. With an amax it is ModelOpt's
-fake quantizer, fp32 throughout: ``code = round(weight * (bound / amax))``, for E4M3 with ``1 / amax`` rounded before
-``* bound``; fp32 scales ``amax / bound``.
+As for NVFP4, two programs define the bytes. Without a calibrated amax, llm-compressor's ``model_free_ptq`` does: scales
+come from the weight itself, every step is rounded in the weight's dtype, and scales are stored in that dtype. With an
+amax, ModelOpt's fake quantizer does, in fp32 throughout: ``code = round(weight * (bound / amax))``, for E4M3 with ``1 /
+amax`` rounded before ``* bound``; scales are ``amax / bound`` in fp32.
 
-As in `nvfp4`, divisors are tensors on the weight's device, so that a division stays one; and bf16 weights on a CPU take
-the loops of `scaled_loops`, and E4M3 on a GPU the kernels of `e4m3_triton`, which give the same bytes.
+As in `nvfp4`, divisors are tensors on the weight's device, so that a division stays a division. bf16 weights on a CPU
+take the loops of `scaled_loops`, and E4M3 on a GPU takes the kernels of `e4m3_triton`; both make the same bytes.
 """
 
 import math
@@ -27,7 +27,7 @@ _encode_e4m3, _encode_integers = Loop("scaled_loops", "encode_e4m3"), Loop("scal
 
 
 class Code(Enum):
-    """What a weight is stored as: the largest code in ModelOpt, and half the range in compressed-tensors."""
+    """The type of a weight's codes: ModelOpt's largest code, and half of compressed-tensors' range."""
 
     E4M3 = (448.0, 448.0)
     INT8 = (127.0, 127.5)
@@ -53,13 +53,13 @@ class Code(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The part of a weight that shares one scale: rows and columns, None for all of them. The last may be cut short."""
+    """The block that shares one scale: rows and columns, None for all of them. Blocks at the edges may be smaller."""
 
     height: int | None = 1
     width: int | None = None
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many blocks there are, down and across."""
+        """The number of blocks, down and across."""
         return math.ceil(rows / (self.height or rows or 1)), math.ceil(columns / (self.width or columns or 1))
 
     def size(self, weight: Tensor) -> tuple[int, int]:
@@ -89,13 +89,13 @@ def quantize(
 
     Args:
         weight: bf16, fp16 or fp32.
-        code: what to.
-        blocks: what shares a scale.
+        code: the type of the codes.
+        blocks: the block that shares one scale.
         amax: fp32 `[blocks down, blocks across]`, calibrated; None to take it from the weight.
-        symmetric: without zero points. Zero points are for weights without a calibrated amax.
+        symmetric: False for zero points, which need `amax=None`.
 
     Raises:
-        ValueError: the weight holds NaN or Inf, or the amax does, or it is negative.
+        ValueError: the weight or the amax holds NaN or Inf, or an amax is negative.
     """
     if amax is None:
         high = largest(weight, blocks) if symmetric else None
@@ -103,21 +103,21 @@ def quantize(
         scale, zero_point = _compressed_tensors_scale(low, high, code, symmetric)
         return ScaledWeight(encode(weight, code, blocks, scale, zero_point), scale, zero_point)
     if not _in_triton(weight, code, blocks):
-        extremes(weight, blocks)  # must be finite
+        extremes(weight, blocks)  # raises if the weight is not finite
     if not (amax.isfinite() & (amax >= 0)).all():
         raise ValueError("a calibrated amax is negative, NaN or Inf")
     amax = amax.to(weight.device, torch.float32)
     bound = torch.full_like(amax, code.bound)
     amax = usable(amax, bound)
-    # ModelOpt's 448.0 / amax is in torch amax.reciprocal() * 448.0; its bound of integers is a tensor, and divided.
+    # torch computes ModelOpt's 448.0 / amax as amax.reciprocal() * 448.0; its bound of integers is a tensor, divided.
     factor = amax.reciprocal() * bound if code is Code.E4M3 else bound / amax
     return ScaledWeight(_encode(weight, code, blocks, factor, None, divide=False), amax / bound)
 
 
 def usable(amax: Tensor, bound: Tensor) -> Tensor:
-    """An amax, fp32, with `bound` in place of one that makes no factor, which gives scale 1 and codes of zero.
+    """Replaces every amax that makes no factor by `bound`, so that the scale is 1 and the codes are zero.
 
-    Of zeros, as ModelOpt's exporter does, and of what is so near to zero that `bound / amax` is infinite.
+    That is every zero, as in ModelOpt's exporter, and every amax so small that `bound / amax` is infinite.
     """
     return amax.where((amax.reciprocal() * bound).isfinite(), bound)
 
@@ -131,12 +131,12 @@ def dequantize(weight: ScaledWeight, blocks: Blocks, dtype: torch.dtype = torch.
 
 
 def encode(weight: Tensor, code: Code, blocks: Blocks, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """The codes `[out, in]` under given scales, in the arithmetic of compressed-tensors: in the weight's dtype."""
+    """The codes `[out, in]` under given scales, in compressed-tensors' arithmetic: in the weight's dtype."""
     return _encode(weight, code, blocks, scale, zero_point, divide=True)
 
 
 def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The least and the greatest value of each block and zero: `[blocks down, blocks across]`, in the weight's dtype.
+    """The minimum and maximum of each block, 0 included: `[blocks down, blocks across]`, in the weight's dtype.
 
     Raises:
         ValueError: the weight holds NaN or Inf.
@@ -228,9 +228,10 @@ def _encode_in_loops(
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes -8 to 7, int8 `[rows, columns]`, as int32 `[rows, columns/8]`: eight a word, the first in the low bits.
+    """Packs codes -8 to 7, int8 `[rows, columns]`, into int32 `[rows, columns/8]`: eight a word, the first in the low
+    bits.
 
-    The columns of a weight; for zero points `pack_int4(zero_point.T).T`. Columns are filled up with zero bits.
+    For zero points use `pack_int4(zero_point.T).T`. Missing columns are filled with zero bits.
     """
     if codes.shape[1] % 8:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8), value=-8)
@@ -239,12 +240,12 @@ def pack_int4(codes: Tensor) -> Tensor:
         _pack_nibbles(codes.flatten().numpy(), packed.numpy())
     else:
         pairs = (codes + 8).flatten().view(torch.int16)
-        packed = (pairs | (pairs >> 4)).to(torch.uint8)  # of the pair 0x0b0a the byte 0xba
+        packed = (pairs | (pairs >> 4)).to(torch.uint8)  # the pair 0x0b0a becomes the byte 0xba
     return packed.view(torch.int32).reshape(len(codes), -1)
 
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """Codes int8 `[rows, columns]` of words int32 `[rows, columns/8]`."""
+    """Unpacks words int32 `[rows, columns/8]` into codes int8 `[rows, columns]`."""
     pairs = packed.contiguous().view(torch.uint8)
     nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(1)[:, :columns]
     return nibbles.view(torch.int8) - 8

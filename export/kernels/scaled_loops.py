@@ -1,7 +1,7 @@
 """The loops of `scaled` for bf16 weights on a CPU; numba compiles this file at first use.
 
-Written so that LLVM turns each inner loop into vectors: one row of one block at a time, no branch on a value, fp32 and
-its bits in 32-bit lanes. A bf16 is the upper half of an fp32, so widening is a shift.
+They are written so that LLVM vectorizes each inner loop: one row of one block at a time, no branch on a value, fp32 and
+its bits in 32-bit lanes. A bf16 is the upper half of an fp32, so widening it is a shift.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ _U32 = np.uint32
 
 @njit(**OPTIONS)
 def extremes(bits: Any, height: Any, width: Any, low: Any, high: Any) -> None:
-    """The least and the greatest value of each block and zero.
+    """The minimum and maximum of each block, 0 included.
 
-    They are found as integers in the order of the floats: the bits of a negative number but its sign are flipped.
+    The comparison is on integers that have the order of the floats: all bits of a negative number but its sign flipped.
 
     Args:
         bits: int16 `[rows, columns]`, the weight's bf16.
-        height, width: of a block; the last ones may be cut short.
+        height, width: of a block; blocks at the edges may be smaller.
         low, high: int16 zeros `[blocks down, blocks across]`, written: bf16.
     """
     rows, columns = bits.shape
@@ -48,7 +48,7 @@ def encode_e4m3(bits: Any, factors: Any, divide: Any, height: Any, width: Any, c
     Args:
         bits: uint16 `[rows, columns]`.
         factors: fp32 `[blocks down, blocks across]`.
-        divide: whether values are divided by their factor and rounded to bf16, or multiplied in fp32.
+        divide: True to divide values by their factor and round to bf16, False to multiply in fp32.
         height, width: of a block.
         codes: uint8 `[rows, columns]`, written.
     """
@@ -66,7 +66,7 @@ def encode_e4m3(bits: Any, factors: Any, divide: Any, height: Any, width: Any, c
 def encode_integers(
     bits: Any, factors: Any, zeros: Any, divide: Any, height: Any, width: Any, least: Any, codes: Any
 ) -> None:
-    """Integer codes of a weight, nearest, ties to even, saturating at `least` and `-least - 1`.
+    """Integer codes of a weight: nearest, ties to even, saturating at `least` and `-least - 1`.
 
     Args:
         bits, factors, divide, height, width: as in `encode_e4m3`.
@@ -85,13 +85,13 @@ def encode_integers(
                 if divide:
                     scaled = to_bf16(scaled + zero)
                 scaled = min(max(scaled, least), -least - np.float32(1.0))
-                # An fp32 of this size has steps of 1, so the sum is rounded, and its last bits are the integer.
+                # fp32 numbers this large are integers, so the addition rounds, and its low bits are the code.
                 target[i] = np.int8(np.float32(scaled + np.float32(3 << 22)).view(np.uint32) & _U32(0xFF))
 
 
 @njit(**OPTIONS)
 def pack_nibbles(codes: Any, packed: Any) -> None:
-    """Two codes -8 to 7 a byte, offset by 8, the first in the low nibble: int8 `[n]` to uint8 `[n / 2]`."""
+    """Packs codes -8 to 7, offset by 8, two a byte, the first in the low nibble: int8 `[n]` to uint8 `[n / 2]`."""
     eight, four = np.int8(8), np.uint8(4)
     for i in range(packed.size):
         low, high = np.uint8(codes[2 * i] + eight), np.uint8(codes[2 * i + 1] + eight)
@@ -111,7 +111,7 @@ def _scaled(bits: Any, factor: Any, divide: Any) -> Any:
 
 @njit(**OPTIONS)
 def _e4m3(magnitude: Any) -> Any:
-    """E4M3 of a magnitude given as fp32 bits: exponent and three more bits, or, if subnormal, steps of 2^-9."""
+    """The E4M3 of a magnitude given as fp32 bits: exponent and three more bits, or steps of 2^-9 if subnormal."""
     magnitude = _U32(min(magnitude, _U32(0x43E00000)))  # 448
     rounded = _U32(magnitude + _U32(0x7FFFF) + ((magnitude >> _U32(20)) & _U32(1)))
     normal = _U32((rounded >> _U32(20)) - _U32((127 - 7) << 3))
