@@ -66,7 +66,7 @@ def test_ctrl_c_under_torchrun(live: LiveRanks, launch: Launcher, tmp_path: Path
         _, said = run.communicate(timeout=60)
     assert run.returncode == 1
     assert said.count("error: interrupted; nothing was written at the output") == 1
-    assert re.search(r"out\.partial keeps \d parts that are done: the same command goes on from there", said)
+    assert re.search(r"out\.partial keeps \d finished bundles: the same command continues from there", said)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     kept = [line for journal in (tmp_path / "out.partial").glob(".done-*") for line in journal.open()]
     assert len(kept) >= 2

@@ -112,7 +112,7 @@ def test_ctrl_c_says_what_the_next_run_goes_on_from(
     assert stop.value.code == 130
     said = capsys.readouterr().err
     assert "interrupted; nothing was written at the output" in said
-    assert f"{output}.partial keeps 3 parts that are done: the same command goes on from there" in said
+    assert f"{output}.partial keeps 3 finished bundles: the same command continues from there" in said
 
     second = InterruptingProgress(bundles=-1)
     export(second)

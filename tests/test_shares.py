@@ -199,7 +199,7 @@ def test_one_fails(exports: Exports, live: LiveRanks, tmp_path: Path) -> None:
     assert "cannot be read: the bytes of a tensor are damaged, copy the files again" in said
     assert "output_layer.weight" in said
     assert "weights_only" not in said
-    assert "out.partial keeps 18 parts that are done" in exports.start(1, 2).end(1)
+    assert "out.partial keeps 18 finished bundles" in exports.start(1, 2).end(1)
 
 
 class TestTheEnd:

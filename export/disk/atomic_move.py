@@ -1,7 +1,8 @@
-"""Putting a directory in the place of another in one step, so that at any moment one of them is there, whole.
+"""Replacing a directory by another in one step, so that at every moment one of the two is there, whole.
 
-Linux exchanges two directories in one system call, which Python does not offer. Where the file system cannot, there are
-two moves, and a run that dies between them leaves the old directory as `OUT.previous`: `restore_previous` puts it back.
+Linux can exchange two directories in one system call, which Python does not offer. On a file system that cannot, there
+are two moves; a run that dies between them leaves the old directory at `OUT.previous`, and `restore_previous` puts it
+back.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Moves `new` to `target`; what was there is removed after it."""
+    """Moves `new` to `target`, then removes what was there."""
     if not target.exists():
         os.rename(new, target)
     elif _exchange(new, target):
@@ -30,7 +31,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def restore_previous(target: Path) -> None:
-    """Undoes a replacement that ended between its two moves."""
+    """Undoes a replacement that was interrupted between its two moves."""
     previous = _previous(target)
     if previous.is_dir() and not target.exists():
         os.rename(previous, target)
@@ -41,7 +42,7 @@ def _previous(target: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether the two now stand in each other's place."""
+    """Exchanges two directories; False if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -54,7 +55,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory last."""
+    """Syncs the names in a directory to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -1,6 +1,7 @@
-"""Locks between processes, on one machine or several that share a file system. The kernel frees those of the dead.
+"""Locks between processes on one machine, or on several that share a file system. The kernel releases those of dead
+processes.
 
-They are on files, not directories: NFS sends locks of files to its server, those of a directory stay on one machine.
+Locks are on files, not directories: NFS sends file locks to its server, but keeps locks on a directory to one machine.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Mutex:
-    """What one process at a time holds: a file that is there while it is held.
+    """A mutual exclusion between processes: a locked file, which exists while the mutex is held.
 
     Args:
-        path: of the file.
-        required: whether to refuse a file system without locks; else nobody is kept waiting on it.
+        path: path of the file.
+        required: True to refuse a file system without locks; False to go on without waiting there.
     """
 
     def __init__(self, path: Path, *, required: bool) -> None:
@@ -27,16 +28,16 @@ class Mutex:
         self._file = -1
 
     def acquire(self) -> None:
-        """Waits until no other process holds it; nothing where this one does.
+        """Waits until no other process holds the mutex. Does nothing if this process already does.
 
         Raises:
-            WriteError: the file system has no locks.
+            WriteError: the file system has no locks, and they are required.
         """
         while self._file < 0:
             file = hold(self._path, wait=True, required=self._required)
             if is_at(file, self._path):
                 self._file = file
-            else:  # the one before removed it, and a third may hold another by now
+            else:  # its last holder removed the file; a third process may hold a new one by now
                 os.close(file)
 
     def release(self) -> None:
@@ -47,20 +48,20 @@ class Mutex:
 
 
 def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
-    """Makes a file, unless there is one, and locks it.
+    """Opens or creates a file and locks it.
 
     Returns:
-        The open file, which closing frees; -1 where another process holds it and this one is not to wait.
+        The open file, whose closing releases the lock; -1 if another process holds it and `wait` is False.
 
     Raises:
         WriteError: the file system has no locks, and they are required.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks what is open for writing
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files that are open for writing
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         no_locks = error.errno in _NO_LOCKS
-        if error.errno == errno.ESTALE or (no_locks and not required):  # stale: another machine has removed it
+        if error.errno == errno.ESTALE or (no_locks and not required):  # ESTALE: another machine removed the file
             return file
         os.close(file)
         if isinstance(error, BlockingIOError):
@@ -76,7 +77,7 @@ def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds a file."""
+    """True if another process holds the file."""
     file = hold(path, required=False)
     if file >= 0:
         os.close(file)
@@ -84,7 +85,7 @@ def is_held(path: Path) -> bool:
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether an open file is the one that lies at a path."""
+    """True if the open file is the one at this path."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(file), path.stat())
     return False

@@ -1,13 +1,13 @@
-"""Hugging Face's packed experts: all experts of a layer as one tensor, in place of the 2-D weights that engines load.
+"""Packed experts: all experts of a layer in one tensor, where engines load a 2-D weight for each expert.
 
-experts.{e}.gate_proj.weight, experts.{e}.up_proj.weight   [ffn, hidden]   in experts.gate_up_proj
-experts.{e}.down_proj.weight                               [hidden, ffn]   in experts.down_proj
+    experts.{e}.gate_proj.weight, experts.{e}.up_proj.weight   [ffn, hidden]   in experts.gate_up_proj
+    experts.{e}.down_proj.weight                               [hidden, ffn]   in experts.down_proj
 
-The rest of the program knows experts one by one. Reading cuts them out of a packed tensor where a file has one, also
-out of the MXFP4 that GPT-OSS is published in. `ExpertPacker` is the way back, for families whose plain files hold no
-other form: each expert is written into its part of the packed tensor, by whichever rank has it.
+The rest of the program knows experts one by one. Reading cuts them out of a packed tensor, also out of the MXFP4 that
+GPT-OSS is published in. `ExpertPacker` is the inverse, for families whose unquantized files hold packed experts only:
+the rank that has an expert writes it into its part of the packed tensor.
 
-What a packed tensor looks like differs: see `mappings.family.PackedExperts`.
+`mappings.family.PackedExperts` describes the layouts.
 """
 
 import re
@@ -33,10 +33,10 @@ class PackedSource:
     """Where one expert's tensor lies in a packed tensor.
 
     Args:
-        name: of the packed tensor.
+        name: name of the packed tensor.
         expert: index along its first dim.
-        half: 0 for gate, 1 for up, None for all of it.
-        layout: of the packed tensor.
+        half: 0 for gate, 1 for up, None for the whole part.
+        layout: layout of the packed tensor.
     """
 
     name: str
@@ -55,7 +55,7 @@ class PackedSource:
         return rows[self.half * length : (self.half + 1) * length]
 
     def cut_mxfp4(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        """The same from the expert's part in MXFP4, outputs first whatever the layout; exact in bf16.
+        """The same from the expert's part in MXFP4, whose outputs come first in every layout; exact in bf16.
 
         Args:
             blocks: uint8 `[out, in/32, 16]`, two e2m1 values a byte, the even column in the low nibble.
@@ -66,7 +66,7 @@ class PackedSource:
 
 
 def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
-    """The packed tensor that would hold an expert's weight or bias, None for other names."""
+    """Where an expert's weight or bias lies in a packed tensor; None for other names."""
     found = _SINGLE.fullmatch(name)
     if found is None:
         return None
@@ -75,10 +75,10 @@ def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
 
 
 def sources_in(name: str, shape: tuple[int, ...], layout: PackedExperts) -> dict[str, PackedSource]:
-    """What a tensor holds of single experts: names → where each lies in it; empty for a tensor that packs none.
+    """The single experts in a tensor: name → where it lies; empty if the tensor packs no experts.
 
     Raises:
-        MappingError: its gate and up do not divide; names tensor and shape.
+        MappingError: the outputs do not divide into gate and up; names tensor and shape.
     """
     found = _PACKED.fullmatch(name)
     if found is None or len(shape) != (2 if found[3] else 3):
@@ -96,11 +96,11 @@ def sources_in(name: str, shape: tuple[int, ...], layout: PackedExperts) -> dict
 
 
 class ExpertPacker:
-    """Puts experts into packed tensors, of which each is a row; other tensors pass unchanged.
+    """Writes experts into packed tensors, a row for each; other tensors pass unchanged.
 
     Args:
-        specs: everything that will come, by name.
-        layout: of the packed tensors; None to pack nothing.
+        specs: everything that will be packed or passed, by name.
+        layout: layout of the packed tensors; None to pack nothing.
 
     Raises:
         MappingError: experts of one layer differ in shape, or some are missing.
@@ -122,7 +122,7 @@ class ExpertPacker:
             self.specs[name] = TensorSpec((len(experts), *first.shape), first.dtype)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Iterator[Written]:
-        """What is written for tensors that come together; gate and up of an expert do."""
+        """What is written for these tensors; gate and up of an expert come in the same call."""
         for name, tensor in tensors.items():
             source = packed_source(name, self._layout) if self._layout else None
             if source is None:
@@ -139,7 +139,7 @@ class ExpertPacker:
 
 
 def split_fused_moe_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Packed experts as 2-D weights of each expert, `{e}.gate_proj.weight` and so on; other tensors unchanged.
+    """Splits packed experts into 2-D weights, `{e}.gate_proj.weight` and so on; other tensors are unchanged.
 
     Raises:
         ValueError: a packed gate_up_proj whose second dim is odd; names tensor and shape.

@@ -1,7 +1,7 @@
-"""Rows of a weight: what a scheme works on, and what is written, when a tensor is too large to be held.
+"""Chunks of rows, so that a tensor need not fit into memory: what a scheme quantizes and what is written.
 
-A weight `[out, in]` is quantized a part of its rows at a time. `Rows` is where they come from: a tensor in memory, or a
-file. What does not follow from one part alone, the amax of the tensor or of its fused group, is measured before.
+A weight `[out, in]` is quantized some rows at a time. `Rows` yields them from a tensor in memory or from a file. What
+one chunk cannot tell, the amax of the tensor or of its fused group, is measured beforehand.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Part(NamedTuple):
 class Written(NamedTuple):
     """Rows on their way to the disk: the planned tensor's name, the number of the first row, the rows.
 
-    A tensor without dims, or one row without its first dim (an expert in a packed tensor), is written so too.
+    A tensor without dims, and one row without its first dim (an expert in a packed tensor), are written this way, too.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Written(NamedTuple):
 
 
 class Rows(Protocol):
-    """A tensor that can be gone through in parts, as often as is needed."""
+    """A tensor that can be read in parts, as often as needed."""
 
     @property
     def spec(self) -> TensorSpec:
-        """Of the whole tensor."""
+        """Shape and dtype of the whole tensor."""
 
     def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
-        """All rows, in order. Every part begins at a multiple of `step`; it is valid until the next one is taken.
+        """Yields all rows in order. Each part begins at a multiple of `step` and is valid until the next is taken.
 
         Args:
-            again: whether they are gone through once more right after, so that they may stay in memory.
+            again: True if the rows are read once more right afterwards, so that they may stay in memory.
         """
 
 

@@ -17,13 +17,13 @@ from amaxbridge.mappings.family import PackedExperts
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a directory, by name; files are opened when first needed and closed with the context.
+    """The tensors of a directory by name. Files are opened on first use and closed with the context.
 
     Args:
-        packed: how the files hold experts where they are packed.
+        packed: the layout of packed experts, where the files have them.
 
     Raises:
-        CheckpointError: no safetensors files, or an index that names files which are not there.
+        CheckpointError: there are no safetensors files, or the index names files that do not exist.
     """
 
     def __init__(self, directory: Path, packed: PackedExperts | None = None) -> None:
@@ -33,7 +33,7 @@ class SafetensorsCheckpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name → file name, as the index says."""
+        """Tensor name → file name, from the index."""
         index = self.directory / INDEX_FILE
         if index.is_file():
             try:
@@ -53,7 +53,7 @@ class SafetensorsCheckpoint:
         return dict.fromkeys(self.file(files[0]).tensors, files[0])
 
     def _without_files(self) -> str:
-        """What to do where there are no safetensors."""
+        """The next step where there are no safetensors files."""
         if any(self.directory.glob("*.bin")):
             return "load the .bin files in transformers and save them again (save_pretrained)"
         return "download the weights"
@@ -63,7 +63,7 @@ class SafetensorsCheckpoint:
         """Every tensor by name; reads all headers.
 
         Raises:
-            CheckpointError: index and files disagree, or a tensor stands in two files; all such are named.
+            CheckpointError: index and files disagree, or a tensor is in two files; all of them are named.
         """
         names = sorted({*self.weight_map.values(), *self._files_of_weights()})
         found = [(name, file, stored) for file in names for name, stored in self.file(file).tensors.items()]
@@ -91,13 +91,13 @@ class SafetensorsCheckpoint:
         return self._files[name]
 
     def has(self, name: str) -> bool:
-        """Whether `read` would find a tensor; opens no file."""
+        """True if `read` would find the tensor; opens no file."""
         source = packed_source(name, self._packed)
         packed = (source.name, f"{source.name}_blocks") if source is not None else ()
         return any(each in self.weight_map for each in (name, *packed))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU; an expert's also where the experts are packed.
+        """Reads one tensor into CPU memory; an expert's tensor also from packed experts.
 
         Raises:
             CheckpointError: there is no such tensor.

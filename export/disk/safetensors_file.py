@@ -1,10 +1,10 @@
 """One safetensors file, read row by row, from any number of threads.
 
-The header is read and checked once, and says where every tensor lies. A tensor's rows are looked at where the kernel
-has them: a part of the file is mapped, used and given back, so nothing is copied, and what counts as the process's
-memory is the part in hand, however large the file is. Into memory of the caller's, pinned for a GPU, they are copied.
+The header is read and checked once; it says where every tensor lies. Rows are read in place: a part of the file is
+mapped, used and released, so nothing is copied, and only the current part counts towards the process's memory, however
+large the file is. For a GPU, rows are copied into pinned memory of the caller.
 
-File format: see `layout`.
+See `shard_layout` for the file format.
 """
 
 import json
@@ -24,11 +24,11 @@ from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
 PART_BYTES = 8 << 20
-"""How much is read at a time: it stays in a processor's cache while it is quantized."""
+"""Bytes that are read at a time; they stay in the processor's cache while they are quantized."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LFS_POINTER = b"version https://git-lfs"
-_MAX_HEADER = 100_000_000  # bytes; that of the safetensors library
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class StoredTensor:
     """A tensor in a file, or consecutive rows of one.
 
     Args:
-        file: where it lies.
-        begin: of its data, from the beginning of the file.
+        file: the file that holds it.
+        begin: offset of its data from the beginning of the file, in bytes.
         spec: shape and dtype.
     """
 
@@ -46,29 +46,29 @@ class StoredTensor:
     spec: TensorSpec
 
     def read(self, into: Tensor | None = None) -> Tensor:
-        """The tensor, on the CPU; in the memory of `into`, uint8 of at least its size, if given."""
+        """Reads the tensor into CPU memory: into `into`, uint8 of at least its size, if given."""
         memory = torch.empty(self.spec.nbytes, dtype=torch.uint8) if into is None else into[: self.spec.nbytes]
         self.file.read(self.begin, memory)
         return memory.view(self.spec.dtype).reshape(self.spec.shape)
 
     def look(self) -> Tensor:
-        """The tensor in the file's own memory: to be read, never written, and given back with `forget`."""
+        """The tensor as a view of the mapped file: read it, never write it, and release it with `forget`."""
         if self.begin % self.spec.dtype.itemsize or not self.spec.nbytes:
             return self.read()
         return self.file.look(self.begin, self.spec.nbytes).view(self.spec.dtype).reshape(self.spec.shape)
 
     def rows(self, first: int, count: int) -> "StoredTensor":
-        """Consecutive rows: a part along the first dim."""
+        """Consecutive rows along the first dim."""
         row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
         return StoredTensor(self.file, self.begin + first * row.nbytes, TensorSpec((count, *row.shape), row.dtype))
 
     def row(self, index: int) -> "StoredTensor":
-        """One row, without its dim."""
+        """One row, without the first dim."""
         row = TensorSpec(self.spec.shape[1:], self.spec.dtype)
         return StoredTensor(self.file, self.begin + index * row.nbytes, row)
 
     def parts(self, step: int = 1, into: Tensor | None = None, *, again: bool = False) -> Iterator[Part]:
-        """As `Rows`: parts of a few megabytes in the file's own memory, or of what `into` holds, in that."""
+        """As `Rows`: views of the file of a few megabytes, or parts that fit `into`, read into it."""
         limit = PART_BYTES if into is None else len(into)
         total = self.spec.shape[0] if self.spec.shape else 1
         length = total
@@ -81,15 +81,17 @@ class StoredTensor:
                 if not again:
                     self.file.forget(part.begin, part.spec.nbytes)
             else:
-                yield Part(first, part.read(into if part.spec.nbytes <= limit else None))  # one row that is larger
+                yield Part(
+                    first, part.read(into if part.spec.nbytes <= limit else None)
+                )  # a single row may be larger than `into`
 
 
 @dataclass(slots=True)
 class SafetensorsFile:
-    """One file, opened: its header is read and checked.
+    """An open safetensors file whose header is read and checked.
 
     Raises:
-        CheckpointError: it is not whole, or not a safetensors file.
+        CheckpointError: the file is truncated or is not a safetensors file.
     """
 
     path: Path
@@ -120,13 +122,13 @@ class SafetensorsFile:
             data, begin = data[count:], begin + count
 
     def look(self, begin: int, nbytes: int) -> Tensor:
-        """A part of the file, uint8, without a copy; the kernel is told to read it ahead."""
+        """A part of the file as uint8, without a copy. The kernel is asked to read ahead."""
         start = begin - begin % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, start, begin + nbytes - start)
         return torch.frombuffer(self._map, dtype=torch.uint8, offset=begin, count=nbytes)
 
     def forget(self, begin: int, nbytes: int) -> None:
-        """What was looked at leaves the process's memory, and stays in the kernel's."""
+        """Drops these pages from the process's memory; they stay in the page cache."""
         start = begin + -begin % mmap.PAGESIZE
         end = (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:

@@ -1,8 +1,8 @@
-"""Which tensor lies where: shard files planned to the byte before anything is written.
+"""The layout of the shard files, planned to the byte before anything is written.
 
-The plan depends on names, shapes and dtypes alone, never on the ranks, so any topology writes the same bytes. A
-shard's header is known from the start, so every rank can write its own tensors at their offsets, in any order, and
-no rank ever holds a shard in memory.
+It depends on names, shapes and dtypes alone, never on the ranks, so every topology writes the same bytes. A shard's
+header is known from the start, so each rank writes its tensors at their offsets, in any order, and no rank holds a
+shard in memory.
 
 File format: safetensors (8 bytes little-endian header length, JSON header padded with spaces to a multiple of 8,
 then the tensors). Inside a shard larger dtypes come first, so that every tensor is aligned to its item size.
@@ -21,7 +21,7 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SINGLE_FILE = "model.safetensors"
-"""The one file that readers find without an index."""
+"""The file name that readers find without an index."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -42,7 +42,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file to be written: its name, its header and where each tensor begins."""
+    """A safetensors file to be written: its name, its header, and the offset of each tensor."""
 
     file_name: str
     specs: Mapping[str, TensorSpec]
@@ -51,12 +51,12 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(spec.nbytes for spec in self.specs.values())
 
     @classmethod
     def of(cls, file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> Self:
-        """The file of some tensors, with `metadata` in its header."""
+        """A file that holds these tensors, with `metadata` in its header."""
         ordered = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))  # stable: natural order inside
         entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         begins, end = {}, 0
@@ -82,17 +82,17 @@ class Layout:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all tensors, as `metadata.total_size` of the index counts them."""
+        """Bytes of all tensors: `metadata.total_size` of the index."""
         return sum(spec.nbytes for shard in self.shards for spec in shard.specs.values())
 
     @classmethod
     def of(cls, files: Mapping[str, Mapping[str, TensorSpec]]) -> "Layout":
-        """The layout of given files: file name → the tensors in it."""
+        """The layout of these files: file name → the tensors in it."""
         return cls(tuple(Shard.of(name, specs) for name, specs in files.items()))
 
     @cached_property
     def places(self) -> dict[str, tuple[Shard, int]]:
-        """Tensor name → its shard, and where it begins in the file."""
+        """Tensor name → its shard, and its offset in the file."""
         return {name: (shard, at) for shard in self.shards for name, at in shard.offsets.items()}
 
     @property
@@ -103,7 +103,7 @@ class Layout:
 
 
 def plan_layout(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
-    """Packs tensors, in natural order of their names, into shards of at most `max_shard_bytes` or one tensor."""
+    """Packs tensors, in natural order of their names, into shards of `max_shard_bytes` or one larger tensor."""
     batches: list[dict[str, TensorSpec]] = [{}]
     room = max_shard_bytes
     for name in sorted(specs, key=natural_key):

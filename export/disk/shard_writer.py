@@ -1,7 +1,7 @@
-"""Writing rows at their places in the shards of a staging directory, and noting what is on the disk for good.
+"""Writing rows at their places in the shards of a staging directory, and journalling what is safely on the disk.
 
-Syncing goes on beside the writing, on a thread of its own, so that the disk works while weights are quantized.
-Several processes may write one shard: they must see the same file system.
+A thread of its own syncs, so that the disk works while weights are quantized. Several processes on one file system may
+write the same shard.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardWriter:
-    """Writes rows at their planned places. One for each process; its threads share it.
+    """Writes rows at their planned places. Each process has one, which its threads share.
 
     Args:
         directory: the staging directory, with all shards.
-        journal: where it notes what is on the disk for good; None for nowhere.
+        layout: the places of all tensors.
+        journal: file that lists the bundles whose bytes are synced; None to keep no journal.
     """
 
     def __init__(self, directory: Path, layout: Layout, journal: Path | None = None) -> None:
@@ -36,7 +37,9 @@ class ShardWriter:
         self._places = layout.places
         self._mutex = threading.Lock()
         self._files: dict[str, int] = {}
-        self._turns = {shard.file_name: threading.Lock() for shard in layout.shards}  # the kernel's own lock spins
+        self._turns = {
+            shard.file_name: threading.Lock() for shard in layout.shards
+        }  # waiting for the kernel's own lock would spin
         self._done: list[str] = []  # since the last sync
         self._unsynced = 0
         self._journal = journal
@@ -47,11 +50,12 @@ class ShardWriter:
         """Writes rows of a planned tensor, or all of it.
 
         Args:
-            rows: `[some, …]`, or one row without its first dim, or a whole tensor without dims.
-            first: the number of the first of these rows.
+            name: name of the tensor.
+            rows: `[n, …]`, or one row without its first dim, or a whole tensor without dims.
+            first: index of the first of these rows.
 
         Raises:
-            ValueError: the tensor is not the planned one; a fault of the program, not of the user.
+            ValueError: the rows do not fit the planned tensor: a bug, not a user's mistake.
             WriteError: the disk is full.
         """
         shard, at = self._places[name]
@@ -73,19 +77,19 @@ class ShardWriter:
             self._unsynced += size
 
     def done(self, bundle: str) -> None:
-        """Notes that all of a bundle is written; it is in the journal once it is synced."""
+        """Reports that a bundle is written; it enters the journal once it is synced."""
         with self._mutex:
             self._done.append(bundle)
             idle = self._syncing is None or self._syncing.done()
             if self._unsynced < _SYNC_BYTES or not idle:
                 return
             if self._syncing is not None:
-                self._syncing.result()  # raises what went wrong
+                self._syncing.result()  # raises if it failed
             self._unsynced = 0
             self._syncing = self._background.submit(self._sync)
 
     def close(self) -> None:
-        """Syncs what was written to the disk and closes the files."""
+        """Syncs everything to the disk and closes the files."""
         try:
             if self._syncing is not None:
                 self._syncing.result()
@@ -118,7 +122,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def explaining(path: Path) -> Iterator[None]:
-    """Makes a WriteError of what a full disk raises."""
+    """Turns the OSError of a full disk into a WriteError."""
     try:
         yield
     except OSError as error:

@@ -1,17 +1,18 @@
-"""The directory that an output grows in, so that the target is whole or untouched, and an interrupted run can go on.
+"""The staging directory, in which an output grows: the target is whole or untouched, and an interrupted run can
+continue.
 
-Everything goes to a staging directory beside the target, `OUT.partial`. Shards are made there at full size; ranks and
-threads then write rows of tensors at the planned offsets, in any order. What is on the disk for good is noted in
-journals, bundle by bundle, after the data is synced: a run of the same plan takes up what they name and makes only the
-rest. At the end one move puts the directory into place.
+Everything is written to `OUT.partial`, beside the target. Shards are created there at full size; ranks and threads then
+write rows of tensors at the planned offsets, in any order. Journals list the bundles whose bytes are synced. A later
+run of the same plan keeps these and makes only the rest. At the end one move puts the directory into place.
 
     OUT.partial/.plan               the fingerprint of everything that decides the bytes
-    OUT.partial/.done-RANK-of-N     the bundles that a process has written and synced, a line each; it holds the file
-    OUT.partial.lock                held by the process that opens, ends or removes the directory
+    OUT.partial/.done-RANK-of-N     the bundles that a process has written and synced, one a line; locked by the process
+    OUT.partial.lock                locked by the process that opens, completes or removes the directory
 
-Processes that share the work never talk: this is where they meet. Each computes the same plan and writes what is its
-part of it. Whoever finds that the journals name every bundle ends the work, while others who arrive wait for the lock.
-So nothing needs to be known of the other processes, but whether one is at work: it holds its journal until it dies.
+Processes that share the work never talk; they meet here. Each computes the same plan and writes its own share. The
+process that finds every bundle in the journals completes the work, while later ones wait for the lock. All that must be
+known
+about another process is that it is running: it holds the lock on its journal until it dies.
 """
 
 import contextlib
@@ -35,16 +36,16 @@ from amaxbridge.mappings.errors import AmaxbridgeError, OutputExistsError, Usage
 
 _PLAN = ".plan"
 _JOURNAL = ".done-"
-_AT_ONCE = 8  # shards to make room for: where the file system is memory, that takes as long as writing
-_BYTES = "1"  # another number where this program makes other bytes of the same plan
+_AT_ONCE = 8  # shards to allocate in parallel: on tmpfs, allocating takes as long as writing
+_BYTES = "1"  # changes when the program makes different bytes from the same plan
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which of the processes that share a work this is.
+    """This process among those that share the work: rank and number of processes.
 
     Raises:
-        UsageError: there is no such rank.
+        UsageError: the rank is not below the number of processes.
     """
 
     rank: int = 0
@@ -59,7 +60,7 @@ ALONE = Share()
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError when `output` holds anything and may not be replaced."""
+    """Raises OutputExistsError if `output` is not empty and must not be replaced."""
     restore_previous(output)
     if output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {output} exists and is not a directory")
@@ -68,7 +69,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
-    """Names everything that decides the bytes: what is read, what is made of it, where it lies."""
+    """A hash of everything that decides the bytes: what is read, what is made of it, and where it lies."""
     parts = [_BYTES, source, decisions, *(shard.header[8:].decode() for shard in layout.shards)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -76,16 +77,17 @@ def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
 class StagedDirectory:
     """A directory that becomes `target` in one move.
 
-    As a context it goes away at the end, unless it was committed, another process is at work in it, or something is
-    done that another run can go on from.
+    As a context manager it removes itself at the end, unless it was committed, another process is working in it, or it
+    holds bundles that another run can continue from.
 
     Args:
-        target: what is to be written.
-        plan: names everything that decides the bytes; None where a second run could not know that they are the same.
-        share: of the processes that open it.
-        output: names all that the output is made from, as its record does: by it a process that comes late knows that
-            the others have made it.
-        overwrite: whether a target that is there by then may be replaced.
+        target: the directory to write.
+        plan: fingerprint of everything that decides the bytes; None if a later run could not know that they are the
+            same.
+        share: this process among those that share the work.
+        output: identifies what the output is made from, as `amaxbridge.json` does; a process that comes late recognizes
+            by it that the others have finished.
+        overwrite: True to replace a target that exists by then.
     """
 
     def __init__(
@@ -107,18 +109,18 @@ class StagedDirectory:
 
     @property
     def journal(self) -> Path | None:
-        """Where this process notes what it has done; None where no other run could go on from it."""
+        """The journal of this process; None if no other run could continue from it."""
         return self._journal if self._plan is not None else None
 
     def open(self, layout: Layout) -> frozenset[str] | None:
-        """Makes the directory with every shard at full size, or takes up the one that others made by the same plan.
+        """Creates the directory with every shard at full size, or continues one that was made by the same plan.
 
         Returns:
-            The bundles that are done; None where the other processes have put all of it into place already.
+            The bundles that are done; None if the other processes have already moved the output into place.
 
         Raises:
-            OutputExistsError: another run is writing to it, or another process is this rank.
-            UsageError: it cannot be made.
+            OutputExistsError: another run is writing to it, or another process has the same rank.
+            UsageError: the directory cannot be created.
             WriteError: the disk has too little room, or no locks for several processes.
         """
         try:
@@ -137,7 +139,7 @@ class StagedDirectory:
             if not self._continues():
                 self._make(layout)
             self._held = hold(self._journal, required=self._share.world > 1)
-            os.ftruncate(self._held, self._journal.read_bytes().rfind(b"\n") + 1)  # a line that was not ended
+            os.ftruncate(self._held, self._journal.read_bytes().rfind(b"\n") + 1)  # drops a line that was cut short
             return frozenset(self._done())
         finally:
             self._mutex.release()
@@ -148,13 +150,13 @@ class StagedDirectory:
             file.write(content)
 
     def left(self, bundles: Collection[str]) -> int | None:
-        """How many of all bundles no process has written. If none, this one must end it: the others are kept waiting.
+        """The number of bundles that no process has written. If 0, this process must complete the work; others wait.
 
         Returns:
-            None where another process has put the directory into place.
+            The number; None if another process has moved the output into place.
 
         Raises:
-            WriteError: another process was to end it and gave it up.
+            WriteError: another process was completing the work and gave up.
         """
         self._mutex.acquire()
         if is_at(self._held, self._journal):
@@ -169,7 +171,7 @@ class StagedDirectory:
         return None
 
     def commit(self) -> None:
-        """Moves the directory to the target, replacing what was there, in one step."""
+        """Moves the directory to the target in one step, replacing what was there."""
         self._mutex.acquire()
         for note in (self.path / _PLAN, *self._journals()):
             note.unlink(missing_ok=True)
@@ -178,7 +180,7 @@ class StagedDirectory:
         self._close()
 
     def discard(self) -> None:
-        """Removes the staging directory with all that is in it."""
+        """Removes the staging directory with everything in it."""
         self._mutex.acquire()
         self._clear()
         self._close()
@@ -196,13 +198,13 @@ class StagedDirectory:
         self._mutex.acquire()
         kept = len(set(self._done())) if self._resumable(error) else 0
         if error is not None and kept:
-            error.add_note(f"{self.path} keeps {kept:,} parts that are done: the same command goes on from there")
+            error.add_note(f"{self.path} keeps {kept:,} finished bundles: the same command continues from there")
         if not kept and is_at(self._held, self._journal) and (self._ending or not self._others()):
             self._clear()
         self._close()
 
     def _resumable(self, error: BaseException | None) -> bool:
-        """Whether the same plan may do better the next time: not where all of its work is one that fails."""
+        """True if the same plan may succeed the next time: a run that failed alone by its input never does."""
         fails = isinstance(error, AmaxbridgeError) and not isinstance(error, WriteError)
         others = self._share.world > 1 and not self._ending
         return self._plan is not None and (not fails or others)
@@ -222,16 +224,16 @@ class StagedDirectory:
             raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(self._make_shard, layout.shards))
-        if self._plan is not None:  # last: a directory with a plan has all its shards
+        if self._plan is not None:  # last, so that a directory with a plan has all its shards
             self.write_file(_PLAN, self._plan.encode())
 
     def _make_shard(self, shard: Shard) -> None:
         with self._created(shard.file_name) as file:
-            os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # a full disk shows before the work
+            os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # so that a full disk shows before the work
             file.write(shard.header)
 
     def _is_made(self) -> bool:
-        """Whether the other processes have put it into place. One process has no others."""
+        """True if the other processes have moved the output into place. A single process has no others."""
         return self._share.world > 1 and self._output is not None and made_from(self.target) == self._output
 
     def _continues(self) -> bool:
@@ -247,7 +249,7 @@ class StagedDirectory:
             raise OutputExistsError(f"another process of rank {rank} is writing {self.path}: wait for it, or stop it")
 
     def _others(self) -> list[str]:
-        """The journals of other processes that are at work."""
+        """The journals of other running processes."""
         return [path.name for path in self._journals() if not is_at(self._held, path) and is_held(path)]
 
     def _journals(self) -> list[Path]:
@@ -256,7 +258,7 @@ class StagedDirectory:
     def _done(self) -> Iterator[str]:
         for journal in self._journals():
             for line in journal.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):  # else it is being written, or the run ended meanwhile
+                if line.endswith("\n"):  # else it is being written, or its run was killed
                     yield json.loads(line)
 
     @contextlib.contextmanager
@@ -269,7 +271,7 @@ class StagedDirectory:
             os.fsync(file.fileno())
 
     def _clear(self) -> None:
-        (self.path / _PLAN).unlink(missing_ok=True)  # first: what is left without it is nothing to go on from
+        (self.path / _PLAN).unlink(missing_ok=True)  # first: without it nothing can be continued
         if self.path.exists():
             shutil.rmtree(self.path)
 
