@@ -81,9 +81,8 @@ class StoredTensor:
                 if not again:
                     self.file.forget(part.begin, part.spec.nbytes)
             else:
-                yield Part(
-                    first, part.read(into if part.spec.nbytes <= limit else None)
-                )  # a single row may be larger than `into`
+                fits = part.spec.nbytes <= limit  # a single row may be larger than `into`
+                yield Part(first, part.read(into if fits else None))
 
 
 @dataclass(slots=True)

@@ -37,9 +37,8 @@ class ShardWriter:
         self._places = layout.places
         self._mutex = threading.Lock()
         self._files: dict[str, int] = {}
-        self._turns = {
-            shard.file_name: threading.Lock() for shard in layout.shards
-        }  # waiting for the kernel's own lock would spin
+        # A lock for each file: threads that wait for the kernel's own lock would spin.
+        self._turns = {shard.file_name: threading.Lock() for shard in layout.shards}
         self._done: list[str] = []  # since the last sync
         self._unsynced = 0
         self._journal = journal

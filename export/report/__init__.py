@@ -1,8 +1,8 @@
-"""A page and JSON about a checkpoint: sizes, errors, amax, what training left behind.
+"""A page and JSON about a checkpoint: sizes, errors, amax, and what training left behind.
 
     write_report(directory, reference=HF)      report.html and report.json in the directory
 
-See README.md for what each part of the page is computed from.
+README.md says what each part of the page is computed from.
 """
 
 from pathlib import Path
@@ -26,16 +26,16 @@ def write_report(
     card: bool = False,
     progress: Progress | None = None,
 ) -> Facts:
-    """Writes `report.html` and `report.json`, in `directory` unless `output` is given; see `gather`.
+    """Writes `report.html` and `report.json` to `directory`, or to `output` if given; see `gather`.
 
     Args:
-        card: note the signal to noise in the model card of `directory`, too.
+        card: also note the signal-to-noise ratio in the model card of `directory`.
 
     Raises:
-        UsageError: a card without a reference, or of a directory that was not made here; and as `gather`.
+        UsageError: `card` without a reference, or for a directory that amaxbridge did not write; and as `gather`.
     """
     if card and reference is None:
-        raise UsageError("card=true needs reference=: the signal to noise is that of the weights against it")
+        raise UsageError("card=true needs reference=: the signal-to-noise ratio compares the weights with it")
     facts = gather(directory, reference, quant_state, progress)
     if card:
         note_snr(directory, facts.snr)

@@ -1,7 +1,7 @@
-"""What a report says, as data: gathered from the files of a checkpoint.
+"""The facts of a report, gathered from the files of a checkpoint.
 
-What the rules of `export.verify` find, and the errors that it measures against a reference, are taken over: there is
-one answer to whether a checkpoint serves. Sizes and amax are read here, from headers and scales.
+Findings, and errors against a reference, come from `export.verify`, so that there is one answer to whether a checkpoint
+serves. Sizes and amax are read here, from headers and scales.
 """
 
 import json
@@ -26,7 +26,7 @@ from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of, natural_key
 
 _NVFP4_RANGE = FP4_MAX * FP8_MAX
-_SATURATED = 1 + 2**-8  # an amax may have been rounded to bf16 on its way through a scale
+_SATURATED = 1 + 2**-8  # an amax read back from a scale may be rounded to bf16
 
 type Json = dict[str, Any]
 
@@ -36,14 +36,14 @@ class ModuleFacts:
     """One quantized module.
 
     Args:
-        name: of the module.
+        name: name of the module.
         place: layer, projection, expert.
-        scheme: its name; "?" for one that is not known here.
+        scheme: name of the scheme; "?" if unknown.
         shape: `[out, in]`.
-        weight_amax: per-tensor; None where the format shares none.
-        input_amax: the same of its input; None where inputs are not calibrated.
+        weight_amax: per-tensor amax of the weight; None if the format has none.
+        input_amax: per-tensor amax of the input; None if inputs are not calibrated.
         largest: the largest absolute weight in the reference.
-        snr: of the dequantized weight against the reference, in dB; infinite where it is exact.
+        snr: signal-to-noise ratio of the dequantized weight against the reference, in dB; infinite if exact.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ModuleFacts:
 
     @property
     def saturation(self) -> float:
-        """How many times its amax the largest weight is; 0 where it is not known."""
+        """The largest weight divided by the amax; 0 if unknown."""
         return self.largest / self.weight_amax if self.largest and self.weight_amax else 0.0
 
     @property
@@ -67,7 +67,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True, slots=True)
 class PartSize:
-    """Bytes of a part of the model, before and after."""
+    """Bytes of a part of the model before and after quantization."""
 
     part: str
     before: int
@@ -79,15 +79,15 @@ class Facts:
     """Everything on a page.
 
     Args:
-        directory: name of the checkpoint's.
-        config: config.json.
-        conversion: `amaxbridge.json`, {} where there is none.
-        modules: the quantized ones, in the order of the model.
-        parts: sizes.
-        left: how many matrices are not quantized, by name without numbers.
-        state: what training calibrated, where it is kept.
-        serving: what the rules say of it, and at which parallel sizes it serves.
-        measured: whether there was a reference.
+        directory: name of the checkpoint's directory.
+        config: content of config.json.
+        conversion: content of `amaxbridge.json`; {} if there is none.
+        modules: quantized modules, in the order of the model.
+        parts: sizes of the parts of the model.
+        left: name without numbers → how many unquantized matrices have it.
+        state: the quantizer state of training, if it is kept.
+        serving: findings of the rules, and the parallel sizes at which the checkpoint serves.
+        measured: True if there was a reference.
     """
 
     directory: str
@@ -110,13 +110,13 @@ class Facts:
 
     @property
     def saturated(self) -> list[ModuleFacts]:
-        """Modules with weights beyond their amax, the worst first."""
+        """Modules with weights beyond their amax, worst first."""
         found = [module for module in self.modules if module.is_saturated]
         return sorted(found, key=lambda module: -module.saturation)
 
     @property
     def snr(self) -> dict[str, float]:
-        """Of each module where it was measured and is finite, in dB."""
+        """Module → its signal-to-noise ratio in dB, where it was measured and is finite."""
         return {each.name: each.snr for each in self.modules if each.snr is not None and math.isfinite(each.snr)}
 
 
@@ -129,14 +129,14 @@ def gather(
     """Reads a checkpoint for a report.
 
     Args:
-        directory: of safetensors, with config.json. It need not be one that serves.
-        reference: what it was made from, with plain weights.
-        quant_state: file of the state of training; by default the one beside the weights.
-        progress: is told how far the weights of the reference are.
+        directory: directory of safetensors with config.json. It need not serve.
+        reference: the directory with plain weights that it was made from.
+        quant_state: file of quantizer state; by default the one beside the weights.
+        progress: receives the progress through the reference's weights.
 
     Raises:
-        UsageError: no such directory, or a state of another model.
-        CheckpointError: a file of metadata that is not JSON.
+        UsageError: the directory does not exist, or the state is of another model.
+        CheckpointError: a metadata file is not JSON.
     """
     config = _json(directory / CONFIG_FILE)
     if config is None:
@@ -181,7 +181,7 @@ def _module(module: Module, state: QuantState | None, error: WeightError | None)
 
 
 def _amax_of_scales(module: Module) -> tuple[float | None, float | None]:
-    """Per-tensor amax of weight and input, as the scales have them."""
+    """Per-tensor amax of weight and input, read back from the scales."""
 
     def read(suffix: str) -> Tensor | None:
         stored = module.tensors.get(suffix)
@@ -207,7 +207,7 @@ def _number(amax: Tensor | None) -> float | None:
 
 
 def _parts(view: CheckpointView, modules: Mapping[str, ModuleFacts]) -> list[PartSize]:
-    """Sizes by part of the model; before, quantized weights had 16 bits, and no scales."""
+    """Sizes by part of the model. Before quantization, a quantized weight had 16 bits and no scales."""
     before, after = dict[str, int](), dict[str, int]()
     for name, stored in view.tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -222,7 +222,7 @@ def _parts(view: CheckpointView, modules: Mapping[str, ModuleFacts]) -> list[Par
 
 
 def _left(view: CheckpointView) -> dict[str, int]:
-    """The other matrices → how many, by name without numbers."""
+    """Unquantized matrices: name without numbers → how many."""
     quantized = {module.name for module in view.quantized}
     found: dict[str, int] = {}
     for name, stored in view.tensors.items():
@@ -243,7 +243,7 @@ def _json(file: Path) -> Json | None:
 
 
 def rows_of(facts: Facts) -> Iterator[Json]:
-    """Every module for report.json; numbers that JSON does not have are null."""
+    """Every module as a row of report.json; numbers that JSON cannot represent are null."""
     for module in facts.modules:
         row = asdict(module)
         del row["place"]

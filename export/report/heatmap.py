@@ -1,7 +1,7 @@
-"""A heat map as one small SVG: a path for each colour, cells of a row run together.
+"""A heat map as one small SVG: one path for each colour, with neighbouring cells of a row merged.
 
-94 layers of 128 experts are 12,032 cells. As rectangles they would be half a megabyte for each map; as paths they are
-a fifth of that. The SVG has no text: labels are HTML around it, which stays readable at any width.
+94 layers of 128 experts are 12,032 cells. As rectangles they would take half a megabyte for each map, as paths a fifth
+of that. The SVG has no text: the labels are HTML around it, which stays readable at any width.
 """
 
 import math
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LEVELS = 10
-_TALLEST = 480  # px of a whole map
-_CELL = 18  # px of a row, at most
+_TALLEST = 480  # px, height of a map at most
+_CELL = 18  # px, height of a row at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,13 @@ class HeatMap:
 
     Args:
         title: what it shows.
-        rows: labels, all of them or the first and the last.
+        rows: labels of all rows, or of the first and the last.
         columns: labels of the first and the last column.
-        least, greatest: the values at the ends of the colours.
-        missing: cells without a value, drawn in the colour of a warning.
+        least, greatest: the values at the ends of the colour scale.
+        missing: number of cells without a value, drawn in a warning colour.
         svg: the picture.
-        height: of the picture, in px.
-        width: of the picture at most, in px.
+        height: height of the picture, in px.
+        width: largest width of the picture, in px.
     """
 
     title: str
@@ -48,15 +48,18 @@ def heat_map(
     logarithmic: bool,
     all_rows: bool = False,
 ) -> HeatMap | None:
-    """The map of some cells.
+    """Draws a map.
 
     Args:
-        cells: row and column → value; None for a value that should be there and is not. Other cells stay empty.
-        logarithmic: equal ratios, not equal differences, are equally far apart in colour.
-        all_rows: label every row, not just the first and the last.
+        title: what the map shows.
+        cells: (row, column) → value; None for a missing value. Cells that are not in it stay empty.
+        rows: labels of the rows.
+        columns: labels of the columns.
+        logarithmic: True if equal ratios are equally far apart in colour, False if equal differences are.
+        all_rows: True to label every row, not just the first and the last.
 
     Returns:
-        None where there are no values.
+        The map; None if there are no values.
     """
     values = [value for value in cells.values() if value is not None and math.isfinite(value) and value > 0]
     if not values:
@@ -95,7 +98,7 @@ def heat_map(
 
 
 def _runs(levels: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, int, int, int]]:
-    """Cells of one level beside one another: level, row, first column, how many."""
+    """Runs of cells of one level in a row: level, row, first column, length."""
     begin: tuple[str, int, int, int] | None = None
     for row, column in sorted(levels):
         level = levels[row, column]

@@ -1,4 +1,4 @@
-"""The page and the JSON beside it. The page needs nothing but itself: no script, no font, no address."""
+"""The HTML page and the JSON beside it. The page is self-contained: no script, no font, no URL."""
 
 import math
 import statistics
@@ -12,14 +12,14 @@ from markupsafe import Markup
 from amaxbridge.export.report.facts import Facts, Json, ModuleFacts, rows_of
 from amaxbridge.export.report.heatmap import LEVELS, HeatMap, heat_map
 
-_SHOWN = 12  # rows of a table; the rest is in the JSON
-_FEW = 3  # problems of one kind
-_FAR = 8
+_SHOWN = 12  # rows that a table shows; the JSON has all
+_FEW = 3  # problems of one kind that are shown
+_FAR = 8  # outlying experts that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectionSNR:
-    """The SNR of one projection over all layers and experts, in dB."""
+    """The signal-to-noise ratio of one projection over all layers and experts, in dB."""
 
     projection: str
     modules: int
@@ -30,7 +30,7 @@ class ProjectionSNR:
 
 @dataclass(frozen=True, slots=True)
 class FarExpert:
-    """An expert whose amax is far from those of its layer: `factor` times their median."""
+    """An expert whose amax is far from the others of its layer: `factor` times their median."""
 
     module: str
     what: str
@@ -39,7 +39,7 @@ class FarExpert:
 
 
 def render(facts: Facts) -> str:
-    """The page."""
+    """Returns the HTML page."""
     environment = Environment(
         loader=PackageLoader("amaxbridge.export.report", "."),
         autoescape=True,
@@ -70,7 +70,7 @@ def render(facts: Facts) -> str:
 
 
 def report_json(facts: Facts) -> Json:
-    """All facts, for programs; a number that JSON does not have is null."""
+    """Returns all facts for programs; numbers that JSON cannot represent are null."""
     return {
         "directory": facts.directory,
         "architectures": facts.config.get("architectures"),
@@ -92,7 +92,7 @@ def report_json(facts: Facts) -> Json:
 
 
 def snr_by_projection(modules: Iterable[ModuleFacts]) -> list[ProjectionSNR]:
-    """One row for each projection that was measured, the worst first."""
+    """One row for each measured projection, worst first."""
     found: dict[str, list[ModuleFacts]] = {}
     for module in modules:
         if module.snr is not None:
@@ -126,7 +126,7 @@ _KINDS: Mapping[str, Callable[[ModuleFacts], float | None]] = {
 
 
 def _amax_maps(modules: Sequence[ModuleFacts]) -> list[HeatMap]:
-    """Layer by projection, of weights and of inputs; of experts the largest."""
+    """Maps of layer by projection, for weights and inputs; for experts the largest value."""
     maps = (_by_layer(f"amax of the {what}s", modules, amax, max, logarithmic=True) for what, amax in _KINDS.items())
     return [each for each in maps if each is not None]
 
@@ -159,7 +159,7 @@ def _by_layer(
 
 
 def _expert_maps(modules: Iterable[ModuleFacts]) -> list[HeatMap]:
-    """Layer by expert, for each projection; projections that share their amax in one map."""
+    """Maps of layer by expert for each projection; projections with equal amax share a map."""
     routed = [module for module in modules if module.place.expert is not None]
     layers = sorted({module.place.layer or 0 for module in routed})
     experts = range(max((module.place.expert or 0 for module in routed), default=-1) + 1)
@@ -185,7 +185,7 @@ def _expert_maps(modules: Iterable[ModuleFacts]) -> list[HeatMap]:
 
 
 def _amax_notes(facts: Facts) -> Json:
-    """What differed between ranks, what was missing, and what filled it: from the export's notes, or the state's."""
+    """Amax that differed between ranks, were missing or were filled, from the export's record or from the state."""
     noted: Json = facts.conversion.get("amax") or {}
     state = facts.state
     divergent: dict[str, Sequence[float]] = noted.get("divergent") or (dict(state.divergent) if state else {})
@@ -207,7 +207,7 @@ def _amax_notes(facts: Facts) -> Json:
 
 
 def _label(projection: str) -> str:
-    """A projection as short as it can be told from others: `experts gate_proj`."""
+    """A projection's shortest distinct label: `experts gate_proj`."""
     words = [
         word for word in projection.split(".") if word not in ("*", "mlp", "mixer", "self_attn", "block_sparse_moe")
     ]
@@ -231,7 +231,7 @@ def _finite(value: float) -> float | None:
 
 
 def _breakable(name: str) -> Markup:
-    """A module's name, which may go on in the next line after a dot."""
+    """A module's name that may wrap after each dot."""
     return Markup(".<wbr>").join(name.split("."))
 
 

@@ -1,4 +1,4 @@
-"""Where a module stands in the model: layer, projection, expert, and the part whose size it counts to."""
+"""The place of a module in the model: layer, projection, expert, and the part that its size counts towards."""
 
 import re
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ _PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module stands.
+    """The place of a module.
 
     Args:
-        pattern: its name without numbers.
-        projection: the same within its layer: `mlp.experts.*.up_proj`.
-        layer: number; None outside the layers.
-        expert: number; None outside the routed experts.
+        pattern: name without numbers.
+        projection: name without numbers within its layer: `mlp.experts.*.up_proj`.
+        layer: layer number; None outside the layers.
+        expert: expert number; None outside the routed experts.
     """
 
     pattern: str
@@ -37,17 +37,17 @@ class Place:
 
     @property
     def part(self) -> str:
-        """The part of the model that it counts to."""
+        """The part of the model that the module's size counts towards."""
         return next((part for part, found in _PARTS if found.match(self.pattern)), "norms and the rest")
 
     @property
     def short(self) -> str:
-        """The projection alone: `up_proj`."""
+        """The last word of the projection: `up_proj`."""
         return self.projection.rpartition(".")[2]
 
 
 def place_of(module: str) -> Place:
-    """The place that a module's name says."""
+    """Reads the place from a module's name."""
     found = _LAYER.fullmatch(module)
     inside = found[3] if found else module
     expert = _EXPERT.fullmatch(inside) if is_routed_expert(module) else None

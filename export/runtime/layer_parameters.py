@@ -1,11 +1,11 @@
-"""The parameters of a layer that holds one rank's part of one or more modules of a checkpoint.
+"""The parameters of a layer that holds one rank's shard of one or more modules of a checkpoint.
 
-A merged layer (q/k/v, gate/up) holds its modules' tensors one after another on dim 0: rows of weights, and numbers such
-as global scales, one for each module. Each is loaded by the module's shard id, from the whole tensor of the
-checkpoint; the part for the rank is cut out where the parameter is smaller, on rows or on columns. Fewer parts than
-ranks means that ranks share them, as with key and value heads.
+A merged layer (q/k/v, gate/up) concatenates its modules' tensors on dim 0: rows of weights, and single numbers such as
+global scales, one for each module. Each is loaded by the module's shard id from the checkpoint's whole tensor; where
+the parameter is smaller, on rows or columns, the rank's shard is cut out. Fewer shards than ranks means that ranks
+share them, as with key and value heads.
 
-Nothing is cast that is not a plain float, and nothing is believed to be loaded: `check_loaded` names what is missing.
+Only plain floats are cast. `check_loaded` names every tensor that was not loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What a rank holds of a layer.
+    """The shard of a layer that one rank holds.
 
     Args:
-        columns: inputs on this rank.
-        rows: outputs on this rank, of each merged module.
-        all_columns: inputs on all ranks.
-        tp_rank: of this rank.
-        tp_size: how many ranks the layer is cut into.
+        columns: number of inputs on this rank.
+        rows: number of outputs on this rank, for each merged module.
+        all_columns: number of inputs on all ranks.
+        tp_rank: tensor-parallel rank.
+        tp_size: tensor-parallel size.
     """
 
     columns: int
@@ -49,12 +49,12 @@ class Partition:
         output_size: int,
         extra: Mapping[str, object],
     ) -> "Partition":
-        """From the arguments of `create_weights`.
+        """Makes it from the arguments of `create_weights`.
 
-        Without `tp_size` in `extra`, the layer is cut as often as its sizes say.
+        Without `tp_size` in `extra`, the sizes tell into how many shards the layer is cut.
 
         Raises:
-            ValueError: the rank is not one of the ranks.
+            ValueError: the rank is not below the number of ranks.
         """
         rows = tuple(output_partition_sizes)
         cuts = max(1, input_size // input_size_per_partition, output_size // sum(rows))
@@ -68,13 +68,13 @@ class Partition:
         return self.tp_size > 1 and self.columns == self.all_columns
 
     def weight_specs(self, dtype: torch.dtype) -> list[TensorSpec]:
-        """The weight `[out, in]` of each module on this rank."""
+        """Shape `[out, in]` and dtype of each module's weight on this rank."""
         return [TensorSpec((rows, self.columns), dtype) for rows in self.rows]
 
 
 @dataclass(slots=True)
 class Loader:
-    """Loads one parameter; is its `weight_loader`. `sizes` is the length on dim 0 of each merged module."""
+    """The `weight_loader` of one parameter. `sizes` is the length of each merged module on dim 0."""
 
     name: str
     sizes: tuple[int, ...]
@@ -83,12 +83,12 @@ class Loader:
     loaded: set[int] = field(default_factory=set)
 
     def __call__(self, parameter: nn.Parameter, tensor: Tensor, shard_id: ShardId = None) -> None:
-        """Copies a tensor of the checkpoint, or this rank's part of it.
+        """Copies a tensor of the checkpoint, or this rank's shard of it, into the parameter.
 
         Args:
-            parameter: where to.
-            tensor: whole, of one module; of all modules where they are merged in the checkpoint too.
-            shard_id: which module: `q`, `k`, `v` or a number; None for the only one, or for all.
+            parameter: the parameter to fill.
+            tensor: the whole tensor of one module, or of all modules if the checkpoint merges them, too.
+            shard_id: the module: `q`, `k`, `v` or a number; None for the only one, or for all.
 
         Raises:
             CheckpointError: the tensor does not fit; names both shapes and dtypes.
@@ -132,13 +132,13 @@ class Loader:
 def create_parameters(
     layer: nn.Module, specs: Sequence[Mapping[str, TensorSpec]], partition: Partition, extra: Mapping[str, object]
 ) -> None:
-    """Registers the tensors of a layer's modules, merged.
+    """Registers the merged parameters of a layer's modules.
 
     Args:
-        layer: gets the parameters.
-        specs: for each module, name → what this rank holds of it.
-        partition: what this rank holds.
-        extra: attributes for every parameter; a `weight_loader` replaces the one that is here.
+        layer: the layer that gets the parameters.
+        specs: for each module, name → shape and dtype on this rank.
+        partition: the shard of this rank.
+        extra: attributes for every parameter; a `weight_loader` among them replaces ours.
     """
     for name, first in specs[0].items():
         sizes = tuple(spec[name].shape[0] for spec in specs)
@@ -147,17 +147,17 @@ def create_parameters(
         is_number = first.shape == (1,)
         loader = Loader(name, sizes, partition, is_number)
         if "weight_loader" in extra:
-            loader.loaded.update(range(len(sizes)))  # not watched
+            loader.loaded.update(range(len(sizes)))  # the caller's loader does not report to us
         for attribute, value in {"weight_loader": loader, **extra, "loader": loader}.items():
             setattr(parameter, attribute, value)
         layer.register_parameter(name, parameter)
 
 
 def check_loaded(layer: nn.Module) -> None:
-    """Checks that every module's part of every parameter was loaded.
+    """Checks that every parameter was loaded for every module.
 
     Raises:
-        CheckpointError: some were not; names all. A `weight_loader` of the caller's is not watched.
+        CheckpointError: some were not; names all of them. Parameters with a `weight_loader` of the caller are skipped.
     """
     missing = [
         f"{name}" + (f" of module {number}" if len(loader.sizes) > 1 else "")
@@ -170,23 +170,23 @@ def check_loaded(layer: nn.Module) -> None:
 
 
 def module_parts(layer: nn.Module) -> list[dict[str, Tensor]]:
-    """The tensors of each merged module of a layer, views."""
+    """The tensors of each merged module of a layer, as views."""
     loaders = _loaders(layer)
     count = len(next(iter(loaders.values())).sizes)
     return [{name: module_part(layer.get_parameter(name), number) for name in loaders} for number in range(count)]
 
 
 def module_part(parameter: Tensor, number: int) -> Tensor:
-    """The part of a parameter that one merged module fills, a view."""
+    """The part of a parameter that belongs to one merged module, as a view."""
     sizes = parameter.loader.sizes  # type: ignore[attr-defined]
     return parameter.data.narrow(0, sum(sizes[:number]), sizes[number])
 
 
 def shared(layer: nn.Module, name: str) -> Tensor:
-    """The value that all merged modules of a layer have in a parameter.
+    """The value of a parameter that all merged modules of a layer share.
 
     Raises:
-        CheckpointError: they differ; shows them.
+        CheckpointError: the values differ; shows them.
     """
     values = [part[name] for part in module_parts(layer)]
     if any(not torch.equal(value, values[0]) for value in values):
@@ -204,7 +204,7 @@ def data_of(layer: nn.Module, name: str) -> Tensor:
 
 
 def replace_parameter(layer: nn.Module, name: str, new_data: Tensor) -> None:
-    """Puts a tensor of any shape and dtype in the place of a parameter; it is no longer one to load."""
+    """Replaces a parameter by a tensor of any shape and dtype, which no longer takes part in loading."""
     layer.register_parameter(name, nn.Parameter(new_data.detach(), requires_grad=False))
 
 

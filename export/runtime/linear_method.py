@@ -1,4 +1,4 @@
-"""A layer's method: the scheme that its signature asks for, and errors that name the layer."""
+"""The method of a linear layer: the scheme for its signature, and errors that name the layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,13 +30,13 @@ class LinearScheme(Protocol):
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Registers the parameters to load. Attributes `tp_rank` and `tp_size` say which part is this rank's."""
+        """Registers the parameters to load. `tp_rank` and `tp_size` among the attributes select this rank's shard."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Checks that all was loaded, and puts it into the form that `apply` reads."""
+        """Checks that everything was loaded, and converts it to the form that `apply` reads."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` `[*, in]` → `[*, out]`, all merged modules one after another."""
+        """`x` `[*, in]` → `[*, out]`, the outputs of all merged modules in order."""
 
     def weight(self, layer: nn.Module) -> Tensor:
         """The weight `[out, in]`, dequantized to bf16."""
@@ -46,12 +46,12 @@ class CompressedTensorsLinearMethod:
     """How one linear layer loads and computes.
 
     Args:
-        quant_config: of the checkpoint.
-        signature: of the layer's config group.
+        quant_config: the checkpoint's configuration.
+        signature: signature of the layer's config group.
         prefix: the layer's full name, for messages.
 
     Raises:
-        UnsupportedQuantizationError: the runtime does not compute this signature; says what it does.
+        UnsupportedQuantizationError: the runtime does not support this signature; says what it supports.
     """
 
     def __init__(self, quant_config: "CompressedTensorsConfig", signature: Signature, prefix: str = "") -> None:
@@ -74,13 +74,13 @@ class CompressedTensorsLinearMethod:
         """Registers the parameters of a layer; each has a `weight_loader(parameter, tensor, shard_id)`.
 
         Args:
-            layer: gets the parameters, named as in the checkpoint.
-            input_size_per_partition: inputs on this rank.
-            output_partition_sizes: outputs on this rank, of each merged module.
-            input_size: inputs on all ranks.
-            output_size: outputs on all ranks, of all modules.
-            params_dtype: of the inputs.
-            extra_weight_attrs: attributes for the parameters; `tp_rank` and `tp_size` say which part is this rank's.
+            layer: the layer that gets the parameters, named as in the checkpoint.
+            input_size_per_partition: number of inputs on this rank.
+            output_partition_sizes: number of outputs on this rank, for each merged module.
+            input_size: number of inputs on all ranks.
+            output_size: number of outputs of all modules on all ranks.
+            params_dtype: dtype of the inputs.
+            extra_weight_attrs: attributes of the parameters; `tp_rank` and `tp_size` select this rank's shard.
 
         Raises:
             ValueError: the format does not divide into these sizes.
@@ -97,10 +97,10 @@ class CompressedTensorsLinearMethod:
             )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Puts what was loaded into the form that `apply` reads: repacked, transposed, scales permuted.
+        """Converts what was loaded to the form that `apply` reads: repacked, transposed, scales permuted.
 
         Raises:
-            CheckpointError: something was not loaded, or merged modules have scales that one GEMM cannot use.
+            CheckpointError: a tensor was not loaded, or merged modules have scales that one GEMM cannot use.
         """
         with self._naming():
             self.scheme.process_weights_after_loading(layer)
@@ -111,7 +111,7 @@ class CompressedTensorsLinearMethod:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """Puts the layer's name before what a scheme says."""
+        """Adds the layer's name to the errors of a scheme."""
         try:
             yield
         except (ValueError, CheckpointError) as error:
@@ -121,7 +121,7 @@ class CompressedTensorsLinearMethod:
 
 
 def scheme_for(signature: Signature) -> LinearScheme:
-    """The scheme of a signature.
+    """Chooses the scheme for a signature.
 
     Raises:
         UnsupportedQuantizationError: there is none; says what is wrong and what is supported.

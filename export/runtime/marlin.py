@@ -1,17 +1,18 @@
-"""The layout in which Marlin, the GPU kernel for 4 and 8 bits, holds its weights, exact to the bit and reversible.
+"""The weight layout of Marlin, the GPU kernel for 4 and 8 bits: exact to the bit, and reversible.
 
-A weight comes as GPTQ packs it, `[in / per word, out]` int32: the codes of consecutive inputs in one word, the first in
-the low bits. It is cut into tiles of 16 inputs and 64 outputs, and the codes of a tile are ordered so that each of the
-32 threads of a warp reads just what its tensor core wants. With t = thread, w = 0 … 3:
+The input is a weight as GPTQ packs it, int32 `[in / per word, out]`: the codes of consecutive inputs in one word, the
+first in the low bits. It is cut into tiles of 16 inputs and 64 outputs, and the codes of a tile are ordered so that
+each of the 32
+threads of a warp reads exactly what its tensor core needs. With t = thread, w = 0 … 3:
 
     inputs    (t % 4) * 2 + {0, 1, 8, 9}          four codes of a column
     outputs   w * 16 + t // 4, and the same + 8   two columns
     4 bits    word t * 4 + w: both columns, in the order 0 2 4 6 1 3 5 7
     8 bits    words t * 8 + w * 2 + {0, 1}: a column each, in the order 0 2 1 3
 
-`_tile_order` is that table; packing gathers by it, unpacking by its inverse. With act-order, inputs are first sorted
-by group. Scales are permuted over outputs in the same spirit. The kernel itself is not here: `triton_kernels.py` reads
-this layout on a GPU, and on a CPU it is unpacked.
+`_tile_order` is that table: packing gathers by it, unpacking by its inverse. With act-order, inputs are first sorted by
+group. Scales are permuted over outputs likewise. The kernel itself is not here: `triton_kernels.py` reads this layout
+on a GPU, and on a CPU it is unpacked.
 """
 
 from functools import cache
@@ -71,31 +72,31 @@ def verify_marlin_supports_shape(
 
 
 def marlin_make_workspace(device: torch.device) -> Tensor:
-    """The locks of the kernel, int32 zeros: one for each multiprocessor; on a CPU one."""
+    """The kernel's locks: int32 zeros, one for each multiprocessor; on a CPU, one."""
     on_gpu = torch.device(device).type == "cuda"
     locks = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
     return torch.zeros(locks, dtype=torch.int, device=device)
 
 
 def marlin_make_empty_g_idx(device: torch.device) -> nn.Parameter:
-    """What stands for groups and order of inputs where there is no act-order."""
+    """The empty tensor that stands for groups and input order without act-order."""
     return nn.Parameter(torch.empty(0, dtype=torch.int, device=device), requires_grad=False)
 
 
 def get_scale_perms() -> tuple[list[int], list[int]]:
-    """Where permuted scales come from: of 64 outputs with groups, of 32 with one scale for all inputs."""
+    """The source index of each permuted scale: of 64 outputs with groups, of 32 with one scale for all inputs."""
     grouped = [i + 8 * j for i in range(8) for j in range(8)]
     single = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
     return grouped, single
 
 
 def marlin_permute_scales(s: Tensor, size_k: int, size_n: int, group_size: int) -> Tensor:
-    """Scales `[groups, out]` in the order of the kernel.
+    """Permutes scales `[groups, out]` into the kernel's order.
 
     Args:
-        s: one row for each group of inputs.
-        size_k: inputs.
-        size_n: outputs.
+        s: scales, one row for each group of inputs.
+        size_k: number of inputs.
+        size_n: number of outputs.
         group_size: inputs that share a scale; -1 for all.
     """
     return _reorder(s, _scale_order(size_k, group_size), size_n)
@@ -107,13 +108,13 @@ def marlin_unpermute_scales(s: Tensor, size_k: int, size_n: int, group_size: int
 
 
 def marlin_repack(packed: Tensor, perm: Tensor, size_k: int, size_n: int, num_bits: int) -> Tensor:
-    """A weight in Marlin's tiles.
+    """Repacks a weight into Marlin's tiles.
 
     Args:
         packed: int32 `[in / per word, out]`, consecutive inputs in a word.
-        perm: the order of inputs under act-order, `[in]`; empty for the order there is.
-        size_k: inputs, a multiple of 16.
-        size_n: outputs, a multiple of 64.
+        perm: the order of inputs under act-order, `[in]`; empty to keep the order.
+        size_k: number of inputs, a multiple of 16.
+        size_n: number of outputs, a multiple of 64.
         num_bits: 4 or 8.
 
     Returns:
@@ -139,12 +140,12 @@ def marlin_unpack(repacked: Tensor, perm: Tensor, size_k: int, size_n: int, num_
 
 
 def has_groups(size_k: int, group_size: int) -> bool:
-    """Whether inputs have more than one scale; it decides in which order scales stand."""
+    """True if the inputs have more than one scale, which decides the order of the scales."""
     return group_size != -1 and group_size < size_k
 
 
 def unpack_codes(packed: Tensor, columns: int, num_bits: int) -> Tensor:
-    """Codes int8, signed, `[rows, columns]` of words int32 `[rows, columns / per word]`, 4 or 8 bits each."""
+    """Unpacks words int32 `[rows, columns / per word]` into signed codes int8 `[rows, columns]` of 4 or 8 bits."""
     if num_bits == 4:
         return unpack_int4(packed, columns)
     return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
@@ -159,7 +160,7 @@ def pack_codes(codes: Tensor, num_bits: int) -> Tensor:
 
 @cache
 def _tile_order(num_bits: int) -> Tensor:
-    """For each place in a packed tile, which element of the tile `[16, 64]`, flat, stands there."""
+    """For each place in a packed tile, the flat index of its element in the tile `[16, 64]`."""
     order = []
     for thread in range(32):
         for w in range(4):
@@ -168,7 +169,7 @@ def _tile_order(num_bits: int) -> Tensor:
             codes = [row * _TILE_COLUMNS + column for column in columns for row in inputs]
             places = (0, 2, 4, 6, 1, 3, 5, 7) if num_bits == 4 else (0, 2, 1, 3, 4, 6, 5, 7)
             order += [codes[place] for place in places]
-    return torch.tensor(order, device="cpu")  # cached: not on a device that happens to be the default
+    return torch.tensor(order, device="cpu")  # on the CPU, because it is cached, whatever the default device
 
 
 def _scale_order(size_k: int, group_size: int) -> Tensor:

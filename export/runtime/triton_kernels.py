@@ -1,7 +1,7 @@
-"""Matrix products on a GPU: packed 4-bit weights that are dequantized on the way, and 8-bit integers.
+"""Matrix products on a GPU: packed 4-bit weights, dequantized on the fly, and 8-bit integers.
 
-Imported where a tensor is on a GPU. They show that what is loaded computes; engines have faster ones. Both accumulate
-exactly what the CPU computes, in fp32 and int32; tests hold them against it, in Triton's interpreter too.
+Imported only where a tensor is on a GPU. They show that a loaded layer computes; engines have faster kernels. Both
+accumulate what the CPU computes, in fp32 and int32; tests compare them with the CPU, in Triton's interpreter, too.
 """
 
 import torch

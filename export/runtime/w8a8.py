@@ -1,11 +1,11 @@
-"""Layers of 8-bit integers on both sides, `int-quantized`: an exact integer product, then the scales.
+"""Layers with 8-bit integer weights and inputs, `int-quantized`: an exact integer product, then the scales.
 
     weight        int8  [out, in]
     weight_scale        [out, 1], or [1] for the tensor
     y = (codes of x @ codes of the weight) * scale of the token * scale of the row
 
-Every token is scaled as it comes. On a CPU the product is `torch._int_mm`, on a GPU a Triton kernel. After loading the
-weight stands transposed, `[in, out]`, as both want it, and every output has a scale, `[out]`.
+Every token gets a scale of its own at run time. The product is `torch._int_mm` on a CPU and a Triton kernel on a GPU.
+After loading, the weight is transposed to `[in, out]`, as both need it, and every output has a scale, `[out]`.
 """
 
 import torch
@@ -25,10 +25,10 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 
 class CompressedTensorsW8A8Int8Scheme:
-    """Weights of 8 bits with a scale for each row, or one for all of them, and inputs scaled token by token.
+    """8-bit weights with a scale for each row or one for all, and inputs with a scale for each token.
 
     Raises:
-        UnsupportedQuantizationError: other bits.
+        UnsupportedQuantizationError: the weights do not have 8 bits.
     """
 
     def __init__(self, *, weight_bits: int, has_row_scales: bool = True) -> None:
@@ -48,7 +48,7 @@ class CompressedTensorsW8A8Int8Scheme:
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Registers what the checkpoint has for each module. Scales are fp32, whatever `params_dtype` is."""
+        """Registers the parameters of each module. Scales are fp32, whatever `params_dtype` is."""
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
         partition = Partition.of(*sizes, extra_weight_attrs)
         specs = []
@@ -61,7 +61,7 @@ class CompressedTensorsW8A8Int8Scheme:
         """Transposes the weight and gives every output its scale.
 
         Raises:
-            CheckpointError: something was not loaded.
+            CheckpointError: a tensor was not loaded.
         """
         check_loaded(layer)
         scales = [part["weight_scale"].flatten().expand(len(part["weight"])) for part in module_parts(layer)]
@@ -69,7 +69,7 @@ class CompressedTensorsW8A8Int8Scheme:
         replace_parameter(layer, "weight", data_of(layer, "weight").T)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` `[*, in]` → `[*, out]`, all modules one after another, in the dtype of `x`."""
+        """`x` `[*, in]` → `[*, out]`, the outputs of all modules in order, in the dtype of `x`."""
         weight, weight_scale = data_of(layer, "weight"), data_of(layer, "weight_scale")
         codes, scale = quantize_int8(x.reshape(-1, x.shape[-1]))
         if x.is_cuda:

@@ -6,9 +6,9 @@
     weight_zero_point  int32  [out / per word, groups]   asymmetric; packed over outputs
     weight_g_idx       int32  [in]                       act-order "group": the group of each input
 
-After loading, a layer that Marlin can hold is in Marlin's layout, weights and scales, as an engine has it; on a GPU a
-Triton kernel reads it there. Other sizes (the layers of tiny models) stay as they are and compute all the same. On a
-CPU, and for 8 bits, a weight is unpacked and dequantized at every call.
+After loading, a layer whose sizes Marlin supports has weights and scales in Marlin's layout, as in an engine; on a GPU
+a Triton kernel reads that. Other sizes (layers of tiny models) keep the stored layout and compute the same. On a CPU,
+and for 8 bits, a weight is unpacked and dequantized at every call.
 """
 
 import math
@@ -35,12 +35,12 @@ from amaxbridge.export.runtime.signature import UnsupportedQuantizationError
 from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
-_LAYOUT = "wna16_layout"  # among the attributes of a layer
+_LAYOUT = "wna16_layout"  # attribute of a layer
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a layer holds its weight `[size_n, size_k]`. Under act-order, scales are those of all ranks, `scaled_k`."""
+    """How a layer holds its weight `[size_n, size_k]`. Under act-order it has the scales of all `scaled_k` inputs."""
 
     size_k: int
     size_n: int
@@ -54,10 +54,10 @@ def _layout(layer: nn.Module) -> _Layout:
 
 
 class CompressedTensorsWNA16Scheme:
-    """Weights of `weight_bits` in groups of `group_size` inputs, -1 or None for one.
+    """Weights of `weight_bits` bits in groups of `group_size` inputs; -1 or None for one group.
 
     Raises:
-        UnsupportedQuantizationError: other bits, or an order of inputs that is not known.
+        UnsupportedQuantizationError: the number of bits or the order of inputs is not supported.
     """
 
     def __init__(self, *, weight_bits: int, group_size: int | None, symmetric: bool, actorder: str | None) -> None:
@@ -81,10 +81,10 @@ class CompressedTensorsWNA16Scheme:
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Registers what the checkpoint has for each module. Scales are fp32, whatever `params_dtype` is.
+        """Registers the parameters of each module. Scales are fp32, whatever `params_dtype` is.
 
         Raises:
-            ValueError: groups or words do not divide this rank's part.
+            ValueError: groups or words do not divide this rank's shard.
         """
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
         partition = Partition.of(*sizes, extra_weight_attrs)
@@ -98,7 +98,7 @@ class CompressedTensorsWNA16Scheme:
         """Unpacks zero points, sorts inputs by group, and repacks into Marlin's layout where it fits.
 
         Raises:
-            CheckpointError: something was not loaded, or merged modules have another order of inputs.
+            CheckpointError: a tensor was not loaded, or merged modules differ in the order of inputs.
         """
         check_loaded(layer)
         layout = _layout(layer)
@@ -116,7 +116,7 @@ class CompressedTensorsWNA16Scheme:
         self._repack(layer, layout)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` `[*, in]` → `[*, out]`, all modules one after another, in the dtype of `x`."""
+        """`x` `[*, in]` → `[*, out]`, the outputs of all modules in order, in the dtype of `x`."""
         if x.is_cuda and _layout(layer).is_marlin and self.weight_bits == 4:
             return self._apply_on_gpu(layer, x, bias)
         return linear(x, self.weight(layer, x.dtype), bias)
