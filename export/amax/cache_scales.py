@@ -1,8 +1,8 @@
-"""Scales of an FP8 key-value cache: `k_scale` and `v_scale` of each attention layer, from the quantizers inside it.
+"""The scales of an FP8 key-value cache: `k_scale` and `v_scale` of each attention layer, from its quantizers.
 
     self_attn.k_scale, self_attn.v_scale   float32   [1]   amax / 448, a multiplier
 
-ModelOpt's exporter raises these scales to at least 1, as a precaution; here they are what training computed with.
+ModelOpt's exporter raises these scales to at least 1 as a precaution; ours are those that training computed with.
 """
 
 import math
@@ -19,11 +19,11 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _FP8_MAX = 448.0
 _QUANTIZERS = ("k", "v")
-_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # in config.json, of what is read back
+_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # of config.json, where scales can be read back
 
 
 def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
-    """The key-value cache's buffers in a state, calibrated or not: `….k_bmm_quantizer._amax` and `k`."""
+    """The key-value cache's amax buffers in a state, calibrated or not: `….k_bmm_quantizer._amax` and `k`."""
     for name in {**state.amax, **dict.fromkeys(state.missing)}:
         for letter in _QUANTIZERS:
             if name.endswith(f".{letter}_bmm_quantizer._amax"):
@@ -31,11 +31,11 @@ def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
 
 
 def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, Tensor]]:
-    """The scales to write: name of the key's or value's weight, with which each is written, → name and tensor.
+    """The scales to write: name of the k or v weight that it is written with → name and tensor.
 
     Raises:
-        AmaxError: an amax is missing, zero, negative or not finite; all are named.
-        UsageError: a quantizer of the cache is not FP8, or its layer has no weight of that name.
+        AmaxError: an amax is missing, zero, negative or not finite; all of them are named.
+        UsageError: a quantizer of the cache is not FP8, or its layer has no k or v weight.
     """
     scales, unusable, others = dict[str, tuple[str, Tensor]](), list[str](), list[str]()
     for name, letter in cache_amax(state):
@@ -64,11 +64,11 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
 
 
 def stored_cache_scales(tensors: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, str]:
-    """The scales of the key-value cache in a checkpoint: the quantizer's buffer → the scale's name.
+    """The scales of the key-value cache in a checkpoint: name of the quantizer's buffer → name of the scale.
 
     Args:
-        tensors: the names of all.
-        quantization: `quantization_config`; its `kv_cache_scheme` must be FP8 with one scale a layer, if it has one.
+        tensors: the names of all tensors.
+        quantization: `quantization_config`; its `kv_cache_scheme`, if any, must be FP8 with one scale for each layer.
     """
     scheme = (quantization or {}).get("kv_cache_scheme") or _SCHEME
     if any(scheme.get(key) != value for key, value in _SCHEME.items()):
@@ -82,5 +82,5 @@ def stored_cache_scales(tensors: Iterable[str], quantization: Mapping[str, Any] 
 
 
 def amax_of_cache_scale(scale: Tensor) -> Tensor:
-    """fp32, 0-d: what `cache_scales` makes the scale from."""
+    """The amax that `cache_scales` makes this scale from: fp32, 0-d."""
     return amax_of_scale(scale.reshape(()), _FP8_MAX)

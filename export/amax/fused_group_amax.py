@@ -1,7 +1,7 @@
 """One amax for each fused group.
 
-Serving engines run q/k/v, gate/up and the like as one GEMM with one global scale, so the members of a group must
-be quantized with one weight amax and one input amax. They are combined as amax, with max, before any scale is
+Serving engines run q/k/v, gate/up and other fused groups as one GEMM with one global scale, so the members of a group
+must be quantized with one weight amax and one input amax. They are combined as amax, with max, before any scale is
 made: a maximum in one scale convention is a minimum in the other.
 """
 
@@ -29,10 +29,10 @@ class MissingAmax(StrEnum):
 
 
 def missing_policy(name: str) -> MissingAmax:
-    """The policy that users call `name`.
+    """Returns the policy of this name.
 
     Raises:
-        UsageError: there is none; lists those there are.
+        UsageError: unknown name. The message lists the known ones.
     """
     if name not in list(MissingAmax):
         raise UsageError(f"unknown policy amax.missing={name}; known: {', '.join(MissingAmax)}")
@@ -42,8 +42,9 @@ def missing_policy(name: str) -> MissingAmax:
 class GroupAmax(NamedTuple):
     """The amax that all members of a fused group share: fp32 scalars.
 
-    `weight` is None where it is to come from the weights themselves, `input` for weight-only schemes. `calibrated` says
-    whose arithmetic is used: ModelOpt's, as in training, or that of llm-compressor's `model_free_ptq`.
+    `weight` is None if it comes from the weights themselves, `input` is None for weight-only schemes. `calibrated`
+    decides
+    the arithmetic: ModelOpt's, as in training, or that of llm-compressor's `model_free_ptq`.
     """
 
     weight: Tensor | None
@@ -52,12 +53,12 @@ class GroupAmax(NamedTuple):
 
 
 DATA_FREE = GroupAmax(None, None, calibrated=False)
-"""Of a group that was never calibrated."""
+"""The amax of a group that was never calibrated."""
 
 
 @dataclass(slots=True)
 class SharedAmax:
-    """The shared amax by module, and what had to be filled: quantizer name → what filled it."""
+    """The shared amax by module, and the amax that were filled: quantizer name → what filled it."""
 
     by_module: dict[str, GroupAmax] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
@@ -69,12 +70,13 @@ def share_amax(
     """The shared amax of each module's fused group.
 
     Args:
+        state: the amax of single quantizers.
         weights: the modules that need a weight amax.
         inputs: the modules that need an input amax.
-        missing: what to do about an amax that makes no scale.
+        missing: what to do about an unusable amax.
 
     Raises:
-        AmaxError: amax that are missing, zero, negative, NaN or infinite, and that the policy does not fill; all named.
+        AmaxError: an amax is missing, zero, negative, NaN or infinite, and the policy does not fill it; all are named.
     """
     shared, problems = SharedAmax(), list[str]()
 
@@ -99,17 +101,17 @@ def share_amax(
         raise AmaxError(
             f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
             "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again; "
-            "amax.missing=from_weights (missing_amax= in Python) fills those of weights; those of inputs come from "
-            "data, or with group_max from the same fused group"
+            "amax.missing=from_weights (missing_amax= in Python) fills weight amax from the weights; input amax "
+            "come from data, or with group_max from the same fused group"
         )
     return shared
 
 
 def split_groups(treatment: Mapping[str, str]) -> list[str]:
-    """One line for each fused group whose members are not treated alike.
+    """One line for each fused group whose members are treated differently.
 
     Args:
-        treatment: module → what becomes of it, in a word.
+        treatment: module → its treatment, in a word.
     """
     groups = ({member: treatment[member] for member in group.members} for group in groups_among(treatment))
     return [

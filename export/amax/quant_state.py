@@ -1,7 +1,8 @@
-"""The quantizer state of a model in Hugging Face names: what training knows and a checkpoint needs.
+"""The quantizer state of a model in Hugging Face names.
 
-It is independent of Megatron and of any output format: amax by quantizer name, and for each quantized module the
-format its weight quantizer has.
+It depends neither on Megatron nor on an output format: amax by quantizer name, and the format of each quantized
+    module's
+weight quantizer.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class QuantState:
     divergent: Mapping[str, Divergence] = field(default_factory=dict)
 
     def weight_amax(self, module: str) -> Tensor | None:
-        """The per-tensor amax of a weight; of a per-block one, the largest or what training kept as its global amax."""
+        """The per-tensor amax of a weight; for a per-block one, training's global amax or the blocks' own."""
         return self.amax.get(module + GLOBAL_AMAX, self.amax.get(module + WEIGHT_QUANTIZER))
 
     def input_amax(self, module: str) -> Tensor | None:
@@ -53,5 +54,5 @@ class QuantState:
         return self.amax.get(module + INPUT_QUANTIZER)
 
     def calibrates_input(self, module: str) -> bool:
-        """Whether a module has a static input quantizer, calibrated or not: W4A4, in contrast to weights only."""
+        """True if the module has a static input quantizer, calibrated or not."""
         return module + INPUT_QUANTIZER in self.amax or module + INPUT_QUANTIZER in self.missing

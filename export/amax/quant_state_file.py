@@ -1,10 +1,11 @@
 """`quant_state.safetensors`: the quantizer state of a model in a file of its own, beside a checkpoint.
 
-The tensors are the amax by Hugging Face quantizer name. What else a `QuantState` holds, and which model it is of, is
-JSON in the file's metadata, so that one small read says whether the file fits a checkpoint.
+Its tensors are the amax, by Hugging Face quantizer name. The rest of a `QuantState`, and the identity of its model, are
+JSON in the file's metadata, so that one small read tells if the file fits a checkpoint.
 
-The file is planned like a shard, from names and shapes alone. Per-channel and per-block amax are spread over the ranks,
-each with the modules it owns: every rank writes its own at their places, and none holds the state of the whole model.
+The file is planned like a shard, from names and shapes alone. Per-channel and per-block amax are spread over the ranks
+with
+the modules that they own: each rank writes its own at their places, and none holds the state of the whole model.
 """
 
 import hashlib
@@ -35,16 +36,16 @@ _log = logging.getLogger("amaxbridge")
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What says of which model a state is. None where config.json does not say.
+    """The model that a state belongs to. A field is None if config.json does not give it.
 
     Args:
-        architectures: of config.json.
-        layers: how many.
-        hidden_size: of the residual stream.
-        experts: routed ones in a layer, 0 in a dense model.
-        modules: a hash of the names of all modules with a weight; "" where they are not known. Without routed experts,
-            which may be packed, and the head, which may be tied. Two checkpoints of one model may differ in it: one has
-            layers for multi-token prediction.
+        architectures: `architectures` of config.json.
+        layers: number of layers.
+        hidden_size: width of the residual stream.
+        experts: routed experts in a layer; 0 in a dense model.
+        modules: a hash of the names of all modules with a weight, "" if unknown. Routed experts, which may be packed,
+            and the head, which may be tied, do not count. Two checkpoints of one model may differ in it, if one of them
+            has layers for multi-token prediction.
     """
 
     architectures: tuple[str, ...]
@@ -58,8 +59,8 @@ class ModelIdentity:
         """The identity of a model.
 
         Args:
-            config: config.json.
-            tensors: the names of all weights; other names do not matter.
+            config: content of config.json.
+            tensors: the names of all weights; other names are ignored.
         """
         text = config.get("text_config") or config
         weights = {name for name in tensors if name.endswith(".weight") and not is_routed_expert(name)}
@@ -73,7 +74,7 @@ class ModelIdentity:
         )
 
     def differences(self, other: Self) -> list[str]:
-        """One line for each size in which another model is surely not this one."""
+        """One line for each field in which the two models certainly differ."""
         ours, theirs = asdict(self), asdict(other)
         return [
             f"{name}: {_shown(ours[name])} here, {_shown(theirs[name])} there"
@@ -83,12 +84,12 @@ class ModelIdentity:
 
 
 def plan_quant_state(state: QuantState, specs: Mapping[str, TensorSpec], model: ModelIdentity) -> Shard:
-    """The file, to be written tensor by tensor like any shard: the scalars of `state`, and what follows the weights.
+    """Plans the file, to be written tensor by tensor like any shard.
 
     Args:
-        state: formats, and the amax that every rank has.
-        specs: of per-channel and per-block amax, which are spread over the ranks; names of other tensors do not matter.
-        model: whose state it is.
+        state: the formats, and the amax that every rank has.
+        specs: specs of the per-channel and per-block amax, which are spread over the ranks; other names are ignored.
+        model: the model that the state belongs to.
     """
     content = {
         "version": _VERSION,
@@ -104,20 +105,21 @@ def plan_quant_state(state: QuantState, specs: Mapping[str, TensorSpec], model: 
 
 
 def quant_state_bytes(state: QuantState, model: ModelIdentity) -> bytes:
-    """The whole file, where one process has all of the state."""
+    """The content of the whole file, if one process has all of the state."""
     shard = plan_quant_state(state, {}, model)
     return shard.header + b"".join(_bytes_of(state.amax[name]) for name in shard.specs)
 
 
 def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[str] = ()) -> QuantState:
-    """The state in a file.
+    """Reads a state.
 
     Args:
+        file: the file.
         config: config.json of the checkpoint that it is for.
-        tensors: the names of its tensors, if they are known already.
+        tensors: the names of the checkpoint's tensors, if known already.
 
     Raises:
-        UsageError: no such file, another kind of file, or a state of another model.
+        UsageError: the file does not exist, is of another kind, or holds the state of another model.
         CheckpointError: the file is damaged.
     """
     if not file.is_file():
@@ -148,7 +150,7 @@ def _parsed(file: Path, text: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: the metadata is damaged: {error!r}; export it again") from error
     if version != _VERSION:
-        raise UsageError(f"{file} has version {version} of the format, and {_VERSION} is known here: update amaxbridge")
+        raise UsageError(f"{file} has format version {version}, this amaxbridge knows {_VERSION}: update amaxbridge")
     return content
 
 
@@ -156,7 +158,7 @@ def _check_model(file: Path, made_for: ModelIdentity, wanted: ModelIdentity) -> 
     differences = made_for.differences(wanted)
     if differences:
         raise UsageError(
-            f"{file} was made for another model; here is the file, there the checkpoint:{listing(differences)}\n"
+            f"{file} was made for another model (here: the file, there: the checkpoint):{listing(differences)}\n"
             "Give the state of this model"
         )
     if wanted.modules and made_for.modules and wanted.modules != made_for.modules:

@@ -1,10 +1,11 @@
-"""Does a checkpoint serve right? Rules over headers, config.json and scales; with a reference, over weights too.
+"""Checking that a checkpoint serves right: rules over headers, config.json and scales; with a reference, over weights,
+too.
 
     report = verify(directory)                  seconds, whatever the size of the model
     report = verify(directory, reference=HF)    reads all weights of both
-    report.conclude(target)                     raises where the checkpoint is not fit to serve
+    report.conclude(target)                     raises if the checkpoint is not fit to serve
 
-See README.md for the rules and how to add one.
+README.md lists the rules and explains how to add one.
 """
 
 from amaxbridge.export.verify.all_rules import RULES, verify

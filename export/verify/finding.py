@@ -1,7 +1,7 @@
-"""Rules and what they find.
+"""Rules and findings.
 
-A rule is a declaration: what must hold, a check, and what a serving engine does where it does not hold. The check only
-names tensors and says what is wrong with each; the rest is the same for all of them and stands once.
+A rule declares what must hold, a check, and what a serving engine does where it does not hold. The check only names
+tensors and says what is wrong with each; the rest is the same for all of them and is stated once.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from amaxbridge.export.verify.checkpoint_view import CheckpointView
 
 
 class Severity(StrEnum):
-    """Errors make a checkpoint unfit to serve; warnings are for people to judge; notes are good to know."""
+    """An error makes a checkpoint unfit to serve; a warning is for people to judge; a note is information."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -32,10 +32,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A rule that a checkpoint breaks, with every place where it does.
+    """A rule that a checkpoint breaks, with every place.
 
     Args:
-        rule: its name.
+        rule: name of the rule.
+        severity: how bad it is.
+        problems: every place, and what is wrong there.
         effect: what happens in a serving engine.
         next_step: what to do about it.
     """
@@ -48,20 +50,21 @@ class Finding:
 
     @property
     def tensors(self) -> list[str]:
-        """What is named: tensors, modules, files or keys, each once."""
+        """The tensors, modules, files or keys that are named, each once."""
         return list(dict.fromkeys(problem.subject for problem in self.problems))
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Something that must hold of a checkpoint.
+    """A condition that a checkpoint must meet.
 
     Args:
-        name: as reports call it.
+        name: name in reports.
         holds: what must hold, in one sentence.
-        effect: what an engine does where it does not.
+        effect: what an engine does where it does not hold.
         next_step: what to do then.
-        check: gives the places where it does not hold.
+        check: yields the places where it does not hold.
+        severity: how bad a violation is.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Rule:
     severity: Severity = Severity.ERROR
 
     def finding(self, view: CheckpointView) -> Finding | None:
-        """What the rule finds, None where it holds."""
+        """The finding; None if the rule holds."""
         problems = tuple(dict.fromkeys(self.check(view)))
         if not problems:
             return None

@@ -1,4 +1,4 @@
-"""Rules about fused groups: what an engine runs as one GEMM is quantized as one."""
+"""Rules about fused groups: modules that an engine runs as one GEMM are quantized as one."""
 
 from collections.abc import Callable, Iterator
 
@@ -30,7 +30,7 @@ def _inputs(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _unshared(view: CheckpointView, suffix_of: Callable[[Module], str | None]) -> Iterator[Problem]:
-    """Groups whose members have different numbers; equal as floats is equal in bits, for usable ones."""
+    """Groups whose members have different numbers. Usable numbers that are equal as floats are equal in bits."""
     for group in groups_among(module.name for module in view.quantized):
         values = _values(view, group, suffix_of)
         if len(set(values.values())) > 1:
@@ -43,7 +43,7 @@ def _unshared(view: CheckpointView, suffix_of: Callable[[Module], str | None]) -
 def _values(view: CheckpointView, group: FusedGroup, suffix_of: Callable[[Module], str | None]) -> dict[str, float]:
     names = [(name, suffix_of(view.modules[name])) for name in group.members]
     found = {f"{name}.{suffix}": view.numbers.get(f"{name}.{suffix}", 0.0) for name, suffix in names if suffix}
-    return {name: value for name, value in found.items() if value > 0}  # others have a rule of their own
+    return {name: value for name, value in found.items() if value > 0}  # unusable numbers have a rule of their own
 
 
 _SHARE = "Quantize the group with one amax, the largest of its members"

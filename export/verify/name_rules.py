@@ -1,8 +1,7 @@
-"""Rules about names, shapes and dtypes: everything the model needs is there, once, as the format has it.
+"""Rules about names, shapes and dtypes: everything that the model needs is there, once, in its format.
 
-What a model needs is known in three ways, from the weakest to the strongest: config.json gives the numbers of layers
-and experts, and the config group of a module its tensors; a reference checkpoint, or whoever calls `verify`, gives
-every name and shape (`expected`).
+What a model needs is known from two sources. config.json gives the number of layers and experts, and a module's config
+group gives its tensors. A reference checkpoint, or the caller of `verify`, gives every name and shape (`expected`).
 """
 
 import re
@@ -17,7 +16,7 @@ _LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.+)")
 _EXPERTS = ".experts."
 _OF_SCALES = ("_scale", "_scale_2", "_packed", "_zero_point")
 _CACHE_SCALES = ("k_scale", "v_scale")
-_FOREIGN = frozenset(  # what other programs, or other steps of an export, leave behind
+_FOREIGN = frozenset(  # what other programs, or earlier steps of an export, leave behind
     (
         "_amax", "_extra_state", "weight_scale_2", "weight_scale_inv", "output_scale", "k_cache_scale", "v_cache_scale",
         "weight_g_idx", "pre_quant_scale",
@@ -49,12 +48,12 @@ def _expected(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _is_extra(view: CheckpointView, name: str) -> bool:
-    """Tensors beyond the model's own: scales of the cache, layers for multi-token prediction, a copied head."""
+    """True for tensors that the model class lacks: cache scales, layers for multi-token prediction, a copied head."""
     return name.endswith(_CACHE_SCALES) or is_mtp(view, name) or name == "lm_head.weight"
 
 
 def is_mtp(view: CheckpointView, name: str) -> bool:
-    """Whether a tensor is of a layer for multi-token prediction, which model classes leave out."""
+    """True if a tensor belongs to a layer for multi-token prediction, which model classes leave out."""
     found, layers = _LAYER.fullmatch(name), view.text_config.get("num_hidden_layers")
     return name.startswith(("mtp.", "model.mtp.")) or (
         found is not None and isinstance(layers, int) and found[1] == "model.layers" and int(found[2]) >= layers
@@ -88,7 +87,7 @@ def _mtp(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _experts(view: CheckpointView) -> Iterator[Problem]:
-    """Each layer's experts: as many as config.json says, and each with all that the others have."""
+    """Each layer has as many experts as config.json says, and every expert has the same tensors."""
     wanted = next((view.text_config[key] for key in _EXPERT_COUNTS if view.text_config.get(key)), None)
     layers: dict[str, dict[int, set[str]]] = {}
     for name in view.tensors:
@@ -123,7 +122,7 @@ def _unread(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _suffixes(view: CheckpointView) -> Iterator[Problem]:
-    """Every tensor of the scheme; those of inputs have a rule of their own."""
+    """A quantized module has every tensor of its scheme; input scales have a rule of their own."""
     for module in view.quantized:
         planned = view.planned(module)
         for suffix in planned.keys() - module.tensors.keys() - set(INPUT_SUFFIXES):

@@ -1,14 +1,15 @@
-"""Which sizes of tensor and expert parallelism will serve, from shapes alone.
+"""The sizes of tensor and expert parallelism at which a checkpoint serves, from shapes alone.
 
-An engine cuts column-parallel weights (q, k, v, gate, up) along their outputs and row-parallel ones (o, down) along
-their inputs; each shard must still suit the format and its kernel:
+An engine cuts column-parallel weights (q, k, v, gate, up) along their outputs and row-parallel weights (o, down) along
+their
+inputs. Each shard must still suit the format and its kernel:
 
     NVFP4      inputs of a shard in blocks of 16, else it loads and is wrong
     MXFP4/8    inputs of a shard in blocks of 32
     FP8 block  inputs of a shard in blocks of 128; outputs too, of each merged member but the last
     W4A16      Marlin: outputs of a shard divide by 64, inputs by 128 and by the group
 
-Heads divide, too. Key and value heads are copied where there are fewer of them than ranks.
+Heads must divide, too. Key and value heads are copied if there are fewer of them than ranks.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ _MARLIN_OUT, _MARLIN_IN = 64, 128
 
 @dataclass(frozen=True, slots=True)
 class ParallelSize:
-    """A size of tensor (`TP`) or expert parallelism (`EP`), and what does not fit it; nothing where it serves."""
+    """A size of tensor (`TP`) or expert parallelism (`EP`), and the problems with it; none if it serves."""
 
     axis: str
     size: int
@@ -48,7 +49,7 @@ class ParallelSize:
 
 
 def parallel_sizes(view: CheckpointView, sizes: tuple[int, ...] = SIZES) -> tuple[ParallelSize, ...]:
-    """Each size of TP, and of EP where there are experts, with one problem for each kind of module."""
+    """Every size of TP, and of EP if there are experts, with one problem for each kind of module."""
     tensor = [ParallelSize("TP", size, tuple(_tensor_parallel(view, size))) for size in sizes]
     experts = next((view.text_config[key] for key in _EXPERTS if view.text_config.get(key)), None)
     if not isinstance(experts, int):
@@ -78,7 +79,7 @@ def _tensor_parallel(view: CheckpointView, size: int) -> Iterator[Problem]:
 
 
 def _misfit(module: Module, size: int, column_shards: int) -> str | None:
-    """Why a module cannot be cut among so many ranks, None where it can."""
+    """Why a module cannot be cut into so many shards; None if it can."""
     assert module.shape is not None
     rows, columns = module.shape
     projection = module.name.rpartition(".")[2]

@@ -1,10 +1,10 @@
-"""What the checkpoint was made from, and how far its weights are from that as an engine has them.
+"""Comparing weights, as an engine dequantizes them, with the checkpoint that they were made from.
 
 Every fused group is dequantized after the engine's own merge of scales: vLLM keeps the largest NVFP4 divisor of a
-group, and of an expert the gate's. So a group with unshared scales shows the error that will be served, shard by
-shard, and not the small one that each tensor has by itself.
+group, and for an expert the gate's. So a group with unshared scales shows the error that will be served, not the small
+error that each tensor has by itself.
 
-Weights are read here, and nowhere else in this package: one module at a time, some thousand rows at a time.
+This is the only module of the package that reads weights: one module at a time, a few thousand rows at a time.
 """
 
 import math
@@ -30,25 +30,26 @@ from amaxbridge.mappings.family import PackedExperts
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.tensors import TensorSpec
 
-_ROWS = 4096  # at a time; every block's height divides it
+_ROWS = 4096  # read at a time; a multiple of every block's height
 _CLIPPED = 1e-3
 _RANGE = 2688.0
-_BOUNDS: Mapping[int, float] = {4: 0.25, 8: 0.06}  # by bits of a code; Gaussian weights have about half of it
+_BOUNDS: Mapping[int, float] = {4: 0.25, 8: 0.06}  # by bits of a code; about twice the error of Gaussian weights
 _LARGE_FACTOR = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """How far a module's weight, as an engine has it, is from the reference.
+    """The difference between a module's weight, as an engine dequantizes it, and the reference.
 
     Args:
-        scheme: its name.
-        bits: of a code.
+        module: name of the module.
+        scheme: name of the scheme.
+        bits: bits of a code.
         error: |w - dequantized| / |w|.
-        swapped: the same with the two codes of each byte exchanged; NaN where a byte is one code.
-        factor: what the dequantized weight would have to be multiplied by to be nearest.
-        clipped: the share of weights beyond the largest that NVFP4's scale can hold; 0 in other formats.
-        largest: absolute weight of the reference.
+        swapped: the same error with the two codes of each byte exchanged; NaN if a byte holds one code.
+        factor: the factor by which the dequantized weight would be nearest to the reference.
+        clipped: share of weights beyond the largest value that NVFP4's scale can represent; 0 for other formats.
+        largest: largest absolute weight of the reference.
     """
 
     module: str
@@ -62,15 +63,16 @@ class WeightError:
 
     @property
     def snr(self) -> float:
-        """In dB."""
+        """Signal-to-noise ratio in dB."""
         return -20 * math.log10(self.error) if self.error > 0 else math.inf
 
 
 class Reference:
-    """A checkpoint with the weights before quantization, under the same names; experts may be packed there.
+    """A checkpoint with the weights before quantization, under the same names; its experts may be packed.
 
     Args:
-        config: of the checkpoint that is verified; its family knows how experts are packed.
+        directory: directory of the reference.
+        config: config.json of the checkpoint that is verified; its family knows how experts are packed.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
@@ -79,7 +81,7 @@ class Reference:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By name; GPT-OSS's MXFP4 as the weights that it is."""
+        """Shapes by name; GPT-OSS's MXFP4 as the weights that it encodes."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, stored in self._checkpoint.tensors.items():
             if name.endswith("_blocks") and len(stored.spec.shape) == 4:
@@ -93,7 +95,7 @@ class Reference:
         return shapes
 
     def errors(self, view: CheckpointView, progress: Progress) -> Iterator[WeightError]:
-        """Of every quantized module that can be dequantized and that the reference has."""
+        """Measures every quantized module that can be dequantized and that the reference has."""
         modules = {module.name: module for module in view.quantized if _is_whole(view, module)}
         sizes = {name: 2 * math.prod(module.shape or ()) for name, module in modules.items()}
         progress.begin(tensors=len(sizes), nbytes=sum(sizes.values()))
@@ -108,7 +110,7 @@ class Reference:
     def _read(self, module: Module) -> Tensor | None:
         try:
             weight = self._checkpoint.read(f"{module.name}.weight")
-        except CheckpointError:  # another rule says that the model has no such tensor
+        except CheckpointError:  # another rule reports that the model has no such tensor
             return None
         return weight if tuple(weight.shape) == module.shape else None
 
@@ -122,7 +124,7 @@ class Reference:
 def one_by_one(
     shapes: Mapping[str, tuple[int, ...]], held: Container[str], config: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes with packed experts as the tensors of each expert, unless `held` has them packed, too."""
+    """Names and shapes, with packed experts split into single ones unless `held` has them packed, too."""
     packed, single = _packed_experts(config), dict[str, tuple[int, ...]]()
     for name, shape in shapes.items():
         sources = {} if name in held else sources_in(name, shape, packed)
@@ -139,7 +141,7 @@ def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
 
 
 def error_rules(errors: list[WeightError]) -> tuple[Rule, ...]:
-    """The rules on errors that were measured."""
+    """The rules about measured errors."""
 
     def too_large(view: CheckpointView) -> Iterator[Problem]:
         for each in errors:
@@ -181,7 +183,7 @@ def _reason(each: WeightError) -> str:
 
 
 def _is_whole(view: CheckpointView, module: Module) -> bool:
-    """Whether all that dequantizing needs is there, in the right dtypes and shapes."""
+    """True if all tensors that dequantizing needs are there, with the right dtypes and shapes."""
     needed = {suffix: specs for suffix, specs in view.planned(module).items() if not suffix.startswith("input")}
     return bool(needed) and all(
         suffix in module.tensors and module.tensors[suffix].spec in specs for suffix, specs in needed.items()
@@ -189,7 +191,7 @@ def _is_whole(view: CheckpointView, module: Module) -> bool:
 
 
 def _merged_scale(members: list[Module], view: CheckpointView) -> float | None:
-    """NVFP4's divisor for all members of a fused group, as vLLM has it; None for other formats."""
+    """The NVFP4 divisor that vLLM uses for all members of a fused group; None for other formats."""
     divisors = [
         view.numbers[f"{module.name}.weight_global_scale"] for module in members if isinstance(module.scheme, NVFP4)
     ]

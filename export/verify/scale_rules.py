@@ -1,13 +1,13 @@
 """Rules about the values of scales. They read scales, never weights.
 
-How a reciprocal is seen without a reference. An engine divides by NVFP4's global scale g, so g = 2688 / amax, and by
-its own account the largest value of the fused group is 2688 / g. Trained weights stay far below 2688, so g is above 1;
-its reciprocal, amax / 2688, is then below 1. One bound separates both for every amax below 2688. The block scales
-alone cannot tell: they are right in both cases. FP8 and integers multiply by amax / bound, so there it is the other way
-around: a weight all of whose scales are above 1 would have an amax above 448 (FP8), 127 or 7 in every row or group.
+How a reciprocal is recognized without a reference: an engine divides by NVFP4's global scale g = 2688 / amax, so g
+claims that the largest value of the fused group is 2688 / g. Trained weights stay far below 2688, so g is above 1, and
+its reciprocal, amax / 2688, is below 1. This one bound separates the two for every amax below 2688. Block scales alone
+cannot tell: they are right in both cases. FP8 and integers multiply by amax / bound, so there it is the other way
+around: if all scales of a weight are above 1, its amax would be above 448 (FP8), 127 or 7 in every row or group.
 
-Inputs can be large, so a single input scale on the wrong side proves little. Half of all input scales of a model on
-that side do, and so does one that says an amax that 16-bit floats cannot hold.
+Inputs can be large, so a single input scale on the wrong side proves little. It is an error if half of all input scales
+of a model are there, or if one implies an amax that 16-bit floats cannot hold.
 """
 
 import math
@@ -28,8 +28,8 @@ from amaxbridge.mappings.fused_groups import groups_among
 _NVFP4_RANGE = FP4_MAX * FP8_MAX
 _LARGEST_FP16 = 65504.0
 _E8M0_NAN = 255
-_WIDE = 64.0  # how much larger than all its blocks the amax of a group may be: 6 binary digits of E4M3's range of 17
-_FAR = 1000.0  # how much larger than the median of its layer the input of one expert may be
+_WIDE = 64.0  # times that a group's amax may exceed its largest block: 6 of the 17 binary digits of E4M3's range
+_FAR = 1000.0  # times that the input amax of an expert may exceed the median of its layer
 
 
 def _weight_scales(view: CheckpointView) -> Iterator[Problem]:
@@ -83,7 +83,7 @@ def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _far_experts(view: CheckpointView) -> Iterator[Problem]:
-    """Engines take one input scale for all experts of a layer."""
+    """Engines use one input scale for all experts of a layer."""
     for suffix, whole_range in (("input_global_scale", _NVFP4_RANGE), ("input_scale", FP8_MAX)):
         layers: dict[tuple[str, str], dict[str, float]] = {}
         for name, value in _implied(view, suffix, whole_range).items():
@@ -98,7 +98,7 @@ def _far_experts(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _implied(view: CheckpointView, suffix: str, whole_range: float) -> dict[str, float]:
-    """Name of each usable input scale → the amax that it says."""
+    """Name of each usable input scale → the amax that it implies."""
     divides = suffix == "input_global_scale"
     return {
         name: whole_range / value if divides else whole_range * value

@@ -1,4 +1,4 @@
-"""What a verification found, as data."""
+"""The result of a verification, as data."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def text(finding: Finding) -> str:
-    """For a log or an error."""
+    """The finding as text for a log or an error."""
     return (
         f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
         f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
@@ -45,12 +45,14 @@ class VerifyReport:
     """Findings of all rules, and tables.
 
     Args:
-        directory: what was verified.
-        tensors, modules: how many there are; `modules` are the quantized ones.
-        schemes: the name of each scheme that is used → its number of modules.
-        rules: how many were applied.
-        parallel: which sizes will serve.
-        errors: against the reference; empty without one.
+        directory: the directory that was verified.
+        tensors: number of tensors.
+        modules: number of quantized modules.
+        schemes: name of each scheme → its number of modules.
+        rules: number of rules that were applied.
+        findings: the rules that are broken.
+        parallel: the parallel sizes, and the problems with each.
+        errors: errors against the reference; empty without one.
     """
 
     directory: Path
@@ -64,7 +66,7 @@ class VerifyReport:
 
     @property
     def failures(self) -> list[Finding]:
-        """Findings that make it unfit to serve."""
+        """Findings that make the checkpoint unfit to serve."""
         return self._of(Severity.ERROR)
 
     @property
@@ -74,7 +76,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether it is fit to serve, warnings or not."""
+        """True if the checkpoint is fit to serve, with or without warnings."""
         return not self.failures
 
     def _of(self, severity: Severity) -> list[Finding]:
@@ -89,10 +91,11 @@ class VerifyReport:
         return [ProjectionError.of(projection, scheme, errors) for (projection, scheme), errors in kinds.items()]
 
     def conclude(self, target: Path) -> None:
-        """The end of an export: warnings go to the log, and failures stop it before anything is at `target`.
+        """Ends an export: logs warnings, and raises on failures before anything is at `target`.
 
         Raises:
-            CheckpointError: it would not serve right; names every rule, the tensors and what an engine would do.
+            CheckpointError: the output would not serve right; names every rule, the tensors and what an engine would
+                do.
         """
         for finding in self.warnings:
             _log.warning("%s", text(finding))
@@ -100,11 +103,11 @@ class VerifyReport:
             raise CheckpointError(
                 f"{target} would not serve right, and was not written:\n"
                 + "\n".join(map(text, self.failures))
-                + "\nWith verify=false it is written all the same"
+                + "\nverify=false writes it all the same"
             )
 
     def as_json(self) -> dict[str, Any]:
-        """For json.dumps."""
+        """The report as JSON data."""
         return {
             "directory": str(self.directory),
             "ok": self.ok,
