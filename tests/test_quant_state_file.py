@@ -120,7 +120,7 @@ def test_no_such_file_and_another_kind_of_file(tmp_path: Path) -> None:
     [
         ("{", CheckpointError, "the metadata is damaged"),
         ("{}", CheckpointError, "the metadata is damaged"),
-        ('{"version": 2}', UsageError, "version 2 of the format"),
+        ('{"version": 2}', UsageError, "format version 2"),
     ],
 )
 def test_metadata_of_another_kind(tmp_path: Path, content: str, kind: type[Exception], message: str) -> None:
