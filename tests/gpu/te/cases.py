@@ -139,7 +139,6 @@ CASES: Mapping[str, Case] = {
     "fp8_delayed": Case(sizes=_ONE_LAYER, fp8="delayed"),
     "fp8_tensorwise": Case(sizes=_ONE_LAYER, fp8="tensorwise"),
     "fp8_blockwise": Case(sizes=_ONE_LAYER, fp8="blockwise"),
-    "fp8_blockwise_128": Case(sizes=_BLOCKS_CUT, fp8="blockwise"),
     "grouped_fp8_delayed": Case(**_MOE_ONE_LAYER, fp8="delayed"),
     "fp8_parameters_delayed": Case(sizes=_ONE_LAYER, fp8="delayed", fp8_parameters=True),
     "fp8_parameters_tensorwise": Case(sizes=_ONE_LAYER, fp8="tensorwise", fp8_parameters=True),
