@@ -21,7 +21,6 @@ from training import ITERATION, evaluate, tokens_of_step, train_step
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.process_ranks import world_rank
 
-
 TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
