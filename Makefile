@@ -28,23 +28,23 @@ test: setup
 
 # A run that is killed at a hundred moments, and taken up.
 test-faults: setup
-	KILLS=100 $(BIN)/python -m pytest tests/test_faults.py
+	KILLS=100 $(BIN)/python -m pytest tests/export/model_free/test_faults.py
 
 # Whole checkpoints against llm-compressor's own model_free_ptq, byte for byte.
 test-peer: peer
-	$(BIN)/python -m pytest --override-ini addopts=-q tests/peer
+	$(BIN)/python -m pytest tests/peer
 
 # On a machine with CUDA.
 test-gpu: setup
-	$(BIN)/python -m pytest --override-ini addopts=-q tests/gpu
+	$(BIN)/python -m pytest tests/gpu
 
 # What the real vLLM makes of our checkpoints, on a CPU: the table of docs/in-vllm.md.
 test-vllm: vllm
-	PYTHONPATH=. $(BIN)/python tests/real_vllm/run.py --vllm $(VLLM)/bin/python
+	$(BIN)/python -m tests.real_vllm.run --vllm $(VLLM)/bin/python
 
 # Logits of every family in transformers and in Megatron: the table of docs/families.md.
 parity: setup
-	PYTHONPATH=. $(BIN)/python tests/parity.py
+	$(BIN)/python -m tests.support.parity
 
 # What the ranks of an export move, beside the naive way: the table of benchmarks/README.md.
 bench-traffic: setup

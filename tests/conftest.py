@@ -1,59 +1,13 @@
 """Shared fixtures: a tiny Hugging Face model, and real Megatron processes exporting it."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
-from tiny_models import NEMOTRON_H, config, expert_biases, randomize
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ROOT = Path(__file__).parent.parent
-WORKERS = ROOT / "tests" / "workers"
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-class Launcher:
-    """Runs scripts on real ranks, in processes forked from one that has Megatron imported; see zygote.py."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self._zygote = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "zygote.py"],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(logs / "zygote.txt").open("w"),
-            text=True,
-            cwd=ROOT,
-        )
-
-    def __call__(self, *command: object, processes: int = 1, cwd: Path = ROOT) -> str:
-        """What the ranks printed, all of them, run in `cwd`.
-
-        Raises:
-            AssertionError: a rank failed; shows what they printed.
-        """
-        assert self._zygote.stdin is not None
-        assert self._zygote.stdout is not None
-        argv = [str(word) for word in command]
-        log = self._logs / f"{len(list(self._logs.iterdir()))}.txt"
-        request = {"argv": argv, "processes": processes, "log": str(log), "cwd": str(cwd)}
-        print(json.dumps(request), file=self._zygote.stdin, flush=True)
-        status = self._zygote.stdout.readline().strip()
-        assert status == "0", f"{' '.join(argv)} ended with {status or 'the zygote'}:\n{log.read_text()}"
-        return log.read_text()
-
-    def close(self) -> None:
-        self._zygote.communicate()
+from tests.support.hf_models import make_deepseek_v3, make_qwen3_moe
+from tests.support.launcher import Launcher, LiveRanks
+from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +50,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
     """What real Megatron ranks exported, at TP=1, TP=2 and PP=2."""
     return LiveRanks(launch, "live_export.py", qwen3, tmp_path_factory.mktemp("live"))
 
@@ -116,29 +70,6 @@ def qwen3_moe_mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_moe(directory, {**sizes, "mlp_only_layers": [2], "tie_word_embeddings": True})
 
 
-def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(11)
-    config = Qwen3MoeConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.08,
-        **sizes,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    randomize(model)
-    model.bfloat16().save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="session")
 def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random DeepSeek-V3: a dense layer, then two with experts in four groups; YaRN."""
@@ -153,58 +84,6 @@ def deepseek_v3_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with two layers for multi-token prediction, queries that are projected at once, two shared experts."""
     sizes = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3_mtp"), 2, {**sizes, "n_shared_experts": 2})
-
-
-def make_deepseek_v3(directory: Path, mtp_layers: int, sizes: dict[str, Any]) -> Path:
-    import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    torch.manual_seed(13)
-    config = DeepseekV3Config(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        first_k_dense_replace=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        max_position_embeddings=64,
-        initializer_range=0.08,
-        num_nextn_predict_layers=mtp_layers,
-        **sizes,
-    )
-    model = DeepseekV3ForCausalLM(config)
-    randomize(model)
-    model.bfloat16()
-    expert_biases(model)
-    model.save_pretrained(directory)
-    if mtp_layers:
-        add_mtp_layers(directory, config.num_hidden_layers, mtp_layers)
-    return directory
-
-
-def add_mtp_layers(directory: Path, first: int, count: int) -> None:
-    """Layers as DeepSeek stores them, which transformers neither loads nor saves: each like the last decoder layer."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(directory / "model.safetensors")
-    hidden = tensors["model.norm.weight"].numel()
-    last = f"model.layers.{first - 1}."
-    likes = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
-    likes |= {f"{name}.weight": tensors["model.norm.weight"] for name in ("enorm", "hnorm", "shared_head.norm")}
-    likes["eh_proj.weight"] = torch.empty(hidden, 2 * hidden, dtype=torch.bfloat16)
-    for layer in range(first, first + count):
-        for name, like in likes.items():
-            tensors[f"model.layers.{layer}.{name}"] = (0.1 * torch.randn(like.shape)).to(like.dtype)
-        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -237,63 +116,24 @@ def nemotron_h(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live_mla(launch: Launcher, deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+def live_mla(launch: Launcher, deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
     """What real Megatron ranks exported of the model with latent attention."""
     return LiveRanks(launch, "live_mla.py", deepseek_v3, tmp_path_factory.mktemp("live_mla"))
 
 
 @pytest.fixture(scope="session")
-def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
     """The same of the model with layers for multi-token prediction."""
     return LiveRanks(launch, "live_mla.py", deepseek_v3_mtp, tmp_path_factory.mktemp("live_mtp"))
 
 
 @pytest.fixture(scope="session")
-def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
     """What real Megatron ranks exported of the MoE model."""
     return LiveRanks(launch, "live_moe.py", qwen3_moe, tmp_path_factory.mktemp("live_moe"))
 
 
 @pytest.fixture(scope="session")
-def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> "LiveRanks":
+def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
     """The same of the model with a dense layer."""
     return LiveRanks(launch, "live_moe.py", qwen3_moe_mixed, tmp_path_factory.mktemp("live_moe_mixed"))
-
-
-class LiveRanks:
-    """Runs a worker once per topology, when first asked for."""
-
-    def __init__(self, launch: Launcher, worker: str, hf: Path, root: Path) -> None:
-        self.hf = hf
-        self._launch = launch
-        self._worker = WORKERS / worker
-        self._root = root
-        self._done = set[Path]()
-
-    def at(self, *, processes: int = 0, **sizes: int) -> Path:
-        """The directory of everything that the ranks of a topology wrote.
-
-        Args:
-            processes: how many; without it, what TP and PP need.
-            sizes: as `megatron.distributed` takes them.
-        """
-        sizes = {"tp": 1, **sizes}
-        processes = processes or sizes["tp"] * sizes.get("pp", 1)
-        directory = self._root / f"{processes}_{''.join(f'{axis}{size}' for axis, size in sizes.items())}"
-        if directory not in self._done:
-            self._launch(self._worker, self.hf, directory, json.dumps(sizes), processes=processes)
-            self._done.add(directory)
-        return directory
-
-    def report(self, **sizes: int) -> dict[str, Any]:
-        """What the worker noted down: messages of warnings and errors."""
-        report: dict[str, Any] = json.loads((self.at(**sizes) / "report.json").read_text())
-        return report
-
-
-def tensors_in(directory: Path) -> dict[str, "Tensor"]:
-    """All tensors of a directory of safetensors."""
-    from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
-
-    with SafetensorsCheckpoint(directory) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.weight_map}

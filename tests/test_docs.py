@@ -14,12 +14,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from checkpoints import dense_model, write_checkpoint
-from conftest import ROOT, Launcher, LiveRanks
 
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.export.schemes.scheme import quantize_tensors
+from tests.support.checkpoints import dense_model, write_checkpoint
+from tests.support.launcher import Launcher, LiveRanks
+from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RANKS = "2"

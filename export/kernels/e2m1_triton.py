@@ -8,7 +8,7 @@ of a lane for four elements. Where they go:
   `fma(x, high, x * low)`: right to 2^-47 before its only rounding. That is not always the IEEE quotient, but it falls
   on the same side of each bound between codes, for every bf16 and fp16: the exact quotient of a significand of 11 bits
   lies on the bound, or further from where fp32 rounds to it than 2^-47. The one exception, a divisor of all ones, is
-  why `low` has its second term. `tests/test_triton.py` proves it again on numbers. fp32 weights have no such gap, nor
+  why `low` has its second term. `test_triton.py` proves it again on numbers. fp32 weights have no such gap, nor
   do divisors outside of fp32's middle: they take `div_rn`.
 - **Rounding.** E2M1 is three ranges of even steps: 1/2 up to 2, 1 up to 4, 2 up to 6. So a code is the sum of three
   rounded numbers: of the part of the quotient that lies in each range, clamped to it (free on most instructions)

@@ -1,6 +1,6 @@
 """ModelOpt's own fake quantization of a weight on a GPU against our dequantized export, element by element.
 
-    PYTHONPATH=. python3 tests/gpu/fake_quant.py [--cpu]
+    python3 -m tests.gpu.fake_quant [--cpu]
 
 The fake quantizer is what training saw: a Triton kernel, whose `/` is not IEEE, with a global scale that torch makes on
 the GPU by a reciprocal. The export has the arithmetic of ModelOpt's exporter, which is IEEE. So they may part:

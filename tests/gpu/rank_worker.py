@@ -17,15 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "workers")]
-
-from live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_parameters  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import current_ranks, world_rank  # noqa: E402
-from benchmarks.traffic import CountingRanks, naive  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_parameters
+from amaxbridge.bridge.live.process_ranks import current_ranks, world_rank
+from benchmarks.traffic import CountingRanks, naive
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Megatron on two GPUs, exported from their memory over NCCL, gives the files that two CPUs give over gloo.
 
-    PYTHONPATH=. python3 tests/gpu/real_ranks.py [--tiny] [--cpu]
+    python3 -m tests.gpu.real_ranks [--tiny] [--cpu]
 
 A dense model at TP=2 and a mixture of experts at EP=2, both random, loaded from one Hugging Face directory, with amax
 made from the quantizers' names: the same weights and amax in both runs. Prints what each rank moved, beside the naive
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support.paths import ROOT
+
 WORKER = Path(__file__).with_name("rank_worker.py")
 MIB = 2**20
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_kernels import every_block_amax, every_value, nvfp4_of
 from torch import Tensor
-from weights import DTYPES, WEIGHTS, all_arithmetics, all_dtypes, same_bytes, weights_of_all_kinds
 
 from amaxbridge.export.kernels import mx, scaled
 from amaxbridge.export.kernels.nvfp4 import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
+from tests.support.every_bf16 import every_block_amax, every_value, nvfp4_of
+from tests.support.hard_weights import DTYPES, WEIGHTS, all_arithmetics, all_dtypes, same_bytes, weights_of_all_kinds
 
 all_values = pytest.mark.parametrize("blocks", [every_block_amax, every_value])
 MX = pytest.mark.parametrize("quantize", [mx.quantize_mxfp4, mx.quantize_mxfp8])

@@ -1,6 +1,6 @@
 """What real Megatron ranks export for vLLM to load: a dense and an MoE model in every scheme, and what must come out.
 
-    python tests/real_vllm/prepare.py OUT_DIR
+    python -m tests.real_vllm.prepare OUT_DIR
 
 Runs in our environment. Sizes are the least that all formats and kernels can split over two ranks.
 """
@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-
-from conftest import WORKERS, Launcher  # noqa: E402
-from tiny_models import config, randomize  # noqa: E402
+from tests.support.launcher import Launcher
+from tests.support.paths import WORKERS
+from tests.support.tiny_models import config, randomize
 
 SIZES = {
     "hidden_size": 256,

@@ -1,6 +1,6 @@
 """The whole comparison, from Megatron ranks to the table of docs/in-vllm.md: `make test-vllm`.
 
-    python tests/real_vllm/run.py --vllm .venv-vllm/bin/python [--keep DIR]
+    python -m tests.real_vllm.run --vllm .venv-vllm/bin/python [--keep DIR]
 
 Exit status 1 where anything differs from what README.md here promises.
 """
@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import prepare
-from prepare import TESTS
+from tests.real_vllm import prepare
+from tests.support.paths import ROOT
 
 SERVE = Path(__file__).with_name("serve.py")
 _TABLE = re.compile(r"(<!-- vllm -->\n).*?(<!-- /vllm -->)", re.DOTALL)
-TABLES = (TESTS.parent / "docs" / "in-vllm.md", Path(__file__).with_name("README.md"))
+TABLES = (ROOT / "docs" / "in-vllm.md", Path(__file__).with_name("README.md"))
 
 # How far a dequantized weight may be from the source, relative norm: half a step of the format, measured on a normal
 # distribution, and a fifth more.

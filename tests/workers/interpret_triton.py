@@ -6,15 +6,8 @@ The interpreter has no fused multiply-add and rounds to bf16 and E4M3 wrongly, s
 `tests/gpu` runs the ways of the hardware. It takes a tenth of a second for a launch: one weight holds all hard cases.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from weights import WEIGHTS, same_bytes
 
 from amaxbridge.export.kernels import (
     amax_triton,
@@ -26,6 +19,7 @@ from amaxbridge.export.kernels import (
 )
 from amaxbridge.export.kernels.nvfp4 import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
+from tests.support.hard_weights import WEIGHTS, same_bytes
 
 MODELOPT = Arithmetic.MODELOPT
 

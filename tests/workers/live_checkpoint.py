@@ -16,10 +16,10 @@ warnings.filterwarnings("ignore")
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
-from live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

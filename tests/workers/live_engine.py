@@ -25,7 +25,6 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
-from model import TOKENS, forward  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -36,6 +35,7 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint  
 from amaxbridge.export.model_free.whole_directory import model_free_ptq  # noqa: E402
 from amaxbridge.export.schemes import SCHEMES  # noqa: E402
 from amaxbridge.mappings.ranks import Axis  # noqa: E402
+from tests.workers.model import TOKENS, forward  # noqa: E402
 
 INT8_ROWS_AND_TOKENS = copy.deepcopy(mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG)
 for _entry in INT8_ROWS_AND_TOKENS["quant_cfg"]:

@@ -18,12 +18,12 @@ logging.disable(logging.INFO)
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import torch  # noqa: E402
-from model import forward  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
 from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
 from amaxbridge.mappings.errors import UsageError  # noqa: E402
+from tests.workers.model import forward  # noqa: E402
 
 
 def static_blocks(model: Any) -> None:

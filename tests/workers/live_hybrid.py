@@ -16,10 +16,9 @@ from typing import Any
 warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
 
-from live_moe import insert_quantizers, mirror_amax, set_amax_from_names  # noqa: E402
-
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 from amaxbridge.mappings.errors import AmaxbridgeError  # noqa: E402
+from tests.workers.live_moe import insert_quantizers, mirror_amax, set_amax_from_names  # noqa: E402
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

@@ -17,11 +17,11 @@ warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
 
 import torch  # noqa: E402
-from model import forward  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 from amaxbridge.bridge.import_hf import import_hf  # noqa: E402
 from amaxbridge.bridge.live.process_ranks import process_group, world_rank  # noqa: E402
+from tests.workers.model import forward  # noqa: E402
 
 
 def main(steps: list[dict[str, Any]]) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live_moe import insert_quantizers, mirror_amax, save_logits, set_amax_from_names
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.model_walk import walk_quantizers
+from tests.workers.live_moe import insert_quantizers, mirror_amax, save_logits, set_amax_from_names
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

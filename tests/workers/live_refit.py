@@ -18,7 +18,6 @@ warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
 
 import torch  # noqa: E402
-from live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
 from modelopt.torch.quantization.config import QuantizerAttributeConfig  # noqa: E402
 from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -26,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

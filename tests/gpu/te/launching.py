@@ -38,7 +38,7 @@ def run_cases(script: str, directory: Path, names: Sequence[str], *, jobs: int, 
 
 
 def _run(script: str, directory: Path, name: str, *, gpu: int) -> subprocess.CompletedProcess[str]:
-    path = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable]
     if CASES[name].processes > 1:

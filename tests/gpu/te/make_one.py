@@ -19,7 +19,6 @@ from cases import CASES, Case, config_of
 from models import build
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import randomize
 from torch import Tensor
 from training import (
     BLOCK,
@@ -38,6 +37,7 @@ from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.model_walk import walk_parameters
 from amaxbridge.bridge.live.process_ranks import world_rank
 from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
+from tests.support.tiny_models import randomize
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,229 @@
+"""config.json made of the arguments that Megatron saves: every family, and arguments of Megatron's own command line."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from amaxbridge.bridge.hf import HFModel, make_hf_model
+from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
+from amaxbridge.mappings.errors import UnknownArchitectureError, UsageError
+from amaxbridge.mappings.families import family_of
+from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_arguments, to_arguments
+from tests.support.published_models import PARAMETERS, published
+from tests.support.tiny_models import TINY_MODELS
+
+NOT_OF_MEGATRON = {"initializer_range", "chunk_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+TWO_KINDS = ("Qwen3-MoE", "OLMoE")  # which the arguments do not tell apart; `test_parity.py` has their tensors
+IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part
+ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - {*TWO_KINDS, *IMAGES})
+
+
+def arguments_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return to_arguments(family_of(hf_config).settings(hf_config))
+
+
+def there_and_back(hf_config: Mapping[str, Any]) -> HFModel:
+    family = family_of(hf_config)
+    settings = family.settings_of(from_arguments(arguments_of(hf_config)))
+    return make_hf_model(hf_config["architectures"][0], family.hf_config({**DEFAULTS, **settings}), torch.bfloat16)
+
+
+def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) -> Path:
+    """A checkpoint of an embedding, with arguments."""
+    state = {"embedding.word_embeddings.weight": torch.ones(rows, 64, dtype=torch.bfloat16)}
+    save(state, storage_writer=FileSystemWriter(directory), no_dist=True)
+    torch.save({"args": Namespace(**arguments)}, directory / "common.pt")
+    return directory
+
+
+@pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS])
+def test_a_tiny_config_comes_back(name: str) -> None:
+    """All fields but those that no setting of Megatron has to do with."""
+    original = TINY_MODELS[name].make().to_dict()
+    made = there_and_back(original).config
+    for field in original.keys() - NOT_OF_MEGATRON:
+        value, found = original[field], made.get(field)
+        if isinstance(value, dict):
+            assert value.items() <= found.items(), field  # YaRN says its defaults
+        elif value is not None:  # a head_dim that was left out
+            assert found == value, field
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - set(IMAGES)))
+def test_a_published_config_computes_the_same(name: str) -> None:
+    original = published(name).to_dict()
+    family = family_of(original)
+    made = there_and_back(original)
+    assert differences(family.settings(made.config), family.settings(original)) == []
+    assert made.written["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ONE_KIND)
+def test_the_arguments_tell_the_family(name: str, tmp_path: Path) -> None:
+    original = TINY_MODELS[name].make().to_dict()
+    hf = model_of_arguments(save_with(tmp_path, arguments_of(original)))
+    assert hf.written["architectures"] == original["architectures"]
+    assert hf.written["vocab_size"] == 131
+    assert not [note for note in hf.notes if "Megatron's defaults" in note]
+
+
+COMMON = (
+    "--seq-length 32 --micro-batch-size 1 --bf16 --normalization RMSNorm --disable-bias-linear "
+    "--transformer-impl local --untie-embeddings-and-output-weights "
+    "--no-masked-softmax-fusion --no-rope-fusion --vocab-size 128256"
+)
+LLAMA = f"{COMMON} --swiglu --position-embedding-type rope --hidden-size 4096 --num-attention-heads 32"
+GQA = "--ffn-hidden-size 14336 --group-query-attention --num-query-groups 8 --num-layers 32"
+COMMAND_LINES = {
+    "Llama-3.1-8B": f"{LLAMA} {GQA} --max-position-embeddings 131072 --rotary-base 500000 --use-rope-scaling",
+    "Mixtral-8x7B": (
+        f"{LLAMA} {GQA} --max-position-embeddings 32768 --rotary-base 1000000 --num-experts 8 --moe-router-topk 2"
+    ),
+    "DeepSeek-V3": (
+        f"{COMMON} --swiglu --position-embedding-type rope --num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 "
+        "--num-attention-heads 128 --kv-channels 128 --max-position-embeddings 163840 --multi-latent-attention "
+        "--q-lora-rank 1536 --kv-lora-rank 512 --qk-layernorm --norm-epsilon 1e-6 --rotary-scaling-factor 40 "
+        "--mscale 1.0 --mscale-all-dim 1.0 --num-experts 256 --moe-layer-freq ([0]*3+[1]*58) "
+        "--moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048 --moe-router-topk 8 "
+        "--moe-router-num-groups 8 --moe-router-group-topk 4 --moe-router-topk-scaling-factor 2.5 "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --mtp-num-layers 1"
+    ),
+    "GPT-OSS-20B": (
+        "--seq-length 32 --micro-batch-size 1 --bf16 --normalization RMSNorm --untie-embeddings-and-output-weights "
+        "--no-masked-softmax-fusion --transformer-impl local --vocab-size 201088 --quick-geglu --num-layers 24 "
+        "--hidden-size 2880 --ffn-hidden-size 2880 --num-attention-heads 64 --kv-channels 64 --add-qkv-bias "
+        "--group-query-attention --num-query-groups 8 --max-position-embeddings 131072 --rotary-base 150000 "
+        "--position-embedding-type yarn --rotary-scaling-factor 32 --yarn-original-max-position-embeddings 4096 "
+        "--no-yarn-correction-range-round-to-int --softmax-type learnable --window-size 127,0 "
+        "--window-attn-skip-freq 2 --activation-func-clamp-value 7.0 --glu-linear-offset 1.0 --num-experts 32 "
+        "--moe-router-topk 4"
+    ),
+    "Nemotron-H-8B": (
+        f"{COMMON} --squared-relu --position-embedding-type none --hidden-size 4096 --num-attention-heads 32 "
+        "--ffn-hidden-size 21504 --kv-channels 128 --group-query-attention --num-query-groups 8 --mamba-num-heads 128 "
+        "--max-position-embeddings 8192 --hybrid-layer-pattern M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def megatron_arguments() -> dict[str, Namespace]:
+    """The arguments that Megatron's training makes of command lines, and saves."""
+    from megatron.training.arguments import add_megatron_arguments, validate_args
+
+    made = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name, line in COMMAND_LINES.items():
+            arguments = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(line.split())
+            arguments.rank, arguments.world_size = 0, 1
+            arguments._is_global_batch_size_explicitly_specified = False
+            validate_args(arguments)
+            made[name] = arguments
+    return made
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_arguments_of_megatron_s_command_line(
+    name: str, megatron_arguments: dict[str, Namespace], tmp_path: Path
+) -> None:
+    """The family, its published sizes, and the configuration that Megatron itself makes of the arguments."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    arguments, original = megatron_arguments[name], published(name).to_dict()
+    hf = model_of_arguments(save_with(tmp_path, vars(arguments)))
+    family = family_of(original)
+    assert hf.family is family
+    expected = {**family.settings(original), "vocab_size": arguments.vocab_size}
+    assert differences(family.settings(hf.config), expected) == []
+    fields = (family.hybrid_config if family.hybrid_pattern else family.transformer_config)(hf.config)
+    made_by_megatron = {**vars(arguments), **vars(core_transformer_config_from_args(arguments))}
+    assert differences(family.settings_of(from_arguments(made_by_megatron)), {**expected, **fields}) == []
+
+
+def test_defaults_are_megatron_s() -> None:
+    """Those of its command line, or where that has none, of its configuration."""
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    line = from_arguments(vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([])))
+    fields = {field.name: field.default for field in dataclasses.fields(MLATransformerConfig)}
+    fields |= {"multi_latent_attention": False, "normalization": "LayerNorm", "q_lora_rank": None}
+    known = {name: line.get(name, fields.get(name)) for name in DEFAULTS if name in line or name in fields}
+    assert {name: DEFAULTS[name] for name in known} == known
+    others = {name for name, value in DEFAULTS.items() if value is not None and name not in known}
+    assert [name for name in others if name != "activation" and not name.startswith("yarn_")] == []  # GPT-OSS above
+
+
+class TestOptionsAndErrors:
+    @pytest.fixture
+    def arguments(self) -> dict[str, Any]:
+        return arguments_of(TINY_MODELS["Llama 2"].make().to_dict())
+
+    def test_a_padded_vocabulary(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        del arguments["vocab_size"]
+        checkpoint = save_with(tmp_path, arguments, rows=256)
+        hf = model_of_arguments(checkpoint)
+        assert hf.written["vocab_size"] == 256
+        assert "vocab_size is 256, which Megatron padded" in "\n".join(hf.notes)
+        hf = model_of_arguments(checkpoint, vocab_size=131)
+        assert hf.written["vocab_size"] == 131
+        assert "padded" not in "\n".join(hf.notes)
+
+    def test_what_is_not_said_is_noted(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        del arguments["rotary_base"]
+        notes = "\n".join(model_of_arguments(save_with(tmp_path, {**arguments, "tokenizer_model": "a/b"})).notes)
+        assert "the saved arguments have no rotary_base: Megatron's defaults" in notes
+        assert "there is no tokenizer here: copy the files of the one that training used: a/b" in notes
+        assert "the defaults of transformers in attention_bias, " in notes
+        assert "no bos_token_id, eos_token_id, pad_token_id" in notes
+
+    def test_older_names_of_arguments(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        older = {**arguments, "norm_epsilon": 1e-4, "apply_layernorm_1p": False, "disable_bias_linear": True}
+        del older["layernorm_epsilon"], older["add_bias_linear"], older["num_query_groups"]
+        hf = model_of_arguments(save_with(tmp_path, {**older, "group_query_attention": False, "kv_channels": None}))
+        assert (hf.config["rms_norm_eps"], hf.config["num_key_value_heads"], hf.config["head_dim"]) == (1e-4, 4, 16)
+
+    def test_no_factor_is_a_factor_of_one(self, tmp_path: Path) -> None:
+        arguments = arguments_of(TINY_MODELS["GLM-4.5"].make().to_dict())
+        hf = model_of_arguments(save_with(tmp_path, {**arguments, "moe_router_topk_scaling_factor": None}))
+        assert hf.config["routed_scaling_factor"] == 1.0
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"rotary_percent": 0.5}, "nearest is LlamaForCausalLM, but for:\n  rotary_percent: 0.5, and the family"),
+            ({"attention_output_gate": True}, "attention_output_gate: True, and the family has False"),
+            ({"position_embedding_type": "learned_absolute"}, "position_embedding_type: learned_absolute"),
+            (
+                {"num_layers": None, "hidden_size": None},
+                "num_layers is not among them\n  hidden_size is not among them",
+            ),
+            ({"hybrid_layer_pattern": "M-*-"}, "hybrid_layer_pattern 'M-\\*-': not attention and MLP"),
+        ],
+    )
+    def test_what_no_family_computes_is_refused(
+        self, changes: dict[str, Any], message: str, arguments: dict[str, Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=message) as error:
+            model_of_arguments(save_with(tmp_path, {**arguments, **changes}), architecture="LlamaForCausalLM")
+        assert "Give the hf= of the model" in str(error.value)
+
+    def test_several_families_fit(self, tmp_path: Path) -> None:
+        checkpoint = save_with(tmp_path, arguments_of(TINY_MODELS["OLMoE"].make().to_dict()))
+        with pytest.raises(
+            UsageError, match="fit Qwen3MoeForCausalLM, OlmoeForCausalLM: choose one with architecture="
+        ):
+            model_of_arguments(checkpoint)
+        hf = model_of_arguments(checkpoint, architecture="OlmoeForCausalLM")
+        assert hf.written["architectures"] == ["OlmoeForCausalLM"]
+        with pytest.raises(UnknownArchitectureError, match="nearest: OlmoeForCausalLM"):
+            model_of_arguments(checkpoint, architecture="OlmoForCausalLM")

@@ -1,0 +1,141 @@
+"""Megatron checkpoints read in one process, without Megatron: the bytes of the live export, and clear refusals."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.stored.stored_model import StoredModel
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
+from amaxbridge.mappings.errors import CheckpointError
+from tests.support.comparing import same_files
+from tests.support.launcher import Launcher, LiveRanks
+from tests.support.paths import ENVIRONMENT, ROOT
+
+SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
+
+
+@pytest.fixture(scope="module")
+def dense(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3, tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, tmp_path_factory.mktemp("moe"))
+
+
+def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> None:
+    bridge = AutoBridge.from_hf_pretrained(live.hf)
+    bridge.convert_checkpoint(checkpoint, output, scheme=scheme, max_shard_bytes=60_000)
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_saved_at_tp_2_pp_2(dense: LiveRanks, tmp_path: Path, form: str) -> None:
+    """All layers in one tensor, layer by layer, and per-channel amax that lie rank by rank."""
+    saved = dense.at(tp=2, pp=2)
+    convert(dense, saved / form, tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
+@pytest.mark.parametrize("form", ["plain", "nvfp4"])
+def test_saved_at_ep_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
+    """All experts in one tensor, and expert by expert."""
+    saved = moe.at(processes=2, tp=1, ep=2)
+    convert(moe, saved / form, tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
+def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None:
+    """Where neither is installed."""
+    saved = dense.at(tp=2, pp=2)
+    words = [f"checkpoint={saved / 'nvfp4'}", f"hf={dense.hf}", f"output={tmp_path / 'out'}", "io.max_shard_gb=6e-5"]
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'modelopt'): sys.modules[name] = None\n"
+        f"sys.argv[1:] = {words}\n"
+        "from amaxbridge import cli\n"
+        "from amaxbridge.scripts import export\n"
+        "cli.run('export', export.export)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, check=True)
+    same_files(tmp_path / "out", saved / "live_nvfp4")
+
+
+def test_experts_and_layers_in_one_tensor(tmp_path: Path) -> None:
+    """Amax included: one for each expert of a weight, one for all of an input."""
+    weight, amax = torch.randn(2, 4, 6, 8), torch.rand(2, 4)
+    module = "decoder.layers.mlp.experts.experts.linear_fc1"
+    state = {
+        f"{module}.weight": weight,
+        f"{module}.weight_quantizer._amax": amax,
+        f"{module}.input_quantizer._amax": torch.rand(2, 1),
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.rand(3),
+    }
+    save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    stored = StoredModel(DistCheckpoint(tmp_path))
+    experts = "decoder.layers.1.mlp.experts.linear_fc1"
+    assert torch.equal(stored[f"{experts}.weight3"], weight[1, 3])
+    assert torch.equal(stored[f"{experts}.weight_quantizer.3._amax"], amax[1, 3])
+    assert len(stored) == 2 * (4 + 4 + 1)
+    with pytest.raises(CheckpointError, match="amax without a quantizer configuration"):
+        stored.quantizers()
+
+
+class TestDamage:
+    """One clear error, before anything is written."""
+
+    @pytest.fixture
+    def saved(self, dense: LiveRanks, tmp_path: Path) -> Path:
+        shutil.copytree(dense.at(tp=2, pp=2) / "nvfp4", tmp_path / "saved")
+        return tmp_path / "saved" / "iter_0000007"
+
+    def refuse(self, dense: LiveRanks, saved: Path) -> str:
+        with pytest.raises(CheckpointError) as error:
+            convert(dense, saved.parent, saved.parent.parent / "out", "nvfp4")
+        assert not list(saved.parent.parent.glob("out*"))
+        return str(error.value)
+
+    def test_a_truncated_file(self, dense: LiveRanks, saved: Path) -> None:
+        os.truncate(saved / "__2_0.distcp", 100)
+        assert "__2_0.distcp: truncated, 100 of at least" in self.refuse(dense, saved)
+
+    def test_a_missing_file(self, dense: LiveRanks, saved: Path) -> None:
+        (saved / "__1_0.distcp").unlink()
+        assert "__1_0.distcp: missing" in self.refuse(dense, saved)
+
+    def test_a_file_of_other_bytes(self, dense: LiveRanks, saved: Path) -> None:
+        for file in saved.glob("*.distcp"):
+            file.write_bytes(bytes(file.stat().st_size))
+        self.refuse(dense, saved)
+
+    def test_metadata_that_runs_code(self, dense: LiveRanks, saved: Path) -> None:
+        class Attack:
+            def __reduce__(self) -> object:
+                return (os.system, ("true",))
+
+        (saved / ".metadata").write_bytes(pickle.dumps(Attack()))
+        assert "posix.system" in self.refuse(dense, saved)
+
+    def test_metadata_that_names_a_function(self, dense: LiveRanks, saved: Path) -> None:
+        """In a module whose classes are allowed."""
+        (saved / ".metadata").write_bytes(b"ctorch.distributed.checkpoint.planner\nreduce\n.")
+        assert "it names torch.distributed.checkpoint.planner.reduce" in self.refuse(dense, saved)
+
+    def test_no_iteration(self, dense: LiveRanks, saved: Path) -> None:
+        (saved.parent / "latest_checkpointed_iteration.txt").write_text("8")
+        assert "iter_0000008 is not a Megatron distributed checkpoint" in self.refuse(dense, saved)
+
+
+def test_a_region_is_read_alone(dense: LiveRanks) -> None:
+    checkpoint = DistCheckpoint(dense.at(tp=2, pp=2) / "plain")
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    whole, one = checkpoint.read([Region(key), Region(key, (1,))])
+    assert torch.equal(whole[1], one)

@@ -1,0 +1,137 @@
+"""Every family on real Megatron ranks: the logits of transformers, the weights there and back, the model's names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.bridge.plan.carried_tensors import carried_specs
+from amaxbridge.export.disk.staging import Share
+from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.names import module_of
+from tests.support.checkpoints import tensors_in
+from tests.support.launcher import Launcher
+from tests.support.parity import Case, run_parity
+from tests.support.tiny_models import TINY_MODELS
+from tests.workers.model import TOKENS
+
+BUILDABLE = [name for name, tiny in TINY_MODELS.items() if not tiny.unbuildable]
+
+
+@pytest.fixture(scope="module")
+def cases(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    return run_parity(launch, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_megatron_computes_what_transformers_computes(cases: list[Case], model: str) -> None:
+    """fp32 on both sides, so what differs is the order of sums."""
+    errors = {case.label: case.found["logits"]["relative"] for case in cases if case.model == model}
+    assert len(errors) == len(TINY_MODELS[model].meshes)
+    assert all(error < 1e-5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_weights_there_and_back(cases: list[Case], model: str) -> None:
+    for case in cases:
+        if case.model == model:
+            assert case.same_weights, case.label
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: list[Case], model: str) -> None:
+    """What `test_families.py` takes for the Megatron side of the published models."""
+    for case in cases:
+        if case.model == model:
+            hf = read_hf_model(case.hf)
+            found = [hf.registry.hf_to_megatron_lookup(name) for name in case.found["exported"]]
+            derived = {mapping.megatron_param for mapping in found if mapping is not None}
+            assert derived == set(case.found["names"]) - (
+                {"output_layer.weight"} if hf.config["tie_word_embeddings"] else set[str]()
+            )
+
+
+def linears_in(names: list[str]) -> set[str]:
+    """The modules that ModelOpt quantizes: all linears but routers and the output layer, whatever their class is."""
+    others = re.compile(r"norm|router|gate\.weight|embed|head|conv1d|(?<!\.weight)$")
+    return {module_of(name) for name in names if not others.search(name)}
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_every_quantizer_has_the_names_of_its_weight(cases: list[Case], model: str) -> None:
+    for case in cases:
+        if case.model == model:
+            registry = read_hf_model(case.hf).registry
+            found = [registry.megatron_to_hf_lookup(f"{name}._amax") for name in case.found["quantizers"]]
+            assert None not in found
+            assert {module_of(target) for mapping in found if mapping for target in mapping.targets} == {
+                f"{module}.{kind}_quantizer"
+                for module in linears_in(case.found["exported"])
+                for kind in ("weight", "input")
+            }
+
+
+@pytest.mark.parametrize("model", BUILDABLE)
+def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str) -> None:
+    """And all other linears under their own names, whatever the plain files of the family are like."""
+    parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    for case in cases:
+        if case.model == model:
+            names = case.found["exported"]
+            quantized = linears_in(names)
+            whole = {name for name in names if not (name.endswith(".weight") and module_of(name) in quantized)}
+            expected = whole | {f"{module}.{part}" for module in quantized for part in parts}
+            expected |= {name for name in tensors_in(case.hf) if name.startswith(read_hf_model(case.hf).family.carried)}
+            assert tensors_in(case.back / "nvfp4").keys() == expected, case.label
+
+
+@pytest.mark.parametrize("model", [model for model in BUILDABLE if "images" not in model])
+def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], model: str, tmp_path: Path) -> None:
+    """From the files of every mesh, without its Hugging Face directory: the same bytes, and that directory's logits."""
+    for number, case in enumerate(case for case in cases if case.model == model):
+        out = tmp_path / str(number)
+        AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")
+        files = (directory / "model.safetensors" for directory in (case.back, out))
+        assert len({file.read_bytes() for file in files}) == 1, case.label
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(TOKENS).logits
+    expected = torch.load(case.hf / "logits.pt")
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_what_is_carried_over_is_not_quantized(cases: list[Case]) -> None:
+    """A vision tower goes along, and loads in transformers beside a quantized language model."""
+    case = next(case for case in cases if "images" in case.model)
+    quantized = case.back / "nvfp4"
+    model, loading = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    schemes = {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
+    assert schemes and all(name.startswith("model.language_model.layers.") for name in schemes)
+    source, found = tensors_in(case.hf), tensors_in(quantized)
+    carried = [name for name in source if name.startswith(("vision_tower.", "multi_modal_projector."))]
+    assert carried and all(found[name].equal(source[name]) for name in carried)
+    with AutoBridge.from_hf_pretrained(quantized).open_weights() as weights:
+        assert set(weights.schemes) == {module_of(name) for name in found if name.endswith(".weight_packed")}
+
+
+def test_processes_that_never_talk_carry_over_once(cases: list[Case], tmp_path: Path) -> None:
+    case = next(case for case in cases if "images" in case.model)
+    bridge = AutoBridge.from_hf_pretrained(case.hf)
+    for rank in (1, 0):
+        assert not (tmp_path / "out").exists()
+        bridge.convert_checkpoint(case.checkpoint, tmp_path / "out", scheme="none", share=Share(rank, 2))
+    files = [directory / "model.safetensors" for directory in (case.back, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_is_carried_over_must_be_there(cases: list[Case], tmp_path: Path) -> None:
+    case = next(case for case in cases if "images" in case.model)
+    (tmp_path / "config.json").write_text((case.hf / "config.json").read_text())
+    hf = read_hf_model(tmp_path)
+    assert carried_specs(hf, required=False) == {}
+    with pytest.raises(UsageError, match=r"no weights of vision_tower\., multi_modal_projector\. which Megatron lacks"):
+        carried_specs(hf, required=True)

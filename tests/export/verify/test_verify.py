@@ -1,0 +1,220 @@
+"""Each rule of `verify`: a good checkpoint, broken in just one way, and the rule that sees it."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from amaxbridge import cli
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.verify import RULES, Severity, VerifyReport, verify
+from tests.support.checkpoints_to_verify import Made, make, saved_amax
+from tests.support.launcher import LiveRanks
+from tests.support.tiny_models import TINY_MODELS
+from tests.support.verify_breaks import BREAKS, DENSE, DOWN, LAYER, MOE, Break, Q, drop, scale, swap_nibbles
+
+type Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line in this process: its exit status, standard output and standard error."""
+
+    def run(name: str, *words: str) -> tuple[int, str, str]:
+        module = importlib.import_module(f"amaxbridge.scripts.{name}")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as stop:
+            cli.run(name, getattr(module, name))
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def good(qwen3: Path, qwen3_moe: Path) -> Callable[..., Made]:
+    """A good checkpoint by model and scheme, made once, a copy for each who asks."""
+    made: dict[tuple[str, str, bool], Made] = {}
+
+    def get(model: str, scheme: str = "nvfp4", *, cache: bool = False) -> Made:
+        key = (model, scheme, cache)
+        if key not in made:
+            made[key] = make({DENSE: qwen3, MOE: qwen3_moe}[model], scheme, cache=cache)
+        first = made[key]
+        return Made(first.reference, dict(first.tensors), deepcopy(first.config))
+
+    return get
+
+
+def verified(broken: Break, made: Made, directory: Path) -> VerifyReport:
+    broken.change(made)
+    made.write(directory / "out")
+    broken.damage(directory / "out")
+    reference = None
+    if broken.reference == "weights":
+        reference = made.reference
+    elif broken.reference == "state":
+        reference = directory / "state.safetensors"
+        save_file(dict(saved_amax(made)), reference)
+    return verify(directory / "out", reference=reference, tp=broken.tp)
+
+
+@pytest.mark.parametrize("way", BREAKS)
+def test_each_break_is_found(way: str, good: Callable[..., Made], tmp_path: Path) -> None:
+    broken = BREAKS[way]
+    report = verified(broken, good(broken.model, broken.scheme, cache=broken.cache), tmp_path)
+    found = {finding.rule: finding for finding in report.findings}
+    assert broken.rule in found, sorted(found)
+    finding = found[broken.rule]
+    assert any(subject.startswith(broken.subject) for subject in finding.tensors), finding.tensors
+    assert report.ok == (not report.failures)
+    if finding.severity is Severity.ERROR:
+        assert not report.ok
+    assert finding.effect and finding.next_step
+    json.dumps(report.as_json())
+
+
+def test_every_rule_is_broken_once() -> None:
+    assert {rule.name for rule in RULES} <= {broken.rule for broken in BREAKS.values()}
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("model", [DENSE, MOE])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_good_checkpoints_pass(scheme: str, model: str, good: Callable[..., Made], tmp_path: Path) -> None:
+    """Nothing is found, with a reference either; but for the note on `scale_dtype` where the scheme has it."""
+    made = good(model, scheme)
+    report = verify(made.write(tmp_path / "out"), reference=made.reference)
+    noted = "scale_dtype" in json.dumps(made.quantization)
+    assert [finding.rule for finding in report.findings] == ["version-gate"] * noted
+    assert report.ok
+    assert report.modules == len(report.errors) == sum(each.modules for each in report.projections)
+    assert all(each.mean_snr > 17 for each in report.projections)
+
+
+def test_a_cache_and_amax_pass(good: Callable[..., Made], tmp_path: Path) -> None:
+    made = good(DENSE, cache=True)
+    save_file(dict(saved_amax(made)), tmp_path / "state.safetensors")
+    report = verify(made.write(tmp_path / "out"), reference=tmp_path / "state.safetensors", tp=2)
+    assert report.ok and not report.warnings
+
+
+def test_plain_weights_pass(qwen3: Path) -> None:
+    report = verify(qwen3, reference=qwen3)
+    assert (report.findings, report.modules) == ((), 0)
+
+
+def test_what_transformers_expects_is_expected(good: Callable[..., Made], tmp_path: Path) -> None:
+    """Without a reference, names and shapes come from the model class; experts are packed there."""
+    from amaxbridge.bridge.hf import expected_tensors
+
+    made = good(MOE)
+    norm = f"{LAYER}.self_attn.k_norm.weight"
+    expected = expected_tensors(made.reference)
+    assert verify(made.write(tmp_path / "good"), expected=expected).ok
+    del made.tensors[norm]
+    [failure] = verify(made.write(tmp_path / "bad"), expected=expected).failures
+    assert (failure.rule, failure.tensors) == ("expected-names", [norm])
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3", "Mixtral", "GPT-OSS", "Gemma 2", "Nemotron-H"])
+def test_other_families_pass(family: str, tmp_path: Path) -> None:
+    """Latent attention, w1 and w3, packed and transposed experts with biases, a tied head, Mamba."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from amaxbridge.bridge.hf import expected_tensors
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TINY_MODELS[family].make(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    model_free_ptq(tmp_path / "hf", tmp_path / "out", "nvfp4a16")
+    for known in ({"expected": expected_tensors(tmp_path / "hf")}, {"reference": tmp_path / "hf"}):
+        report = verify(tmp_path / "out", **known)  # type: ignore[arg-type]
+        assert [finding.rule for finding in report.findings] == ["experts-unread"] * (family == "GPT-OSS")
+    assert report.modules == len(report.errors) > 0
+
+
+def test_which_sizes_will_serve(good: Callable[..., Made], tmp_path: Path) -> None:
+    """Two key-value heads are copied at TP=4; four heads do not divide by 8. 96 inputs of down_proj are 6 blocks."""
+    report = verify(good(DENSE).write(tmp_path / "out"))
+    serves = {each.size: each.serves for each in report.parallel if each.axis == "TP"}
+    assert serves == {1: True, 2: True, 4: False, 8: False, 16: False}
+    [reason] = [each.problems for each in report.parallel if (each.axis, each.size) == ("TP", 4)]
+    assert [str(each) for each in reason] == [
+        "model.layers.0.mlp.down_proj: a shard has 24 inputs, which do not divide by 16"
+    ]
+    moe = verify(good(MOE).write(tmp_path / "moe"))
+    assert {each.size for each in moe.parallel if each.axis == "EP" and each.serves} == {1, 2, 4, 8}
+
+
+def test_the_reason_of_an_error_is_said(good: Callable[..., Made], tmp_path: Path) -> None:
+    made = good(DENSE)
+    swap_nibbles(f"{DOWN}.weight_packed")(made)
+    scale(f"{LAYER}.self_attn.o_proj.weight_global_scale", 2)(made)
+    report = verify(made.write(tmp_path / "out"), reference=made.reference)
+    [finding] = [finding for finding in report.failures if finding.rule == "weight-error"]
+    said = {problem.subject: problem.what for problem in finding.problems}
+    assert "nibbles are in the wrong order" in said[f"{DOWN}.weight"]
+    assert "nearest at 1.99" in said[f"{LAYER}.self_attn.o_proj.weight"]
+
+
+def test_a_state_beside_the_weights_is_no_part_of_them(good: Callable[..., Made], tmp_path: Path) -> None:
+    made = good(DENSE)
+    made.write(tmp_path / "out")
+    save_file(dict(saved_amax(made)), tmp_path / "out" / "quant_state.safetensors")
+    assert verify(tmp_path / "out").ok
+
+
+class TestCommandLine:
+    """`scripts/verify.py`: tables, JSON, exit status."""
+
+    def test_a_good_one(self, good: Callable[..., Made], tmp_path: Path, command: Command) -> None:
+        made = good(MOE)
+        made.write(tmp_path / "out")
+        words = (f"input={tmp_path / 'out'}", f"reference={made.reference}", f"json={tmp_path / 'found.json'}")
+        status, printed, _ = command("verify", *words)
+        assert status == 0
+        assert "fit to serve" in printed and "experts.*.gate_proj" in printed and "TP=2" in printed
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert found["ok"] and found["schemes"] == {"nvfp4": 56}
+
+    def test_a_bad_one(self, good: Callable[..., Made], tmp_path: Path, command: Command) -> None:
+        made = good(DENSE)
+        drop(f"{Q}.weight_global_scale", "model.norm.weight")(made)
+        made.write(tmp_path / "out")
+        status, printed, message = command("verify", f"input={tmp_path / 'out'}", f"json={tmp_path / 'found.json'}")
+        assert status == 1
+        assert "rule expected-names: model.norm.weight: is not there" in message and "Broken rules: 2" in message
+        assert "suffixes" in printed and "as memory was" in " ".join(printed.replace("│", " ").split())
+        rules = {each["rule"] for each in json.loads((tmp_path / "found.json").read_text())["findings"]}
+        assert {"suffixes", "expected-names"} <= rules, "names come from transformers' model"
+
+    def test_no_such_directory(self, tmp_path: Path, command: Command) -> None:
+        status, _, message = command("verify", f"input={tmp_path / 'none'}")
+        assert status == 2
+        assert "does not exist" in message
+
+
+def test_an_export_that_would_not_serve_is_not_written(
+    live: LiveRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """The model is said to have one more tensor than the Megatron checkpoint."""
+    monkeypatch.setattr("amaxbridge.bridge.save.Saver._expected", lambda *_: {"model.more.weight": (4,)})
+    words = (f"checkpoint={live.at(tp=2) / 'checkpoint'}", f"hf={live.hf}", f"output={tmp_path / 'out'}")
+    status, _, message = command("export", *words)
+    assert status == 1
+    assert "would not serve right, and was not written:\nexpected-names" in message
+    assert "model.more.weight: is not there" in message
+    assert list(tmp_path.iterdir()) == []
+    status, _, message = command("export", *words, "verify=false")
+    assert (status, message) == (0, "")
+    assert (tmp_path / "out" / "config.json").is_file()

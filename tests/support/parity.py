@@ -1,0 +1,111 @@
+"""Every family on both sides: transformers' logits against Megatron's, and the weights there and back.
+
+`make parity` runs this file as a program, which prints the table and writes it into docs/families.md.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.checkpoints import tensors_in
+from tests.support.launcher import Launcher
+from tests.support.paths import ROOT, WORKERS
+from tests.support.tiny_models import TINY_MODELS, save_tiny_model
+
+PAGE = ROOT / "docs" / "families.md"
+_TABLE = re.compile(r"(<!-- parity -->\n).*?(<!-- /parity -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one mesh, and what its ranks found."""
+
+    model: str
+    sizes: dict[str, int]
+    hf: Path
+    back: Path
+    found: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model as Megatron saves it, with its arguments."""
+        return Path(f"{self.back}_checkpoint")
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{axis.upper()}={size}" for axis, size in self.sizes.items() if size > 1) or "one process"
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether the exported tensors are the source's: the same names, the same bits."""
+        source, exported = tensors_in(self.hf), tensors_in(self.back)
+        return source.keys() == exported.keys() and all(exported[name].equal(source[name]) for name in source)
+
+
+def processes(sizes: dict[str, int]) -> int:
+    """How many a mesh needs."""
+    return max(sizes["tp"] * sizes.get("pp", 1), sizes.get("ep", 1))
+
+
+def run_parity(launch: Launcher, root: Path) -> list[Case]:
+    """All models of the table at all their meshes: one launch for each number of processes."""
+    planned: list[tuple[str, dict[str, int]]] = []
+    for number, (name, tiny) in enumerate(TINY_MODELS.items()):
+        if not tiny.unbuildable:
+            save_tiny_model(tiny, root / str(number))
+            planned += [(name, dict(sizes)) for sizes in tiny.meshes]
+    directories = {name: root / str(number) for number, name in enumerate(TINY_MODELS)}
+    cases: list[Case] = []
+    for count in sorted({processes(sizes) for _, sizes in planned}):
+        chosen = [(name, sizes) for name, sizes in planned if processes(sizes) == count]
+        out = root / f"found_{count}.json"
+        places = [(directories[name], root / f"back_{count}_{number}") for number, (name, _) in enumerate(chosen)]
+        work = [
+            {"hf": str(hf), "back": str(back), "sizes": sizes, "model_class": TINY_MODELS[name].model_class}
+            for (hf, back), (name, sizes) in zip(places, chosen, strict=True)
+        ]
+        launch(WORKERS / "live_parity.py", json.dumps(work), out, processes=count)
+        results = json.loads(out.read_text())
+        cases += [
+            Case(name, sizes, *place, found)
+            for (name, sizes), place, found in zip(chosen, places, results, strict=True)
+        ]
+    return cases
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Markdown: a row for each model, the worst of its meshes."""
+    return "\n".join(_rows(cases)) + "\n"
+
+
+def _rows(cases: Sequence[Case]) -> Iterator[str]:
+    yield "| tiny model | meshes | logits: relative error | largest | weights there and back |"
+    yield "|---|---|---:|---:|---|"
+    for name, tiny in TINY_MODELS.items():
+        mine = [case for case in cases if case.model == name]
+        if tiny.unbuildable:
+            yield f"| {name} | names and shapes only: {tiny.unbuildable} | | | |"
+            continue
+        relative, largest = (max(case.found["logits"][kind] for case in mine) for kind in ("relative", "largest"))
+        same = "equal" if all(case.same_weights for case in mine) else "**differ**"
+        yield f"| {name} | {', '.join(case.label for case in mine)} | {relative:.0e} | {largest:.0e} | {same} |"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        (logs := Path(directory) / "logs").mkdir()
+        launcher = Launcher(logs)
+        try:
+            found = table(run_parity(launcher, Path(directory)))
+        finally:
+            launcher.close()
+    print(found)
+    PAGE.write_text(_TABLE.sub(lambda marks: marks[1] + found + marks[2], PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

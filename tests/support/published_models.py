@@ -1,0 +1,33 @@
+"""Published models: how many parameters each has, and its config.json from `tests/published_models/`."""
+
+import json
+from typing import Any
+
+from tests.support.paths import PUBLISHED_MODELS
+
+PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
+    "DeepSeek-V3": "671B",
+    "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
+    "GPT-OSS-20B": "21B",
+    "Gemma-2-9B": 9_241_705_984,
+    "Gemma-3-1B": 999_885_952,
+    "Gemma-3-4B": "4B",  # its language model
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Mixtral-8x7B": 46_702_792_704,
+    "OLMoE-1B-7B": 6_919_161_856,
+    "Nemotron-3-Nano-30B-A3B": "32B",
+    "Nemotron-H-8B": "8B",
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen3-8B": 8_190_735_360,
+}
+
+
+def published(name: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**json.loads((PUBLISHED_MODELS / f"{name}.json").read_text()))

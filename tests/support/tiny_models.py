@@ -1,0 +1,262 @@
+"""One tiny model of each family: what `parity.py` builds on both sides. A new family adds a row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 131,  # odd, so that TP=2 must pad it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.08,
+}
+DENSE: tuple[Mapping[str, int], ...] = ({"tp": 1}, {"tp": 2})
+MOE: tuple[Mapping[str, int], ...] = (*DENSE, {"tp": 1, "ep": 2})
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,  # 500,000 in Llama: here, that scaling shows at all on 32 tokens
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+NEMOTRON_H: Mapping[str, Any] = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+    "time_step_min": 1e-30,  # transformers cuts steps off there, Megatron does not
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "n_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A row of the table.
+
+    Args:
+        make: the configuration; imports transformers, which takes seconds, when called.
+        meshes: parallel sizes to build it at, as `megatron.distributed` takes them; they need one or two processes.
+        unbuildable: why Megatron cannot build it on a CPU; then its names and shapes are all that is tested.
+        prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
+        model_class: Megatron's, as `megatron.build_model` takes it.
+    """
+
+    make: Callable[[], "PreTrainedConfig"]
+    meshes: tuple[Mapping[str, int], ...] = DENSE
+    unbuildable: str = ""
+    prepare: Callable[[Any], None] = field(default=lambda model: None)
+    model_class: str | None = None
+
+
+def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"]:
+    """Makes the configuration of an architecture, with `SIZES` and then `changes`."""
+
+    def make() -> "PreTrainedConfig":
+        import transformers
+
+        kind = getattr(transformers, architecture).config_class
+        made: PreTrainedConfig = kind(**{**SIZES, "architectures": [architecture], **changes})
+        return made
+
+    return make
+
+
+def randomize(model: Any) -> None:
+    """Norms and biases at random: at 1 and 0, where they start, one that is left out would not show.
+
+    Routers choose by a wide margin, so that a last bit of difference does not change which experts are chosen.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(("bias", "sinks")) or ".gate." in name or ".router." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
+def expert_biases(model: Any) -> None:
+    """In fp32, as DeepSeek stores them."""
+    import torch
+
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.e_score_correction_bias = 0.1 * torch.randn(8)
+
+
+def _wide_experts(model: Any) -> None:
+    """So wide that gate and up reach the limits between which they are clamped."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate_up_proj"):
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
+def _gemma3_with_images() -> "PreTrainedConfig":
+    """Its language model is what Megatron has."""
+    from transformers import Gemma3Config
+
+    text = {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+
+
+TINY_MODELS: dict[str, TinyModel] = {
+    "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
+    "Llama 3, tied": TinyModel(
+        config("LlamaForCausalLM", rope_parameters=LLAMA3, max_position_embeddings=16384, tie_word_embeddings=True)
+    ),
+    "Mistral, window of 5": TinyModel(config("MistralForCausalLM", sliding_window=5)),
+    "Qwen2.5": TinyModel(config("Qwen2ForCausalLM")),
+    "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
+    "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
+    "Qwen1.5-MoE": TinyModel(
+        config(
+            "Qwen2MoeForCausalLM",
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            mlp_only_layers=[0],
+        ),
+        MOE,
+    ),
+    "Qwen3-MoE": TinyModel(
+        config(
+            "Qwen3MoeForCausalLM",
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        ),
+        MOE,
+    ),
+    "Mixtral": TinyModel(config("MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2), MOE),
+    "OLMoE": TinyModel(
+        config("OlmoeForCausalLM", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False),
+        MOE,
+    ),
+    "DeepSeek-V3": TinyModel(
+        config(
+            "DeepseekV3ForCausalLM",
+            num_key_value_heads=4,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            num_nextn_predict_layers=0,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        ),
+        MOE,
+        prepare=expert_biases,
+    ),
+    "GLM-4.5": TinyModel(
+        config(
+            "Glm4MoeForCausalLM",
+            head_dim=32,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            attention_bias=True,
+            use_qk_norm=True,
+            num_nextn_predict_layers=0,
+        ),
+        MOE,
+        prepare=expert_biases,
+    ),
+    "GPT-OSS": TinyModel(
+        config(
+            "GptOssForCausalLM",
+            head_dim=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            tie_word_embeddings=False,
+            rope_parameters={**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        ),
+        ({"tp": 1}, {"tp": 2, "etp": 1}, {"tp": 1, "ep": 2}),  # Megatron has experts with biases at ETP=1 only
+        prepare=_wide_experts,
+    ),
+    "Gemma 2": TinyModel(
+        config(
+            "Gemma2ForCausalLM",
+            head_dim=32,
+            sliding_window=8,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "Gemma 3": TinyModel(
+        config(
+            "Gemma3ForCausalLM",
+            head_dim=32,
+            sliding_window=8,
+            query_pre_attn_scalar=24,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        )
+    ),
+    "Gemma 3 with images": TinyModel(_gemma3_with_images),
+    "Nemotron-H": TinyModel(
+        config("NemotronHForCausalLM", **NEMOTRON_H),
+        MOE,
+        prepare=expert_biases,
+    ),
+}
+TINY_MODELS |= {
+    f"{name}, HybridModel": replace(TINY_MODELS[name], model_class="hybrid")
+    for name in ("Qwen3, tied", "Qwen3-MoE", "DeepSeek-V3")
+}
+
+
+def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
+    """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.workers.model import TOKENS
+
+    torch.manual_seed(17)
+    model = AutoModelForCausalLM.from_config(tiny.make(), dtype=torch.float32).eval()
+    randomize(model)
+    tiny.prepare(model)
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        torch.save(model(TOKENS).logits, directory / "logits.pt")
