@@ -1,10 +1,12 @@
-"""What all command lines share: the way a command starts, logs, fails and exits.
+"""How every command starts, logs, fails and exits.
 
-Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard
-error, from one rank, without a traceback unless `debug=true`.
+Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard error,
+    from one
+rank, without a traceback unless `debug=true`.
 
-torch, and so every other room of the house, is imported when a command runs: it takes seconds, and `--help` and a
-misspelled option need none of it.
+torch, and so the rest of the package, is imported only when a command runs: that takes seconds, and `--help` and a
+    misspelled
+option need none of it.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ import amaxbridge.configs
 from amaxbridge.configs.schema import register
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 CONFIGS = Path(amaxbridge.configs.__file__).parent
 
@@ -34,8 +36,8 @@ CONFIGS = Path(amaxbridge.configs.__file__).parent
 def run(name: str, command: Callable[[Any], None]) -> None:
     """Runs `command` with the Hydra configuration `name`, then exits.
 
-    Hydra itself exits with 1 for a misspelled option; before the command has started that becomes 2. What it says until
-    then is the same on all ranks; one rank says it.
+    Hydra itself exits with 1 for a misspelled option; before the command has started, that becomes 2. Until then all
+    ranks would print the same, so only one prints.
     """
     register()
     sys.argv[1:] = map(_at_home, sys.argv[1:])
@@ -90,12 +92,12 @@ def command_line(name: str) -> str:
 
 
 def speaks() -> bool:
-    """Whether this process says what all ranks would: of those that torchrun starts, on one terminal, the first."""
+    """True if this process prints what all ranks would: under torchrun, which shares one terminal, rank 0."""
     return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _at_home(word: str) -> str:
-    """`output=~/out` with the home directory, which only some shells put there; Hydra's grammar has no ~."""
+    """Expands `output=~/out`, which only some shells do, and for which Hydra's grammar has no ~."""
     option, is_option, value = word.partition("=")
     return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
 
@@ -106,9 +108,9 @@ def _rank() -> int:
 
 
 def _fail(error: BaseException, status: int, message: str = "") -> int:
-    """Says why on standard error, and what the error's notes add: what is kept for another run, say.
+    """Prints the error and its notes (what is kept for another run, say) on standard error.
 
-    One rank says an error that all of them have by construction; one that a rank has alone, that rank says.
+    An error that all ranks have by construction is printed by one of them, an error of a single rank by that rank.
     """
     alone = getattr(error, "rank", None)
     if speaks() or alone == _rank():
@@ -119,7 +121,7 @@ def _fail(error: BaseException, status: int, message: str = "") -> int:
 
 
 def _quiet_logging() -> None:
-    """Our own log at INFO on rank 0, warnings with a rank prefix elsewhere; the frameworks' chatter not at all."""
+    """Shows our own log, INFO on rank 0 and warnings with a rank prefix elsewhere, and silences the frameworks."""
     rank = _rank()
     prefix = f"rank {rank}: " if rank else ""
     logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)

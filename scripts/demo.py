@@ -1,7 +1,7 @@
-"""The whole road on a tiny model, on two cores, in a few minutes: `make demo`.
+"""`make demo`: the whole way with a tiny model, on two cores, in a few minutes.
 
 Trains a Qwen3 in Megatron-Core on tensor-parallel ranks, quantizes it with ModelOpt (calibration, then QAT), saves
-Megatron's distributed checkpoint, exports it as a program of its own, loads the result in transformers and compares.
+Megatron's distributed checkpoint, exports it in a separate process, loads the result in transformers and compares.
 """
 
 import json
@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).resolve().parent
 
 
 def demo(options: DemoConfig) -> None:
-    """Every step is a command that a user could type; the checks at the end read only what the commands wrote."""
+    """Runs steps that a user could type; the checks at the end read only what the steps wrote."""
     from amaxbridge.scripts.demo_check import check, compare
     from amaxbridge.scripts.demo_text import write_hf_model
     from amaxbridge.scripts.tables import demo_table
@@ -38,10 +38,10 @@ def demo(options: DemoConfig) -> None:
 
 
 def run(command: list[object]) -> None:
-    """Runs one step, showing the command and its output; a step that fails ends the demo."""
+    """Runs one step and shows the command and its output; a failing step ends the demo."""
     words = [str(word) for word in command]
     print("\n$", " ".join(["torchrun", *words[3:]]).replace(str(Path.cwd()) + "/", ""), flush=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would set this too, and warn
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would also set this, with a warning
     status = subprocess.run(words, env=environment).returncode
     if status:
         sys.exit(status)

@@ -1,13 +1,13 @@
-"""What the demo measures on the exported checkpoints, and the bounds it holds them to.
+"""The demo's measurements on the exported checkpoints, and their bounds.
 
-Why these bounds. The weights on both sides are the same numbers (but for the last bit of one bf16 tensor in fifty,
-where the reciprocal in `weight_global_scale` is not exact), and so is the rule by which activations are rounded to
-NVFP4. What differs is the order of sums. That alone gives the unquantized model an error near 1e-6 with fp32
-activations. In the quantized model a last-bit difference can push an activation over an edge of its 4-bit grid, and
-then it is off by a whole step: the error of the result is about the square root of the difference. So logits are
-compared with fp32 activations, and their error must stay well under what quantization itself changes: a global scale
-that is off by a factor, halves that are swapped, or inputs that are not quantized all give errors of that size.
-Perplexity, a mean over 8,192 bytes, is compared as people run the model, in bf16.
+Why these bounds? Both sides have the same weights (but for the last bit of one bf16 tensor in fifty, where the
+reciprocal in `weight_global_scale` is not exact) and round activations to NVFP4 by the same rule. Only the order of
+sums differs. That alone gives the unquantized model an error near 1e-6 with fp32 activations. In the quantized model a
+last-bit difference can push an activation over an edge of its 4-bit grid, which is a whole step: the error of the
+result is about the square root of the difference. So logits are compared with fp32 activations, and their error must
+stay well below the change that
+quantization itself makes: a wrong global scale, swapped halves or unquantized inputs all give errors of that size.
+Perplexity, a mean over 8,192 bytes, is compared in bf16, as people run the model.
 """
 
 import json
@@ -28,7 +28,7 @@ MAX_SHARE_OF_QUANTIZATION_ERROR = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the comparison of the exported checkpoints with Megatron's own forward gave.
+    """The exported checkpoints compared with Megatron's own forward.
 
     Errors of logits are relative: the norm of the difference over the norm of the reference.
     """
@@ -59,7 +59,7 @@ def compare(output: Path) -> Findings:
 
 
 def check(findings: Findings) -> None:
-    """Raises AmaxbridgeError, with every reason, when a finding is outside its bound."""
+    """Raises AmaxbridgeError, with every reason, if a finding is out of bounds."""
     difference = abs(findings.perplexity / findings.megatron_perplexity - 1)
     share = findings.nvfp4_error / findings.quantization_error
     reasons = [
@@ -103,7 +103,7 @@ def _relative(found: Tensor, reference: Tensor) -> float:
 
 
 def _unshared_scales(tensors: dict[str, Tensor]) -> list[str]:
-    """Global scales that differ inside a fused group."""
+    """The number of fused groups with different global scales."""
     return [
         f"{', '.join(group.members)}: {kind}"
         for kind in ("weight_global_scale", "input_global_scale")

@@ -1,9 +1,9 @@
-"""What the demo's model reads: the text, the byte-level tokenizer, and the model's Hugging Face folder.
+"""The demo's text, byte-level tokenizer and Hugging Face directory.
 
 The text is Python's own help (`pydoc_data.topics`), half a megabyte that every Python installation has. A token is a
-byte and its id the byte's value; 256 is the end of a document. So the tokenizer needs no training and the perplexity
-is one per byte. Three topics are held back; they share less than 2 % of their text with the others (some topics of
-Python's help are parts of other topics, so a random choice would not do).
+byte, and its id the byte's value; 256 ends a document. So the tokenizer needs no training, and perplexity is per byte.
+Three topics are held back. They share less than 2 % of their text with the others (some topics of Python's help are
+parts of others, so a random choice would not do).
 """
 
 import pydoc_data.topics
@@ -20,12 +20,12 @@ HELD_BACK_TOPICS = ("calls", "strings", "typesmapping")
 
 
 def training_tokens() -> torch.Tensor:
-    """All topics but those held back, `[tokens]`, int64; every topic ends with `END_OF_TEXT`."""
+    """The tokens of all topics that are not held back, int64 `[tokens]`; every topic ends with `END_OF_TEXT`."""
     return _tokens([text for name, text in _topics() if name not in HELD_BACK_TOPICS])
 
 
 def held_back_windows(count: int = 64) -> torch.Tensor:
-    """`count` windows spread over the held-back topics, `[count, CONTEXT + 1]`: inputs and, one later, targets."""
+    """`count` windows spread over the held-back topics, `[count, CONTEXT + 1]`: inputs and, shifted by one, targets."""
     tokens = _tokens([text for name, text in _topics() if name in HELD_BACK_TOPICS])
     windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)
     if len(windows) < count:
@@ -49,7 +49,7 @@ def write_hf_model(directory: Path) -> None:
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6,
-        initializer_range=0.08,  # about hidden_size ** -0.5: a short training gets much further than from 0.02
+        initializer_range=0.08,  # about hidden_size ** -0.5: a short training gets much further than with 0.02
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=END_OF_TEXT,
@@ -69,7 +69,7 @@ def _tokens(texts: list[str]) -> torch.Tensor:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, its id the byte's value, and the end of text."""
+    """Makes a tokenizer with a token for each byte, whose id is the byte's value, and the end of text."""
     bytes_to_characters = _byte_level_alphabet()
     vocabulary = {character: byte for byte, character in enumerate(bytes_to_characters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -9,7 +9,7 @@ stage and the seconds it took; beside it, logits_none.pt and logits_nvfp4.pt hol
 held-back windows, to compare the exported models with.
 
 Calibration runs on the bf16 model, so that every amax is a bf16 number. QAT runs in fp32 because a CPU multiplies bf16
-ten times slower. The way there and back leaves every amax as it was. The perplexities, but for the untrained model's,
+ten times slower; converting to fp32 and back leaves every amax as it was. All perplexities but the untrained model's
 are those of the bf16 model.
 """
 
@@ -50,7 +50,7 @@ REPORT_EVERY = 50
 CALIBRATION_WINDOWS = 32
 LOGIT_WINDOWS = 16
 POSITIONS = torch.arange(CONTEXT)[None]
-CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True: must not see
+CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True where a token must not attend
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run(hf: HFModel, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
-    """All stages; returns what RESULTS_JSON says. The quantized model is the one in the checkpoint."""
+    """Runs all stages and returns the content of RESULTS_JSON. The checkpoint holds the quantized model."""
     model = build_model(hf, dtype=torch.float32)
     tokens, held_back = training_tokens(), held_back_windows()
     seconds = {"imports": round(time.perf_counter() - START, 2)}
@@ -113,7 +113,7 @@ def run(hf: HFModel, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
 
 
 def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, seed: int) -> list[tuple[int, float]]:
-    """Train in place with Adam on random windows; returns a few (step, mean loss since the last one).
+    """Train in place with Adam on random windows; return a few (step, mean loss since the previous one).
 
     All ranks draw the same windows, so the replicated parameters stay the same on all of them.
     """
@@ -141,7 +141,7 @@ def train(model: GPTModel, tokens: torch.Tensor, *, steps: int, peak_lr: float, 
 
 
 def learning_rate_factor(progress: float) -> float:
-    """Up in the first 5 % of the steps, then down along a cosine to nothing. `progress` is in (0, 1]."""
+    """Learning-rate factor: up for the first 5 % of the steps, then a cosine down to 0. `progress` is in (0, 1]."""
     return min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
@@ -226,7 +226,7 @@ def quantize(model: GPTModel, tokens: torch.Tensor) -> None:
             token_losses(quantized, batch)
 
     model.eval()
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # ModelOpt prints on every rank
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # ModelOpt prints a summary on every rank
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
 
 
@@ -237,7 +237,7 @@ def amax_values(model: GPTModel) -> dict[str, float]:
 
 @contextlib.contextmanager
 def stage(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Say what is done, and note under `name` how many seconds it took."""
+    """Print what is done, and record its seconds under `name`."""
     say(title)
     start = time.perf_counter()
     yield

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def export(options: ExportConfig) -> None:
-    """Reads the checkpoint, without Megatron, a model or a GPU, and writes it for serving."""
+    """Exports a checkpoint without Megatron, a model in memory or a GPU."""
     from amaxbridge.bridge.auto import AutoBridge
     from amaxbridge.bridge.live.process_ranks import world_rank, world_size
     from amaxbridge.bridge.plan.dry_run import plan_on_mesh
@@ -30,7 +30,7 @@ def export(options: ExportConfig) -> None:
     from amaxbridge.scripts.tables import export_table
 
     if options.checkpoint is None and not options.dry_run:
-        raise UsageError("checkpoint= is required, but for dry_run=true; --help shows all options")
+        raise UsageError("checkpoint= is required unless dry_run=true; --help shows all options")
     share = Share(world_rank(), world_size())
     if options.dry_run and share.rank:
         return
@@ -58,7 +58,7 @@ def export(options: ExportConfig) -> None:
 
 
 def _described_model(options: ExportConfig) -> "HFModel":
-    """The model of `hf`, or of the checkpoint's arguments; where `hf` is none, the error says what they tell."""
+    """The model of `hf`, or of the checkpoint's arguments. If `hf` is no model, the error adds what they tell."""
     from amaxbridge.bridge.hf import read_hf_model
     from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
     from amaxbridge.bridge.stored.identification import identify

@@ -11,7 +11,7 @@ from amaxbridge.configs.schema import ImportConfig
 
 
 def import_hf(options: ImportConfig) -> None:
-    """Builds the Megatron model, fills it, with quantizers and amax if the source is quantized, and saves it."""
+    """Builds the Megatron model, fills it (quantizers and amax included if the source is quantized) and saves it."""
     from amaxbridge.bridge.hf import check_parallel_sizes, read_hf_model
     from amaxbridge.bridge.live.process_ranks import process_group, world_rank, world_size
     from amaxbridge.bridge.plan.dry_run import plan_import
@@ -26,7 +26,7 @@ def import_hf(options: ImportConfig) -> None:
             import_plan_table(plan_import(hf, Mesh.smallest(**sizes)), options)
         return
     check_parallel_sizes(hf, world=world_size(), **{axis: size for axis, size in sizes.items() if axis != "vpp"})
-    from amaxbridge.bridge import import_hf as importing  # here, because Megatron takes many seconds to import
+    from amaxbridge.bridge import import_hf as importing  # imported here, because Megatron takes many seconds
     from amaxbridge.bridge import megatron
 
     with process_group(), megatron.distributed(**sizes):

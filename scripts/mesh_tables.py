@@ -1,4 +1,4 @@
-"""What commands print of a Megatron mesh: dry runs, and imports."""
+"""Tables about a Megatron mesh: dry runs and imports."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
-    """An export from a mesh that was only supposed: all of it, and what falls to the ranks."""
+    """Prints the dry run of an export from a mesh: the whole, and each rank's share."""
     export_table(plan.export, options)
     mesh = plan.mesh
     sizes = f"TP={mesh.tp} PP={mesh.pp} EP={mesh.ep} ETP={mesh.etp} DP={mesh.dp}"
@@ -37,7 +37,7 @@ def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
 
 
 def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
-    """What an import would make."""
+    """Prints the dry run of an import."""
     rows = {f"modules quantized as {scheme}": count for scheme, count in plan.schemes.items()}
     rows |= {"bytes that a rank holds, least": min(plan.held), "bytes that a rank holds, most": max(plan.held)}
     Console().print(two_columns(f"plan for {options.output} by {plan.mesh.world:,} ranks", rows))
@@ -47,7 +47,7 @@ def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:
 
 
 def import_table(report: "ImportReport", options: ImportConfig) -> None:
-    """What was imported."""
+    """Prints the result of an import."""
     rows = {f"modules quantized as {scheme}": count for scheme, count in report.schemes.items()}
     rows |= {
         "quantized modules without a quantizer": len(report.left),

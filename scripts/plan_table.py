@@ -1,6 +1,6 @@
-"""The plan of an export so that a person can read it, be it of 92,000 tensors: as a table, and as JSON.
+"""The plan of an export, even of 92,000 tensors, for a person to read: as a table and as JSON.
 
-Tensors that differ only in the numbers of layers and experts, and are treated alike, are one row:
+Tensors that are treated alike and differ only in the numbers of layers and experts share a row:
 
     model.layers.{0-93}.mlp.experts.{0-127}.gate_proj.weight    12,032    1536×4096    BF16    U8 F8_E4M3 F32    nvfp4
 """
@@ -18,7 +18,7 @@ from amaxbridge.export.disk.shard_layout import DTYPE_NAMES, Layout
 from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # numbers of layers and experts, not the 1 of w1
 
 
 @dataclass(slots=True)
@@ -26,12 +26,12 @@ class PlanRow:
     """Tensors that are treated alike.
 
     Args:
-        name: of the source, numbers replaced by ranges; of what is written where there is no source.
-        count: tensors of the source.
-        shape: of each.
-        read_as: dtype in the source, empty where there is none.
-        written_as: dtypes of what is written.
-        scheme: empty for tensors that are left as they are.
+        name: name in the source, with ranges for numbers; the written name if there is no source.
+        count: number of source tensors.
+        shape: shape of each.
+        read_as: dtype in the source; empty if there is no source.
+        written_as: dtypes of the written tensors.
+        scheme: name of the scheme; empty for unquantized tensors.
     """
 
     name: str
@@ -107,7 +107,7 @@ def plan_json(rows: Iterable[PlanRow], layout: Layout) -> dict[str, Any]:
 
 
 def _source_of(name: str, sources: Mapping[str, TensorSpec], schemes: Mapping[str, str]) -> str:
-    """The tensor that a written one is made from; its own name where there is none, as for scales of a cache."""
+    """The source of a written tensor; its own name if there is none, as for cache scales."""
     return name if name in sources or module_of(name) not in schemes else f"{module_of(name)}.weight"
 
 

@@ -1,7 +1,6 @@
-"""What people see of long work: a bar on a terminal, elsewhere a line in the log each minute.
+"""Progress of long work: a bar on a terminal, elsewhere a log line each minute.
 
-Of several ranks the first shows its own share, and says so; owners of bundles are chosen so that all ranks have about
-the same.
+Of several ranks, the first shows its own share and says so; bundles are spread so that all ranks have about the same.
 """
 
 import logging
@@ -24,11 +23,11 @@ _log = logging.getLogger("amaxbridge")
 
 
 class Meter:
-    """Counts what is done and works out the speed.
+    """Counts finished work and computes the speed.
 
     Args:
         show: called after every change, by one thread at a time.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, show: Callable[["Meter"], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,13 +60,13 @@ class Meter:
 
     @property
     def _speed(self) -> float:
-        """Bytes a second; what an earlier run has done does not count."""
+        """Bytes a second, not counting what an earlier run did."""
         seconds = self._clock() - self._started
         return (self.nbytes - self._kept) / seconds if seconds else 0.0
 
 
 class EachMinute:
-    """Logs a meter once a minute; short work logs nothing."""
+    """Logs a meter once a minute; work of less than a minute logs nothing."""
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._clock = what, clock
@@ -82,7 +81,7 @@ class EachMinute:
 
 @contextmanager
 def progress(what: str, console: Console | None = None) -> Iterator[Progress]:
-    """Shows the progress of what is done inside, on the first rank of those that share a terminal."""
+    """Context in which the first of the ranks that share a terminal shows progress."""
     console = console or Console(stderr=True)
     if world_size() > 1:
         what += f", one of {world_size()} equal shares"

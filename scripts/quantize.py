@@ -10,7 +10,7 @@ from amaxbridge.configs.schema import QuantizeConfig
 
 
 def quantize(options: QuantizeConfig) -> None:
-    """Quantizes a directory of safetensors, with the amax of a training run if there is one."""
+    """Quantizes a directory of safetensors, with the amax of a training run if given."""
     from amaxbridge.export.model_free.pipeline import default_workers
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
     from amaxbridge.scripts.progress_bar import progress

@@ -1,4 +1,4 @@
-"""From options to what the exporter takes: the recipe, and converters that come before it."""
+"""Turning options into what the exporter takes: the recipe, and the converter that comes before it."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from amaxbridge.mappings.errors import UsageError
 
 
 def recipe_of(config: SchemeConfig) -> Recipe | None:
-    """The recipe that a configuration describes, None for plain weights.
+    """The recipe of a configuration; None for plain weights.
 
     Raises:
-        UsageError: a scheme that is unknown, or groups beside `from_quantizers`.
+        UsageError: a scheme is unknown, or there are groups beside `from_quantizers`.
     """
     ignored = tuple(config.ignore)
     if config.from_quantizers:
         if config.groups:
-            raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers say it all")
+            raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers decide all schemes")
         return FromQuantizers(tuple(SCHEMES.values()), ignored)
     if not config.groups:
         return None
@@ -27,14 +27,14 @@ def recipe_of(config: SchemeConfig) -> Recipe | None:
 
 
 def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
-    """What dequantizes a source that is quantized already: compressed-tensors' own converters.
+    """The converter that dequantizes an already quantized source: one of compressed-tensors' own.
 
     Raises:
-        UsageError: there is none of that name; lists those there are.
+        UsageError: unknown name. The message lists the known ones.
     """
     if name is None:
         return ()
-    from compressed_tensors.entrypoints import convert  # here, because it takes seconds
+    from compressed_tensors.entrypoints import convert  # imported here, because it takes seconds
 
     if name == "fp8_block":
         return (convert.FP8BlockDequantizer.from_pretrained(directory),)

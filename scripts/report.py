@@ -1,4 +1,4 @@
-"""A checkpoint → report.html for people and report.json for programs.
+"""Report on a checkpoint: report.html for people, report.json for programs.
 
 amaxbridge report input=OUT [reference=HF_DIR] [quant_state=FILE]
 """

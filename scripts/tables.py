@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, and JSON for programs."""
+"""The output of the commands: tables for people, JSON for programs."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from amaxbridge.scripts.plan_table import plan_json, plan_rows, plan_table
 
 
 def export_table(report: ExportReport, options: ExportConfig) -> None:
-    """What was exported on one screen, or for a dry run the plan; with `json`, in a file too."""
+    """Prints the result of an export, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.ignored, options)
     rows: dict[str, int | str] = {
         "scheme": report.scheme,
@@ -37,7 +37,7 @@ def export_table(report: ExportReport, options: ExportConfig) -> None:
 
 
 def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
-    """What was quantized on one screen, or for a dry run the plan; with `json`, in a file too."""
+    """Prints the result of model-free PTQ, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.left, options)
     rows = {
         "tensors": len(report.layout.places),
@@ -67,7 +67,7 @@ def _show_plan(
     report: ExportReport | ModelFreeReport, left: Sequence[str], options: ExportConfig | QuantizeConfig
 ) -> None:
     rows = plan_rows(report.sources, report.written, report.quantized)
-    if options.dry_run:  # wide where it goes to a file, or names would be folded
+    if options.dry_run:  # wide in a file, so that names are not folded
         Console(width=None if sys.stdout.isatty() else 160).print(plan_table(rows))
     if options.json is not None:
         plan = {"output": options.output, **plan_json(rows, report.layout)}
@@ -76,7 +76,7 @@ def _show_plan(
 
 
 def demo_table(results: dict[str, Any], findings: Findings) -> None:
-    """What the demo did and found."""
+    """Prints the demo's measurements and checks."""
     perplexity, counts, seconds = results["perplexity"], results["counts"], results["seconds"]
     table = Table(title="held-back text: perplexity per byte", title_justify="left")
     table.add_column("model")

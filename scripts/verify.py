@@ -1,4 +1,4 @@
-"""Does a compressed-tensors checkpoint serve right? Exit status 1 when it does not.
+"""Check that a compressed-tensors checkpoint serves right; exit status 1 if it does not.
 
 amaxbridge verify input=OUT [reference=HF_DIR or quant_state.safetensors] [json=FILE] [tp=8]
 """
@@ -11,7 +11,7 @@ from amaxbridge.configs.schema import VerifyConfig
 
 
 def verify(options: VerifyConfig) -> None:
-    """Applies every rule; without a reference, names and shapes come from transformers where it knows the model."""
+    """Applies every rule. Without a reference, names and shapes come from transformers if it knows the model."""
     from amaxbridge.bridge.hf import expected_tensors
     from amaxbridge.export.verify import verify as verify_checkpoint
     from amaxbridge.mappings.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What `verify` found, as tables for people."""
+"""Tables of what `verify` found."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +11,7 @@ _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "b
 
 
 def verify_tables(report: VerifyReport) -> None:
-    """Findings, the sizes that will serve, and errors against the reference."""
+    """Prints findings, parallel sizes, and errors against the reference."""
     console = Console()
     console.print(f"{report.directory}: {report.tensors:,} tensors, {_schemes(report)}, {report.rules} rules")
     if report.findings:
