@@ -17,7 +17,7 @@ class SchemeGroupConfig:
 
     scheme: str = option("Name of a scheme.")
     targets: list[str] = option("Modules: full names, re: patterns matched from the beginning, or Linear.", ["Linear"])
-    group_size: int | None = option("Columns that share a scale, of w4a16 and w4a16_asym: 128 unless given.", None)
+    group_size: int | None = option("As scheme.group_size, for this group.", None)
 
 
 @dataclass
@@ -28,6 +28,10 @@ class SchemeConfig:
         "Items {scheme: NAME, targets: [MODULE, re:PATTERN, Linear], group_size: N}; the first that targets a module "
         "is its group.",
         [],
+    )
+    group_size: int | None = option(
+        "Columns that share a scale in w4a16 and w4a16_asym: 32, 64 or 128; null for 128. For groups that have none.",
+        None,
     )
     from_quantizers: bool = option("Read the scheme of every module from its quantizers, in place of groups.", False)
     ignore: list[str] = option("Modules that are left as they are: full names, or re: patterns.", [])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from amaxbridge.configs.schema import SchemeConfig
 from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
-from amaxbridge.export.schemes import SCHEMES, FromQuantizers, Groups, Recipe, SchemeGroup, named_scheme
+from amaxbridge.export.schemes import Groups, Recipe, SchemeGroup, from_quantizers, has_group_size, named_scheme
 from amaxbridge.export.schemes.recipe import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
 
@@ -13,16 +13,28 @@ def recipe_of(config: SchemeConfig) -> Recipe | None:
     """The recipe of a configuration; None for plain weights.
 
     Raises:
-        UsageError: a scheme is unknown, or there are groups beside `from_quantizers`.
+        UsageError: a scheme or group size is unknown, no group takes the group size, or there are groups beside
+            `from_quantizers`.
     """
     ignored = tuple(config.ignore)
     if config.from_quantizers:
-        if config.groups:
-            raise UsageError("scheme.from_quantizers=true takes no scheme.groups: the quantizers decide all schemes")
-        return FromQuantizers(tuple(SCHEMES.values()), ignored)
+        if config.groups or config.group_size is not None:
+            option = "scheme.groups" if config.groups else "scheme.group_size"
+            raise UsageError(f"scheme.from_quantizers=true takes no {option}: the quantizers decide all schemes")
+        return from_quantizers(ignored)
+    takes_size = [each for each in config.groups if each.group_size is None and has_group_size(each.scheme)]
+    if config.group_size is not None and not takes_size:
+        raise UsageError(
+            f"scheme.group_size={config.group_size} is for w4a16 and w4a16_asym, and no group of the scheme is one of "
+            "them without a group_size of its own"
+        )
     if not config.groups:
         return None
-    groups = (SchemeGroup(named_scheme(each.scheme, each.group_size), tuple(each.targets)) for each in config.groups)
+    sizes = [config.group_size if each in takes_size else each.group_size for each in config.groups]
+    groups = (
+        SchemeGroup(named_scheme(each.scheme, size), tuple(each.targets))
+        for each, size in zip(config.groups, sizes, strict=True)
+    )
     return Groups(tuple(groups), ignored)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
+from amaxbridge.export.schemes.w4a16 import quantizer_format
 from amaxbridge.mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
 from amaxbridge.mappings.errors import UnmappedParameterError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
@@ -36,7 +37,6 @@ _FORMATS: dict[Any, str] = {  # num_bits, axis, columns and rows of a block, sca
     ((4, 3), 0, None, None, None): "fp8_channel",
     ((4, 3), None, 128, 128, None): "fp8_block",
     (8, 0, None, None, None): "int8",
-    (4, None, 128, None, None): "int4",
 }
 
 
@@ -177,5 +177,8 @@ def format_name(quantizer: Any) -> str:
     """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
     bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or {}
     along = None if blocks else axis  # of a block quantizer it is set at run time
-    known = _FORMATS.get((bits, along, blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")))
+    width, height, scale_bits = blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")
+    if (bits, along, height, scale_bits) == (4, None, None, None) and width:
+        return quantizer_format(width)
+    known = _FORMATS.get((bits, along, width, height, scale_bits))
     return known or f"num_bits={bits} axis={axis} block_sizes={blocks or None}"

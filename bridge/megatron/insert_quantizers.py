@@ -62,23 +62,30 @@ def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
 
 
 def enable_weights(quantizer: Any, format_name: str) -> None:
-    """Makes a quantizer of weights what ModelOpt's presets have for a format, as `quant_state.format_name` names it."""
-    _enable(quantizer, _WEIGHTS[format_name], "*weight_quantizer")
+    """Makes a quantizer of weights what ModelOpt's presets have for a format, by its name in `Scheme.format`."""
+    kind, _, group_size = format_name.partition(" group_size=")
+    settings = _settings(_WEIGHTS[kind], "*weight_quantizer")
+    if group_size:
+        settings["block_sizes"] = {**settings["block_sizes"], -1: int(group_size)}
+    _enable(quantizer, settings)
 
 
 def enable_cache(quantizer: Any) -> None:
     """The same of keys or values of a cache, which is FP8."""
-    _enable(quantizer, mtq.FP8_KV_CFG, "*[kv]_bmm_quantizer")
+    _enable(quantizer, _settings(mtq.FP8_KV_CFG, "*[kv]_bmm_quantizer"))
 
 
 def enable_inputs(quantizer: Any, scheme: str) -> None:
     """The same of inputs, for a scheme by name; it stays disabled where the scheme has none, or ModelOpt has not."""
     if scheme in _INPUTS:
-        _enable(quantizer, _INPUTS[scheme], "*input_quantizer")
+        _enable(quantizer, _settings(_INPUTS[scheme], "*input_quantizer"))
 
 
-def _enable(quantizer: Any, preset: Mapping[str, Any], name: str) -> None:
-    settings = next(each["cfg"] for each in preset["quant_cfg"] if each["quantizer_name"] == name)
+def _settings(preset: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return dict(next(each["cfg"] for each in preset["quant_cfg"] if each["quantizer_name"] == name))
+
+
+def _enable(quantizer: Any, settings: Mapping[str, Any]) -> None:
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**{**settings, "enable": True}))
 
 

@@ -1,6 +1,6 @@
 """The quantization formats, one file each, and how the rest of the program sees them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,15 @@ from amaxbridge.export.schemes.nvfp4 import NVFP4
 from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
 from amaxbridge.export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
 from amaxbridge.export.schemes.scheme import Scheme
-from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.export.schemes.w4a16 import GROUP_SIZES, w4a16
 from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
 from amaxbridge.export.schemes.w8a8 import W8A8
 from amaxbridge.mappings.errors import UsageError
 
-__all__ = ["SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "named_scheme"]
+__all__ = [
+    "SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "from_quantizers",
+    "has_group_size", "named_scheme",
+]  # fmt: skip
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -26,6 +29,7 @@ SCHEMES: dict[str, Scheme] = {
         NVFP4(), NVFP4A16, MXFP4, MXFP4A16, MXFP8, MXFP8A16, FP8, FP8_DYNAMIC, FP8_BLOCK, w4a16(), w4a16_asym(), W8A8
     )
 }  # fmt: skip
+_SIZED: Mapping[str, Callable[[int], Scheme]] = {"w4a16": w4a16, "w4a16_asym": w4a16_asym}
 
 
 def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
@@ -34,7 +38,7 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
     Args:
         scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
             from the quantizers; `none` or None, to write the weights as they are; a `QuantizationScheme` of its; a
-            `Recipe`.
+            `Recipe`, such as `Groups.of(named_scheme("w4a16", group_size=64))`.
         ignore: modules that are left as they are: full names and `re:` patterns.
 
     Returns:
@@ -53,18 +57,30 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
     if scheme.lower() == "none":
         return None
     if scheme.lower() == "auto":
-        return FromQuantizers(tuple(SCHEMES.values()), tuple(ignore))
+        return from_quantizers(ignore)
     return Groups.of(named_scheme(scheme), ignore)
+
+
+def from_quantizers(ignore: Sequence[str] = ()) -> FromQuantizers:
+    """The recipe of `scheme=auto`: any scheme, in any of its group sizes."""
+    sized = (scheme(size) for scheme in _SIZED.values() for size in GROUP_SIZES)
+    return FromQuantizers((*SCHEMES.values(), *sized), tuple(ignore))
+
+
+def has_group_size(name: str) -> bool:
+    """True if users choose how many columns share a scale in this scheme."""
+    return name.lower() in _SIZED
 
 
 def named_scheme(name: str, group_size: int | None = None) -> Scheme:
     """One scheme by its name.
 
     Args:
-        group_size: columns that share a scale, where the scheme leaves them open.
+        group_size: columns that share a scale: 32, 64 or 128, in `w4a16` and `w4a16_asym`. None for 128 there, and
+            in schemes whose blocks are fixed.
 
     Raises:
-        UsageError: there is none such; lists those there are.
+        UsageError: unknown name, or a size that the scheme does not have. The message lists the known ones.
     """
     lower = name.lower()
     known = {"int8": "w8a8"}.get(lower, lower)
@@ -72,10 +88,12 @@ def named_scheme(name: str, group_size: int | None = None) -> Scheme:
         raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, auto, none")
     if group_size is None:
         return SCHEMES[known]
-    sized = {"w4a16": w4a16, "w4a16_asym": w4a16_asym}
-    if known not in sized:
-        raise UsageError(f"scheme {name} has blocks of its own: group_size is for {', '.join(sized)}")
-    return sized[known](group_size)
+    if not has_group_size(known):
+        raise UsageError(f"scheme {name} has blocks of its own: group_size is for {', '.join(_SIZED)}")
+    if group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise UsageError(f"group_size={group_size}: engines have kernels for {name} in groups of {sizes} columns")
+    return _SIZED[known](group_size)
 
 
 def _of_compressed_tensors(wanted: Any) -> Scheme:

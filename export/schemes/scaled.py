@@ -30,6 +30,7 @@ class Scaled:
         blocks: what shares a scale.
         config_group: its entry in config.json without targets.
         needs_input_amax: whether inputs have one static scale.
+        group_sizes: the widths that users may choose in place of `blocks.width`; none where the format fixes it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Scaled:
     blocks: Blocks
     config_group: dict[str, Any]
     needs_input_amax: bool = False
+    group_sizes: tuple[int, ...] = ()
 
     @property
     def needs_weight_amax(self) -> bool:
@@ -51,7 +53,7 @@ class Scaled:
         width = self.blocks.width if self.blocks.height == 1 else None  # a square block may be cut short
         if len(weight.shape) != 2 or (width and weight.shape[1] % width):
             divisible = f" with in divisible by {width}" if width else ""
-            raise ValueError(f"{self.name} needs [out, in]{divisible}, not {list(weight.shape)}")
+            raise ValueError(f"{self.name} needs [out, in]{divisible}, not {list(weight.shape)}{self._remedy(weight)}")
         rows, columns = weight.shape
         down, across = self.blocks.shape(rows, columns)
         shape = (1,) if self.needs_weight_amax else (down, across)
@@ -111,6 +113,11 @@ class Scaled:
             zero_point = scaled.unpack_int4(tensors[f"{module}.weight_zero_point"].T, rows).T
         codes = scaled.unpack_int4(tensors[f"{module}.weight_packed"], columns)
         return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.blocks)
+
+    def _remedy(self, weight: TensorSpec) -> str:
+        """The option with which a weight would fit, to end a message."""
+        fitting = [size for size in self.group_sizes if len(weight.shape) == 2 and weight.shape[1] % size == 0]
+        return f"; give scheme.group_size={max(fitting)}" if fitting else ""
 
     def _scale_dtype(self, weight: torch.dtype, *, calibrated: bool) -> torch.dtype:
         """Engines hold scales in fp32, but those of packed integers in the dtype of the model, whatever is stored."""

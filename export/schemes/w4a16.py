@@ -13,14 +13,23 @@ from amaxbridge.export.kernels.scaled import Blocks, Code
 from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.schemes.scheme import arguments
 
+GROUP_SIZES = (32, 64, 128)
+"""Those that Marlin has, the kernel of vLLM and SGLang."""
+
+
+def quantizer_format(group_size: int) -> str:
+    """What the weight quantizers of a trained model must be, in the words of `Scheme.format`."""
+    return "int4" if group_size == 128 else f"int4 group_size={group_size}"
+
 
 def w4a16(group_size: int = 128) -> Scaled:
     """The scheme for groups of `group_size` columns."""
     return Scaled(
         "w4a16",
-        format="int4" if group_size == 128 else f"int4 group_size={group_size}",
+        format=quantizer_format(group_size),
         code=Code.INT4,
         blocks=Blocks(width=group_size),
+        group_sizes=GROUP_SIZES,
         config_group={
             "format": "pack-quantized",
             "weights": arguments(4, "int", "group", group_size=group_size),

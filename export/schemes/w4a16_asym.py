@@ -7,6 +7,7 @@ weight_zero_point  int32  [out/8, in/group]   eight rows a word, plus 8, the fir
 from amaxbridge.export.kernels.scaled import Blocks, Code
 from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.schemes.scheme import arguments
+from amaxbridge.export.schemes.w4a16 import GROUP_SIZES
 
 
 def w4a16_asym(group_size: int = 128) -> Scaled:
@@ -16,6 +17,7 @@ def w4a16_asym(group_size: int = 128) -> Scaled:
         format="",  # ModelOpt has no quantizer with zero points for weights
         code=Code.INT4,
         blocks=Blocks(width=group_size),
+        group_sizes=GROUP_SIZES,
         config_group={
             "format": "pack-quantized",
             "weights": arguments(4, "int", "group", group_size=group_size, symmetric=False),

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
+from amaxbridge.export.kernels.scaled import Code
+from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
-from amaxbridge.export.verify.finding import Problem, Rule
+from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
 
 
@@ -46,6 +48,28 @@ def _values(view: CheckpointView, group: FusedGroup, suffix_of: Callable[[Module
     return {name: value for name, value in found.items() if value > 0}  # unusable numbers have a rule of their own
 
 
+def _tiles(view: CheckpointView) -> Iterator[Problem]:
+    """W4A16 layers that Marlin has no tile for, the first of each kind."""
+    kinds = dict[tuple[str, int, int], Problem]()
+    for group in groups_among(module.name for module in view.quantized):
+        members = [view.modules[name] for name in group.members]
+        shapes = [module.shape for module in members if module.shape and _packs_integers(module)]
+        if len(shapes) == len(members):
+            rows, columns = sum(out for out, _ in shapes), shapes[0][1]
+            if not any(rows % out == 0 and columns % into == 0 for out, into in _MARLIN_TILES):
+                layer = " + ".join(name.rpartition(".")[2] for name in group.members)
+                problem = Problem(group.primary, f"{layer} is [{rows}, {columns}]")
+                kinds.setdefault((layer, rows, columns), problem)
+    yield from kinds.values()
+
+
+_MARLIN_TILES = ((64, 128), (128, 64))  # outputs and inputs of a layer divide by one of these
+
+
+def _packs_integers(module: Module) -> bool:
+    return isinstance(module.scheme, Scaled) and module.scheme.code is Code.INT4
+
+
 _SHARE = "Quantize the group with one amax, the largest of its members"
 
 RULES = (
@@ -70,5 +94,15 @@ RULES = (
         "vLLM keeps one of them for the whole group; of FP8 experts it refuses those that differ by more than 1e-5",
         _SHARE,
         _inputs,
+    ),
+    Rule(
+        "marlin-tiles",
+        "W4A16 layers, members of a fused group together, are [out, in] with out divisible by 64 and in by 128, or by "
+        "128 and 64",
+        "vLLM (read in 0.32) pads the layer, and its inputs in each forward: slower. SGLang (read, not run) and older "
+        "vLLM have no kernel for it",
+        "Serve it with vLLM; for others take another scheme, or ignore these modules",
+        _tiles,
+        Severity.WARNING,
     ),
 )

@@ -7,9 +7,10 @@ inputs. Each shard must still suit the format and its kernel:
     NVFP4      inputs of a shard in blocks of 16, else it loads and is wrong
     MXFP4/8    inputs of a shard in blocks of 32
     FP8 block  inputs of a shard in blocks of 128; outputs too, of each merged member but the last
-    W4A16      Marlin: outputs of a shard divide by 64, inputs by 128 and by the group
+    W4A16      inputs of a shard in whole groups, of 32, 64 or 128
 
 Heads must divide, too. Key and value heads are copied if there are fewer of them than ranks.
+vLLM (read in 0.32) pads a W4A16 layer that does not fit Marlin's tiles; the rule `marlin-tiles` warns of it.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,6 @@ _COLUMN_PARALLEL = (
 )  # fmt: skip
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 _FP8_BLOCK = 128
-_MARLIN_OUT, _MARLIN_IN = 64, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,10 @@ def _misfit_of_shard(name: str, scheme: Scheme | None, shard: tuple[int, int]) -
     elif isinstance(scheme, MX):
         into = 32
     elif isinstance(scheme, Scaled) and scheme.code is Code.INT4:
-        out, into = _MARLIN_OUT, max(_MARLIN_IN, scheme.blocks.width or 1)
+        into = scheme.blocks.width or 1
+        if into not in scheme.group_sizes:
+            sizes = ", ".join(map(str, scheme.group_sizes))
+            return f"{into} inputs share a scale, and engines have kernels for groups of {sizes}"
     elif isinstance(scheme, Scaled) and scheme.blocks.height == _FP8_BLOCK:
         out, into = 1 if last and ".experts." not in name else _FP8_BLOCK, _FP8_BLOCK
     rows, columns = shard

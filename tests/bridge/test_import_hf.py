@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.output.config_and_index import quantization_config
-from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes import SCHEMES, Scheme, named_scheme
 from amaxbridge.export.schemes.scheme import arguments, quantize_tensors
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import module_of
@@ -104,6 +104,8 @@ def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path
     names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
     sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
     sources |= {name: quantized(wide, SCHEMES[name], tmp_path / name) for name in ("fp8_block", "w4a16")}
+    for size in (32, 64):
+        sources[f"w4a16_{size}"] = quantized(wide, named_scheme("w4a16", size), tmp_path / f"w4a16_{size}")
     steps = [
         {"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
         for name, source in sources.items()

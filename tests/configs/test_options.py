@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from amaxbridge import cli
 from amaxbridge.configs.options import choices_of, options_of
 from amaxbridge.configs.schema import COMMANDS, SchemeConfig, SchemeGroupConfig, register
-from amaxbridge.export.schemes import SCHEMES, FromQuantizers, Groups
+from amaxbridge.export.schemes import SCHEMES, Groups, from_quantizers, named_scheme
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.scripts.recipes import recipe_of
 from tests.support.paths import GOLDEN, ROOT
@@ -119,7 +119,7 @@ class TestSchemes:
 
     def test_no_scheme_and_that_of_the_quantizers(self) -> None:
         assert recipe("scheme=none") is None
-        assert recipe("scheme=auto") == FromQuantizers(tuple(SCHEMES.values()))
+        assert recipe("scheme=auto") == from_quantizers()
 
     def test_a_mixed_recipe(self) -> None:
         mixed = recipe("scheme=experts_nvfp4", "scheme.ignore=[lm_head]")
@@ -132,6 +132,33 @@ class TestSchemes:
         mixed = recipe("scheme.groups=[{scheme: w4a16, targets: ['re:.*mlp'], group_size: 32}, {scheme: fp8}]")
         assert mixed.scheme_of("model.layers.0.mlp.up_proj", None).format == "int4 group_size=32"
         assert mixed.name == "w4a16+fp8"
+
+    @pytest.mark.parametrize("size", [32, 64, 128])
+    @pytest.mark.parametrize("name", ["w4a16", "w4a16_asym"])
+    def test_a_group_size(self, name: str, size: int) -> None:
+        assert recipe(f"scheme={name}", f"scheme.group_size={size}") == Groups.of(named_scheme(name, size))
+
+    def test_a_group_size_is_for_groups_that_have_none(self) -> None:
+        groups = (
+            "[{scheme: w4a16, targets: ['re:.*q_proj'], group_size: 32}, {scheme: fp8, targets: [o]}, {scheme: w4a16}]"
+        )
+        mixed = recipe(f"scheme.groups={groups}", "scheme.group_size=64")
+        assert [group.scheme for group in mixed.groups] == [
+            named_scheme("w4a16", 32), SCHEMES["fp8"], named_scheme("w4a16", 64)
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["scheme=nvfp4a16"], "scheme.group_size=64 is for w4a16 and w4a16_asym"),
+            (["scheme=none"], "scheme.group_size=64 is for w4a16 and w4a16_asym"),
+            (["scheme.groups=[{scheme: w4a16, group_size: 32}]"], "without a group_size of its own"),
+            (["scheme=auto"], "takes no scheme.group_size: the quantizers decide all schemes"),
+        ],
+    )
+    def test_a_group_size_that_nothing_takes(self, words: list[str], said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            recipe(*words, "scheme.group_size=64")
 
     def test_a_recipe_of_ones_own(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -146,6 +173,9 @@ class TestSchemes:
     def test_sizes_that_no_scheme_has(self) -> None:
         with pytest.raises(UsageError, match="group_size is for w4a16, w4a16_asym"):
             recipe_of(SchemeConfig(groups=[SchemeGroupConfig("nvfp4", group_size=32)]))
+        for size in (0, -1, 16, 48, 256):
+            with pytest.raises(UsageError, match=rf"group_size={size}: engines have kernels .* 32, 64, 128 columns"):
+                recipe_of(SchemeConfig(groups=[SchemeGroupConfig("w4a16")], group_size=size))
         with pytest.raises(UsageError, match="unknown scheme 'fp7'"):
             recipe_of(SchemeConfig(groups=[SchemeGroupConfig("fp7")]))
         with pytest.raises(UsageError, match=r"takes no scheme\.groups"):

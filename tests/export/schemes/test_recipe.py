@@ -12,7 +12,7 @@ from torch import Tensor
 from amaxbridge.bridge.live.collect_amax import format_name
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
-from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme
+from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme, from_quantizers
 from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -96,6 +96,8 @@ def test_calibrated_inputs_are_not_dropped_for_a_scheme_without_them() -> None:
         ("fp8_block", False, "fp8_block"),
         ("int8", False, "w8a8"),
         ("int4", False, "w4a16"),
+        ("int4 group_size=64", False, "w4a16"),
+        ("int4 group_size=32", False, "w4a16"),
         ("mxfp4", False, "mxfp4"),
         ("mxfp8", False, "mxfp8"),
     ],
@@ -135,17 +137,19 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "fp8_block": {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}},
     "int8": {"num_bits": 8, "axis": 0},
     "int4": {"num_bits": 4, "block_sizes": {-1: 128}},
+    "int4 group_size=64": {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}},
+    "int4 group_size=32": {"num_bits": 4, "block_sizes": {-1: 32}},
 }
 
 
 @pytest.mark.parametrize("form", QUANTIZERS)
 def test_quantizers_of_modelopt_are_named(form: str) -> None:
     assert format_name(TensorQuantizer(QuantizerAttributeConfig(**QUANTIZERS[form]))) == form
-    assert form in {scheme.format for scheme in SCHEMES.values()}
+    assert form in {scheme.format for scheme in from_quantizers().schemes}
 
 
 def test_other_quantizers_are_described() -> None:
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes={-1: 64}))
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes={-1: 64, -2: 64}))
     assert format_name(quantizer).startswith("num_bits=4 axis=")
 
 

@@ -19,9 +19,9 @@ from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 from amaxbridge.export.kernels.scaled import unpack_int4
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
-from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
+from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme, named_scheme
 from amaxbridge.export.schemes.scheme import quantize_tensors
-from amaxbridge.export.schemes.w4a16 import w4a16
+from amaxbridge.export.schemes.w4a16 import GROUP_SIZES, w4a16
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.tensors import TensorSpec
 from tests.support.hard_weights import WEIGHTS, all_dtypes, random_weight, same_bytes, weights_of_all_kinds
@@ -47,10 +47,11 @@ def quantized(name: str, weight: Tensor, amax: GroupAmax | None = None, **option
     return {name.removeprefix("m."): tensor for name, tensor in written}
 
 
-def compressed_tensors_quantize(preset: str, weight: Tensor) -> dict[str, Tensor]:
+def compressed_tensors_quantize(preset: str, weight: Tensor, group_size: int | None = None) -> dict[str, Tensor]:
     """Do with compressed-tensors' own functions what llm-compressor does between weight and file."""
     scheme = preset_name_to_scheme(preset, ["Linear"])
     args = scheme.weights
+    args.group_size = group_size or args.group_size
     height, width = args.block_structure or (1, args.group_size or weight.shape[1])
     missing = (0, -weight.shape[1] % width, 0, -weight.shape[0] % height)
     padded = torch.nn.functional.pad(weight, missing)
@@ -99,6 +100,37 @@ def fitting(weight: Tensor) -> Tensor:
     return weight.repeat(1, -(-256 // weight.shape[1]))[:, :256]
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
+@pytest.mark.parametrize("columns", [576, 96, 384])
+def test_bytes_in_groups_of_every_size(columns: int, preset: str, group_size: int) -> None:
+    """576 is the width of SmolLM2-135M, which 128 does not divide; 96 leaves 32 alone."""
+    scheme = named_scheme(preset, group_size)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weight = random_weight(40, columns).to(dtype)
+        if columns % group_size:
+            fits = max(size for size in GROUP_SIZES if columns % size == 0)
+            with pytest.raises(ValueError, match=rf"{preset.lower()} needs .*; give scheme\.group_size={fits}$"):
+                scheme.output_specs("m", TensorSpec.of(weight), calibrated=False)
+            continue
+        found = dict(quantize_tensors(scheme, {"m": weight}))
+        assert {name: TensorSpec.of(tensor) for name, tensor in found.items()} == scheme.output_specs(
+            "m", TensorSpec.of(weight), calibrated=False
+        )
+        tensors = {name.removeprefix("m."): tensor for name, tensor in found.items()}
+        assert_same(tensors, compressed_tensors_quantize(preset, weight, group_size))
+        parsed = QuantizationScheme.model_validate({"targets": ["Linear"], **scheme.config_group})
+        expected = compressor(preset).decompress(dict(tensors), parsed)["weight"]
+        torch.testing.assert_close(scheme.dequantize("m", found).to(dtype), expected, rtol=2**-8, atol=0)
+        assert dtype != torch.bfloat16 or torch.equal(scheme.dequantize("m", found), expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (64,), (2, 8, 64)])
+def test_a_shape_that_no_group_size_fits_gets_no_advice(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"not \[[\d, ]+\]$"):
+        SCHEMES["w4a16"].output_specs("m", TensorSpec(shape, torch.bfloat16), calibrated=False)
+
+
 def test_square_blocks_may_be_cut_short() -> None:
     weight = random_weight(200, 300).bfloat16()
     assert_same(quantized("fp8_block", weight), compressed_tensors_quantize("FP8_BLOCK", weight))
@@ -136,6 +168,7 @@ def test_presets_are_found_by_name_and_by_object(name: str) -> None:
 
 
 def test_other_group_sizes_come_as_objects() -> None:
+    assert find_scheme(Groups.of(named_scheme("w4a16", group_size=64))) == Groups.of(w4a16(64))
     preset = preset_name_to_scheme("W4A16", ["Linear"])
     preset.weights.group_size = 64
     assert find_scheme(preset) == Groups.of(w4a16(64))
@@ -172,18 +205,19 @@ def test_fp8_codes_at_ties_are_those_of_the_fake_quantizer(dtype: torch.dtype) -
     assert found["weight"].float().tolist() == codes.round().tolist() == [[176.0, -44.0, 448.0]]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("w8a8", 8), ("w4a16", 4)])
-def test_integer_codes_are_those_of_the_fake_quantizer(name: str, bits: int) -> None:
+@pytest.mark.parametrize(("name", "bits", "blocks"), [("w8a8", 8, 1), *(("w4a16", 4, n) for n in (2, 4, 8))])
+def test_integer_codes_are_those_of_the_fake_quantizer(name: str, bits: int, blocks: int) -> None:
     weight = random_weight(8, 256).bfloat16()
-    amax = weight.float().unflatten(1, (1 if bits == 8 else 2, -1)).abs().amax(-1) * 0.8
+    amax = weight.float().unflatten(1, (blocks, -1)).abs().amax(-1) * 0.8
     spread = amax.repeat_interleave(256 // amax.shape[1], 1)
     bound = 2 ** (bits - 1) - 1
     values = _tensor_quant(weight.float(), spread, bits, narrow_range=False)
-    found = quantized(name, weight, GroupAmax(None, None), block_amax={"m": amax})
-    codes = unpack_int4(found["weight_packed"], 256) if bits == 4 else found["weight"]
+    scheme = named_scheme(name, 256 // blocks if bits == 4 else None)
+    found = dict(quantize_tensors(scheme, {"m": weight}, GroupAmax(None, None), block_amax={"m": amax}))
+    codes = unpack_int4(found["m.weight_packed"], 256) if bits == 4 else found["m.weight"]
     assert torch.equal(codes.float(), (values * (bound / spread)).round())
     # The contract has bf16 scales beside packed integers: an engine would round others to it, unseen.
-    assert same_bytes(found["weight_scale"], (amax / bound).to(torch.bfloat16 if bits == 4 else torch.float32))
+    assert same_bytes(found["m.weight_scale"], (amax / bound).to(torch.bfloat16 if bits == 4 else torch.float32))
 
 
 @weights_of_all_kinds

@@ -6,14 +6,19 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from amaxbridge import cli
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
-from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes import SCHEMES, Groups, named_scheme
+from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.export.verify import RULES, Severity, VerifyReport, verify
+from amaxbridge.export.verify.checkpoint_view import CheckpointView
+from amaxbridge.export.verify.parallel_sizes import parallel_sizes
 from tests.support.checkpoints_to_verify import Made, make, saved_amax
 from tests.support.launcher import LiveRanks
 from tests.support.tiny_models import TINY_MODELS
@@ -89,11 +94,13 @@ def test_every_rule_is_broken_once() -> None:
 @pytest.mark.parametrize("model", [DENSE, MOE])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_good_checkpoints_pass(scheme: str, model: str, good: Callable[..., Made], tmp_path: Path) -> None:
-    """Nothing is found, with a reference either; but for the note on `scale_dtype` where the scheme has it."""
+    """Nothing is found, with a reference either; but for the note on `scale_dtype` where the scheme has it, and that
+    the tiny models are too narrow for Marlin."""
     made = good(model, scheme)
     report = verify(made.write(tmp_path / "out"), reference=made.reference)
     noted = "scale_dtype" in json.dumps(made.quantization)
-    assert [finding.rule for finding in report.findings] == ["version-gate"] * noted
+    narrow = scheme.startswith("w4a16")
+    assert [finding.rule for finding in report.findings] == ["version-gate"] * noted + ["marlin-tiles"] * narrow
     assert report.ok
     assert report.modules == len(report.errors) == sum(each.modules for each in report.projections)
     assert all(each.mean_snr > 17 for each in report.projections)
@@ -154,6 +161,79 @@ def test_which_sizes_will_serve(good: Callable[..., Made], tmp_path: Path) -> No
     ]
     moe = verify(good(MOE).write(tmp_path / "moe"))
     assert {each.size for each in moe.parallel if each.axis == "EP" and each.serves} == {1, 2, 4, 8}
+
+
+LAYERS = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}
+MLP = {"gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
+
+
+def quantized_shapes(directory: Path, shapes: dict[str, tuple[int, int]], scheme: Any) -> VerifyReport:
+    """`verify` of random weights `[out, in]` in a layer of nine heads and three key-value heads."""
+    (directory / "hf").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    names = {name: f"model.layers.0.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}.weight" for name in shapes}
+    tensors = {names[name]: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, directory / "hf" / "model.safetensors")
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    (directory / "hf" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    (directory / "hf" / "tokenizer.json").write_text("{}")
+    model_free_ptq(directory / "hf", directory / "out", scheme)
+    return verify(directory / "out", tp=1)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym"])
+@pytest.mark.parametrize(
+    ("size", "serves", "reason"),
+    [
+        (64, {1: True, 3: True, 9: False}, "down_proj: 1536 inputs do not divide by 9"),
+        (32, {1: True, 3: True, 9: False}, "down_proj: 1536 inputs do not divide by 9"),
+    ],
+)
+def test_which_sizes_groups_of_columns_will_serve(
+    scheme: str, size: int, serves: dict[int, bool], reason: str, tmp_path: Path
+) -> None:
+    """The shapes of SmolLM2-135M: a rank of three has 192 inputs of o_proj, of nine 64."""
+    report = quantized_shapes(tmp_path, LAYERS | MLP, Groups.of(named_scheme(scheme, size)))
+    with CheckpointView(tmp_path / "out") as view:
+        found = {each.size: each for each in parallel_sizes(view, tuple(serves))}
+    assert {number: each.serves for number, each in found.items()} == serves
+    assert any(str(problem).endswith(reason) for problem in found[9].problems)
+    [tiles] = [finding for finding in report.findings if finding.rule == "marlin-tiles"]
+    assert [str(problem).partition(": ")[2] for problem in tiles.problems] == [
+        "q_proj + k_proj + v_proj is [960, 576]", "o_proj is [576, 576]"
+    ]  # fmt: skip
+    assert report.ok
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "problem"),
+    [
+        (128, (64, 128), ""),
+        (64, (64, 192), "down_proj is [64, 192]"),
+        (64, (128, 192), ""),
+        (32, (96, 128), "down_proj is [96, 128]"),
+        (32, (128, 96), "down_proj is [128, 96]"),
+    ],
+)
+def test_tiles(size: int, shape: tuple[int, int], problem: str, tmp_path: Path) -> None:
+    report = quantized_shapes(tmp_path, {"down_proj": shape}, Groups.of(named_scheme("w4a16", size)))
+    found = [str(each) for finding in report.findings if finding.rule == "marlin-tiles" for each in finding.problems]
+    assert found == [f"model.layers.0.mlp.down_proj: {problem}"] * bool(problem)
+
+
+def test_groups_that_no_kernel_has(tmp_path: Path) -> None:
+    report = quantized_shapes(tmp_path, {"down_proj": (64, 96)}, Groups.of(w4a16(48)))
+    [problem] = report.parallel[0].problems
+    assert str(problem).endswith("48 inputs share a scale, and engines have kernels for groups of 32, 64, 128")
+
+
+def test_groups_are_not_cut(tmp_path: Path) -> None:
+    report = quantized_shapes(tmp_path, {"down_proj": (64, 384)}, Groups.of(named_scheme("w4a16", 128)))
+    with CheckpointView(tmp_path / "out") as view:
+        one, three, four = (each.problems for each in parallel_sizes(view, (1, 3, 2)))
+    assert not one and report.ok
+    assert not [each for each in three if "down_proj" in str(each)]
+    assert "a shard has 192 inputs, which do not divide by 128" in str(four[-1])
 
 
 def test_the_reason_of_an_error_is_said(good: Callable[..., Made], tmp_path: Path) -> None:
