@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -51,7 +52,7 @@ def checkpoint_iteration(path: Path) -> Path:
     directory = path
     if latest.is_file():
         iteration = latest.read_text().strip()
-        directory = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+        directory = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else checked_name(iteration, latest))
     if not (directory / _METADATA).is_file():
         raise CheckpointError(
             f"{directory} is not a Megatron distributed checkpoint (torch_dist): no {_METADATA} there"
@@ -190,7 +191,8 @@ class DistCheckpoint:
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
         problems = []
         for name, size in sorted(needed.items()):
-            file = self.directory / name
+            file = self.directory / checked_name(name, self.directory / _METADATA)
+            refuse_leaving(file, self.directory)
             if not file.is_file():
                 problems.append(f"{name}: missing")
             elif file.stat().st_size < size:

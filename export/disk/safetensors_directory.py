@@ -9,6 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
+from amaxbridge.export.disk.input_paths import refuse_leaving, weight_file_name
 from amaxbridge.export.disk.packed_experts import packed_source
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.output.config_and_index import INDEX_FILE, QUANT_STATE_FILE
@@ -37,9 +38,10 @@ class SafetensorsCheckpoint:
         index = self.directory / INDEX_FILE
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                stated = json.loads(index.read_bytes())["weight_map"].items()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{index} is not the index of a checkpoint: {error!r}") from error
+            weight_map = {name: weight_file_name(file, index) for name, file in stated}
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
@@ -87,7 +89,9 @@ class SafetensorsCheckpoint:
     def file(self, name: str) -> SafetensorsFile:
         """One file of the directory."""
         if name not in self._files:
-            self._files[name] = SafetensorsFile(self.directory / name)
+            path = self.directory / name
+            refuse_leaving(path, self.directory)
+            self._files[name] = SafetensorsFile(path)
         return self._files[name]
 
     def has(self, name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amaxbridge.export.disk.input_paths import leaves
 from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.schemes.scheme import Scheme, arguments
@@ -102,6 +103,8 @@ def carried_files(source: Path) -> dict[str, Path]:
     ones and those with weights of their own (`original/`, `onnx/`), which are the model once more.
     """
     carried, left = _sorted_out(source)
+    if leaving := [f"{file} → {file.resolve()}" for file in _links_out(source)]:
+        _log.warning("%s: links to files outside of it are not carried over:%s", source, listing(leaving))
     if left:
         _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
     return carried
@@ -110,15 +113,22 @@ def carried_files(source: Path) -> dict[str, Path]:
 def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
     """Names all that an output is made from: the plan of its tensors, config.json, and the source's other files."""
     digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
-    others = {} if source is None else {**_sorted_out(source)[0], CARD_FILE: source / CARD_FILE}
-    for name, file in others.items():
-        content = file.read_bytes() if file.is_file() else b""
+    others = {} if source is None else {name: file.read_bytes() for name, file in _sorted_out(source)[0].items()}
+    for name, content in {**others, CARD_FILE: source_card(source).encode()}.items():
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
+def source_card(source: Path | None) -> str:
+    """The model card of a source; empty if it has none, or if it is a link to a file outside of it."""
+    card = None if source is None else source / CARD_FILE
+    if source is None or card is None or not card.is_file() or leaves(card, source):
+        return ""
+    return card.read_text(encoding="utf-8", errors="replace")
+
+
 def _sorted_out(source: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files that go along, and the directories that do not."""
+    """The files that are carried over, and the directories that are not. Links out of the source are never followed."""
     carried = {}
     left = []
     for path in sorted(source.iterdir()):
@@ -130,7 +140,11 @@ def _sorted_out(source: Path) -> tuple[dict[str, Path], list[str]]:
                 left.append(path.name)
             else:
                 carried |= {file.relative_to(source).as_posix(): file for file in inside}
-    return carried, left
+    return {name: file for name, file in carried.items() if not leaves(file, source)}, left
+
+
+def _links_out(source: Path) -> list[Path]:
+    return [path for path in sorted(source.rglob("*")) if path.is_symlink() and leaves(path, source)]
 
 
 def json_bytes(content: object) -> bytes:

@@ -28,6 +28,7 @@ from amaxbridge.export.output.config_and_index import (
     config_json,
     index_json,
     json_bytes,
+    source_card,
 )
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.provenance import RECORD_FILE, versions
@@ -86,9 +87,7 @@ def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tup
         yield name, file.read_bytes()
     facts = {**conversion.record, **_facts(source, conversion), "versions": versions()}
     yield RECORD_FILE, json_bytes(facts)
-    readme = source / CARD_FILE if source else None
-    original = readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else ""
-    yield CARD_FILE, model_card(original, facts).encode()
+    yield CARD_FILE, model_card(source_card(source), facts).encode()
 
 
 def model_card(original: str, facts: Mapping[str, Any]) -> str:
