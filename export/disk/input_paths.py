@@ -1,8 +1,8 @@
 """Paths that an input names: where one may point, decided in this one place.
 
-An index, the metadata of a checkpoint, and the links in a directory come from whoever made the input. A name from there must
-stay inside the input's directory, and inside the output once it is used there: `../victim.safetensors` or an absolute path
-would overwrite files of the user, and a link to `~/.ssh/id_ed25519` would publish one.
+An index, the metadata of a checkpoint and the links in a directory come from the maker of the input. A name from there
+must stay inside the input's directory, and inside the output once it is used there: `../victim.safetensors` or an
+absolute path would overwrite files of the user, and a link to `~/.ssh/id_ed25519` would publish one.
 """
 
 from pathlib import Path, PurePosixPath

@@ -25,14 +25,18 @@ from amaxbridge.export.model_free.input_directory import (
     model_directory,
     read_config,
 )
-from amaxbridge.export.model_free.inverse_weight_maps import Converter, build_microscale_inverse_weight_maps
+from amaxbridge.export.model_free.inverse_weight_maps import (
+    Converter,
+    InverseWeightMap,
+    build_microscale_inverse_weight_maps,
+)
 from amaxbridge.export.model_free.pipeline import devices_of, write_plan
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
 from amaxbridge.export.output.model_card import Conversion, files_beside
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.export.verify import verify as verify_checkpoint
-from amaxbridge.mappings.errors import listing
+from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
 _log = logging.getLogger("amaxbridge")
@@ -152,9 +156,17 @@ def _plan(
 ) -> ShardPlan:
     weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
     model_files = {name: str(checkpoint.directory / name) for name in dict.fromkeys(weight_map.values())}
-    maps = build_microscale_inverse_weight_maps(weight_map, model_files, converters)
+    maps = _at_the_top(build_microscale_inverse_weight_maps(weight_map, model_files, converters))
     files = {path: checkpoint.file(name) for name, path in model_files.items()}
     return plan_shards(maps, files, recipe, state, config, converters, missing)
+
+
+def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeightMap]:
+    """Names output files without sub-directories, in which vLLM and SGLang do not look: `a/b` becomes `a-b`."""
+    renamed = {name.replace("/", "-"): tensors for name, tensors in maps.items()}
+    if len(renamed) < len(maps):
+        raise CheckpointError(f"the index has files that differ in / and - alone:{listing(maps)}\nRename them")
+    return renamed
 
 
 def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeReport:

@@ -37,7 +37,7 @@ CONFIG = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 1}
 
 @pytest.mark.parametrize("name", OUTWARDS, ids=repr)
 def test_names_that_lead_outwards_are_refused(name: object) -> None:
-    with pytest.raises(CheckpointError, match="index.json names the file"):
+    with pytest.raises(CheckpointError, match="names the file"):
         checked_name(name, "index.json")
 
 
@@ -72,10 +72,19 @@ def rename_in_index(source: Path, old: str, new: str) -> None:
     index.write_text(index.read_text().replace(json.dumps(old), json.dumps(new)))
 
 
-def test_a_sub_directory_ends_up_inside_the_output(source: Path, tmp_path: Path) -> None:
-    model_free_ptq(source, tmp_path / "out", "fp8_dynamic", verify=False)
+def test_a_sub_directory_ends_up_where_engines_look(source: Path, tmp_path: Path) -> None:
+    model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors")}
-    assert "more/second.safetensors" in written
+    assert written == {"first.safetensors", "more-second.safetensors"}
+
+
+def test_file_names_that_would_become_one_are_refused(source: Path, tmp_path: Path) -> None:
+    (source / "more" / "second.safetensors").rename(source / "more" / "first.safetensors")
+    (source / "first.safetensors").rename(source / "more-first.safetensors")
+    rename_in_index(source, "more/second.safetensors", "more/first.safetensors")
+    rename_in_index(source, "first.safetensors", "more-first.safetensors")
+    with pytest.raises(CheckpointError, match=r"differ in / and - alone"):
+        model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -109,7 +118,7 @@ def test_links_out_of_the_source_are_named_and_not_followed(
     (secret / "key").write_text("a private key")
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).symlink_to(secret if name == "whole_directory" else secret / "key")
-    model_free_ptq(source, tmp_path / "out", "fp8_dynamic", verify=False)
+    model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
     texts = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(texts) >= 5
     assert not any(b"a private key" in text for text in texts)
