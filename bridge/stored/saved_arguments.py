@@ -1,20 +1,14 @@
 """The arguments of Megatron's training, which it saves with every checkpoint as `args`: written, read and compared.
 
-They come from elsewhere and are a pickle, which could run code. So they are unpickled into plain values only: a class
-or a function that is not plain data becomes an `Inert` of its name, and is never imported or called.
+They come from elsewhere and are a pickle, which could run code, so they are read as data (`inert_pickle`).
 """
 
-import io
-import pickle
-import zipfile
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.stored.inert_pickle import Made, Named, NotReadable, read_archive
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.errors import CheckpointError, MappingError
 from amaxbridge.mappings.megatron_settings import argument, differences, from_arguments, to_arguments, told
@@ -55,16 +49,6 @@ _PARALLEL = (
 )
 
 
-class Inert:
-    """What stands for an object whose class is not plain data."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.arguments}"
-
-
 def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> Namespace:
     """What Megatron's training reads of a checkpoint's arguments: the model and how it is cut.
 
@@ -88,12 +72,14 @@ def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
     if not keys and not file.is_file():
         return None
     try:
-        common = _plain(checkpoint.state_bytes(keys[0]) if keys else file.read_bytes())
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, StopIteration) as error:
+        common = read_archive(checkpoint.state_bytes(keys[0]) if keys else file.read_bytes())
+    except NotReadable as error:
         raise CheckpointError(f"{checkpoint.directory}: the saved arguments cannot be read: {error}") from error
     common = common[0] if isinstance(common, list) and common else common
-    arguments = common.get("args") if isinstance(common, Mapping) else None
-    return vars(arguments) if isinstance(arguments, Namespace) else None
+    match common.get("args") if isinstance(common, Mapping) else None:
+        case Made(by=Named("argparse", "Namespace"), state=dict() as arguments):
+            return arguments
+    return None
 
 
 def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -116,26 +102,3 @@ def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
     for name in _SHAPES:
         if name in said and name in expected and name in differ:
             yield f"--{argument(name).replace('_', '-')} {found[name]}, and config.json gives {expected[name]}"
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Makes plain data, and `Inert` of everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("argparse", "Namespace"):
-            return Namespace
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        return type(f"{module}.{name}", (Inert,), {})
-
-    def persistent_load(self, pid: object) -> Inert:
-        return Inert("storage")
-
-
-def _plain(data: bytes) -> Any:
-    """The pickle inside what `torch.save` wrote."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
-        return _PlainUnpickler(io.BytesIO(archive.read(name))).load()

@@ -13,7 +13,10 @@ Megatron stores the same parameter in several forms, depending on its version an
 
 A stored tensor is global: what one rank would hold without parallelism. How ranks cut it makes no difference here.
 
-Quantizer configurations are in `_extra_state` of the module that owns them, as ModelOpt pickled them.
+Quantizer configurations are in `_extra_state` of the module that owns them (`module_state`). Where Transformer Engine
+runs the experts of a rank as one grouped linear, each expert has the state of all of it: `input_quantizer`, which the
+experts share, and `weight_quantizer.0`, `.1`, … of the experts of that rank. ModelOpt before 0.47 has one
+`weight_quantizer`, which they share, too.
 """
 
 import re
@@ -28,7 +31,8 @@ import torch
 from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region, load_safely
+from amaxbridge.bridge.stored.module_state import Settings, quantizer_settings
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
@@ -39,7 +43,8 @@ FINAL_NORM_OF_HYBRID = "decoder.final_norm.weight"
 _NOT_THE_MODEL = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "ema.")
 _ALL_LAYERS = re.compile(r"\blayers\.(?!\d)")
 _ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
-_ONE_EXPERT = re.compile(r"\.experts\.experts\.(?=\d)")
+_ONE_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
+_GROUPED = re.compile(r"weight_quantizer\.(\d+)")
 _PIECE = re.compile(
     r"(.*\.linear_fc1\.(?:weight|bias))_([wv])"  # gate, up: MLP.sharded_state_dict of megatron-core
     r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
@@ -48,7 +53,7 @@ _PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order that mappings
 _MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax")
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
-_GATED_AMAX = re.compile(r"(.*\.linear_fc1\.weight)_quantizer\._amax")
+_GATED_AMAX = re.compile(r"(.*\.linear_fc1\.weight)_quantizer(?:\.(\d+))?\._amax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +172,8 @@ class StoredModel(Mapping[str, Tensor]):
                 "the order of its rows: export from the live model instead"
             )
         gated = _GATED_AMAX.fullmatch(name)
-        weight = regions.get(gated[1]) if gated else None
-        if weight is None or self._spec(regions[name]).shape[0] == 1:
+        weight = regions.get(gated[1] + (gated[2] or "")) if gated else None
+        if weight is None or self._spec(regions[name]).shape[:1] in ((), (1,)):
             return 1
         cuts = {part: len(self.checkpoint.cuts(region)) for part, region in weight.items()}
         ranks = cuts["w"] if "w" in cuts else cuts[""] // 2
@@ -178,14 +183,41 @@ class StoredModel(Mapping[str, Tensor]):
         """Every quantizer that ModelOpt inserted, by canonical global name, with its configuration."""
         for key in self.checkpoint.states:
             found = _STATE.fullmatch(key)
-            state = self.checkpoint.read_state(key) if found else None
-            if found is None or state is None:
+            if found is None:
                 continue
-            if isinstance(state, Tensor):
-                state = load_safely(state.numpy().tobytes(), f"{key} of {self.checkpoint.directory}")
-            index = tuple(int(number) for number in found[2].split("."))
-            for quantizer, setting in (state.get("modelopt_quantizer_state") or {}).items():
-                yield self._spelling(_quantizer_name(found[1], quantizer, index)), setting
+            settings = quantizer_settings(self.checkpoint.state_bytes(key), f"{key} of {self.checkpoint.directory}")
+            index = [int(number) for number in found[2].split(".")]
+            yield from self._named_settings(found[1], index, settings)
+
+    def _named_settings(
+        self, module: str, index: list[int], settings: Settings
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The quantizers of one module's state.
+
+        Args:
+            module: its name in the checkpoint.
+            index: counts the layers and experts that the name leaves out.
+        """
+        layer = index.pop(0) if _ALL_LAYERS.search(module) else None
+        numbered = _ONE_EXPERT.search(f"{module}.")
+        expert = int(numbered[1]) if numbered else index.pop(0) if _ALL_EXPERTS.search(f"{module}.") else None
+        linear = _ONE_EXPERT.sub(".experts.experts.", module)
+        grouped = sum(_GROUPED.fullmatch(quantizer) is not None for quantizer in settings)
+        for quantizer, setting in settings.items():
+            of_expert = _GROUPED.fullmatch(quantizer) if expert is not None else None
+            if of_expert is not None and expert is not None and int(of_expert[1]) != expert % grouped:
+                continue  # of another expert of the same rank, which has a state of its own
+            kind = of_expert[0].partition(".")[0] if of_expert else quantizer
+            shared = self._spelling(_named(f"{linear}.{kind}", layer, None))
+            if expert is None or (of_expert is None and (grouped or shared in self._with_buffers)):
+                yield shared, setting
+            else:
+                yield self._spelling(_named(f"{linear}.{kind}", layer, expert)), setting
+
+    @cached_property
+    def _with_buffers(self) -> frozenset[str]:
+        """The quantizers of which the checkpoint has state."""
+        return frozenset(module_of(name) for name in self.tensors if is_quantizer_state(name))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """All quantizer buffers: small ones read at once, of larger ones a shape, and of an amax its maximum."""
@@ -224,22 +256,13 @@ def _one_by_one(key: str, spec: TensorSpec) -> Iterator[tuple[str, Region]]:
 
 
 def _is_shared(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a buffer is one quantizer's that all experts share: those of inputs are, those of weights need not be."""
+    """True if all experts share this quantizer. Input quantizers always are; weight quantizers may be."""
     return is_quantizer_state(key) and ("weight_quantizer" not in key or shape[:1] in ((), (1,)))
-
-
-def _quantizer_name(module: str, quantizer: str, index: tuple[int, ...]) -> str:
-    """The name of a quantizer from the module whose state it is in; `index` counts the dims that a shape would have."""
-    numbers = list(index)
-    layer = numbers.pop(0) if _ALL_LAYERS.search(module) else None
-    own = "weight_quantizer" in quantizer
-    expert = numbers.pop(0) if _ALL_EXPERTS.search(module + ".") and own else None
-    return _named(f"{module}.{quantizer.partition('.')[0] if expert is not None else quantizer}", layer, expert)
 
 
 def _named(key: str, layer: int | None, expert: int | None) -> str:
     name = key if layer is None else _ALL_LAYERS.sub(f"layers.{layer}.", key, count=1)
-    name = _ONE_EXPERT.sub(".experts.local_experts.", name)
+    name = _ONE_EXPERT.sub(r".experts.local_experts.\1.", name)
     return _ALL_EXPERTS.sub(".experts." if expert is None else f".experts.local_experts.{expert}.", name)
 
 

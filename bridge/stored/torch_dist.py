@@ -3,12 +3,12 @@
 A checkpoint is a directory of `.distcp` files and one `.metadata`, which says for every global tensor in which file
 each of its chunks lies. PyTorch's own reader does the reading; no process group, no Megatron and no model is needed.
 
-Checkpoints come from elsewhere, so no pickle in them may run code: tensors and states are loaded with `weights_only`,
-and `.metadata`, which PyTorch would unpickle as it is, may name only the classes that describe a checkpoint.
+Checkpoints come from elsewhere, so no pickle in them may run code: PyTorch loads tensors with `weights_only`, states
+stay bytes here (`inert_pickle` reads them), and `.metadata`, which PyTorch would unpickle as it is, may name only the
+classes that describe a checkpoint.
 """
 
 import hashlib
-import io
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -154,17 +154,8 @@ class DistCheckpoint:
             for number, region in enumerate(regions)
         ]
 
-    def read_state(self, key: str) -> Any:
-        """One pickled state, without running code.
-
-        Raises:
-            CheckpointError: it holds classes that may run code; names them.
-        """
-        value = load_safely(self.state_bytes(key), f"{key} of {self.directory}")
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
-
     def state_bytes(self, key: str) -> bytes:
-        """One state as it was pickled."""
+        """One state as it was pickled; `inert_pickle` reads it without running code."""
         place = self._metadata.storage_data[MetadataIndex(key)]
         with open(self.directory / place.relative_path, "rb") as file:
             file.seek(place.offset)
@@ -199,19 +190,6 @@ class DistCheckpoint:
                 problems.append(f"{name}: truncated, {file.stat().st_size:,} of at least {size:,} bytes")
         if problems:
             raise CheckpointError(f"{self.directory} is damaged:{listing(problems)}\nCopy these files again")
-
-
-def load_safely(data: bytes, what: str) -> Any:
-    """A pickle of torch that holds tensors and plain values only.
-
-    Raises:
-        CheckpointError: it holds other classes, which may run code.
-    """
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{what} is refused, because loading it may run code: {reason}") from error
 
 
 class _Into(DefaultLoadPlanner):
