@@ -53,6 +53,14 @@ def test_saved_at_ep_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
     same_files(tmp_path / "out", saved / f"live_{form}")
 
 
+@pytest.mark.parametrize("form", SCHEMES)
+def test_experts_saved_at_etp_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
+    """Per-channel amax of an expert lie rank by rank, too."""
+    saved = moe.at(tp=2, pp=1)
+    convert(moe, saved / form, tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
 def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None:
     """Where neither is installed."""
     saved = dense.at(tp=2, pp=2)
