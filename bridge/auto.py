@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -138,8 +138,9 @@ class AutoBridge:
         A compressed-tensors checkpoint is dequantized on the way. `import_hf` restores its amax too.
 
         Raises:
+            UsageError: Megatron does not compute the model that config.json describes.
             UnmappedParameterError: parameters without a mapping.
-            CheckpointError: a file or a tensor is missing.
+            CheckpointError: a file or a tensor is missing, or the model is another.
             MappingError: a tensor does not have the shape that the model needs.
         """
         with self.open_weights() as weights:
@@ -154,6 +155,7 @@ class AutoBridge:
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
         """As `load_hf_weights`, from tensors that are open."""
         chunks = unwrap(model)
+        self._check_computes(chunks)
         parameters = [
             replace(each, name=_EMBEDDING) if self.hf.tied and each.name == OUTPUT_LAYER else each
             for each in self._parameters(chunks)
@@ -250,17 +252,10 @@ class AutoBridge:
         expected = self._described(pattern)
         config: Any = chunks[0].config
         unused = set[str]() if "-" in described else {"ffn_hidden_size"}
-        differ = [
-            f"{name}: the Megatron model has {found}, config.json gives {value}"
-            for name, value in expected.items()
-            if name not in unused and (found := _setting(config, name)) != value
-        ]
+        differ = _differences(config, {name: value for name, value in expected.items() if name not in unused})
         if pattern is not None and pattern.replace("|", "") != described:
             differ.append(f"hybrid_layer_pattern: the Megatron model has {pattern}, config.json gives {described}")
-        if differ:
-            raise CheckpointError(
-                f"the Megatron model is not the one that {self.hf.source} describes:{listing(differ)}"
-            )
+        self._refuse(differ)
         return SimpleNamespace(
             **expected,
             transformer_impl=getattr(config, "transformer_impl", "local"),
@@ -268,12 +263,32 @@ class AutoBridge:
             padded_vocab_size=getattr(chunks[0], "vocab_size", None),
         )
 
+    def _check_computes(self, chunks: Sequence[nn.Module]) -> None:
+        """Refuses a model that computes something else than the weights that it is to be filled with are for."""
+        self.hf.family.check_buildable(self.hf.config)
+        self._refuse(_differences(chunks[0].config, self.hf.family.computed.read(self.hf.config)))
+
+    def _refuse(self, differ: Sequence[str]) -> None:
+        if differ:
+            raise CheckpointError(
+                f"the Megatron model is not the one that {self.hf.source} describes:{listing(differ)}"
+            )
+
     def _described(self, pattern: str | None) -> dict[str, Any]:
         """What config.json says in Megatron's words; `pattern` is that of a HybridModel, None for a GPTModel."""
         return self.hf.family.module_config(self.hf.config, pattern)
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()
+
+
+def _differences(config: Any, expected: Mapping[str, Any]) -> list[str]:
+    """One line for each field of Megatron's configuration that is not as expected."""
+    return [
+        f"{name}: the Megatron model has {found}, config.json gives {value}"
+        for name, value in expected.items()
+        if (found := _setting(config, name)) != value
+    ]
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -132,8 +132,8 @@ def _auto_config(directory: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(directory)
-    except StrictDataclassError as error:
-        why = str(error).partition("\n")[2].strip() or error
+    except (StrictDataclassError, KeyError) as error:  # KeyError: a rotary embedding without the numbers it needs
+        why = str(error).partition("\n")[2].strip() or (error.args[0] if error.args else error)
         raise UsageError(f"{directory / CONFIG_FILE} is refused by transformers: {why}; correct it") from error
 
 
@@ -182,11 +182,27 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
         config = read_config()
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        _leave_rope_unscaled(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules remain
         return None
     return dict(revert_weight_conversion(model, model.state_dict()))
+
+
+def _leave_rope_unscaled(config: "PreTrainedConfig") -> None:
+    """No weight depends on how a rotary embedding is scaled, and transformers does not build every scaling."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if rope := getattr(part, "rope_parameters", None):
+            part.rope_parameters = _unscaled(rope)
+
+
+def _unscaled(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters, of all layers or of each kind of layer, as those of the plain embedding."""
+    if all(isinstance(value, Mapping) for value in rope.values()):
+        return {kind: _unscaled(value) for kind, value in rope.items()}
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return {"rope_type": "default", **kept}
 
 
 def check_parallel_sizes(
@@ -198,7 +214,7 @@ def check_parallel_sizes(
         etp: tensor-parallel size of the experts; None for `tp`.
         even: whether all pipeline stages must have as many layers, as those that are built here.
     """
-    sizes = hf.family.transformer_config(hf.config)
+    sizes = hf.family.weight_settings(hf.config)
     heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
     reasons: list[tuple[object, str]] = [
         (world % (tp * pp), f"{world} processes do not divide into TP={tp} × PP={pp}"),

@@ -76,12 +76,14 @@ def import_hf(
     Nothing appears at `target` before all of it is written.
 
     Raises:
-        UsageError: an output that is not empty, or quantizers that ModelOpt does not have at these sizes.
+        UsageError: an output that is not empty, a model that Megatron does not compute, or quantizers that ModelOpt
+            does not have at these sizes.
         CheckpointError: the directory is not whole, or not what its config.json says.
         MappingError: one Megatron weight is made of modules that are not quantized alike.
     """
     target = target.absolute()
     check_output(target, overwrite=overwrite)
+    hf.family.check_buildable(hf.config)
     ranks = megatron.process_ranks()
     bridge = AutoBridge(hf, ranks)
     with bridge.open_weights() as weights:

@@ -1,4 +1,9 @@
-"""A model family: its mappings, and its configuration in Megatron's words. One declarative file each."""
+"""A model family: its mappings, and its configuration in Megatron's words. One declarative file each.
+
+Two questions are kept apart. Which weights a model has, and how mappings take them apart, decides what can be exported:
+`weight_settings`, `requires`. What its layers compute decides what can be built, filled and trained in Megatron:
+`transformer_config`, `computes`, `check`. A rotary embedding that Megatron does not have never stops an export.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,11 +68,16 @@ class ModelFamily:
     Args:
         architectures: entries of `architectures` in config.json that belong to it.
         mappings: the weights. Amax mappings and fused groups are derived.
-        transformer: Megatron `TransformerConfig` field → what it is in the Hugging Face config.
+        transformer: Megatron `TransformerConfig` field → what it is in the Hugging Face config. All that mappings read
+            is here, in `derived` or in `constants`.
         model: Megatron `GPTModel` or `HybridModel` argument → what it is in the Hugging Face config.
         constants: `TransformerConfig` fields that are the same for every member of the family.
         derived: further `TransformerConfig` fields, by name, where it depends on the model which ones.
-        requires: fields of the Hugging Face config, where it has them, that must be what Megatron's layers compute.
+        requires: fields of the Hugging Face config, where it has them, that must have one value because the names, the
+            shapes or the row order of weights depend on them.
+        computed: further `TransformerConfig` fields, by name, that change what is computed and no weight.
+        computes: fields of the Hugging Face config, where it has them, that must be what Megatron's layers compute.
+            No weight depends on them.
         check: raises UsageError for what else Megatron's layers do not compute.
         exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
         norm_over_all_heads: the query and key norms see all heads of a token together; Megatron's see one.
@@ -89,6 +99,8 @@ class ModelFamily:
     constants: Mapping[str, Any] = field(default_factory=dict)
     derived: Translation = Translation(lambda hf_config: {})
     requires: Mapping[str, Any] = field(default_factory=dict)
+    computed: Translation = Translation(lambda hf_config: {})
+    computes: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[HFConfig], None] = lambda hf_config: None
     exceptions: Callable[[HFConfig], Iterable[MegatronParamMapping]] = lambda hf_config: ()
     norm_over_all_heads: bool = False
@@ -116,15 +128,28 @@ class ModelFamily:
             return hf_config
         return {**hf_config[self.language_part], "architectures": hf_config.get("architectures")}
 
+    def weight_settings(self, hf_config: HFConfig) -> dict[str, Any]:
+        """The fields of Megatron's TransformerConfig that say which weights there are, and more: what mappings read.
+
+        Raises:
+            UsageError: the model has weights that the family's mappings do not take, or has them otherwise.
+        """
+        require(hf_config, self.requires, "has weights that the mappings of its family do not take")
+        return {**read_table(self.transformer, hf_config), **self.derived.read(hf_config), **self.constants}
+
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """Keyword arguments for Megatron's TransformerConfig, without its parallel sizes and dtypes.
 
         Raises:
-            UsageError: Megatron's layers do not compute what the model does.
+            UsageError: as `weight_settings`, or Megatron's layers do not compute what the model does.
         """
-        require(hf_config, self.requires)
+        require(hf_config, self.computes, "has no equal in Megatron's layers")
         self.check(hf_config)
-        return {**read_table(self.transformer, hf_config), **self.derived.read(hf_config), **self.constants}
+        return {**self.weight_settings(hf_config), **self.computed.read(hf_config)}
+
+    def check_buildable(self, hf_config: HFConfig) -> None:
+        """Raises UsageError where Megatron's layers do not compute what the model does: it can be exported only."""
+        self.settings(hf_config)
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
@@ -134,20 +159,20 @@ class ModelFamily:
         """The `hybrid_layer_pattern` of the model as a HybridModel, without pipeline stages."""
         if self.hybrid_pattern is not None:
             return str(self.hybrid_pattern.read(hf_config))
-        return transformer_pattern(self.transformer_config(hf_config))
+        return transformer_pattern(self.weight_settings(hf_config))
 
     def hybrid_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """As `transformer_config`, for HybridModel, whose pattern says which layers there are."""
-        fields = {
-            **self.transformer_config(hf_config),
-            "num_layers": len(read_pattern(self.layer_pattern(hf_config)).decoder),
-        }
-        fields.pop("moe_layer_freq", None)
-        return fields
+        return self._of_hybrid(self.transformer_config(hf_config), hf_config)
 
     def module_config(self, hf_config: HFConfig, pattern: str | None) -> dict[str, Any]:
-        """That of a HybridModel, which has a `hybrid_layer_pattern`, or of a GPTModel, which has none."""
-        return self.transformer_config(hf_config) if pattern is None else self.hybrid_config(hf_config)
+        """`weight_settings` of a HybridModel, which has a `hybrid_layer_pattern`, or of a GPTModel, which has none."""
+        settings = self.weight_settings(hf_config)
+        return settings if pattern is None else self._of_hybrid(settings, hf_config)
+
+    def _of_hybrid(self, fields: dict[str, Any], hf_config: HFConfig) -> dict[str, Any]:
+        layers = len(read_pattern(self.layer_pattern(hf_config)).decoder)
+        return {**{name: value for name, value in fields.items() if name != "moe_layer_freq"}, "num_layers": layers}
 
     def spelling(self, pattern: str | None) -> Callable[[str], str]:
         """Global Megatron name, of a parameter or quantizer → the name that this family's mappings have for it.
@@ -164,7 +189,11 @@ class ModelFamily:
         return read_table(self.model, hf_config)
 
     def settings(self, hf_config: HFConfig) -> dict[str, Any]:
-        """All that the family says of a model in Megatron's words."""
+        """All that the family says of a model in Megatron's words.
+
+        Raises:
+            UsageError: as `transformer_config`.
+        """
         return {
             **self.transformer_config(hf_config),
             **self.model_arguments(hf_config),
@@ -191,7 +220,7 @@ class ModelFamily:
             KeyError: a setting that the family needs is not there.
         """
         fields = write_table({**self.transformer, **self.model, **self.layers}, settings)
-        fields |= self.derived.write(settings)
+        fields |= {**self.derived.write(settings), **self.computed.write(settings)}
         if self.hybrid_pattern is not None:
             fields |= self.hybrid_pattern.write(settings)
         return _nested(fields)
@@ -249,12 +278,16 @@ def look_up(hf_config: HFConfig, path: str) -> Any:
     return value
 
 
-def require(hf_config: HFConfig, values: Mapping[str, Any]) -> None:
-    """Checks that each field, where the config has it, is the one value that Megatron's layers compute.
+def require(hf_config: HFConfig, values: Mapping[str, Any], otherwise: str) -> None:
+    """Checks that each field, where the config has it, has its one value.
+
+    Args:
+        otherwise: what is true of a model that has another.
 
     Raises:
-        UsageError: some are not; names them.
+        UsageError: some have another; names them.
     """
     wrong = [f"{name}={hf_config[name]!r}" for name, value in values.items() if hf_config.get(name, value) != value]
     if wrong:
-        raise UsageError(f"{hf_config.get('architectures')} with {', '.join(wrong)} has no equal in Megatron's layers")
+        architectures = ", ".join(hf_config.get("architectures") or ["the model"])
+        raise UsageError(f"{architectures} with {', '.join(wrong)} {otherwise}")

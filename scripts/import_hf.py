@@ -25,6 +25,7 @@ def import_hf(options: ImportConfig) -> None:
         if world_rank() == 0:
             import_plan_table(plan_import(hf, Mesh.smallest(**sizes)), options)
         return
+    hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=world_size(), **{axis: size for axis, size in sizes.items() if axis != "vpp"})
     from amaxbridge.bridge import import_hf as importing  # imported here, because Megatron takes many seconds
     from amaxbridge.bridge import megatron

@@ -89,9 +89,9 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOp
     """The plan of an export at the given sizes.
 
     Raises:
-        UsageError: the model cannot be built at these sizes, or the recipe reads formats from quantizers.
+        UsageError: as `MegatronSpecs`, or the model cannot be built at these sizes, or the recipe reads formats from
+            quantizers.
         MappingError: a module cannot be quantized as asked; all are named.
-        ValueError: transformers has no causal language model of the architecture.
     """
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp, even=False)
     config = mapping_config(hf, padded_to=mesh.tp)
@@ -108,9 +108,10 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     """The plan of an import at the given sizes: the directory is opened and checked, and nothing is built.
 
     Raises:
-        UsageError: the model cannot be built at these sizes.
+        UsageError: Megatron does not compute this model, or it cannot be built at these sizes.
         CheckpointError: files or tensors are missing; all are named.
     """
+    hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
     with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
@@ -134,7 +135,7 @@ def mapping_config(hf: HFModel, *, padded_to: int = 1) -> SimpleNamespace:
         padded_to: the vocabulary becomes a multiple of it.
     """
     hybrid = hf.family.hybrid_pattern is not None
-    fields = (hf.family.hybrid_config if hybrid else hf.family.transformer_config)(hf.config)
+    fields = hf.family.module_config(hf.config, hf.family.layer_pattern(hf.config) if hybrid else None)
     vocabulary = hf.config["vocab_size"]
     return SimpleNamespace(
         **fields,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.export.disk.packed_experts import packed_source
+from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.hybrid_layers import read_pattern
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import kind_of
@@ -23,10 +24,10 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
     """Every tensor of the language model in the files, on the meta device, experts one by one.
 
     Raises:
-        ValueError: transformers has no causal language model of this architecture.
+        UsageError: transformers cannot build the model.
     """
     if hf.file_tensors is None:
-        raise ValueError(f"transformers has no causal language model for {hf.config.get('architectures')}")
+        raise UsageError(f"transformers has no causal language model for what {hf.source} describes: correct it")
     tensors = hf.file_tensors
     return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
 
@@ -37,6 +38,10 @@ class MegatronSpecs:
     Args:
         hf: the model.
         config: what mappings read of Megatron's configuration.
+
+    Raises:
+        UsageError: transformers cannot build the model, or it has tensors that no mapping takes, which an export would
+            leave out; all are named.
     """
 
     def __init__(self, hf: HFModel, config: SimpleNamespace) -> None:
@@ -49,6 +54,14 @@ class MegatronSpecs:
             mapping = hf.registry.hf_to_megatron_lookup(name)
             if mapping is not None:
                 self.mappings.setdefault(mapping.megatron_param, mapping)
+        taken = {target for mapping in self.mappings.values() for target in mapping.targets}
+        left = {name: TensorSpec.of(tensor) for name, tensor in self._tensors.items() if name not in taken}
+        if left:
+            raise UsageError(
+                f"{hf.source} describes a model with tensors that no mapping of its family takes:"
+                f"{listing(f'{kind}: {left[name]}' for kind, name in _by_kind(left))}\n"
+                "Correct config.json, or add a mapping to the model's family in mappings/families/"
+            )
 
     def shard(self, name: str, size: int) -> TensorSpec:
         """Of a parameter that is spread over `size` ranks; computed once for each kind."""

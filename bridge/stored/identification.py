@@ -51,11 +51,12 @@ def _disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) ->
 
 
 def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
-    """One line for each kind of tensor that is not what the model has."""
-    try:
-        specs = MegatronSpecs(hf, config)
-    except ValueError:  # transformers has no causal language model of this architecture to compare with
-        return []
+    """One line for each kind of tensor that is not what the model has.
+
+    Raises:
+        UsageError: as `MegatronSpecs`.
+    """
+    specs = MegatronSpecs(hf, config)
     held = {
         name: each.spec
         for name, each in stored.tensors.items()

@@ -92,7 +92,9 @@ def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
     """One line for each size in which the saved arguments and config.json differ."""
-    said, expected = told(arguments), hf.family.settings(hf.config)
+    said, expected = told(arguments), hf.family.weight_settings(hf.config)
+    if hf.family.hybrid_pattern is not None:
+        expected["hybrid_layer_pattern"] = hf.family.layer_pattern(hf.config)
     try:
         found = hf.family.settings_of(from_arguments(arguments))
     except MappingError as error:

@@ -151,10 +151,11 @@ SOFTMAX_ROUTER = {
     "moe_router_topk_scaling_factor": None,
 }
 
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+"""No weights beside those of the mappings above."""
+
 PLAIN_DECODER = {
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "use_sliding_window": False,
     "clip_qkv": None,
 }

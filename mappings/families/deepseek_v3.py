@@ -82,8 +82,9 @@ DEEPSEEK_V3 = ModelFamily(
         "v_head_dim": "v_head_dim",
         **sigmoid_experts.SIZES,
     },
-    derived=Translation(_rope, _rope_parameters),
-    requires={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True, "norm_topk_prob": True},
+    requires={"attention_bias": False, "rope_interleave": True},
+    computed=Translation(_rope, _rope_parameters),
+    computes={"hidden_act": "silu", "norm_topk_prob": True},
     model=decoder.MODEL_ARGUMENTS,
     constants={
         **decoder.GATED_RMSNORM_DECODER,

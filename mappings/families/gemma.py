@@ -47,9 +47,8 @@ _LAYERS: Mapping[str, Source] = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 _ACTIVATION = "gelu_pytorch_tanh"
-
-
-_REQUIRES = {"hidden_activation": _ACTIVATION, "attention_bias": False}
+_REQUIRES = {"attention_bias": False}
+_COMPUTES = {"hidden_activation": _ACTIVATION}
 
 
 def _check(hf_config: HFConfig) -> None:
@@ -64,6 +63,10 @@ def _interpolation(hf_config: HFConfig) -> float | None:
         UsageError: a rotary embedding that Megatron does not have.
     """
     rope, local = (look_up(hf_config, f"rope_parameters.{kind}_attention") for kind in ("full", "sliding"))
+    if rope.get("type", rope["rope_type"]) != rope["rope_type"]:  # as transformers reads the older spelling
+        raise UsageError(
+            f"rope_scaling of type={rope['type']!r} is read as {rope['rope_type']!r}: write rope_type for type"
+        )
     if rope["rope_type"] not in ("default", "linear") or local["rope_type"] != "default":
         raise UsageError(f"the Gemma layers scale full attention only, and linearly; found {rope} and {local}")
     return rope["factor"] if rope["rope_type"] == "linear" else None
@@ -80,6 +83,7 @@ GEMMA2 = ModelFamily(
     mappings=(decoder.EMBEDDING, *_LAYER, *decoder.HEAD),
     transformer=decoder.DECODER_SIZES,
     requires=_REQUIRES,
+    computes=_COMPUTES,
     check=_check,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants=_CONSTANTS,
@@ -93,6 +97,7 @@ GEMMA3 = ModelFamily(
     mappings=(decoder.EMBEDDING, *_LAYER, *decoder.QK_NORMS, *decoder.HEAD),
     transformer=decoder.DECODER_SIZES,
     requires=_REQUIRES,
+    computes=_COMPUTES,
     check=_check,
     model={
         **decoder.MODEL_ARGUMENTS,

@@ -24,7 +24,7 @@ GLM4_MOE = ModelFamily(
         "add_qkv_bias": "attention_bias",
         "qk_layernorm": "use_qk_norm",
     },
-    requires={"hidden_act": "silu", "norm_topk_prob": True},
+    computes={"hidden_act": "silu", "norm_topk_prob": True},
     model={
         **decoder.MODEL_ARGUMENTS,
         **decoder.ROPE_SCALING,

@@ -18,7 +18,7 @@ _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 def _check(hf_config: HFConfig) -> None:
     """Raises UsageError for a rotary embedding that Megatron does not have."""
     rope = {"rope_type": "yarn", "attention_factor": None, "mscale": None, "mscale_all_dim": None}
-    require({**hf_config, **hf_config["rope_parameters"]}, rope)
+    require({**hf_config, **hf_config["rope_parameters"]}, rope, "has no equal in Megatron's layers")
 
 
 GPT_OSS = ModelFamily(
@@ -47,7 +47,8 @@ GPT_OSS = ModelFamily(
         **decoder.ONLY_EXPERTS,
         "num_moe_experts": "num_local_experts",
     },
-    requires={"swiglu_alpha": 1.702, "attention_bias": True},
+    requires={"attention_bias": True},
+    computes={"swiglu_alpha": 1.702},
     check=_check,
     model={
         **decoder.MODEL_ARGUMENTS,

@@ -28,7 +28,8 @@ MIXTRAL = ModelFamily(
         "num_moe_experts": "num_local_experts",
         "window_size": decoder.WINDOW,
     },
-    requires=decoder.PLAIN_DECODER,
+    requires=decoder.NO_BIASES,
+    computes=decoder.PLAIN_DECODER,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants={**decoder.GATED_RMSNORM_DECODER, **decoder.SOFTMAX_ROUTER, "moe_router_pre_softmax": False},
 )

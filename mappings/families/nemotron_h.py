@@ -140,15 +140,12 @@ NEMOTRON_H = ModelFamily(
         "mtp_num_layers": sigmoid_experts.MTP_COUNT,
     },
     derived=Translation(_experts, _expert_fields),
-    requires={
+    requires={"use_bias": False, "mamba_proj_bias": False, "attention_bias": False, "mlp_bias": False},
+    computes={
         "mlp_hidden_act": "relu2",
         "mamba_hidden_act": "silu",
         "conv_kernel": 4,
         "use_conv_bias": True,
-        "use_bias": False,
-        "mamba_proj_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
         "norm_topk_prob": True,
     },
     activation="relu2",

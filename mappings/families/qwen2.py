@@ -15,7 +15,7 @@ QWEN2 = ModelFamily(
         *decoder.HEAD,
     ),
     transformer=decoder.DECODER_SIZES,
-    requires=decoder.PLAIN_DECODER,
+    computes=decoder.PLAIN_DECODER,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants={**decoder.GATED_RMSNORM_DECODER, "add_qkv_bias": True},
 )

@@ -33,7 +33,7 @@ QWEN2_MOE = ModelFamily(
         "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
         "add_qkv_bias": "qkv_bias",
     },
-    requires=decoder.PLAIN_DECODER,
+    computes=decoder.PLAIN_DECODER,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants={**decoder.GATED_RMSNORM_DECODER, **decoder.SOFTMAX_ROUTER, "moe_shared_expert_gate": True},
 )

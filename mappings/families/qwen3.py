@@ -15,7 +15,8 @@ QWEN3 = ModelFamily(
         *decoder.HEAD,
     ),
     transformer=decoder.DECODER_SIZES,
-    requires=decoder.PLAIN_DECODER,
+    requires=decoder.NO_BIASES,
+    computes=decoder.PLAIN_DECODER,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants={**decoder.GATED_RMSNORM_DECODER, "qk_layernorm": True},
 )

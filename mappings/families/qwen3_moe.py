@@ -49,7 +49,8 @@ QWEN3_MOE = ModelFamily(
         **decoder.DECODER_SIZES,
         **SPARSE_LAYERS,
     },
-    requires=decoder.PLAIN_DECODER,
+    requires=decoder.NO_BIASES,
+    computes=decoder.PLAIN_DECODER,
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
     constants={**decoder.GATED_RMSNORM_DECODER, **decoder.SOFTMAX_ROUTER, "qk_layernorm": True},
 )
