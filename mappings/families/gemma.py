@@ -64,9 +64,7 @@ def _interpolation(hf_config: HFConfig) -> float | None:
     """
     rope, local = (look_up(hf_config, f"rope_parameters.{kind}_attention") for kind in ("full", "sliding"))
     if rope.get("type", rope["rope_type"]) != rope["rope_type"]:  # as transformers reads the older spelling
-        raise UsageError(
-            f"rope_scaling of type={rope['type']!r} is read as {rope['rope_type']!r}: write rope_type for type"
-        )
+        raise UsageError(f"rope_scaling says type={rope['type']!r}, which transformers ignores: write rope_type=")
     if rope["rope_type"] not in ("default", "linear") or local["rope_type"] != "default":
         raise UsageError(f"the Gemma layers scale full attention only, and linearly; found {rope} and {local}")
     return rope["factor"] if rope["rope_type"] == "linear" else None

@@ -101,11 +101,7 @@ def test_a_tiny_model(name: str) -> None:
         ("Llama-3.1-8B", {"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}}, "scales only as rope_type 'llama3'"),
         ("Qwen2.5-7B", {"rope_parameters": YARN}, "scales only as rope_type 'llama3'"),
         ("Qwen2.5-7B", {"use_sliding_window": True}, "Qwen2ForCausalLM with use_sliding_window=True has no equal"),
-        (
-            "Llama-2-7B",
-            {"attention_bias": True, "mlp_bias": True},
-            "with attention_bias=True, mlp_bias=True has weights",
-        ),
+        ("Llama-2-7B", {"attention_bias": True, "mlp_bias": True}, "attention_bias=True, mlp_bias=True has weights"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("GPT-OSS-20B", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
         ("GPT-OSS-20B", {"rope_parameters": LLAMA3}, "rope_type='llama3'"),
