@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
 VLLM := .venv-vllm
+CORE := .venv-core
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
 READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -17,7 +20,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[test,report]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[test]'
 	touch $(READY)
 
 demo: setup
@@ -25,6 +28,29 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# That the package resolves beside vLLM, SGLang, llm-compressor, verl, Megatron-Bridge and NeMo.
+resolve: setup
+	$(BIN)/python -m tests.resolve
+
+# What needs no extra, with the wheel in an environment that has none: quantize, verify, report, export.
+test-core: setup
+	rm -rf dist $(CORE)
+	$(BIN)/uv build --quiet --wheel
+	$(PYTHON) -m venv $(CORE)
+	$(BIN)/uv pip install --quiet --python $(CORE)/bin/python dist/*.whl
+	$(BIN)/python -m tests.support.core_only --python $(CORE)/bin/python
+
+# The fast lane on the lowest versions that pyproject.toml allows, and on the newest there are.
+test-lowest: setup
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[test]'
+	$(LOWEST)/bin/python -m pytest $(FAST)
+
+test-newest: setup
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(BIN)/uv pip install --quiet --python $(NEWEST)/bin/python --upgrade --editable '.[test]'
+	$(NEWEST)/bin/python -m pytest $(FAST)
 
 # A run that is killed at a hundred moments, and taken up.
 test-faults: setup
@@ -79,4 +105,4 @@ golden: peer
 	$(PEER)/bin/python tests/peer/make_schemes_golden.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(VLLM) demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) $(CORE) $(LOWEST) $(NEWEST) demo-output

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
     from amaxbridge.export.verify import verify
 
-__version__ = "0.2.0.dev0"
+    __version__: str
 
 __all__ = ["AutoBridge", "__version__", "model_free_ptq", "verify"]
 
@@ -25,6 +25,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("amaxbridge.build_version").build_version()
     if name not in _PLACES:
         raise AttributeError(f"module 'amaxbridge' has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)

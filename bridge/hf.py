@@ -1,10 +1,11 @@
 """A Hugging Face model: its configuration with every default filled in, and what its files hold.
 
 The only user of transformers, whose import takes seconds; so it is imported where it is needed, and a wrong path fails
-before.
+before. Where it is not installed, `hf_defaults` completes the configuration, and nothing tells what the files hold.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
 from amaxbridge.mappings.registry import MappingRegistry
@@ -25,9 +28,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+_log = logging.getLogger("amaxbridge")
+
 OUTPUT_LAYER = "output_layer.weight"
 """Megatron's name."""
 
+NOT_COMPARED = (
+    "transformers is not installed, so names and shapes were not compared with its own model: "
+    "pip install 'amaxbridge[megatron]'"
+)
+"""What a user has to know who exports or verifies without it."""
+
+_TRANSFORMERS = "transformers"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ALWAYS_WRITTEN = ("architectures", "dtype", "model_type", "transformers_version")
 
@@ -95,6 +107,8 @@ class HFModel:
     @cached_property
     def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
         """As `expected_tensors`, on the meta device, of the language model alone, a tied head left out; built once."""
+        if not installed(_TRANSFORMERS):
+            return None
         from transformers import AutoConfig
 
         tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
@@ -108,6 +122,7 @@ def read_hf_model(path: str | Path) -> HFModel:
     Raises:
         UsageError: no such directory or no config.json in it.
         UnknownArchitectureError: no family claims the model.
+        MissingExtraError: config.json leaves out what only transformers, not installed, fills in.
     """
     directory = model_directory(path, weights=False)
     file = directory / CONFIG_FILE
@@ -118,7 +133,8 @@ def read_hf_model(path: str | Path) -> HFModel:
     except ValueError as error:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
     family = family_of(written)
-
+    if not installed(_TRANSFORMERS):
+        return HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,))
     return HFModel(directory, written, _auto_config(directory).to_dict(), family)
 
 
@@ -144,7 +160,9 @@ def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dty
 
     Raises:
         UsageError: transformers refuses a field.
+        MissingExtraError: transformers is not installed.
     """
+    need("A config.json made of saved arguments", _TRANSFORMERS)
     import transformers
 
     made = {"architectures": [architecture], "dtype": dtype, **dict.fromkeys(_TOKENS), **fields}
@@ -162,6 +180,8 @@ def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dty
 def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of all tensors of a model as transformers saves it unquantized; None if it has no such model.
 
+    None, with a warning, where transformers is not installed.
+
     The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
     are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
 
@@ -169,6 +189,9 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
         UsageError: values of config.json contradict one another.
     """
     if not (directory / CONFIG_FILE).is_file():  # transformers would look for it on the Hub
+        return None
+    if not installed(_TRANSFORMERS):
+        _log.warning("%s", NOT_COMPARED)
         return None
     tensors = _file_tensors(lambda: _auto_config(directory))
     return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -19,6 +19,9 @@ SCRIPTS = Path(__file__).resolve().parent
 
 def demo(options: DemoConfig) -> None:
     """Runs steps that a user could type; the checks at the end read only what the steps wrote."""
+    from amaxbridge.mappings.extras import EXTRAS, need
+
+    need("The demo", *EXTRAS["megatron"])
     from amaxbridge.scripts.demo_check import check, compare
     from amaxbridge.scripts.demo_text import write_hf_model
     from amaxbridge.scripts.tables import demo_table

@@ -7,6 +7,7 @@ from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutI
 from amaxbridge.export.schemes import Groups, Recipe, SchemeGroup, from_quantizers, has_group_size, named_scheme
 from amaxbridge.export.schemes.recipe import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.extras import need
 
 
 def recipe_of(config: SchemeConfig) -> Recipe | None:
@@ -43,9 +44,11 @@ def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
 
     Raises:
         UsageError: unknown name. The message lists the known ones.
+        MissingExtraError: compressed-tensors is not installed.
     """
     if name is None:
         return ()
+    need(f"converter={name}", "compressed_tensors")
     from compressed_tensors.entrypoints import convert  # imported here, because it takes seconds
 
     if name == "fp8_block":

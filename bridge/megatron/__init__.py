@@ -4,6 +4,10 @@ Megatron's model classes and module paths move between releases (GPTModel is ann
 HybridModel); what has to follow is here.
 """
 
+from amaxbridge.mappings.extras import EXTRAS, need
+
+need("A model in Megatron", *EXTRAS["megatron"])
+
 from amaxbridge.bridge.megatron.build_model import build_chunks, build_model
 from amaxbridge.bridge.megatron.insert_quantizers import (
     cache_quantizers,

@@ -14,6 +14,7 @@ from torch import Tensor
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.export.disk.packed_experts import packed_source
 from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.hybrid_layers import read_pattern
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import kind_of
@@ -25,7 +26,9 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
 
     Raises:
         UsageError: transformers cannot build the model.
+        MissingExtraError: transformers is not installed.
     """
+    need("The list of a model's tensors", "transformers")
     if hf.file_tensors is None:
         raise UsageError(f"transformers has no causal language model for what {hf.source} describes: correct it")
     tensors = hf.file_tensors

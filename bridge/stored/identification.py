@@ -14,6 +14,7 @@ from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredMo
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import FAMILIES
 from amaxbridge.mappings.names import is_quantizer_state, kind_of
 
@@ -28,6 +29,7 @@ def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -
 
     Raises:
         CheckpointError: they disagree.
+        MissingExtraError: there is nothing to compare with: no arguments, and transformers is not installed.
     """
     found = _disagreements(stored, hf, config)
     if found:
@@ -46,16 +48,20 @@ def stored_model(opened: DistCheckpoint, hf: HFModel) -> tuple[StoredModel, Simp
 
 def _disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
     arguments = read_arguments(stored.checkpoint)
+    if arguments is None:
+        need("Checking a checkpoint without saved arguments against config.json", "transformers")
     found = list(disagreements(arguments, hf)) if arguments is not None else []
     return found + tensor_disagreements(stored, hf, config)
 
 
 def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
-    """One line for each kind of tensor that is not what the model has.
+    """One line for each kind of tensor that is not what the model has; none where transformers is not installed.
 
     Raises:
         UsageError: as `MegatronSpecs`.
     """
+    if not installed("transformers"):
+        return []
     specs = MegatronSpecs(hf, config)
     held = {
         name: each.spec

@@ -3,8 +3,8 @@
 The calling convention is numba's: a pointer to the return value, a pointer to an error, then the arguments; an array is
 passed as the members of its struct (numba's `ArrayModel`). The interpreter lock is released during the call.
 
-numba may change that convention. `machine_code` notices; numba then calls its functions itself and keeps them in its own
-cache. The results are the same.
+numba may change that convention. `machine_code` notices; numba then calls its functions itself and keeps them in its
+own cache. The results are the same.
 """
 
 import ctypes
@@ -39,15 +39,14 @@ class Loop:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self._loaded: dict[tuple[_Kind, ...], Any] = {}
+        self._loaded: dict[tuple[_Kind, ...], Callable[..., int]] = {}
 
     def __call__(self, *arguments: Any) -> int:
         """Calls the loop with contiguous arrays, `int`, `bool` and `np.float32`; returns its unsigned integer, or 0."""
         kinds = tuple(map(_kind_of, arguments))
         if (function := self._loaded.get(kinds)) is None:
             function = self._load(kinds)
-        result: int = function(*arguments)
-        return result
+        return function(*arguments)
 
     def _load(self, kinds: tuple[_Kind, ...]) -> Callable[..., int]:
         from amaxbridge.export.kernels import machine_code  # imports LLVM, which takes 50 ms
@@ -94,7 +93,7 @@ class Loop:
 def _say_unknown() -> None:
     """Once, for all loops."""
     _log.warning(
-        "numba %s compiles loops otherwise than known: they are kept in numba's own cache, and each process starts slower",
+        "numba %s compiles loops otherwise than known: they stay in numba's own cache, and each process starts slower",
         metadata.version("numba"),
     )
 

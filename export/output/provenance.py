@@ -4,18 +4,18 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from amaxbridge.build_version import build_version
+
 RECORD_FILE = "amaxbridge.json"
 MADE_FROM = "made_from"
 """Its key for the fingerprint of all that an output is made from; null where no other run could tell."""
 
-_PACKAGES = (
-    "amaxbridge", "torch", "megatron-core", "nvidia-modelopt", "compressed-tensors", "transformers", "safetensors"
-)  # fmt: skip
+_PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "compressed-tensors", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Of the packages that have a part in the output and are installed. None is imported."""
-    found = {}
+    found = {"amaxbridge": build_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

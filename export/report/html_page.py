@@ -5,12 +5,14 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from amaxbridge.export.report.facts import Facts, Json, ModuleFacts, rows_of
 from amaxbridge.export.report.heatmap import LEVELS, HeatMap, heat_map
+from amaxbridge.mappings.extras import need
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _SHOWN = 12  # rows that a table shows; the JSON has all
 _FEW = 3  # problems of one kind that are shown
@@ -39,7 +41,14 @@ class FarExpert:
 
 
 def render(facts: Facts) -> str:
-    """Returns the HTML page."""
+    """Returns the HTML page.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    need("The page of a report", "jinja2")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("amaxbridge.export.report", "."),
         autoescape=True,
@@ -230,8 +239,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _breakable(name: str) -> Markup:
+def _breakable(name: str) -> "Markup":
     """A module's name that may wrap after each dot."""
+    from markupsafe import Markup
+
     return Markup(".<wbr>").join(name.split("."))
 
 

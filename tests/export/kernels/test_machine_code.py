@@ -1,13 +1,13 @@
 """Compiled loops: made by numba once, loaded without it by later processes, made again where what is kept is bad."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ENVIRONMENT
+
 PROGRAM = """
 import sys, torch
 from amaxbridge.export.kernels import e2m1
@@ -18,13 +18,12 @@ MADE, LOADED = ["9.0", "True"], ["9.0", "False"]
 
 def in_a_process(cache: Path, before: str = "") -> list[str]:
     """What it found, and whether it needed numba; and what it said. `before` is run at its start."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": str(cache / "numba")}
+    caches = {"XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": str(cache / "numba")}
     ran = subprocess.run(
         [sys.executable, "-c", before + PROGRAM],
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**ENVIRONMENT, **caches},
         check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     return [*ran.stdout.split(), *ran.stderr.splitlines()]
@@ -51,7 +50,7 @@ def test_where_nothing_can_be_kept_each_process_makes_its_own(tmp_path: Path) ->
 
 UNKNOWN = {
     "an argument more": "from amaxbridge.export.kernels import compiled; compiled._RESULTS = ('ptr', 'ptr', 'ptr')",
-    "a call into Python": "from amaxbridge.export.kernels import machine_code; machine_code._FROM_OUTSIDE = ('nothing',)",
+    "a call into Python": "from amaxbridge.export.kernels import machine_code as each; each._FROM_OUTSIDE = ('none',)",
     "a name that moved": "from numba.core.dispatcher import _DispatcherBase as each; del each.inspect_llvm",
 }
 
@@ -64,4 +63,3 @@ def test_code_that_is_not_as_known_is_left_to_numba(change: str, tmp_path: Path)
     assert len(said) == 1
     assert said[0].startswith("numba ")
     assert len(list((tmp_path / "numba").rglob("*.nbc"))) == 1
-

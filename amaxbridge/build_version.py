@@ -1,0 +1,33 @@
+"""Which build this is, so that what a checkpoint was made by can be told afterwards.
+
+A wheel and an sdist carry a version that the version control gave when they were built. An editable installation was
+built once and changes with every commit: there the commit is asked for, and whether files differ from it.
+"""
+
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_UNKNOWN = "0"  # neither installed nor in a checkout
+
+
+@cache
+def build_version() -> str:
+    """As in PEP 440: `0.3.0`, or `0.3.1.dev4+g1a2b3c4d5` with the commit, and `.dirty` where files differ from it."""
+    try:
+        built = version("amaxbridge")
+    except PackageNotFoundError:
+        built = _UNKNOWN
+    commit = _commit() if (_CHECKOUT / ".git").exists() else ""
+    return f"{built.partition('+')[0]}+g{commit}" if commit else built
+
+
+def _commit() -> str:
+    """Of the checkout that this file lies in; empty where git is not installed or may not read it."""
+    command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--exclude=*", "--abbrev=9", "--dirty=.dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

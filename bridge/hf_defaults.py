@@ -1,0 +1,47 @@
+"""config.json completed where transformers is not installed, from a table of the defaults that it has.
+
+The table, `hf_defaults.json`, holds for each architecture what an export from the disk reads of a config.json:
+
+    defaults   a field that is off, on or empty where config.json leaves it out → its value then
+    same       a field → another name that config.json may have for it
+    required   fields that have to be there: sizes, numbers and lists are never filled in
+
+`tests/support/hf_defaults_table.py` makes it of transformers' own classes, and a test compares both.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from amaxbridge.mappings.extras import MissingExtraError
+from amaxbridge.mappings.family import ModelFamily
+
+
+def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
+    """A config.json with everything that an export from the disk reads.
+
+    Raises:
+        MissingExtraError: it leaves out what only transformers fills in; names the fields.
+    """
+    known = _table()
+    entry = next(known[name] for name in written["architectures"] if name in known)
+    part = family.language_part
+    told = dict(written.get(part, {}) if part else written)
+    told = {name: told[other] for name, other in entry["same"].items() if other in told} | told
+    absent = [name for name in entry["required"] if name not in told]
+    if absent:
+        raise MissingExtraError(
+            f"config.json does not say {', '.join(absent)}, which transformers fills in: write them there, or "
+            "pip install 'amaxbridge[megatron]'"
+        )
+    told = entry["defaults"] | told
+    return {**written, part: told} if part else told
+
+
+@cache
+def _table() -> Mapping[str, Mapping[str, Any]]:
+    table: dict[str, Any] = json.loads((files(__package__) / "hf_defaults.json").read_bytes())
+    architectures: Mapping[str, Mapping[str, Any]] = table["architectures"]
+    return architectures
