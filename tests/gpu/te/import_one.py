@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, Case
-from make_one import read_tensors
+from make_one import differing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from models import build
@@ -53,11 +53,6 @@ def step_without_moving(model: Any, case: Case) -> None:
     wrapped(tokens, positions(tokens), None, labels=labels).mean().backward()
     finalize_model_grads([wrapped])
     optimizer.step()
-
-
-def differing(directory: Path, expected: dict[str, str]) -> list[str]:
-    found = dict(read_tensors(directory))
-    return [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
 
 
 if __name__ == "__main__":

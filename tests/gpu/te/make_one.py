@@ -190,6 +190,12 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, str]]:
                 yield name, describe(file.get_tensor(name))
 
 
+def differing(directory: Path, expected: dict[str, str]) -> list[str]:
+    """Names of tensors that are not the expected ones, or in one of both only."""
+    found = dict(read_tensors(directory))
+    return [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
+
+
 def describe(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     shape = "×".join(map(str, tensor.shape))

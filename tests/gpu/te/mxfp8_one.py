@@ -35,7 +35,7 @@ def main(out: Path) -> None:
         for name, convert in (("codes", codes_of), ("exponents", exponents_of)):
             twin = twin_of(bridge, model, replace(CASE, fp32=True), convert)
             bridge.save_hf_pretrained(twin, out / name, scheme="none", overwrite=True)
-        bridge.save_hf_pretrained(model, out / "mxfp8", scheme="mxfp8", overwrite=True)
+        bridge.save_hf_pretrained(model, out / "mxfp8", scheme="auto", overwrite=True)
     codes, exponents, found = (load_file(out / name / "model.safetensors") for name in ("codes", "exponents", "mxfp8"))
     quantized = [name for name, numbers in exponents.items() if numbers.any()]
     wrong = [
