@@ -9,6 +9,7 @@ from rich.table import Table
 
 from amaxbridge.bridge.plan.dry_run import ImportPlan, MeshPlan
 from amaxbridge.configs.schema import ExportConfig, ImportConfig
+from amaxbridge.mappings.amax import INPUT_QUANTIZER
 from amaxbridge.scripts.tables import export_table, two_columns
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def mesh_table(plan: MeshPlan, options: ExportConfig) -> None:
         values = [getattr(share, name) for share in plan.shares]
         table.add_row(what, *(f"{value:,.0f}" for value in (min(values), sum(values) / len(values), max(values))))
     Console().print(table)
-    print(f"The checkpoint must have {len(plan.needed_amax):,} amax.")
+    free = plan.export.quantized and not any(name.endswith(INPUT_QUANTIZER) for name in plan.needed_amax)
+    or_none = ", or no quantizers: it is quantized without data then" if free else ""
+    print(f"The checkpoint must have {len(plan.needed_amax):,} amax{or_none}.")
 
 
 def import_plan_table(plan: ImportPlan, options: ImportConfig) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.export.schemes.scheme import quantize_tensors
 from tests.support.checkpoints import dense_model, write_checkpoint
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.paths import ROOT
+from tests.support.stored_checkpoints import megatron_state, write_state
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RANKS = "2"
@@ -38,9 +40,15 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "MOE_DIR": qwen3_moe,
         "path/to/hf_dir": live.hf,
         "CKPT": trained / "checkpoint",
+        "PLAIN_CKPT": plain_checkpoint(live.hf, tmp_path_factory.mktemp("plain")),
         "SERVED": trained / "nvfp4",
         "FP8_DIR": block_quantized(tmp_path_factory.mktemp("fp8")),
     }
+
+
+def plain_checkpoint(hf: Path, directory: Path) -> Path:
+    """Of a training without quantizers."""
+    return write_state(directory / "checkpoint", megatron_state(read_hf_model(hf)))
 
 
 def block_quantized(directory: Path) -> Path:

@@ -8,9 +8,9 @@ from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.output.finalizer import Finalizer
-from amaxbridge.export.schemes import Recipe
-from amaxbridge.mappings.errors import listing
-from amaxbridge.mappings.names import module_of
+from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
+from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.tensors import TensorSpec
 
 _log = logging.getLogger("amaxbridge")
@@ -30,12 +30,42 @@ def decide(
     *,
     warn: bool,
 ) -> Finalizer:
-    """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled."""
-    finalizer = Finalizer(specs_of(plan), recipe, state, missing=missing)
+    """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled.
+
+    A model without quantizers is quantized without data, from its weights alone: the tensors are, bit for bit, those
+    that `model_free_ptq` makes of its plain export.
+
+    Raises:
+        UsageError: there are no quantizers, and the recipe needs what they know.
+    """
+    specs = specs_of(plan)
+    data_free = recipe is not None and _has_no_quantizers(state, specs)
+    if recipe is not None and data_free:
+        _check_needs_no_data(recipe)
+    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing)
     finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
     if warn:
         _warn(state, finalizer.filled)
+    if warn and recipe is not None and data_free:
+        _log.info("the model has no quantizers: scheme=%s is made without data, from the weights alone", recipe.name)
     return finalizer
+
+
+def _has_no_quantizers(state: QuantState, specs: Iterable[str]) -> bool:
+    """True if nothing was calibrated, nor meant to be."""
+    return not (state.formats or state.amax or state.missing or any(map(is_quantizer_state, specs)))
+
+
+def _check_needs_no_data(recipe: Recipe) -> None:
+    schemes = [group.scheme for group in recipe.groups] if isinstance(recipe, Groups) else []
+    if schemes and not any(scheme.needs_input_amax for scheme in schemes):
+        return
+    free = ", ".join(name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax)
+    raise UsageError(
+        f"scheme={recipe.name} needs quantizers, and the model has none enabled. For what training calibrated, insert "
+        "them with ModelOpt, calibrate, and export again. Without calibration, choose a scheme that the weights alone "
+        f"decide: {free}; or scheme=none for plain weights"
+    )
 
 
 def _warn(state: QuantState, filled: Mapping[str, str]) -> None:

@@ -77,6 +77,7 @@ class Finalizer:
         self._amax: dict[str, GroupAmax] = {}
         self._cache_scales: dict[str, tuple[str, Tensor]] = {}
         self.filled: dict[str, str] = {}
+        self.data_free = recipe is not None and state is None
         if recipe is not None:
             self._schemes = _choose(recipe, linears, state)
             if state is not None:
@@ -215,8 +216,7 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
     chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
     if not chosen:
         raise UsageError(
-            f"scheme={recipe.name} needs quantizers, and the model has none enabled; "
-            "insert them with ModelOpt before the export, or choose scheme=none"
+            f"scheme={recipe.name} finds no module with quantizers: all are ignored, or none is targeted"
             if state is not None
             else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
         )

@@ -136,6 +136,7 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
         "tensors": sum(len(shard.specs) for shard in layout.shards),
         "files": len(layout.shards),
         "quantized": len(finalizer.quantized),
+        "data_free": finalizer.data_free,
         "ignored": list(dict.fromkeys(_NUMBER.sub("*", module) for module in finalizer.ignore)),
         "amax": {
             "collected": len(state.amax),
