@@ -1,24 +1,38 @@
 """Saving and loading a live model as Megatron's training does."""
 
 import contextlib
+import inspect
 import io
 import queue
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
-from amaxbridge.bridge.live.model_walk import walk_quantizers
+from amaxbridge.bridge.live.model_walk import walk_all_quantizers
+from amaxbridge.bridge.live.quantized_parameters import is_quantized
 from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers
 from amaxbridge.bridge.megatron.process_groups import process_ranks
+from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.stored.torch_dist import LATEST, RELEASE, DistCheckpoint, checkpoint_iteration
-from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.ranks import Axis
+
+_PICKLES_ALLOWED = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+_PICKLE_REFUSED = (
+    "{} holds scaling factors of FP8 training with the delayed recipe. Transformer Engine keeps them as pickles, which "
+    f"may run code, and loads them only where {_PICKLES_ALLOWED}=1 is set in the environment: set it if the checkpoint "
+    "is your own. An export of the checkpoint does not need them"
+)
 
 type Model = LanguageModule | Sequence[LanguageModule]
 """A rank's model, or the chunks of its virtual pipeline."""
@@ -54,12 +68,13 @@ def load_checkpoint(model: Model, path: Path) -> None:
     """Loads weights and ModelOpt state of a Megatron distributed checkpoint into a freshly built model.
 
     Raises:
-        CheckpointError: no checkpoint, or one that does not fit the model.
+        CheckpointError: no checkpoint, one that does not fit the model, or quantizers that did not get all their state.
     """
     directory, chunks = checkpoint_iteration(path), _chunks(model)
+    stored = StoredModel(DistCheckpoint(directory))
     try:
         if (directory / "modelopt_state").is_dir():
-            cache = any("_bmm_quantizer." in name for name in DistCheckpoint(directory).tensors)
+            cache = any("_bmm_quantizer." in name for name in stored.tensors)
             with contextlib.redirect_stdout(io.StringIO()), cache_quantizers(wanted=cache):  # ModelOpt prints
                 restore_sharded_modelopt_state(chunks, directory)
     except ValueError as error:
@@ -67,16 +82,87 @@ def load_checkpoint(model: Model, path: Path) -> None:
             f"ModelOpt cannot restore the quantizers of {directory}: {error}\n"
             "A model of experts that are a module each has quantizers at TP=1 or at EP=1: export it at TP=1 or EP=1"
         ) from error
-    for quantizer in walk_quantizers(chunks):  # ModelOpt makes the buffers in the model's dtype, and would round here
-        if getattr(quantizer.module, "_amax", None) is not None:
-            quantizer.module._amax = quantizer.module._amax.float()
+    _prepare_buffers(chunks, stored)
     try:
         wanted = _sharded_state(chunks)
-        state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory))
+        state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory), _strategy())
         for name, chunk in zip(wanted, chunks, strict=True):
             chunk.load_state_dict(state[name])
+            if any(map(is_quantized, chunk.parameters())):  # codes of delayed scaling need its scale, which came last
+                chunk.load_state_dict(state[name])
     except Exception as error:
+        if _PICKLES_ALLOWED in str(error):
+            raise CheckpointError(_PICKLE_REFUSED.format(directory)) from None
         raise CheckpointError(f"{directory} does not fit the model: {error}") from error
+    _check_buffers(chunks, stored)
+
+
+def _strategy() -> Any:
+    """Reads a parameter whole before it is quantized.
+
+    Megatron 0.19 would read gate and up of a fused linear one after the other into one FP8 tensor, and the scale that
+    comes with the second would be that of the first, too.
+    """
+    known = inspect.signature(TorchDistLoadShardedStrategy).parameters
+    return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False) if "stream_ckpt_dequant" in known else None
+
+
+def _prepare_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> None:
+    """Gives each quantizer all buffers that the checkpoint has for it, amax in fp32, NaN until they are loaded.
+
+    ModelOpt makes them in the model's dtype, and would round. Of the experts of a grouped linear (`TEGroupedMLP`),
+    ModelOpt 0.47 leaves an amax to the first alone: `modelopt_post_restore` resets all and calibrates one again.
+    """
+    known, quantizers = _stored_buffers(stored), _quantizers(chunks)
+    held = {name for names in process_ranks().all_gather_object(Axis.WORLD, list(quantizers)) for name in names}
+    nowhere = [f"{name}.{buffer}" for name in known if name not in held for buffer in known[name]]
+    beside = {
+        (module_of(name), buffer): tensor
+        for name, quantizer in quantizers.items()
+        for buffer, tensor in quantizer.named_buffers(recurse=False)
+    }
+    for name, quantizer in quantizers.items():
+        for buffer in known.get(name, ()):
+            like = getattr(quantizer, buffer, beside.get((module_of(name), buffer)))
+            if like is None:
+                nowhere.append(f"{name}.{buffer}")
+                continue
+            dtype = torch.float32 if buffer.endswith("_amax") else like.dtype
+            quantizer.register_buffer(buffer, torch.full_like(like, torch.nan, dtype=dtype))
+    if nowhere:
+        raise CheckpointError(
+            f"{stored.checkpoint.directory}: the model has no place for {len(nowhere)} values of quantizers, after "
+            f"ModelOpt restored it:{listing(nowhere)}\nExport the checkpoint itself (convert_checkpoint)"
+        )
+
+
+def _check_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> None:
+    known = _stored_buffers(stored)
+    lost = [
+        f"{name}.{buffer}"
+        for name, quantizer in _quantizers(chunks).items()
+        for buffer in known.get(name, ())
+        if getattr(quantizer, buffer).isnan().any()
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{stored.checkpoint.directory}: {len(lost)} values of quantizers did not reach the model, or are NaN:"
+            f"{listing(lost)}"
+        )
+
+
+def _stored_buffers(stored: StoredModel) -> dict[str, list[str]]:
+    """Quantizer, by its global name → the buffers that the checkpoint has."""
+    buffers: dict[str, list[str]] = {}
+    for name in stored.tensors:
+        if is_quantizer_state(name):
+            buffers.setdefault(module_of(name), []).append(name.rpartition(".")[2])
+    return buffers
+
+
+def _quantizers(chunks: Sequence[LanguageModule]) -> dict[str, Any]:
+    """This rank's quantizers by global name; a stage of a chain as checkpoints name it."""
+    return {re.sub(r"\[(\d+)\]", r"\1", each.name): each.module for each in walk_all_quantizers(chunks)}
 
 
 def _chunks(model: Model) -> list[LanguageModule]:

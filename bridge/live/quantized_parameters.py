@@ -1,0 +1,85 @@
+"""How a parameter is stored: plain, or as codes and scales in a tensor of Transformer Engine's.
+
+Training with FP8 parameters (`--fp8-param-gather`, `fp8_model_init`) keeps weights as `Float8Tensor`,
+`Float8BlockwiseQTensor`, `MXFP8Tensor` or `NVFP4Tensor`. They have the shape and dtype of the model's weights, and hold
+codes and scales. They are known here by their attributes, and nowhere else; nothing imports Transformer Engine.
+
+Attributes and layouts: transformer_engine.pytorch.tensor.storage, 2.20.2.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.live.model_walk import Parameter
+
+BLOCK = 128
+"""Rows and columns that share a scale in `Float8BlockwiseQTensor`."""
+MX_BLOCK = 32
+"""Columns that share one in `MXFP8Tensor`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCodes:
+    """The codes and scales of a parameter, of which a scheme can write both as they are.
+
+    Args:
+        format: as quantizers are named: `fp8_block` or `mxfp8`.
+        codes: E4M3, `[out, in]`.
+        scales: what each code is multiplied by, for each row of codes: fp32 `[out, in/128]` rounded up, the same in
+            all rows of a block, or uint8 exponents (E8M0) `[out, in/32]`.
+    """
+
+    format: str
+    codes: Tensor
+    scales: Tensor
+
+
+def is_quantized(tensor: Any) -> bool:
+    """True if a parameter is codes and scales."""
+    return hasattr(tensor, "_quantizer") and callable(getattr(tensor, "dequantize", None))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The values of a parameter in the model's dtype."""
+    tensor = tensor.detach()
+    return tensor.dequantize() if is_quantized(tensor) else tensor
+
+
+class PlainTensors(Mapping[str, Tensor]):
+    """Parameters by name, each dequantized when it is asked for."""
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return plain(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def stored_codes(tensor: Any) -> StoredCodes | str:
+    """The codes and scales of a quantized parameter, or why no scheme writes them as they are."""
+    codes, scales = getattr(tensor, "_rowwise_data", None), getattr(tensor, "_rowwise_scale_inv", None)
+    kind = getattr(getattr(tensor, "_fp8_dtype", None), "name", "")
+    if codes is None or scales is None:
+        return f"{type(tensor).__name__} has one scale for the whole tensor, or its columns are quantized alone"
+    if kind != "kFloat8E4M3":
+        return f"{type(tensor).__name__} has codes other than E4M3"
+    codes = codes.detach().view(torch.float8_e4m3fn)
+    if getattr(tensor, "_is_2D_scaled", False):
+        across = -(-codes.shape[1] // BLOCK)
+        rows = scales.detach()[:, :across].repeat_interleave(BLOCK, 0)
+        return StoredCodes("fp8_block", codes, rows[: len(codes)])
+    if hasattr(tensor, "_is_2D_scaled"):
+        return f"{type(tensor).__name__} has scales for 128 elements of a row, not for square blocks"
+    if getattr(tensor, "_with_gemm_swizzled_scales", None) is False and scales.dtype == torch.uint8:
+        return StoredCodes("mxfp8", codes, scales.detach()[: len(codes), : codes.shape[1] // MX_BLOCK])
+    return f"{type(tensor).__name__} has its scales in the order of a kernel"
