@@ -4,8 +4,8 @@ A checkpoint is a directory of `.distcp` files and one `.metadata`, which says f
 each of its chunks lies. PyTorch's own reader does the reading; no process group, no Megatron and no model is needed.
 
 Checkpoints come from elsewhere, so no pickle in them may run code: PyTorch loads tensors with `weights_only`, states
-stay bytes here (`inert_pickle` reads them), and `.metadata`, which PyTorch would unpickle as it is, may name only the
-classes that describe a checkpoint.
+    stay
+bytes here (`inert_pickle` reads them), and `dist_metadata` reads `.metadata`.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +24,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from amaxbridge.bridge.stored.dist_metadata import read_metadata
 from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
@@ -85,7 +84,7 @@ class DistCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.directory = checkpoint_iteration(path)
-        self._metadata = _read_metadata(self.directory)
+        self._metadata = read_metadata(self.directory / _METADATA)
         self._check_files()
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
@@ -182,7 +181,7 @@ class DistCheckpoint:
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
         problems = []
         for name, size in sorted(needed.items()):
-            file = self.directory / checked_name(name, self.directory / _METADATA)
+            file = self.directory / name
             refuse_leaving(file, self.directory)
             if not file.is_file():
                 problems.append(f"{name}: missing")
@@ -212,37 +211,3 @@ def _renamed(item: ReadItem, target: str) -> ReadItem:
         item.storage_offsets,
         item.lengths,
     )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Allows the classes that describe a checkpoint, and no function but the one that pickles a tensor layout."""
-
-    _CLASSES_OF = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-    _NAMES = (
-        ("torch", "Size"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.distributed.checkpoint._extension", "ZStandard"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in (*self._CLASSES_OF, "torch", *(known for known, _ in self._NAMES)) and "." not in name:
-            found = super().find_class(module, name)
-            own_class = module in self._CLASSES_OF and isinstance(found, type) and found.__module__ == module
-            if own_class or (module, name) in self._NAMES or isinstance(found, torch.dtype | torch.memory_format):
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _read_metadata(directory: Path) -> Metadata:
-    file = directory / _METADATA
-    try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{file} is not the metadata of a distributed checkpoint: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{file} is not the metadata of a distributed checkpoint")
-    return metadata
