@@ -16,7 +16,7 @@ from amaxbridge.bridge import megatron
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.live.collect_amax import quantizer_mapping
-from amaxbridge.bridge.live.model_walk import Quantizer, layer_pattern, walk_all_quantizers
+from amaxbridge.bridge.live.model_walk import layer_pattern, walk_all_quantizers
 from amaxbridge.bridge.megatron.build_model import ModelClass
 from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.export.dequantized import Changed, DequantizedCheckpoint
@@ -128,8 +128,10 @@ def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckp
             scheme = next(iter(schemes.values()), None)
             if len(names) > 1:
                 problems.append(", ".join(f"{module}: {scheme and scheme.name}" for module, scheme in schemes.items()))
-            elif scheme is not None and scheme.format:
-                _enable(quantizer, scheme, suffix)
+            elif scheme is not None and scheme.weight_quantizer is not None:
+                settings = scheme.weight_quantizer if suffix == WEIGHT_QUANTIZER else scheme.input_quantizer
+                if settings is not None:
+                    megatron.enable_quantizer(quantizer.module, settings)
                 found |= schemes.keys()
     if problems:
         raise MappingError(f"Megatron has one weight for modules that are not quantized alike:{listing(problems)}")
@@ -140,13 +142,6 @@ def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedChe
     """The scheme of each module whose weights or inputs a quantizer is for."""
     modules = [name.removesuffix(suffix) for name in mapping.targets if name.endswith(suffix)]
     return {module: weights.schemes.get(module) for module in modules}
-
-
-def _enable(quantizer: Quantizer, scheme: Scheme, suffix: str) -> None:
-    if suffix == WEIGHT_QUANTIZER:
-        megatron.enable_weights(quantizer.module, scheme.format)
-    else:
-        megatron.enable_inputs(quantizer.module, scheme.name)
 
 
 def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -> ImportReport:

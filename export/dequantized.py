@@ -10,33 +10,24 @@ Formats that no ModelOpt quantizer has (zero points) are dequantized all the sam
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.amax_from_scales import amax_of_divisor, amax_of_scale
 from amaxbridge.export.amax.cache_scales import amax_of_cache_scale, stored_cache_scales
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
-from amaxbridge.export.kernels.nvfp4 import NVFP4Weight
-from amaxbridge.export.kernels.restore import restore_mx, restore_nvfp4
-from amaxbridge.export.schemes import Groups, Scheme, SchemeGroup, find_scheme
-from amaxbridge.export.schemes.mx import MX
-from amaxbridge.export.schemes.nvfp4 import NVFP4
-from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.quant_config import COMPRESSED_TENSORS, QuantConfig, read_quant_config
+from amaxbridge.export.schemes import SCHEMES, Scheme
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec, max_of
 
-_ARGUMENTS = {  # defaults of compressed-tensors' QuantizationArgs
-    "num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, "block_structure": None,
-    "dynamic": False,
-}  # fmt: skip
 _READ_AS_THEY_ARE = ("mxfp4",)  # packed experts of GPT-OSS, which `SafetensorsCheckpoint` cuts
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 
@@ -80,13 +71,15 @@ class DequantizedCheckpoint:
         self.changed: dict[str, Changed] = {}
         self.schemes: Mapping[str, Scheme] = {}
         self.cache_scales = stored_cache_scales(checkpoint.weight_map, quantization)
-        method = (quantization or {}).get("quant_method", "compressed-tensors")
-        if quantization is not None and method not in _READ_AS_THEY_ARE:
-            if method != "compressed-tensors":
-                raise UsageError(
-                    f"{checkpoint.directory} is quantized as quant_method={method!r}; only compressed-tensors is read"
-                )
-            self.schemes = self._find_schemes(recipe_from_config(quantization))
+        config = read_quant_config(quantization)
+        if config.method in _READ_AS_THEY_ARE:
+            return
+        if config.method not in ("", COMPRESSED_TENSORS):
+            raise UsageError(
+                f"{checkpoint.directory} is quantized as quant_method={config.method!r}; only {COMPRESSED_TENSORS} is "
+                "read"
+            )
+        self.schemes = self._find_schemes(config.checked())
 
     @cached_property
     def state(self) -> QuantState:
@@ -104,16 +97,8 @@ class DequantizedCheckpoint:
         if module not in self.schemes or not name.endswith(".weight"):
             return self.checkpoint.read(name)
         scheme = self.schemes[module]
-        stored = {each: self.checkpoint.read(each) for each in _names(scheme, module)}
-        if isinstance(scheme, NVFP4):
-            amax = amax_of_divisor(stored[f"{module}.weight_global_scale"])
-            names = ("weight_packed", "weight_scale", "weight_global_scale")
-            factor_2 = amax / torch.full_like(amax, 2688.0)
-            weight = restore_nvfp4(NVFP4Weight(*(stored[f"{module}.{each}"] for each in names)), factor_2)
-        else:
-            weight = scheme.dequantize(module, stored)
-        if isinstance(scheme, MX):
-            weight = restore_mx(weight, stored[f"{module}.weight_scale"], 6.0 if scheme.bits == 4 else 448.0)
+        stored = {each: self.checkpoint.read(f"{module}.{each}") for each in _local_names(scheme)}
+        weight = scheme.restore(stored)
         if scheme.format:
             self._compare(module, scheme, stored, weight)
         return weight
@@ -129,20 +114,10 @@ class DequantizedCheckpoint:
         scheme = self.schemes.get(module)
         if scheme is None or not scheme.format:
             return None
-        if quantizer == module + INPUT_QUANTIZER and scheme.needs_input_amax:
-            return self._tensor_amax(module, scheme, "input")
-        if quantizer != module + WEIGHT_QUANTIZER:
-            return None
-        if scheme.needs_weight_amax:
-            return self._tensor_amax(module, scheme, "weight")
-        if isinstance(scheme, Scaled):
-            return amax_of_scale(self.checkpoint.read(f"{module}.weight_scale"), scheme.code.bound)
-        return None
-
-    def _tensor_amax(self, module: str, scheme: Scheme, of: str) -> Tensor:
-        if isinstance(scheme, Scaled):
-            return amax_of_scale(self.checkpoint.read(f"{module}.{of}_scale").reshape(()), scheme.code.bound)
-        return amax_of_divisor(self.checkpoint.read(f"{module}.{of}_global_scale"))
+        stored = _Local(self.checkpoint, module)
+        if quantizer == module + INPUT_QUANTIZER:
+            return scheme.input_amax(stored)
+        return scheme.weight_amax(stored) if quantizer == module + WEIGHT_QUANTIZER else None
 
     def _compare(self, module: str, scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor) -> None:
         """Quantizes a weight again, with the amax that its quantizer will have: the largest of its fused group."""
@@ -152,22 +127,29 @@ class DequantizedCheckpoint:
             found = (self.amax(member + WEIGHT_QUANTIZER) for member in members)
             shared = max_of([amax for amax in found if amax is not None])
         group = GroupAmax(shared, torch.ones(()))
-        again = scheme.quantize_rows(module, weight, group, None if scheme.needs_weight_amax else own)
-        again |= scheme.constants(module, TensorSpec.of(weight), group)
-        differ = {name.rpartition(".")[2]: _differences(tensor, stored[name]) for name, tensor in again.items()}
-        constants = {"input_global_scale", "input_scale", "weight_shape"}
-        if any(count for name, count in differ.items() if name not in constants):
+        again = scheme.quantize_rows(weight, group, None if scheme.needs_weight_amax else own)
+        again |= scheme.constants(TensorSpec.of(weight), group)
+        differ = {name: _differences(tensor, stored[name]) for name, tensor in again.items()}
+        not_compared = {"weight_shape", scheme.input_scale and scheme.input_scale.tensor}
+        if any(count for name, count in differ.items() if name not in not_compared):
+            scale = scheme.group_scale
             self.changed[module] = Changed(
                 scales=differ.get("weight_scale", 0),
-                codes=differ.get("weight_packed", differ.get("weight", 0)),
-                values=not torch.equal(scheme.dequantize(module, again), scheme.dequantize(module, stored)),
-                divisor=bool(differ.get("weight_global_scale", 0)),
+                codes=differ[scheme.codes],
+                values=not torch.equal(scheme.dequantize(again), scheme.dequantize(stored)),
+                divisor=scale is not None and scale.is_divisor and bool(differ[scale.tensor]),
             )
 
-    def _find_schemes(self, recipe: Groups) -> dict[str, Scheme]:
+    def _find_schemes(self, config: QuantConfig) -> dict[str, Scheme]:
+        unknown = [f"config_groups.{each.name}: {each.signature}" for each in config.groups if each.scheme is None]
+        if unknown:
+            raise UsageError(
+                f"{self.checkpoint.directory} has groups of no scheme that is known here:{listing(unknown)}\n"
+                f"Known: {', '.join(SCHEMES)}"
+            )
         tensors = self.checkpoint.weight_map
         quantized = {module_of(name) for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
-        found = {module: recipe.scheme_of(module, None) for module in sorted(quantized)}
+        found = {module: config.scheme_of(module) for module in sorted(quantized)}
         problems = [
             f"{module}: quantized, and no group of config.json targets it" for module in found if not found[module]
         ]
@@ -175,12 +157,29 @@ class DequantizedCheckpoint:
         problems += [
             f"{name}: missing, which {scheme.name} has"
             for module, scheme in schemes.items()
-            for name in _names(scheme, module)
+            for name in (f"{module}.{each}" for each in _local_names(scheme))
             if name not in tensors
         ]
         if problems:
             raise CheckpointError(f"{self.checkpoint.directory} is not what its config.json says:{listing(problems)}")
         return schemes
+
+
+class _Local(Mapping[str, Tensor]):
+    """The tensors of one module by local name, each read when asked for."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint, module: str) -> None:
+        self._checkpoint, self._module = checkpoint, module
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read(f"{self._module}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = f"{self._module}."
+        return (name.removeprefix(prefix) for name in self._checkpoint.weight_map if name.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class _LazyAmax(Mapping[str, Tensor]):
@@ -198,7 +197,7 @@ class _LazyAmax(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         yield from self._source.cache_scales
         for module, scheme in self._source.schemes.items():
-            if scheme.format and (scheme.needs_weight_amax or isinstance(scheme, Scaled)):
+            if scheme.has_weight_amax:
                 yield module + WEIGHT_QUANTIZER
             if scheme.format and scheme.needs_input_amax:
                 yield module + INPUT_QUANTIZER
@@ -207,25 +206,9 @@ class _LazyAmax(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def recipe_from_config(quantization: Mapping[str, Any]) -> Groups:
-    """What the `quantization_config` of compressed-tensors in a config.json says of every module.
-
-    Raises:
-        UsageError: a group in a format that is not known here.
-    """
-    groups: list[SchemeGroup] = []
-    for group in (quantization.get("config_groups") or {}).values():
-        parts = {part: group.get(part) for part in ("weights", "input_activations")}
-        wanted = {part: said and SimpleNamespace(**{**_ARGUMENTS, **said}) for part, said in parts.items()}
-        recipe = find_scheme(SimpleNamespace(**wanted, targets=group.get("targets") or ()))
-        assert isinstance(recipe, Groups)
-        groups += recipe.groups
-    return Groups(tuple(groups), tuple(quantization.get("ignore") or ()))
-
-
-def _names(scheme: Scheme, module: str) -> list[str]:
+def _local_names(scheme: Scheme) -> list[str]:
     """The tensors of a quantized module."""
-    return list(scheme.output_specs(module, _ANY, calibrated=True))
+    return list(scheme.tensor_specs(_ANY, Arithmetic.MODELOPT))
 
 
 def _differences(one: Tensor, other: Tensor) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from amaxbridge.configs.schema import SchemeConfig
 from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
 from amaxbridge.export.schemes import Groups, Recipe, SchemeGroup, from_quantizers, has_group_size, named_scheme
-from amaxbridge.export.schemes.recipe import EMBEDDINGS
+from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.extras import need
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from amaxbridge.export.kernels import amax_triton, e2m1_triton, e4m3_triton, mx, nvfp4, scaled
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
 
 ROWS, COLUMNS = 8192, 28672
@@ -70,23 +70,22 @@ def jobs(largest: float) -> Iterator[Job]:
     for arithmetic in Arithmetic:
         yield nvfp4_job(arithmetic, amax)
     for arithmetic in Arithmetic:
-        modelopt = arithmetic == MODELOPT
         yield Job(
             f"mxfp4, {arithmetic}",
             2 + 1 / 2 + 1 / 32,
-            partial(e2m1_triton.quantize_mxfp4, modelopt=modelopt),
+            partial(e2m1_triton.quantize_mxfp4, arithmetic=arithmetic),
             partial(mx.quantize_mxfp4, arithmetic=arithmetic),
         )
         yield Job(
             f"mxfp8, {arithmetic}",
             2 + 1 + 1 / 32,
-            partial(e4m3_triton.quantize_mxfp8, modelopt=modelopt),
+            partial(e4m3_triton.quantize_mxfp8, arithmetic=arithmetic),
             partial(mx.quantize_mxfp8, arithmetic=arithmetic),
         )
     for name, blocks in FP8.items():
         yield fp8_amax_job(name, blocks)
-        yield fp8_job(name, blocks, largest, calibrated=True)
-        yield fp8_job(name, blocks, largest, calibrated=False)
+        for arithmetic in Arithmetic:
+            yield fp8_job(name, blocks, largest, arithmetic)
 
 
 def nvfp4_job(arithmetic: Arithmetic, amax: Tensor) -> Job:
@@ -94,9 +93,8 @@ def nvfp4_job(arithmetic: Arithmetic, amax: Tensor) -> Job:
     factor_2 = (amax / torch.full_like(amax, 2688.0)).item()
 
     def kernel(weight: Tensor) -> object:
-        modelopt = arithmetic == MODELOPT
         return e2m1_triton.quantize_nvfp4(
-            weight, modelopt=modelopt, amax=amax.item(), divisor=divisor, factor_2=factor_2
+            weight, arithmetic=arithmetic, amax=amax.item(), divisor=divisor, factor_2=factor_2
         )
 
     def whole(weight: Tensor) -> Result:
@@ -113,7 +111,7 @@ def fp8_amax_job(name: str, blocks: Blocks) -> Job:
     return Job(f"fp8 {name}, amax", 2, kernel, lambda w: (scaled.largest(w, blocks),))
 
 
-def fp8_job(name: str, blocks: Blocks, largest: float, *, calibrated: bool) -> Job:
+def fp8_job(name: str, blocks: Blocks, largest: float, arithmetic: Arithmetic) -> Job:
     """The pass that encodes; where no amax is calibrated, `whole` has the pass before it, for the scales."""
 
     def amax(weight: Tensor) -> Tensor:
@@ -121,13 +119,13 @@ def fp8_job(name: str, blocks: Blocks, largest: float, *, calibrated: bool) -> J
 
     def kernel(weight: Tensor) -> object:
         factor = amax(weight) / 448
-        return e4m3_triton.encode(weight, factor, *blocks.size(weight), divide=not calibrated)
+        return e4m3_triton.encode(weight, factor, *blocks.size(weight), arithmetic)
 
     def whole(weight: Tensor) -> Result:
-        found = scaled.quantize(weight, Code.E4M3, blocks, amax=amax(weight) if calibrated else None)
+        found = scaled.quantize(weight, Code.E4M3, blocks, amax=amax(weight) if arithmetic is MODELOPT else None)
         return found.codes, found.scale
 
-    return Job(f"fp8 {name}, {'calibrated' if calibrated else 'data-free'}", 3, kernel, whole)
+    return Job(f"fp8 {name}, {arithmetic}", 3, kernel, whole)
 
 
 def agrees(job: Job, weight: Tensor) -> bool:

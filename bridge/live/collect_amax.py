@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
-from amaxbridge.export.schemes.w4a16 import quantizer_format
+from amaxbridge.export.schemes import quantizer_format
 from amaxbridge.mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
 from amaxbridge.mappings.errors import UnmappedParameterError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
@@ -29,15 +29,6 @@ _NO_VALUE = float("-inf")
 _GLOBAL = "_global_amax"
 _BUFFERS = ("_amax", _GLOBAL, "_pre_quant_scale")
 _CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
-_FORMATS: dict[Any, str] = {  # num_bits, axis, columns and rows of a block, scale_bits
-    ((2, 1), None, 16, None, (4, 3)): "nvfp4",
-    ((2, 1), None, 32, None, (8, 0)): "mxfp4",
-    ((4, 3), None, 32, None, (8, 0)): "mxfp8",
-    ((4, 3), None, None, None, None): "fp8",
-    ((4, 3), 0, None, None, None): "fp8_channel",
-    ((4, 3), None, 128, 128, None): "fp8_block",
-    (8, 0, None, None, None): "int8",
-}
 
 
 class _Local(NamedTuple):
@@ -175,10 +166,5 @@ def is_dynamic(quantizer: Any) -> bool:
 
 def format_name(quantizer: Any) -> str:
     """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
-    bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or {}
-    along = None if blocks else axis  # of a block quantizer it is set at run time
-    width, height, scale_bits = blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")
-    if (bits, along, height, scale_bits) == (4, None, None, None) and width:
-        return quantizer_format(width)
-    known = _FORMATS.get((bits, along, width, height, scale_bits))
-    return known or f"num_bits={bits} axis={axis} block_sizes={blocks or None}"
+    bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or None
+    return quantizer_format(bits, axis, blocks) or f"num_bits={bits} axis={axis} block_sizes={blocks}"

@@ -12,8 +12,7 @@ from amaxbridge.bridge.megatron.build_model import build_chunks, build_model
 from amaxbridge.bridge.megatron.insert_quantizers import (
     cache_quantizers,
     enable_cache,
-    enable_inputs,
-    enable_weights,
+    enable_quantizer,
     insert_quantizers,
 )
 from amaxbridge.bridge.megatron.megatron_checkpoint import load_checkpoint, save_checkpoint
@@ -25,8 +24,7 @@ __all__ = [
     "cache_quantizers",
     "distributed",
     "enable_cache",
-    "enable_inputs",
-    "enable_weights",
+    "enable_quantizer",
     "insert_quantizers",
     "load_checkpoint",
     "process_ranks",

@@ -5,7 +5,7 @@ GPU; `cache_quantizers` gives them to Megatron's own, under the same names.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -15,33 +15,11 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from torch import Tensor, nn
 
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
 from amaxbridge.mappings.errors import UsageError
 
-_WEIGHTS: Mapping[str, Mapping[str, Any]] = {  # format of a scheme → a preset of ModelOpt whose weights have it
-    "nvfp4": mtq.NVFP4_DEFAULT_CFG,
-    "mxfp4": mtq.MXFP4_DEFAULT_CFG,
-    "mxfp8": mtq.MXFP8_DEFAULT_CFG,
-    "fp8": mtq.FP8_DEFAULT_CFG,
-    "fp8_channel": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
-    "fp8_block": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
-    "int8": mtq.INT8_WEIGHT_ONLY_CFG,
-    "int4": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
-}
-_INPUTS: Mapping[str, Mapping[str, Any]] = {  # scheme → the preset whose inputs are its; others leave inputs alone
-    "nvfp4": mtq.NVFP4_DEFAULT_CFG,
-    "mxfp4": mtq.MXFP4_DEFAULT_CFG,
-    "mxfp8": mtq.MXFP8_DEFAULT_CFG,
-    "fp8": mtq.FP8_DEFAULT_CFG,
-    "fp8_dynamic": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
-    "w8a8": {
-        "quant_cfg": [
-            {
-                "quantizer_name": "*input_quantizer",
-                "cfg": {"num_bits": 8, "axis": None, "type": "dynamic", "block_sizes": {-1: None}},
-            }
-        ]
-    },
-}
+_CACHE = QuantizerSettings((4, 3))
+"""Of keys and values, which are FP8: the cache quantizers of ModelOpt's `FP8_KV_CFG`."""
 
 
 def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
@@ -61,32 +39,14 @@ def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
     mtq.quantize(chunks[0], {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
 
 
-def enable_weights(quantizer: Any, format_name: str) -> None:
-    """Makes a quantizer of weights what ModelOpt's presets have for a format, by its name in `Scheme.format`."""
-    kind, _, group_size = format_name.partition(" group_size=")
-    settings = _settings(_WEIGHTS[kind], "*weight_quantizer")
-    if group_size:
-        settings["block_sizes"] = {**settings["block_sizes"], -1: int(group_size)}
-    _enable(quantizer, settings)
+def enable_quantizer(quantizer: Any, settings: QuantizerSettings) -> None:
+    """Makes a disabled quantizer of weights or inputs what a scheme asks for."""
+    quantizer.set_from_attribute_config(QuantizerAttributeConfig(**settings.attributes, enable=True))
 
 
 def enable_cache(quantizer: Any) -> None:
     """The same of keys or values of a cache, which is FP8."""
-    _enable(quantizer, _settings(mtq.FP8_KV_CFG, "*[kv]_bmm_quantizer"))
-
-
-def enable_inputs(quantizer: Any, scheme: str) -> None:
-    """The same of inputs, for a scheme by name; it stays disabled where the scheme has none, or ModelOpt has not."""
-    if scheme in _INPUTS:
-        _enable(quantizer, _settings(_INPUTS[scheme], "*input_quantizer"))
-
-
-def _settings(preset: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return dict(next(each["cfg"] for each in preset["quant_cfg"] if each["quantizer_name"] == name))
-
-
-def _enable(quantizer: Any, settings: Mapping[str, Any]) -> None:
-    quantizer.set_from_attribute_config(QuantizerAttributeConfig(**{**settings, "enable": True}))
+    enable_quantizer(quantizer, _CACHE)
 
 
 class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not typed

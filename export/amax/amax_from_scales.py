@@ -5,18 +5,52 @@ tried. If none gives the scale (no fp32 amax makes some of llm-compressor's divi
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amaxbridge.export.kernels.nvfp4 import FP4_MAX, FP8_MAX
+from amaxbridge.export.kernels.nvfp4 import SCALE_RANGE, input_global_scale
+from amaxbridge.export.kernels.scaled import usable
 
 _ULPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # the two divisions are off by three ulps at most
 
 
+@dataclass(frozen=True, slots=True)
+class SharedScale:
+    """A scale of one number, fp32 `[1]`, that all members of a fused group share.
+
+    Args:
+        tensor: its local name: `weight_global_scale`.
+        span: what an amax becomes: the largest code, times the largest block scale if there are block scales.
+        is_divisor: NVFP4's, stored as `2688 / amax`, not as `amax / span`. Engines keep the largest divisor of a fused
+            group for all members; members under another multiplier they quantize once more.
+    """
+
+    tensor: str
+    span: float
+    is_divisor: bool = False
+
+    def stored(self, amax: Tensor) -> Tensor:
+        """fp32 `[1]` in ModelOpt's arithmetic, where a divisor is the reciprocal of a multiplier."""
+        if self.is_divisor:
+            return input_global_scale(amax)
+        span = torch.full_like(amax, self.span, dtype=torch.float32)
+        return (usable(amax.float(), span) / span).reshape(1)
+
+    def amax(self, stored: Tensor) -> Tensor:
+        """fp32, 0-d, that `stored` is made from."""
+        scale = stored.reshape(())
+        return amax_of_divisor(scale) if self.is_divisor else amax_of_scale(scale, self.span)
+
+    def implied(self, value: float) -> float:
+        """The amax that a number on the disk says, but for rounding."""
+        return self.span / value if self.is_divisor else self.span * value
+
+
 def amax_of_divisor(divisor: Tensor) -> Tensor:
     """The amax of an NVFP4 global scale, fp32, 0-d: `1 / (amax / 2688)` is the divisor, for weights and inputs."""
-    span = torch.full((), FP4_MAX * FP8_MAX)
+    span = torch.full((), SCALE_RANGE)
     return _restore(divisor.reshape(()), lambda amax: (amax / span).reciprocal(), span.double() / divisor.double())
 
 

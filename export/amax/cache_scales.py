@@ -18,6 +18,7 @@ from amaxbridge.mappings.errors import AmaxError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
 _FP8_MAX = 448.0
+_FORMAT = "fp8"  # of a cache quantizer, in the words of a `QuantState`
 _QUANTIZERS = ("k", "v")
 _SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # of config.json, where scales can be read back
 
@@ -43,8 +44,8 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
         attention = quantizer.rpartition(".")[0]
         weight = f"{attention}.{letter}_proj.weight"
         amax = state.amax.get(name)
-        if state.formats.get(quantizer, "fp8") != "fp8" or weight not in specs:
-            others.append(f"{quantizer}: {state.formats.get(quantizer, 'fp8')}")
+        if state.formats.get(quantizer, _FORMAT) != _FORMAT or weight not in specs:
+            others.append(f"{quantizer}: {state.formats.get(quantizer, _FORMAT)}")
         elif amax is None or not 0 < amax.item() < math.inf:
             unusable.append(f"{name}: {'missing' if amax is None else amax.item()}")
         else:

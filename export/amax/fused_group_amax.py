@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import AmaxError, UsageError, listing
 from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
@@ -42,17 +43,16 @@ def missing_policy(name: str) -> MissingAmax:
 class GroupAmax(NamedTuple):
     """The amax that all members of a fused group share: fp32 scalars.
 
-    `weight` is None if it comes from the weights themselves, `input` is None for weight-only schemes. `calibrated`
-    decides
-    the arithmetic: ModelOpt's, as in training, or that of llm-compressor's `model_free_ptq`.
+    `weight` is None if it comes from the weights themselves, `input` is None for weight-only schemes. What training
+    calibrated is written in ModelOpt's arithmetic, everything else in compressed-tensors'.
     """
 
     weight: Tensor | None
     input: Tensor | None
-    calibrated: bool = True
+    arithmetic: Arithmetic = Arithmetic.MODELOPT
 
 
-DATA_FREE = GroupAmax(None, None, calibrated=False)
+DATA_FREE = GroupAmax(None, None, Arithmetic.COMPRESSED_TENSORS)
 """The amax of a group that was never calibrated."""
 
 

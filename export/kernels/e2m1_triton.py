@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.floats_triton import (
     amax_of,
     from_e4m3,
@@ -42,13 +43,19 @@ _WARPS = 4
 
 
 def quantize_nvfp4(
-    weight: Tensor, *, modelopt: bool, amax: float, divisor: float, factor_2: float, block_amax: Tensor | None = None
+    weight: Tensor,
+    *,
+    arithmetic: Arithmetic,
+    amax: float,
+    divisor: float,
+    factor_2: float,
+    block_amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes uint8 `[out, in/2]`, scales E4M3 `[out, in/16]` and a flag that is 1 if the weight is not finite.
 
     Args:
         weight: bf16, fp16 or fp32 `[out, in]`, in divisible by 16.
-        modelopt: which arithmetic, see `nvfp4.Arithmetic`.
+        arithmetic: whose rounding.
         amax, divisor, factor_2: of the fused group; fp32 numbers.
         block_amax: `[out, in/16]`, calibrated.
     """
@@ -72,7 +79,7 @@ def quantize_nvfp4(
                 divisor_of_amax.item(),
                 factor_2,
                 divisor,
-                MODELOPT=modelopt,
+                MODELOPT=arithmetic is Arithmetic.MODELOPT,
                 STATIC=block_amax is not None,
                 FAST=fast and not arguments["INTERPRETED"],
                 N=threads,
@@ -82,7 +89,7 @@ def quantize_nvfp4(
     return codes, scales.view(torch.float8_e4m3fn), bad
 
 
-def quantize_mxfp4(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes uint8 `[out, in/2]`, exponents uint8 `[out, in/32]` and a flag, as `quantize_nvfp4`."""
     codes, scales, bad = _outputs(weight, 32)
     blocks, threads = scales.numel(), 32 * _WARPS
@@ -94,7 +101,7 @@ def quantize_mxfp4(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, T
                 scales,
                 bad,
                 blocks,
-                MODELOPT=modelopt,
+                MODELOPT=arithmetic is Arithmetic.MODELOPT,
                 N=threads,
                 num_warps=_WARPS,
                 **options(weight),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amaxbridge.export.kernels.amax_triton import tensor_amax, widened
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.e2m1_triton import mx_exponent, power_of_two
 from amaxbridge.export.kernels.floats_triton import (
     aligned,
@@ -35,7 +36,7 @@ def fits(weight: Tensor, width: int) -> bool:
     return weight.shape[1] % _COLUMNS == 0 and width % _COLUMNS == 0 and weight.numel() > 0
 
 
-def quantize_mxfp8(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_mxfp8(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
     """Codes E4M3 `[out, in]`, exponents uint8 `[out, in/32]` and a flag that is 1 if the weight is not finite."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=weight.device)
@@ -49,7 +50,7 @@ def quantize_mxfp8(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, T
                 scales,
                 bad,
                 scales.numel(),
-                MODELOPT=modelopt,
+                MODELOPT=arithmetic is Arithmetic.MODELOPT,
                 N=_THREADS,
                 num_warps=_WARPS,
                 **options(weight),
@@ -57,12 +58,12 @@ def quantize_mxfp8(weight: Tensor, *, modelopt: bool) -> tuple[Tensor, Tensor, T
     return codes, scales, bad
 
 
-def encode(weight: Tensor, factor: Tensor, height: int, width: int, *, divide: bool) -> tuple[Tensor, Tensor]:
+def encode(weight: Tensor, factor: Tensor, height: int, width: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Codes E4M3 `[out, in]` and a flag, as `quantize_mxfp8`.
 
     Args:
         factor: `[blocks down, blocks across]`, of blocks of `height` rows and `width` columns.
-        divide: whether values are divided by it and rounded to the dtype of the weight, or multiplied in fp32.
+        arithmetic: compressed-tensors divides by the factor in the weight's dtype, ModelOpt multiplies in fp32.
     """
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=weight.device)
@@ -78,7 +79,7 @@ def encode(weight: Tensor, factor: Tensor, height: int, width: int, *, divide: b
             height,
             width,
             factor.shape[1],
-            DIVIDE=divide,
+            DIVIDE=arithmetic is Arithmetic.COMPRESSED_TENSORS,
             N=tile,
             num_warps=_WARPS,
             **options(weight),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code, encode, largest
 
 BLOCK = 32
@@ -34,7 +34,7 @@ def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     if e2m1.fits_triton(weight):
         from amaxbridge.export.kernels import e2m1_triton
 
-        codes, exponents, bad = e2m1_triton.quantize_mxfp4(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
+        codes, exponents, bad = e2m1_triton.quantize_mxfp4(weight, arithmetic)
         e2m1.check_finite(bad)
         return codes, exponents
     exponents, steps = _scales(weight, _E2M1_MAX, arithmetic)
@@ -51,7 +51,7 @@ def quantize_mxfp8(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     if e2m1.fits_triton(weight):
         from amaxbridge.export.kernels import e4m3_triton
 
-        codes, exponents, bad = e4m3_triton.quantize_mxfp8(weight, modelopt=arithmetic == Arithmetic.MODELOPT)
+        codes, exponents, bad = e4m3_triton.quantize_mxfp8(weight, arithmetic)
         e2m1.check_finite(bad)
         return codes, exponents
     exponents, steps = _scales(weight, _E4M3_MAX, arithmetic)

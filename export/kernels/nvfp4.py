@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.nvfp4_scales import (
     BLOCK,
     DTYPES,
     FP4_MAX,
     FP8_MAX,
-    Arithmetic,
+    SCALE_RANGE,
     Scaling,
     global_scale,
     input_global_scale,
@@ -40,7 +41,7 @@ from amaxbridge.export.kernels.nvfp4_scales import (
 )
 
 __all__ = [
-    "BLOCK", "FP4_MAX", "FP8_MAX", "Arithmetic", "NVFP4Weight", "dequantize", "global_scale", "input_global_scale",
+    "BLOCK", "FP4_MAX", "FP8_MAX", "SCALE_RANGE", "NVFP4Weight", "dequantize", "global_scale", "input_global_scale",
     "quantize", "tensor_amax",
 ]  # fmt: skip
 
@@ -164,7 +165,7 @@ def quantize_by_triton(weight: Tensor, amax: Tensor, arithmetic: Arithmetic, blo
     _, divisor, factor_2 = scaling.key
     codes, scales, bad = e2m1_triton.quantize_nvfp4(
         weight,
-        modelopt=arithmetic == Arithmetic.MODELOPT,
+        arithmetic=arithmetic,
         amax=amax.float().item(),
         divisor=divisor,
         factor_2=factor_2,

@@ -5,12 +5,12 @@ See `nvfp4` for the two arithmetics, and for why divisors are tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.mappings.tensors import max_of
 
 BLOCK = 16
@@ -20,22 +20,11 @@ FP4_MAX = 6.0
 FP8_MAX = 448.0
 """Largest E4M3 value."""
 
-_SCALE_RANGE = FP4_MAX * FP8_MAX
+SCALE_RANGE = FP4_MAX * FP8_MAX
+"""What the amax of a fused group is divided by: the largest code under the largest block scale, 2688."""
 _FP8_TINY = 2.0**-9  # smallest positive (subnormal) E4M3 value
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of weights that can be quantized."""
-
-
-class Arithmetic(StrEnum):
-    """Whose rounding is reproduced; see `nvfp4`."""
-
-    MODELOPT = "modelopt"
-    COMPRESSED_TENSORS = "compressed_tensors"
-
-    @classmethod
-    def of(cls, *, calibrated: bool) -> "Arithmetic":
-        """ModelOpt's if an amax was calibrated, else llm-compressor's."""
-        return cls.MODELOPT if calibrated else cls.COMPRESSED_TENSORS
 
 
 def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
@@ -91,7 +80,7 @@ def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype) ->
     if arithmetic == Arithmetic.MODELOPT:
         return input_global_scale(amax)
     rounded = _one_element(amax).to(_rounding_dtype(dtype))
-    divisor = torch.nan_to_num(rounded.reciprocal() * _SCALE_RANGE, nan=1.0, posinf=1.0, neginf=1.0)
+    divisor = torch.nan_to_num(rounded.reciprocal() * SCALE_RANGE, nan=1.0, posinf=1.0, neginf=1.0)
     return _checked_divisor(divisor.float(), amax)
 
 
@@ -160,7 +149,7 @@ def static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:
 
 def _scaling_factor_2(amax: Tensor) -> Tensor:
     amax = amax.float()
-    return amax / torch.full_like(amax, _SCALE_RANGE)  # a tensor on the device: see the module's docstring
+    return amax / torch.full_like(amax, SCALE_RANGE)  # a tensor on the device: see the module's docstring
 
 
 def _one_element(amax: Tensor) -> Tensor:

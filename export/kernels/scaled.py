@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.compiled import Loop
 from amaxbridge.export.kernels.e2m1 import NOT_FINITE, check_finite, fits_loops, fits_triton
 
@@ -111,7 +112,7 @@ def quantize(
     amax = usable(amax, bound)
     # torch computes ModelOpt's 448.0 / amax as amax.reciprocal() * 448.0; its bound of integers is a tensor, divided.
     factor = amax.reciprocal() * bound if code is Code.E4M3 else bound / amax
-    return ScaledWeight(_encode(weight, code, blocks, factor, None, divide=False), amax / bound)
+    return ScaledWeight(_encode(weight, code, blocks, factor, None, Arithmetic.MODELOPT), amax / bound)
 
 
 def usable(amax: Tensor, bound: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def dequantize(weight: ScaledWeight, blocks: Blocks, dtype: torch.dtype = torch.
 
 def encode(weight: Tensor, code: Code, blocks: Blocks, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """The codes `[out, in]` under given scales, in compressed-tensors' arithmetic: in the weight's dtype."""
-    return _encode(weight, code, blocks, scale, zero_point, divide=True)
+    return _encode(weight, code, blocks, scale, zero_point, Arithmetic.COMPRESSED_TENSORS)
 
 
 def extremes(weight: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -187,18 +188,18 @@ def _compressed_tensors_scale(low: Tensor, high: Tensor, code: Code, symmetric: 
 
 
 def _encode(
-    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, *, divide: bool
+    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, arithmetic: Arithmetic
 ) -> Tensor:
     if fits_loops(weight):
-        return _encode_in_loops(weight, code, blocks, factor, zero_point, divide)
+        return _encode_in_loops(weight, code, blocks, factor, zero_point, arithmetic)
     if _in_triton(weight, code, blocks):
         from amaxbridge.export.kernels import e4m3_triton
 
-        codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), divide=divide)
+        codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), arithmetic)
         check_finite(bad)
         return codes
     spread = blocks.spread(factor, weight)
-    scaled = weight / spread if divide else weight.float() * spread
+    scaled = weight.float() * spread if arithmetic is Arithmetic.MODELOPT else weight / spread
     if zero_point is not None:
         scaled += blocks.spread(zero_point.to(scaled.dtype), weight)
     scaled = scaled.clamp(code.least, code.bound)
@@ -214,9 +215,9 @@ def _in_triton(weight: Tensor, code: Code, blocks: Blocks) -> bool:
 
 
 def _encode_in_loops(
-    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, divide: bool
+    weight: Tensor, code: Code, blocks: Blocks, factor: Tensor, zero_point: Tensor | None, arithmetic: Arithmetic
 ) -> Tensor:
-    codes = torch.empty(weight.shape, dtype=code.dtype)
+    codes, divide = torch.empty(weight.shape, dtype=code.dtype), arithmetic is Arithmetic.COMPRESSED_TENSORS
     bits, factors = weight.contiguous().view(torch.uint16).numpy(), factor.float().numpy()
     if code is Code.E4M3:
         _encode_e4m3(bits, factors, divide, *blocks.size(weight), codes.view(torch.uint8).numpy())
@@ -249,3 +250,21 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     pairs = packed.contiguous().view(torch.uint8)
     nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(1)[:, :columns]
     return nibbles.view(torch.int8) - 8
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 `[rows, columns]` of 4 or 8 bits as int32 words along the columns, offset to be unsigned.
+
+    The first code is in the low bits; the last word is filled up with zero bits.
+    """
+    if bits == 4:
+        return pack_int4(codes)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4), value=-128)
+    return (codes.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
+
+
+def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """Codes int8 `[rows, columns]` of words int32 that hold 4 or 8 bits each."""
+    if bits == 4:
+        return unpack_int4(packed, columns)
+    return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)

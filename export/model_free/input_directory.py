@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
-from amaxbridge.export.schemes.recipe import is_named
+from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.errors import UsageError, listing
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

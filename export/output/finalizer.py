@@ -16,10 +16,11 @@ from amaxbridge.export.amax.cache_scales import cache_amax, cache_scales
 from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax, MissingAmax, share_amax, split_groups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.schemes import Recipe, Scheme
-from amaxbridge.export.schemes.recipe import EMBEDDINGS, is_targeted
 from amaxbridge.export.schemes.scheme import quantize_group
+from amaxbridge.export.schemes.targets import EMBEDDINGS, is_targeted
 from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
@@ -170,11 +171,7 @@ class Finalizer:
         for name, spec in specs.items():
             module = self._quantized_module(name)
             try:
-                planned[name] = (
-                    {name: spec}
-                    if module is None
-                    else self._schemes[module].output_specs(module, spec, calibrated=module in self._amax)
-                )
+                planned[name] = {name: spec} if module is None else self._specs_of(module, spec)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
             if name in self._cache_scales:
@@ -187,6 +184,12 @@ class Finalizer:
             )
         return planned
 
+    def _specs_of(self, module: str, weight: TensorSpec) -> dict[str, TensorSpec]:
+        """What is written for a module that is quantized."""
+        arithmetic = self._amax.get(module, DATA_FREE).arithmetic
+        specs = self._schemes[module].tensor_specs(weight, arithmetic)
+        return {f"{module}.{name}": spec for name, spec in specs.items()}
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is a weight that is quantized."""
         return self._quantized_module(name) is not None
@@ -196,7 +199,7 @@ class Finalizer:
         return module if name.endswith(".weight") and module in self._schemes else None
 
 
-def _exactly(value: Tensor | bool | None) -> str:
+def _exactly(value: Tensor | Arithmetic | None) -> str:
     return float(value).hex() if isinstance(value, Tensor) else str(value)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
-from amaxbridge.export.kernels.nvfp4 import FP4_MAX, FP8_MAX
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, QUANT_STATE_FILE
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.progress import Progress
@@ -25,7 +25,6 @@ from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of, natural_key
 
-_NVFP4_RANGE = FP4_MAX * FP8_MAX
 _SATURATED = 1 + 2**-8  # an amax read back from a scale may be rounded to bf16
 
 type Json = dict[str, Any]
@@ -183,23 +182,16 @@ def _module(module: Module, state: QuantState | None, error: WeightError | None)
 def _amax_of_scales(module: Module) -> tuple[float | None, float | None]:
     """Per-tensor amax of weight and input, read back from the scales."""
 
-    def read(suffix: str) -> Tensor | None:
-        stored = module.tensors.get(suffix)
-        return stored.read().float() if stored is not None and stored.spec.nbytes else None
+    def read(scale: SharedScale | None) -> float | None:
+        stored = module.tensors.get(scale.tensor) if scale else None
+        if scale is None or stored is None or not stored.spec.nbytes:
+            return None
+        values = stored.read().float()
+        if not scale.is_divisor:
+            return scale.implied(float(values.max()))
+        return scale.implied(float(values.min())) if values.min() > 0 else None
 
-    weight = _inverse(read("weight_global_scale"))
-    if weight is None and module.scheme is not None and module.scheme.needs_weight_amax:
-        weight = _times_fp8(read("weight_scale"))
-    inputs = _inverse(read("input_global_scale"))
-    return weight, _times_fp8(read("input_scale")) if inputs is None else inputs
-
-
-def _inverse(divisor: Tensor | None) -> float | None:
-    return None if divisor is None or not divisor.min() > 0 else _NVFP4_RANGE / float(divisor.min())
-
-
-def _times_fp8(scale: Tensor | None) -> float | None:
-    return None if scale is None else float(scale.max()) * FP8_MAX
+    return read(module.group_scale), read(module.input_scale)
 
 
 def _number(amax: Tensor | None) -> float | None:

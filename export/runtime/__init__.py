@@ -20,9 +20,9 @@ from amaxbridge.export.runtime.marlin import (
     verify_marlin_supported,
     verify_marlin_supports_shape,
 )
-from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
 from amaxbridge.export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
 from amaxbridge.export.runtime.wna16 import CompressedTensorsWNA16Scheme
+from amaxbridge.export.schemes.signature import Signature, UnsupportedQuantizationError
 
 __all__ = [
     "GPTQ_MARLIN_MIN_THREAD_K",

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amaxbridge.export.kernels import e2m1, mx, nvfp4, scaled
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
-from amaxbridge.export.runtime.signature import Arguments, Signature, UnsupportedQuantizationError
+from amaxbridge.export.runtime.layer_parameters import data_of
+from amaxbridge.export.schemes import scheme_of
+from amaxbridge.export.schemes.scheme import static_scale
+from amaxbridge.export.schemes.signature import Arguments, Signature, UnsupportedQuantizationError
 
 _INT8_MAX = 127.0
 _TINY_INT8 = 1e-10  # the least absmax of a token
@@ -30,6 +33,11 @@ class Activation:
     round: Callable[[Tensor, Tensor], Tensor]
     scale: str | None = None
 
+    def of(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`x` `[*, in]` rounded to codes and back, in its dtype."""
+        scale = data_of(layer, self.scale) if self.scale else x
+        return self.round(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
+
 
 def activation_for(signature: Signature) -> Activation | None:
     """How a layer rounds its inputs, None for not at all.
@@ -42,23 +50,26 @@ def activation_for(signature: Signature) -> Activation | None:
         return None
     mx_or_fp8 = _mxfp8 if inputs.group_size == mx.BLOCK else _fp8(Blocks(width=inputs.group_size))
     known = {
-        (4, "tensor_group", "local"): Activation(_nvfp4, "input_global_scale"),
-        (4, "group", True): Activation(_mxfp4),
-        (8, "group", True): Activation(mx_or_fp8),
-        (8, "token", True): Activation(_fp8(Blocks())),
-        (8, "tensor", False): Activation(_static_fp8, "input_scale"),
+        (4, "tensor_group", "local"): _nvfp4,
+        (4, "group", True): _mxfp4,
+        (8, "group", True): mx_or_fp8,
+        (8, "token", True): _fp8(Blocks()),
+        (8, "tensor", False): _static_fp8,
     }
     found = known.get((inputs.bits, inputs.strategy, inputs.dynamic))
-    if found is None or not inputs.symmetric or inputs.kind != "float" or not _goes_with(weights, inputs):
+    computed = scheme_of(signature) is not None or _goes_with(weights, inputs)
+    if found is None or not inputs.symmetric or inputs.kind != "float" or not computed:
         raise UnsupportedQuantizationError(
             f"{signature}: these inputs are not supported beside these weights; supported: NVFP4 beside NVFP4 "
             f"(dynamic: local), MX beside MX in groups of {mx.BLOCK}, FP8 by tensor (static) or by token (dynamic) "
             "beside FP8, and in groups of 128 beside FP8 blocks"
         )
-    return found
+    scale = static_scale(inputs)
+    return Activation(found, None if scale is None else scale.tensor)
 
 
 def _goes_with(weights: Arguments, inputs: Arguments) -> bool:
+    """True if engines compute such floats together, whether or not a scheme writes them."""
     if weights.bits != inputs.bits:
         return False
     if "group" in weights.strategy:

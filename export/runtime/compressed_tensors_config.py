@@ -6,9 +6,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from amaxbridge.export.runtime.group_of_module import LINEAR, Matching
+from amaxbridge.export.architectures.engines import LINEAR, RUNTIME, Layer, label, read_layer
+from amaxbridge.export.quant_config import ConfigGroup, QuantConfig, read_quant_config
 from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
-from amaxbridge.export.runtime.signature import Arguments, Signature, UnsupportedQuantizationError
+from amaxbridge.export.schemes.signature import Arguments, Signature, UnsupportedQuantizationError
+from amaxbridge.mappings.errors import CheckpointError, listing
 
 _BLOCK = 128  # rows, columns and inputs that share a scale where weights have square blocks
 
@@ -51,36 +53,31 @@ class CompressedTensorsConfig:
         input_dynamic: bool | str | None = None,
         input_symmetric: bool | None = None,
     ) -> None:
-        block = {"block_structure": [_BLOCK, _BLOCK]} if weight_strategy == "block" else {}
-        input_size = _BLOCK if block else group_size
-        shared_size = {"group_size": input_size} if input_strategy in ("group", "tensor_group") else {}
-        weights = Arguments.of(
-            {
-                "num_bits": weight_bits,
-                "type": weight_type,
-                "strategy": weight_strategy,
-                "dynamic": weight_dynamic,
-                "symmetric": symmetric,
-                "group_size": None if block else group_size,
-                "actorder": actorder,
-                **block,
-            }
+        is_block = weight_strategy == "block"
+        size = None if is_block or group_size == -1 else group_size
+        weights = Arguments(
+            bits=weight_bits,
+            kind=weight_type,
+            strategy="channel" if weight_strategy == "group" and size is None else weight_strategy,
+            dynamic=weight_dynamic,
+            symmetric=symmetric,
+            group_size=size,
+            block_structure=(_BLOCK, _BLOCK) if is_block else None,
+            actorder=actorder,
         )
         inputs = None
         if input_bits is not None:
-            inputs = Arguments.of(
-                {
-                    "num_bits": input_bits,
-                    "type": input_type or weight_type,
-                    "strategy": input_strategy,
-                    "dynamic": bool(input_dynamic) if input_dynamic != "local" else "local",
-                    "symmetric": input_symmetric is not False,
-                    **shared_size,
-                }
+            inputs = Arguments(
+                bits=input_bits,
+                kind=input_type or weight_type,
+                strategy=input_strategy or "tensor",
+                dynamic=input_dynamic or False,
+                symmetric=input_symmetric is not False,
+                group_size=(_BLOCK if is_block else size) if input_strategy in ("group", "tensor_group") else None,
             )
         self.quant_format = quant_format
-        self.signatures: tuple[Signature, ...] = (Signature(quant_format, weights, inputs),)
-        self.matching = Matching(ignore=tuple(ignore))
+        group = ConfigGroup("group_0", LINEAR, quant_format, Signature(quant_format, weights, inputs))
+        self.quant_config = QuantConfig(format=quant_format, groups=(group,), ignore=tuple(ignore))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -89,21 +86,17 @@ class CompressedTensorsConfig:
         Raises:
             UnsupportedQuantizationError: it is not of compressed-tensors, has no groups, or has sparsity or transforms.
         """
-        if config.get("quant_method", "compressed-tensors") != "compressed-tensors":
-            raise UnsupportedQuantizationError(f"quant_method is {config['quant_method']}, not compressed-tensors")
-        unknown = [key for key in ("sparsity_config", "transform_config") if config.get(key)]
-        if unknown:
-            raise UnsupportedQuantizationError(
-                f"quantization_config has {', '.join(unknown)}, which is not computed here"
-            )
-        groups = list(config.get("config_groups", {}).values())
-        if not groups:
+        read = read_quant_config(config).checked()
+        if not read.groups:
             raise UnsupportedQuantizationError("quantization_config has no config_groups")
         self = cls.__new__(cls)
-        self.quant_format = config.get("format", "")
-        self.signatures = tuple(Signature.of(group, self.quant_format) for group in groups)
-        self.matching = Matching.of(config)
+        self.quant_format, self.quant_config = read.format, read
         return self
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """What each group says of weights and inputs."""
+        return tuple(group.signature for group in self.quant_config.groups if group.signature is not None)
 
     @staticmethod
     def get_name() -> str:
@@ -128,7 +121,7 @@ class CompressedTensorsConfig:
     @property
     def ignore(self) -> list[str]:
         """Layers that are left alone."""
-        return list(self.matching.ignore)
+        return list(self.quant_config.ignore)
 
     def get_quant_method(self, layer: nn.Module, prefix: str = "") -> CompressedTensorsLinearMethod | None:
         """How a layer loads and computes.
@@ -144,10 +137,20 @@ class CompressedTensorsConfig:
             CheckpointError: a fused layer of which a part is ignored, or in another group.
             UnsupportedQuantizationError: its group is nothing that the runtime computes.
         """
-        number = self.matching.group_of(prefix, class_names(layer))
-        if number is None:
-            return None
-        return CompressedTensorsLinearMethod(self, self.signatures[number], prefix)
+        reading = read_layer(RUNTIME, Layer.named(prefix), self.quant_config, tuple(class_names(layer)))
+        if reading.conflict:
+            rows = [
+                f"{name}: {'not quantized' if group is None else label(self.quant_config, group)}"
+                for name, group in reading.members.items()
+            ]
+            raise CheckpointError(
+                f"{prefix} runs as one layer, and config.json treats its parts differently:{listing(rows)}\n"
+                "Give all of them one config group, or ignore all of them"
+            )
+        return None if reading.group is None else self._method(reading.group, prefix)
+
+    def _method(self, group: int, prefix: str) -> CompressedTensorsLinearMethod:
+        return CompressedTensorsLinearMethod(self, self.signatures[group], prefix)
 
 
 def class_names(layer: nn.Module) -> list[str]:

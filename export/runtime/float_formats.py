@@ -9,32 +9,23 @@ engines use the largest divisor for all modules and only warn. The scale of the 
 input. Both are errors by name.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.runtime.activations import activation_for
 from amaxbridge.export.runtime.layer_parameters import (
     Partition,
     check_loaded,
     create_parameters,
-    data_of,
     module_parts,
     replace_parameter,
     shared,
 )
-from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
-from amaxbridge.export.schemes.fp8 import FP8
-from amaxbridge.export.schemes.fp8_block import FP8_BLOCK
-from amaxbridge.export.schemes.fp8_dynamic import FP8_DYNAMIC
-from amaxbridge.export.schemes.mxfp4 import MXFP4A16
-from amaxbridge.export.schemes.mxfp8 import MXFP8A16
-from amaxbridge.export.schemes.nvfp4 import NVFP4
-from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
-from amaxbridge.export.schemes.scaled import Scaled
-from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes import Scheme, scheme_of
+from amaxbridge.export.schemes.signature import Signature, UnsupportedQuantizationError
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 class FloatScheme:
@@ -46,7 +37,7 @@ class FloatScheme:
 
     def __init__(self, signature: Signature) -> None:
         self._inputs = activation_for(signature)
-        self._format = _format(signature, has_input_scale=bool(self._inputs and self._inputs.scale))
+        self._scheme = _scheme_of_weights(signature)
 
     def create_weights(
         self,
@@ -68,8 +59,10 @@ class FloatScheme:
         self._check_blocks(partition)
         specs = []
         for weight in partition.weight_specs(params_dtype):
-            tensors = self._format.output_specs("", weight, calibrated=True)
-            specs.append({name.removeprefix("."): spec for name, spec in tensors.items()})
+            tensors = self._scheme.weight_specs(weight, Arithmetic.MODELOPT)
+            if self._inputs is not None and self._inputs.scale:
+                tensors[self._inputs.scale] = TensorSpec((1,), torch.float32)
+            specs.append(tensors)
         create_parameters(layer, specs, partition, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -79,26 +72,25 @@ class FloatScheme:
             CheckpointError: something was not loaded, or scales differ.
         """
         check_loaded(layer)
-        if self._format.format == "nvfp4":
-            shared(layer, "weight_global_scale")
+        scale = self._scheme.group_scale
+        if scale is not None and scale.is_divisor:
+            shared(layer, scale.tensor)
         if self._inputs is not None and self._inputs.scale:
             replace_parameter(layer, self._inputs.scale, shared(layer, self._inputs.scale))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[*, in]` → `[*, out]`, all modules one after another, in the dtype of `x`."""
         if self._inputs is not None:
-            scale = data_of(layer, self._inputs.scale) if self._inputs.scale else x
-            x = self._inputs.round(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
+            x = self._inputs.of(layer, x)
         return linear(x, self.weight(layer).to(x.dtype), bias)
 
     def weight(self, layer: nn.Module) -> Tensor:
         """The weight `[out, in]`, dequantized to bf16."""
-        parts = [{f".{name}": tensor for name, tensor in part.items()} for part in module_parts(layer)]
-        return torch.cat([self._format.dequantize("", part) for part in parts])
+        return torch.cat([self._scheme.dequantize(part) for part in module_parts(layer)])
 
     def _check_blocks(self, partition: Partition) -> None:
         """A square block may be cut short at the end of a whole weight only."""
-        height = self._format.blocks.height if isinstance(self._format, Scaled) else 1
+        height = self._scheme.blocks.height
         if not height or height == 1:
             return
         ends = partition.rows if partition.cuts_rows else partition.rows[:-1]
@@ -110,19 +102,10 @@ class FloatScheme:
             )
 
 
-def _format(signature: Signature, *, has_input_scale: bool) -> Scheme:
-    weights = signature.weights
-    known: dict[tuple[int, str, int | None], Scheme] = {
-        (4, "tensor_group", 16): NVFP4() if has_input_scale else NVFP4A16,
-        (4, "group", 32): MXFP4A16,
-        (8, "group", 32): MXFP8A16,
-        (8, "tensor", None): replace(FP8, needs_input_amax=has_input_scale),
-        (8, "channel", None): replace(FP8_DYNAMIC, needs_input_amax=has_input_scale),
-        (8, "block", None): FP8_BLOCK,
-    }
-    found = known.get((weights.bits, weights.strategy, weights.group_size))
-    blocks = weights.block_structure if weights.strategy == "block" else None
-    if found is None or weights.dynamic or not weights.symmetric or blocks not in (None, (128, 128)):
+def _scheme_of_weights(signature: Signature) -> Scheme:
+    """A scheme with these weights; its inputs may be others."""
+    found = scheme_of(signature, weights_only=True)
+    if found is None:
         raise UnsupportedQuantizationError(
             f"{signature}: these weights are not supported; supported, static and symmetric: float4 by tensor_group of "
             "16 (NVFP4), float4 or float8 by group of 32 (MX), float8 by tensor, by channel and by block of [128, 128]"

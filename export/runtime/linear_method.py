@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from amaxbridge.export.runtime.activations import activation_for
 from amaxbridge.export.runtime.float_formats import FloatScheme
-from amaxbridge.export.runtime.signature import Signature, UnsupportedQuantizationError
 from amaxbridge.export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
 from amaxbridge.export.runtime.wna16 import CompressedTensorsWNA16Scheme
+from amaxbridge.export.schemes.signature import Signature, UnsupportedQuantizationError
 from amaxbridge.mappings.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def scheme_for(signature: Signature) -> LinearScheme:
         return FloatScheme(signature)
     if weights.kind != "int":
         raise UnsupportedQuantizationError(f"{signature}: weights are int or float, not {weights.kind}")
-    if inputs is None:
-        return _weights_only(signature)
+    if inputs is None or (signature.quant_format == "pack-quantized" and inputs.kind == "float"):
+        return _packed(signature)
     if (inputs.kind, inputs.bits, inputs.strategy, inputs.dynamic, inputs.symmetric) != ("int", 8, "token", True, True):
         raise UnsupportedQuantizationError(
             f"{signature}: integer weights go with inputs of 8-bit integers, dynamic by token and symmetric, or with "
@@ -147,8 +148,8 @@ def scheme_for(signature: Signature) -> LinearScheme:
     return CompressedTensorsW8A8Int8Scheme(weight_bits=weights.bits, has_row_scales=weights.strategy == "channel")
 
 
-def _weights_only(signature: Signature) -> LinearScheme:
-    weights = signature.weights
+def _packed(signature: Signature) -> LinearScheme:
+    weights, inputs = signature.weights, activation_for(signature)
     if signature.quant_format != "pack-quantized":
         raise UnsupportedQuantizationError(f"{signature}: integer weights alone are read as pack-quantized")
     if weights.strategy not in ("group", "channel"):
@@ -158,4 +159,5 @@ def _weights_only(signature: Signature) -> LinearScheme:
         group_size=weights.group_size if weights.strategy == "group" else -1,
         symmetric=weights.symmetric,
         actorder=weights.actorder,
+        inputs=inputs,
     )

@@ -19,10 +19,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from amaxbridge.export.architectures.engines import members_of
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.export.runtime.compressed_tensors_config import CompressedTensorsConfig
-from amaxbridge.export.runtime.group_of_module import members_of
 from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.names import module_of

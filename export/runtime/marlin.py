@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from amaxbridge.export.kernels.scaled import pack_int4, unpack_int4
+from amaxbridge.export.kernels.scaled import pack_codes, unpack_codes
 
 MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]
 GPTQ_MARLIN_MIN_THREAD_N = 64
@@ -142,20 +142,6 @@ def marlin_unpack(repacked: Tensor, perm: Tensor, size_k: int, size_n: int, num_
 def has_groups(size_k: int, group_size: int) -> bool:
     """True if the inputs have more than one scale, which decides the order of the scales."""
     return group_size != -1 and group_size < size_k
-
-
-def unpack_codes(packed: Tensor, columns: int, num_bits: int) -> Tensor:
-    """Unpacks words int32 `[rows, columns / per word]` into signed codes int8 `[rows, columns]` of 4 or 8 bits."""
-    if num_bits == 4:
-        return unpack_int4(packed, columns)
-    return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
-
-
-def pack_codes(codes: Tensor, num_bits: int) -> Tensor:
-    """The inverse of `unpack_codes`, for columns that fill their words."""
-    if num_bits == 4:
-        return pack_int4(codes.contiguous())
-    return (codes.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
 
 
 @cache

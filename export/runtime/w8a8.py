@@ -20,7 +20,7 @@ from amaxbridge.export.runtime.layer_parameters import (
     module_parts,
     replace_parameter,
 )
-from amaxbridge.export.runtime.signature import UnsupportedQuantizationError
+from amaxbridge.export.schemes.signature import UnsupportedQuantizationError
 from amaxbridge.mappings.tensors import TensorSpec
 
 

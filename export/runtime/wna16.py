@@ -1,4 +1,4 @@
-"""Layers with packed integers of 4 or 8 bits and 16-bit inputs, `pack-quantized`: W4A16, W8A16.
+"""Layers with packed integers of 4 or 8 bits, `pack-quantized`; inputs in 16 bits, or rounded as they come.
 
     weight_packed      int32  [out, in / per word]       codes plus 8 (128), the first input in the low bits
     weight_scale              [out, in / group_size]     [out, 1] with one scale for all inputs
@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from amaxbridge.export.kernels import scaled
 from amaxbridge.export.kernels.scaled import Blocks, ScaledWeight
 from amaxbridge.export.runtime import marlin
+from amaxbridge.export.runtime.activations import Activation
 from amaxbridge.export.runtime.layer_parameters import (
     Partition,
     check_loaded,
@@ -31,7 +32,7 @@ from amaxbridge.export.runtime.layer_parameters import (
     replace_parameter,
     shared,
 )
-from amaxbridge.export.runtime.signature import UnsupportedQuantizationError
+from amaxbridge.export.schemes.signature import UnsupportedQuantizationError
 from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -56,11 +57,25 @@ def _layout(layer: nn.Module) -> _Layout:
 class CompressedTensorsWNA16Scheme:
     """Weights of `weight_bits` bits in groups of `group_size` inputs; -1 or None for one group.
 
+    Args:
+        inputs: how inputs are rounded, without a static scale; None leaves them in 16 bits.
+
     Raises:
-        UnsupportedQuantizationError: the number of bits or the order of inputs is not supported.
+        UnsupportedQuantizationError: the number of bits, the order of inputs or their rounding is not supported.
     """
 
-    def __init__(self, *, weight_bits: int, group_size: int | None, symmetric: bool, actorder: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        weight_bits: int,
+        group_size: int | None,
+        symmetric: bool,
+        actorder: str | None,
+        inputs: Activation | None = None,
+    ) -> None:
+        if inputs is not None and inputs.scale is not None:
+            raise UnsupportedQuantizationError("packed integers with a static input scale are not supported")
+        self._inputs = inputs
         if weight_bits not in (4, 8):
             raise UnsupportedQuantizationError(f"packed integers of {weight_bits} bits are not supported; 4 and 8 are")
         if actorder not in (None, "weight", "group"):
@@ -117,6 +132,8 @@ class CompressedTensorsWNA16Scheme:
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[*, in]` → `[*, out]`, the outputs of all modules in order, in the dtype of `x`."""
+        if self._inputs is not None:
+            x = self._inputs.of(layer, x)
         if x.is_cuda and _layout(layer).is_marlin and self.weight_bits == 4:
             return self._apply_on_gpu(layer, x, bias)
         return linear(x, self.weight(layer, x.dtype), bias)
@@ -129,7 +146,7 @@ class CompressedTensorsWNA16Scheme:
         if layout.is_marlin:
             packed = marlin.marlin_unpack(packed, order, layout.size_k, layout.size_n, self.weight_bits).T
             scale = marlin.marlin_unpermute_scales(scale, layout.scaled_k, layout.size_n, self.group_size).T
-        codes = marlin.unpack_codes(packed, layout.size_k, self.weight_bits)
+        codes = scaled.unpack_codes(packed, layout.size_k, self.weight_bits)
         zero_point = None if self.symmetric else data_of(layer, "weight_zero_point")
         blocks = Blocks(width=None if self.group_size == -1 else self.group_size)
         if self.has_g_idx:  # a scale for each input
@@ -174,7 +191,7 @@ class CompressedTensorsWNA16Scheme:
     def _zero_point(self, part: Mapping[str, Tensor]) -> Tensor:
         """The zero points int8 `[out, groups]` of one module."""
         packed, rows = part["weight_zero_point"], len(part["weight_scale"])
-        return marlin.unpack_codes(packed.T, rows, self.weight_bits).T
+        return scaled.unpack_codes(packed.T, rows, self.weight_bits).T
 
     def _specs(self, rows: int, columns: int, scaled_k: int) -> dict[str, TensorSpec]:
         groups = 1 if self.group_size == -1 else scaled_k // self.group_size

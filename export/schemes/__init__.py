@@ -1,7 +1,8 @@
 """The quantization formats, one file each, and how the rest of the program sees them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from amaxbridge.export.schemes.fp8 import FP8
@@ -11,25 +12,28 @@ from amaxbridge.export.schemes.mxfp4 import MXFP4, MXFP4A16
 from amaxbridge.export.schemes.mxfp8 import MXFP8, MXFP8A16
 from amaxbridge.export.schemes.nvfp4 import NVFP4
 from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
-from amaxbridge.export.schemes.recipe import EVERY_LINEAR, FromQuantizers, Groups, Recipe, SchemeGroup
+from amaxbridge.export.schemes.packed_integers import WHOLE_ROW
+from amaxbridge.export.schemes.quantizer_settings import settings_key
+from amaxbridge.export.schemes.recipe import FromQuantizers, Groups, Recipe, SchemeGroup
 from amaxbridge.export.schemes.scheme import Scheme
-from amaxbridge.export.schemes.w4a16 import GROUP_SIZES, w4a16
+from amaxbridge.export.schemes.signature import Arguments, Signature
+from amaxbridge.export.schemes.targets import EVERY_LINEAR
+from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
 from amaxbridge.export.schemes.w8a8 import W8A8
 from amaxbridge.mappings.errors import UsageError
 
 __all__ = [
     "SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "from_quantizers",
-    "has_group_size", "named_scheme",
+    "has_group_size", "named_scheme", "quantizer_format", "scheme_of",
 ]  # fmt: skip
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        NVFP4(), NVFP4A16, MXFP4, MXFP4A16, MXFP8, MXFP8A16, FP8, FP8_DYNAMIC, FP8_BLOCK, w4a16(), w4a16_asym(), W8A8
-    )
-}  # fmt: skip
-_SIZED: Mapping[str, Callable[[int], Scheme]] = {"w4a16": w4a16, "w4a16_asym": w4a16_asym}
+_REGISTERED: tuple[Scheme, ...] = (
+    NVFP4, NVFP4A16, MXFP4, MXFP4A16, MXFP8, MXFP8A16, FP8, FP8_DYNAMIC, FP8_BLOCK, w4a16(), w4a16_asym(), W8A8,
+)  # fmt: skip
+"""Every scheme. Where several fit the same quantizers, `scheme=auto` takes the first."""
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _REGISTERED})
 
 
 def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
@@ -45,15 +49,17 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
         None for weights as they are.
 
     Raises:
-        UsageError: there is none such; lists those there are.
+        UsageError: unknown scheme. The message lists the known ones.
     """
     if scheme is None:
         return None
     if isinstance(scheme, Groups | FromQuantizers):
         return replace(scheme, ignore=(*scheme.ignore, *ignore))
     if not isinstance(scheme, str):
-        group = SchemeGroup(_of_compressed_tensors(scheme), tuple(scheme.targets) or (EVERY_LINEAR,))
-        return Groups((group,), tuple(ignore))
+        found = scheme_of(_signature_of(scheme))
+        if found is None:
+            raise UsageError(f"no scheme writes {scheme!r}; known: {', '.join(SCHEMES)}")
+        return Groups((SchemeGroup(found, tuple(scheme.targets) or (EVERY_LINEAR,)),), tuple(ignore))
     if scheme.lower() == "none":
         return None
     if scheme.lower() == "auto":
@@ -63,52 +69,94 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
 
 def from_quantizers(ignore: Sequence[str] = ()) -> FromQuantizers:
     """The recipe of `scheme=auto`: any scheme, in any of its group sizes."""
-    sized = (scheme(size) for scheme in _SIZED.values() for size in GROUP_SIZES)
-    return FromQuantizers((*SCHEMES.values(), *sized), tuple(ignore))
+    sized = (scheme.with_group_size(size) for scheme in SCHEMES.values() for size in scheme.group_sizes)
+    return FromQuantizers((*SCHEMES.values(), *filter(None, sized)), tuple(ignore))
 
 
 def has_group_size(name: str) -> bool:
     """True if users choose how many columns share a scale in this scheme."""
-    return name.lower() in _SIZED
+    return name.lower() in SCHEMES and bool(SCHEMES[name.lower()].group_sizes)
 
 
 def named_scheme(name: str, group_size: int | None = None) -> Scheme:
     """One scheme by its name.
 
     Args:
-        group_size: columns that share a scale: 32, 64 or 128, in `w4a16` and `w4a16_asym`. None for 128 there, and
-            in schemes whose blocks are fixed.
+        group_size: columns that share a scale: 32, 64 or 128, in schemes that have `group_sizes`. None for 128 there,
+            and in schemes whose blocks are fixed.
 
     Raises:
         UsageError: unknown name, or a size that the scheme does not have. The message lists the known ones.
     """
     lower = name.lower()
-    known = {"int8": "w8a8"}.get(lower, lower)
-    if known not in SCHEMES:
+    known = SCHEMES.get({"int8": "w8a8"}.get(lower, lower))
+    if known is None:
         raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, auto, none")
     if group_size is None:
-        return SCHEMES[known]
-    if not has_group_size(known):
-        raise UsageError(f"scheme {name} has blocks of its own: group_size is for {', '.join(_SIZED)}")
-    if group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
+        return known
+    if not known.group_sizes:
+        sized = ", ".join(scheme.name for scheme in SCHEMES.values() if scheme.group_sizes)
+        raise UsageError(f"scheme {name} has blocks of its own: group_size is for {sized}")
+    found = known.with_group_size(group_size) if group_size in known.group_sizes else None
+    if found is None:
+        sizes = ", ".join(map(str, known.group_sizes))
         raise UsageError(f"group_size={group_size}: engines have kernels for {name} in groups of {sizes} columns")
-    return _SIZED[known](group_size)
+    return found
 
 
-def _of_compressed_tensors(wanted: Any) -> Scheme:
-    """The scheme that a `QuantizationScheme` describes. Read by its attributes: importing its library takes seconds."""
-    size = getattr(wanted.weights, "group_size", None)
-    more: tuple[Scheme, ...] = (w4a16(size), w4a16_asym(size)) if size else ()
-    for scheme in (*SCHEMES.values(), *more):
-        group = scheme.config_group
-        if all(_says(getattr(wanted, part), group[part]) for part in ("weights", "input_activations")):
-            return scheme
-    raise UsageError(f"no scheme writes {wanted!r}; known: {', '.join(SCHEMES)}")
+def scheme_of(signature: Signature, *, weights_only: bool = False) -> Scheme | None:
+    """The scheme that a config group describes, None if there is none.
+
+    Args:
+        signature: what the group says. Of several schemes, one of its `quant_format` is preferred.
+        weights_only: compare the weights alone; inputs may be quantized otherwise.
+    """
+    weights = replace(signature.weights, actorder=None) if _keeps_order(signature.weights) else signature.weights
+    fitting = [
+        scheme
+        for scheme in _sized(weights.group_size)
+        if scheme.signature.weights == weights and (weights_only or scheme.signature.inputs == signature.inputs)
+    ]
+    exact = (scheme for scheme in fitting if scheme.signature.quant_format == signature.quant_format)
+    return next(exact, next(iter(fitting), None))
 
 
-def _says(wanted: Any, arguments: Mapping[str, Any] | None) -> bool:
-    if wanted is None or arguments is None:
-        return wanted is arguments is None
-    values = {key: getattr(wanted, key) for key in arguments if key != "scale_dtype"}
-    return all(getattr(value, "value", value) == arguments[key] for key, value in values.items())
+def quantizer_format(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | None) -> str | None:
+    """What a `QuantState` calls weights whose quantizer has these attributes; None if no scheme writes them."""
+    key = settings_key(num_bits, axis, block_sizes)
+    for scheme in _sized((block_sizes or {}).get(-1)):
+        if scheme.weight_quantizer is not None and scheme.weight_quantizer.key == key:
+            return scheme.format
+    return None
+
+
+def _sized(group_size: int | None) -> Iterator[Scheme]:
+    """All schemes, then those that leave the group size open with groups of this size, None for whole rows."""
+    yield from SCHEMES.values()
+    resized = (scheme.with_group_size(group_size or WHOLE_ROW) for scheme in SCHEMES.values())
+    yield from (scheme for scheme in resized if scheme is not None)
+
+
+def _keeps_order(weights: Arguments) -> bool:
+    """True if the stored tensors do not depend on the order in which GPTQ went through the columns."""
+    return weights.actorder == "weight"
+
+
+def _signature_of(wanted: Any) -> Signature:
+    """What a `QuantizationScheme` says. Read by its attributes: importing its library takes seconds."""
+    return Signature(
+        _plain(getattr(wanted, "format", None)) or "",
+        _arguments_of(wanted.weights, wanted),
+        None if wanted.input_activations is None else _arguments_of(wanted.input_activations, wanted),
+    )
+
+
+def _arguments_of(found: Any, wanted: Any) -> Arguments:
+    if found is None:
+        raise UsageError(f"no scheme writes {wanted!r}: it has no weights")
+    names = ("num_bits", "type", "strategy", "dynamic", "symmetric", "group_size", "block_structure", "actorder")
+    return Arguments.of({name: _plain(getattr(found, name, None)) for name in names})
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

@@ -9,6 +9,7 @@ more. So a group shares its amax, as it did in training, where q, k and v are on
 """
 
 from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
 from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.schemes.scheme import arguments
 
@@ -17,8 +18,9 @@ _TENSOR = arguments(8, "float", "tensor")
 FP8 = Scaled(
     "fp8",
     format="fp8",
-    code=Code.E4M3,
-    blocks=Blocks(height=None, width=None),
     config_group={"format": "float-quantized", "weights": _TENSOR, "input_activations": _TENSOR},
-    needs_input_amax=True,
+    code=Code.E4M3,
+    share=Blocks(height=None, width=None),
+    weight_quantizer=QuantizerSettings((4, 3)),
+    input_quantizer=QuantizerSettings((4, 3)),
 )

@@ -13,62 +13,74 @@ from torch import Tensor
 
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.kernels import e2m1, mx
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
-from amaxbridge.export.schemes.scheme import arguments
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.mx import BLOCK
+from amaxbridge.export.kernels.restore import restore_mx
+from amaxbridge.export.kernels.scaled import Blocks
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
+_NAN = 255  # in E8M0
 
-@dataclass(frozen=True, slots=True)
-class MX:
-    """MX weights of 4 or 8 bits, and activations unless `weights_only`."""
 
-    name: str
-    bits: int
-    disk_format: str
-    weights_only: bool = False
-    needs_weight_amax: bool = False
-    needs_input_amax: bool = False
+@dataclass(frozen=True)
+class MXScheme(Scheme):
+    """Blocks of E2M1 or E4M3 under powers of two."""
 
     @property
-    def format(self) -> str:
-        return f"mxfp{self.bits}"
+    def blocks(self) -> Blocks:
+        return Blocks(width=BLOCK)
 
     @property
-    def config_group(self) -> dict[str, Any]:
-        blocks = arguments(self.bits, "float", "group", group_size=mx.BLOCK, scale_dtype="torch.uint8")
-        inputs = None if self.weights_only else {**blocks, "dynamic": True}
-        return {"format": self.disk_format, "weights": blocks, "input_activations": inputs}
+    def codes(self) -> str:
+        return "weight_packed" if self.bits == 4 else "weight"
 
-    def output_specs(self, module: str, weight: TensorSpec, *, calibrated: bool) -> dict[str, TensorSpec]:
-        if len(weight.shape) != 2 or weight.shape[1] % mx.BLOCK:
-            raise ValueError(f"{self.name} needs [out, in] with in divisible by {mx.BLOCK}, not {list(weight.shape)}")
+    def weight_specs(self, weight: TensorSpec, arithmetic: Arithmetic) -> dict[str, TensorSpec]:
+        if len(weight.shape) != 2 or weight.shape[1] % BLOCK:
+            raise ValueError(f"{self.name} needs [out, in] with in divisible by {BLOCK}, not {list(weight.shape)}")
         rows, columns = weight.shape
         codes = TensorSpec((rows, columns), torch.float8_e4m3fn)
         if self.bits == 4:
             codes = TensorSpec((rows, columns // 2), torch.uint8)
-        scales = TensorSpec((rows, columns // mx.BLOCK), torch.uint8)
-        return {self._codes(module): codes, f"{module}.weight_scale": scales}
+        return {self.codes: codes, "weight_scale": TensorSpec((rows, columns // BLOCK), torch.uint8)}
 
-    @property
-    def row_step(self) -> int:
-        return 1
-
-    def measure(self, rows: Tensor, *, calibrated: bool) -> None:
-        return None
-
-    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
-        return {}
-
-    def quantize_rows(
-        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
         quantize = mx.quantize_mxfp4 if self.bits == 4 else mx.quantize_mxfp8
-        codes, exponents = quantize(rows, Arithmetic.of(calibrated=amax.calibrated))
-        return {self._codes(module): codes, f"{module}.weight_scale": exponents}
+        codes, exponents = quantize(rows, amax.arithmetic)
+        return {self.codes: codes, "weight_scale": exponents}
 
-    def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        codes = tensors[self._codes(module)]
-        return mx.dequantize(e2m1.unpack(codes) if self.bits == 4 else codes, tensors[f"{module}.weight_scale"])
+    def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+        codes = specs.get(self.codes)
+        if codes is None or len(codes.shape) != 2:
+            return None
+        return codes.shape[0], codes.shape[1] * (8 // self.bits)
 
-    def _codes(self, module: str) -> str:
-        return f"{module}.weight_packed" if self.bits == 4 else f"{module}.weight"
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        codes = tensors[self.codes]
+        return mx.dequantize(e2m1.unpack(codes) if self.bits == 4 else codes, tensors["weight_scale"])
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return restore_mx(self.dequantize(tensors), tensors["weight_scale"], 6.0 if self.bits == 4 else 448.0)
+
+    def fault_of_scales(self, least: float, greatest: float) -> str | None:
+        return "holds the byte 255, NaN in E8M0" if greatest >= _NAN else None
+
+
+def mx_scheme(name: str, bits: int, disk_format: str, quantizer: QuantizerSettings, *, weights_only: bool) -> MXScheme:
+    """A scheme whose weights, and inputs unless `weights_only`, are in MX blocks of one kind."""
+    blocks: dict[str, Any] = arguments(bits, "float", "group", group_size=BLOCK, scale_dtype="torch.uint8")
+    inputs = None if weights_only else {**blocks, "dynamic": True}
+    return MXScheme(
+        name,
+        format=f"mxfp{bits}",
+        config_group={"format": disk_format, "weights": blocks, "input_activations": inputs},
+        weight_quantizer=quantizer,
+        input_quantizer=None if weights_only else quantizer,
+        shard_multiple=ShardMultiple(inputs=BLOCK),
+    )
+
+
+def mx_quantizer(num_bits: tuple[int, int]) -> QuantizerSettings:
+    """ModelOpt's quantizer for MX blocks of floats with these bits."""
+    return QuantizerSettings(num_bits, block_sizes={-1: BLOCK, "type": "dynamic", "scale_bits": (8, 0)})

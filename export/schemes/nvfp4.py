@@ -14,75 +14,95 @@ compute, against 0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors do
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.kernels import nvfp4
-from amaxbridge.export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
-from amaxbridge.export.schemes.scheme import arguments
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.nvfp4 import BLOCK, FP8_MAX, SCALE_RANGE, NVFP4Weight
+from amaxbridge.export.kernels.restore import restore_nvfp4
+from amaxbridge.export.kernels.scaled import Blocks
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
+WEIGHTS = arguments(4, "float", "tensor_group", group_size=BLOCK)
+BLOCKS_OF_E2M1 = QuantizerSettings((2, 1), block_sizes={-1: BLOCK, "type": "dynamic", "scale_bits": (4, 3)})
+WHOLE_BLOCKS = ShardMultiple(inputs=BLOCK)  # else engines load a shard and read other blocks
+_GLOBAL = SharedScale("weight_global_scale", SCALE_RANGE, is_divisor=True)
 
-@dataclass(frozen=True, slots=True)
-class NVFP4:
-    """NVFP4 weights, and activations where `needs_input_amax`."""
 
-    name: str = "nvfp4"
-    needs_input_amax: bool = True
-    needs_weight_amax: bool = True
-    format: str = "nvfp4"
+@dataclass(frozen=True)
+class NVFP4Scheme(Scheme):
+    """Blocks of E2M1 under E4M3 scales, and those under a global scale."""
 
     @property
-    def config_group(self) -> dict[str, Any]:
-        blocks = arguments(4, "float", "tensor_group", group_size=BLOCK)
-        inputs = {**blocks, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
-        return {
-            "format": "nvfp4-pack-quantized",
-            "weights": blocks,
-            "input_activations": inputs if self.needs_input_amax else None,
-        }
+    def blocks(self) -> Blocks:
+        return Blocks(width=BLOCK)
 
-    def output_specs(self, module: str, weight: TensorSpec, *, calibrated: bool) -> dict[str, TensorSpec]:
+    @property
+    def group_scale(self) -> SharedScale:
+        return _GLOBAL
+
+    @property
+    def largest_block_scale(self) -> float:
+        return FP8_MAX
+
+    @property
+    def codes(self) -> str:
+        return "weight_packed"
+
+    def weight_specs(self, weight: TensorSpec, arithmetic: Arithmetic) -> dict[str, TensorSpec]:
         if len(weight.shape) != 2 or weight.shape[1] % BLOCK:
             raise ValueError(f"NVFP4 needs [out, in] with in divisible by {BLOCK}, not {list(weight.shape)}")
         rows, columns = weight.shape
-        specs = {
-            f"{module}.weight_packed": TensorSpec((rows, columns // 2), torch.uint8),
-            f"{module}.weight_scale": TensorSpec((rows, columns // BLOCK), torch.float8_e4m3fn),
-            f"{module}.weight_global_scale": TensorSpec((1,), torch.float32),
+        return {
+            "weight_packed": TensorSpec((rows, columns // 2), torch.uint8),
+            "weight_scale": TensorSpec((rows, columns // BLOCK), torch.float8_e4m3fn),
+            _GLOBAL.tensor: TensorSpec((1,), torch.float32),
         }
-        if self.needs_input_amax:
-            specs[f"{module}.input_global_scale"] = TensorSpec((1,), torch.float32)
-        return specs
 
-    @property
-    def row_step(self) -> int:
-        return 1
+    def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor:
+        return nvfp4.tensor_amax([rows], arithmetic=arithmetic)
 
-    def measure(self, rows: Tensor, *, calibrated: bool) -> Tensor:
-        return nvfp4.tensor_amax([rows], arithmetic=Arithmetic.of(calibrated=calibrated))
+    def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+        assert amax.weight is not None, "not measured"
+        divisor = nvfp4.global_scale(amax.weight, arithmetic=amax.arithmetic, dtype=weight.dtype)
+        return {_GLOBAL.tensor: divisor, **super().constants(weight, amax)}
 
-    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
-        assert amax.weight is not None, f"{module}: not measured"
-        arithmetic = Arithmetic.of(calibrated=amax.calibrated)
-        divisor = nvfp4.global_scale(amax.weight, arithmetic=arithmetic, dtype=weight.dtype)
-        constants = {f"{module}.weight_global_scale": divisor}
-        if self.needs_input_amax:
-            assert amax.input is not None, f"{module}: W4A4 needs an input amax"
-            constants[f"{module}.input_global_scale"] = nvfp4.input_global_scale(amax.input)
-        return constants
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+        assert amax.weight is not None, "not measured"
+        quantized = nvfp4.quantize(rows, amax.weight, arithmetic=amax.arithmetic, block_amax=block_amax)
+        return {"weight_packed": quantized.packed, "weight_scale": quantized.block_scale}
 
-    def quantize_rows(
-        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        assert amax.weight is not None, f"{module}: not measured"
-        arithmetic = Arithmetic.of(calibrated=amax.calibrated)
-        quantized = nvfp4.quantize(rows, amax.weight, arithmetic=arithmetic, block_amax=block_amax)
-        return {f"{module}.weight_packed": quantized.packed, f"{module}.weight_scale": quantized.block_scale}
+    def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+        packed = specs.get("weight_packed")
+        return None if packed is None or len(packed.shape) != 2 else (packed.shape[0], packed.shape[1] * 2)
 
-    def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        names = ("weight_packed", "weight_scale", "weight_global_scale")
-        return nvfp4.dequantize(NVFP4Weight(*(tensors[f"{module}.{name}"] for name in names)))
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return nvfp4.dequantize(_stored(tensors))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        amax = _GLOBAL.amax(tensors[_GLOBAL.tensor])
+        return restore_nvfp4(_stored(tensors), amax / torch.full_like(amax, SCALE_RANGE))
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> NVFP4Weight:
+    return NVFP4Weight(tensors["weight_packed"], tensors["weight_scale"], tensors[_GLOBAL.tensor])
+
+
+NVFP4 = NVFP4Scheme(
+    "nvfp4",
+    format="nvfp4",
+    config_group={
+        "format": "nvfp4-pack-quantized",
+        "weights": WEIGHTS,
+        "input_activations": {**WEIGHTS, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
+    },
+    weight_quantizer=BLOCKS_OF_E2M1,
+    input_quantizer=BLOCKS_OF_E2M1,
+    shard_multiple=WHOLE_BLOCKS,
+)

@@ -1,5 +1,11 @@
 """NVFP4 weights, 16-bit activations: the tensors of `nvfp4` without the scale of the input, which engines refuse."""
 
-from amaxbridge.export.schemes.nvfp4 import NVFP4
+from amaxbridge.export.schemes.nvfp4 import BLOCKS_OF_E2M1, WEIGHTS, WHOLE_BLOCKS, NVFP4Scheme
 
-NVFP4A16 = NVFP4("nvfp4a16", needs_input_amax=False)
+NVFP4A16 = NVFP4Scheme(
+    "nvfp4a16",
+    format="nvfp4",
+    config_group={"format": "nvfp4-pack-quantized", "weights": WEIGHTS, "input_activations": None},
+    weight_quantizer=BLOCKS_OF_E2M1,
+    shard_multiple=WHOLE_BLOCKS,
+)

@@ -1,16 +1,15 @@
 """Which scheme each module gets: one for all, several for different modules, or what its quantizers say."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes.targets import EVERY_LINEAR, check_sound, is_named, is_targeted
 from amaxbridge.mappings.errors import UsageError
 
-EVERY_LINEAR = "Linear"
-EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 _LEFT_ALONE = re.compile(
     r"(^|.*\.)(lm_head|output_layer|score|gate|router|router\.\w+|shared_expert_gate|eh_proj|\w*norm\d*|\w*embed\w*|wte|wpe)"
     r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp)\..*"
@@ -51,6 +50,9 @@ class Groups:
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_sound((*self.ignore, *(target for group in self.groups for target in group.targets)))
+
     @classmethod
     def of(cls, scheme: Scheme, ignore: Iterable[str] = ()) -> "Groups":
         """One scheme for everything."""
@@ -76,6 +78,9 @@ class FromQuantizers:
     ignore: tuple[str, ...] = ()
     name: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_sound(self.ignore)
+
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
         if state is None:
             raise UsageError("scheme=auto reads the formats from a quantizer state, and there is none")
@@ -98,16 +103,3 @@ def is_left_alone(module: str) -> bool:
     multi-token prediction, as the field names them. Engines run these unquantized.
     """
     return _LEFT_ALONE.fullmatch(module) is not None
-
-
-def is_named(module: str, targets: Iterable[str]) -> bool:
-    """Whether a target is a module's full name, or a `re:` pattern that matches from its beginning."""
-    return any(
-        re.match(target.removeprefix("re:"), module) is not None if target.startswith("re:") else target == module
-        for target in targets
-    )
-
-
-def is_targeted(module: str, targets: Collection[str]) -> bool:
-    """Whether a target means a module: full name, `re:` pattern, or `Linear`, every module but the embeddings."""
-    return is_named(module, targets) or (EVERY_LINEAR in targets and not module.endswith(EMBEDDINGS))

@@ -1,15 +1,29 @@
-"""What a quantization format is to the rest of the program."""
+"""What a quantization format is to the rest of the program: one value that answers for itself.
 
+A scheme works on the tensors of one module under *local* names, `weight_packed`, not `model.layers.0.….weight_packed`.
+Nobody outside this package asks which scheme it has: what differs between schemes is a field or a method here.
+"""
+
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from amaxbridge.export.amax.amax_from_scales import SharedScale, amax_of_scale
 from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.e2m1 import NOT_FINITE
+from amaxbridge.export.kernels.nvfp4 import FP8_MAX, SCALE_RANGE
+from amaxbridge.export.kernels.scaled import Blocks
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.tensors import TensorSpec, max_of
 
@@ -17,57 +31,151 @@ _KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring an
 NO_AMAX: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class Scheme(Protocol):
-    """One quantization format. Stateless; knows modules and tensors, neither files nor ranks."""
+@dataclass(frozen=True, slots=True)
+class ShardMultiple:
+    """What a tensor-parallel shard of a weight must be a multiple of, to suit the format and its kernel.
+
+    Args:
+        outputs: rows of a shard.
+        inputs: columns of a shard.
+        last_may_be_short: the last member of a fused group may have any number of rows, except in experts.
+    """
+
+    outputs: int = 1
+    inputs: int = 1
+    last_may_be_short: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """One quantization format. Stateless; knows modules and tensors, neither files nor ranks.
+
+    Args:
+        name: as users choose it: the name of compressed-tensors' preset in small letters, `nvfp4a16`.
+        format: the weight quantizers it is for, in the words of a `QuantState`: `nvfp4`. "" if ModelOpt has none.
+        config_group: `format`, `weights` and `input_activations` of its group in config.json.
+        weight_quantizer: the settings of ModelOpt's weight quantizers that mean this scheme.
+        input_quantizer: the same of its input quantizers; None if inputs are not quantized.
+        shard_multiple: what a tensor-parallel shard of a weight must be a multiple of.
+        kernel_tiles: outputs and inputs of the tiles that engines have kernels for: a layer divides by one of these. ()
+            if kernels take any size.
+        group_sizes: the numbers of columns that users may choose to share a scale; () if the format fixes it.
+    """
+
+    name: str
+    format: str
+    config_group: dict[str, Any]
+    _: KW_ONLY
+    weight_quantizer: QuantizerSettings | None = None
+    input_quantizer: QuantizerSettings | None = None
+    shard_multiple: ShardMultiple = ShardMultiple()
+    kernel_tiles: tuple[tuple[int, int], ...] = ()
+    group_sizes: tuple[int, ...] = ()
+
+    # What it is
 
     @property
-    def name(self) -> str:
-        """As users choose it: the name of compressed-tensors' preset in small letters, `nvfp4a16`."""
+    @abstractmethod
+    def blocks(self) -> Blocks:
+        """The part of a weight that shares a stored scale."""
 
     @property
-    def format(self) -> str:
-        """What the weight quantizers of a trained model must be for this scheme, as `bridge` names them: `nvfp4`."""
+    def group_scale(self) -> SharedScale | None:
+        """The one weight scale that all members of a fused group share; None in formats without."""
+        return None
+
+    @property
+    def block_bound(self) -> float | None:
+        """What a stored `weight_scale` is multiplied by to give the amax of its block: the largest code.
+
+        None for scales that are relative to a group's, or powers of two.
+        """
+        return None
+
+    @property
+    def largest_block_scale(self) -> float | None:
+        """The largest scale that a block can have under the scale of its group; None in formats without both."""
+        return None
+
+    @property
+    def signature(self) -> Signature:
+        """What `config_group` says, as readers of config.json see it."""
+        return Signature.of(self.config_group)
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's code."""
+        return int(self.config_group["weights"]["num_bits"])
+
+    @property
+    def input_scale(self) -> SharedScale | None:
+        """The static input scale that all members of a fused group share; None if inputs have none."""
+        return static_scale(self.signature.inputs)
 
     @property
     def needs_weight_amax(self) -> bool:
-        """Whether a fused group shares one per-tensor weight amax."""
+        """True if a fused group shares one per-tensor weight amax."""
+        return self.group_scale is not None
 
     @property
     def needs_input_amax(self) -> bool:
-        """Whether a fused group shares one calibrated input amax; others need none, or scale inputs as they come."""
+        """True if a fused group shares one calibrated input amax."""
+        return self.input_scale is not None
 
     @property
-    def config_group(self) -> dict[str, Any]:
-        """`format`, `weights` and `input_activations` of the scheme's group in config.json."""
+    def has_weight_amax(self) -> bool:
+        """True if the amax of the weight quantizer follows from the stored scales."""
+        return bool(self.format) and (self.group_scale is not None or self.block_bound is not None)
 
-    def output_specs(self, module: str, weight: TensorSpec, *, calibrated: bool) -> dict[str, TensorSpec]:
-        """The tensors written for a module with a weight `[out, in]`.
+    @property
+    def row_step(self) -> int:
+        """Rows are quantized in parts that begin at a multiple of this: the height of a block, or of a packed word."""
+        return 1
+
+    @property
+    def codes(self) -> str:
+        """The tensor that holds the codes of a weight."""
+        return "weight"
+
+    def with_group_size(self, group_size: int) -> "Scheme | None":
+        """The same scheme with groups of another size, -1 for whole rows; None if its blocks are fixed."""
+        return None
+
+    # What is written for a module
+
+    @abstractmethod
+    def weight_specs(self, weight: TensorSpec, arithmetic: Arithmetic) -> dict[str, TensorSpec]:
+        """The tensors that hold a weight `[out, in]`, by local name.
 
         Args:
-            calibrated: whether `quantize` will get an `amax`; scales may then have another dtype.
+            weight: what is quantized.
+            arithmetic: whose rounding; the dtype of scales may depend on it.
 
         Raises:
             ValueError: the weight cannot be quantized in this format; says why.
         """
 
-    @property
-    def row_step(self) -> int:
-        """Rows are quantized in parts that begin at a multiple of this: the height of a block, or of a packed word."""
+    def tensor_specs(self, weight: TensorSpec, arithmetic: Arithmetic) -> dict[str, TensorSpec]:
+        """All tensors written for a module with a weight `[out, in]`: `weight_specs` and the static input scale."""
+        specs = self.weight_specs(weight, arithmetic)
+        if self.input_scale is not None:
+            specs[self.input_scale.tensor] = TensorSpec((1,), torch.float32)
+        return specs
 
-    def measure(self, rows: Tensor, *, calibrated: bool) -> Tensor | None:
-        """What rows of a weight contribute to the amax of their fused group: fp32, 0-d. None: no amax is shared.
+    def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor | None:
+        """What rows of a weight contribute to the amax of their fused group: fp32, 0-d. None: no amax is shared."""
+        return None
 
-        Args:
-            calibrated: whose arithmetic is used, see `GroupAmax`.
-        """
+    def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+        """The tensors that do not grow with a weight's rows: global scales, input scales, shapes."""
+        if self.input_scale is None:
+            return {}
+        assert amax.input is not None, f"{self.name} needs an input amax"
+        return {self.input_scale.tensor: self.input_scale.stored(amax.input)}
 
-    def constants(self, module: str, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
-        """The tensors written for a module that do not grow with its rows: global scales, input scales, shapes."""
-
-    def quantize_rows(
-        self, module: str, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The other tensors written for a module, for some of its rows.
+    @abstractmethod
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+        """The other tensors, for some rows of a weight.
 
         Args:
             rows: `[some, in]`, beginning at a multiple of `row_step`.
@@ -78,8 +186,68 @@ class Scheme(Protocol):
             ValueError: the rows hold NaN or Inf.
         """
 
-    def dequantize(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a serving engine sees it, from the tensors written for the module."""
+    def adopt(self, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """The tensors of a weight whose codes and scales exist already, as training keeps FP8 parameters.
+
+        Args:
+            codes: `[out, in]`, in the dtype of the format.
+            scales: one for each block, `[blocks down, blocks across]`, as the format stores them.
+
+        Raises:
+            ValueError: the format does not take codes as they are, or these are not its codes and scales.
+        """
+        weight = TensorSpec((codes.shape[0], codes.shape[-1]), torch.bfloat16)
+        expected = self.weight_specs(weight, Arithmetic.MODELOPT)
+        found = {"weight": TensorSpec.of(codes), "weight_scale": TensorSpec.of(scales)}
+        if found != expected:
+            shown = [", ".join(f"{name} {spec}" for name, spec in specs.items()) for specs in (found, expected)]
+            raise ValueError(f"{self.name} cannot take {shown[0]} as they are: it stores {shown[1]}")
+        return {"weight": codes, "weight_scale": scales}
+
+    # What is read of a module
+
+    @abstractmethod
+    def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+        """`[out, in]` of the weight that stored tensors hold, from its codes; None if they are missing or no matrix."""
+
+    @abstractmethod
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight `[out, in]` as a serving engine sees it, in bf16, from the tensors that hold it."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A weight `[out, in]` in bf16 that ModelOpt's arithmetic quantizes to these tensors again."""
+        return self.dequantize(tensors)
+
+    def weight_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The amax of the weight quantizer that the stored scales imply: fp32, 0-d or `[blocks down, blocks across]`.
+
+        Quantizing with it gives the stored scales to the bit, where some amax does. None if the format keeps none.
+        """
+        if self.group_scale is not None:
+            return self.group_scale.amax(tensors[self.group_scale.tensor])
+        return None if self.block_bound is None else amax_of_scale(tensors["weight_scale"], self.block_bound)
+
+    def input_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The same of the input quantizer: fp32, 0-d; None if inputs have no static scale."""
+        return None if self.input_scale is None else self.input_scale.amax(tensors[self.input_scale.tensor])
+
+    def fault_of_scales(self, least: float, greatest: float) -> str | None:
+        """What is wrong with a `weight_scale` whose elements lie between these two, None if nothing is."""
+        return fault_of_scales(least, greatest)
+
+
+def fault_of_scales(least: float, greatest: float) -> str | None:
+    """What is wrong with multipliers or divisors that lie between these two: all must be positive and finite."""
+    return None if 0 < least <= greatest < math.inf else f"is between {least:g} and {greatest:g}"
+
+
+def static_scale(inputs: Arguments | None) -> SharedScale | None:
+    """The static scale of inputs quantized so: NVFP4's divisor above dynamic blocks, or one multiplier."""
+    if inputs is None or inputs.dynamic is True:
+        return None
+    if inputs.dynamic == "local":
+        return SharedScale("input_global_scale", SCALE_RANGE, is_divisor=True)
+    return SharedScale("input_scale", FP8_MAX if inputs.kind == "float" else float(2 ** (inputs.bits - 1) - 1))
 
 
 def quantize_group(
@@ -100,21 +268,21 @@ def quantize_group(
     """
     amax = DATA_FREE if amax is None else amax
     if amax.weight is None:
-        amax = amax._replace(weight=_measured(scheme, weights, amax.calibrated))
+        amax = amax._replace(weight=_measured(scheme, weights, amax.arithmetic))
     for module, weight in weights.items():
-        planned = scheme.output_specs(module, weight.spec, calibrated=amax.calibrated)
+        planned = scheme.tensor_specs(weight.spec, amax.arithmetic)
         with naming(module):
-            constants = scheme.constants(module, weight.spec, amax)
+            constants = scheme.constants(weight.spec, amax)
         for name, tensor in constants.items():
-            yield Written(name, 0, tensor)
+            yield Written(f"{module}.{name}", 0, tensor)
         count, step = weight.spec.shape[0], scheme.row_step
         blocks = block_amax.get(module)
         for first, rows in weight.parts(step):
             part = None if blocks is None else blocks[first // step : -(-(first + len(rows)) // step)]
             with naming(module):
-                quantized = scheme.quantize_rows(module, rows, amax, part)
+                quantized = scheme.quantize_rows(rows, amax, part)
             for name, tensor in quantized.items():
-                yield Written(name, first if planned[name].shape[0] == count else first // step, tensor)
+                yield Written(f"{module}.{name}", first if planned[name].shape[0] == count else first // step, tensor)
 
 
 def quantize_tensors(
@@ -129,21 +297,21 @@ def quantize_tensors(
         yield name, tensor
 
 
-def _measured(scheme: Scheme, weights: Mapping[str, Rows], calibrated: bool) -> Tensor | None:
+def _measured(scheme: Scheme, weights: Mapping[str, Rows], arithmetic: Arithmetic) -> Tensor | None:
     """The largest amax of the group's weights, None where the scheme shares none."""
     largest: list[Tensor] = []
     kept = sum(weight.spec.nbytes for weight in weights.values()) <= _KEPT
     for module, weight in weights.items():
         for _, rows in weight.parts(scheme.row_step, again=kept):
             with naming(module):
-                measured = scheme.measure(rows, calibrated=calibrated)
+                measured = scheme.measure(rows, arithmetic)
                 if measured is None:
                     return None
                 if not measured.isfinite():
                     raise ValueError(NOT_FINITE)
             largest.append(measured)
     dtypes = {str(weight.spec.dtype) for weight in weights.values()}
-    if not calibrated and len(dtypes) > 1:
+    if arithmetic is Arithmetic.COMPRESSED_TENSORS and len(dtypes) > 1:
         raise MappingError(
             f"{', '.join(weights)} share an amax, in {', '.join(sorted(dtypes))}: cast them to one dtype"
         )

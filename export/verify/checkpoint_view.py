@@ -12,27 +12,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 
+from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
-from amaxbridge.export.schemes import Scheme
-from amaxbridge.export.schemes.nvfp4 import NVFP4
-from amaxbridge.export.schemes.recipe import EMBEDDINGS
-from amaxbridge.export.verify.stored_config import Quantization
+from amaxbridge.export.quant_config import QuantConfig, read_quant_config
+from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
-INPUT_SUFFIXES = ("input_global_scale", "input_scale")
-QUANTIZED_SUFFIXES = frozenset(
-    {"weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", *INPUT_SUFFIXES}
-)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_CODES_IN = {torch.uint8: 2, torch.int32: 8}  # of 4 bits
+_ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 _CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
+
+INPUT_SCALES: Mapping[str, SharedScale] = MappingProxyType(
+    {scheme.input_scale.tensor: scheme.input_scale for scheme in SCHEMES.values() if scheme.input_scale is not None}
+)
+"""The static input scales that schemes have, by local name."""
+QUANTIZED_SUFFIXES = frozenset(
+    name for scheme in SCHEMES.values() for name in scheme.tensor_specs(_ANY, Arithmetic.MODELOPT) if name != "weight"
+)
+"""Local names of the tensors that only quantized modules have."""
 
 
 class Extent(NamedTuple):
@@ -74,16 +80,14 @@ class Module:
         return not QUANTIZED_SUFFIXES.isdisjoint(self.tensors) or (weight is not None and weight.spec.dtype in _CODES)
 
     @property
-    def group_scale(self) -> str | None:
-        """The tensor that holds the one weight scale which a fused group shares; None in formats without."""
-        if isinstance(self.scheme, NVFP4):
-            return "weight_global_scale"
-        return "weight_scale" if self.scheme is not None and self.scheme.needs_weight_amax else None
+    def group_scale(self) -> SharedScale | None:
+        """The weight scale that a fused group shares; None in formats without."""
+        return None if self.scheme is None else self.scheme.group_scale
 
     @property
-    def input_scale(self) -> str | None:
-        """The tensor that holds the input's scale, where there is one."""
-        return next((suffix for suffix in INPUT_SUFFIXES if suffix in self.tensors), None)
+    def input_scale(self) -> SharedScale | None:
+        """The input's scale, where the files have one."""
+        return next((scale for suffix, scale in INPUT_SCALES.items() if suffix in self.tensors), None)
 
 
 class CheckpointView:
@@ -135,9 +139,9 @@ class CheckpointView:
         return {**self.config, **nested} if isinstance(nested, dict) else self.config
 
     @cached_property
-    def quantization(self) -> Quantization:
+    def quantization(self) -> QuantConfig:
         """What config.json says of quantization."""
-        return Quantization.of(self.config.get("quantization_config"))
+        return read_quant_config(self.config.get("quantization_config"))
 
     @cached_property
     def modules(self) -> dict[str, Module]:
@@ -153,7 +157,7 @@ class CheckpointView:
             if plain or not QUANTIZED_SUFFIXES.isdisjoint(tensors):
                 group = self.quantization.group_of(name)
                 scheme = None if group is None else self.quantization.groups[group].scheme
-                modules[name] = Module(name, tensors, scheme, group, _shape(tensors))
+                modules[name] = Module(name, tensors, scheme, group, _shape(tensors, scheme))
         return modules
 
     @cached_property
@@ -205,7 +209,7 @@ class CheckpointView:
         key = module.group, module.shape
         if key not in self._plans:
             try:
-                self._plans[key] = _output_specs(module.scheme, module.shape)
+                self._plans[key] = _tensor_specs(module.scheme, module.shape)
             except ValueError as error:
                 self._plans[key] = str(error)
         return self._plans[key]
@@ -227,20 +231,19 @@ class CheckpointView:
             file.close()
 
 
-def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
-    packed = tensors.get("weight_packed")
-    codes = packed or tensors.get("weight")
-    if codes is None or len(codes.spec.shape) != 2:
-        return None
-    rows, columns = codes.spec.shape
-    return rows, columns * _CODES_IN.get(codes.spec.dtype, 1) if packed else columns
+def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[int, int] | None:
+    weight = tensors.get("weight")
+    if weight is not None and len(weight.spec.shape) == 2:
+        return weight.spec.shape[0], weight.spec.shape[1]
+    specs = {suffix: stored.spec for suffix, stored in tensors.items()}
+    return None if scheme is None else scheme.weight_shape(specs)
 
 
-def _output_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
+def _tensor_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
     specs: dict[str, set[TensorSpec]] = {}
-    for dtype, calibrated in product(_FLOATS, (False, True)):
-        for name, spec in scheme.output_specs("", TensorSpec(shape, dtype), calibrated=calibrated).items():
-            specs.setdefault(name.removeprefix("."), set()).add(spec)
+    for dtype, arithmetic in product(_FLOATS, Arithmetic):
+        for name, spec in scheme.tensor_specs(TensorSpec(shape, dtype), arithmetic).items():
+            specs.setdefault(name, set()).add(spec)
     return {name: frozenset(allowed) for name, allowed in specs.items()}
 
 

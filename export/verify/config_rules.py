@@ -1,26 +1,12 @@
-"""Rules about `quantization_config` in config.json, apart from what its targets hit: see `matching`."""
+"""Rules about `quantization_config` in config.json, apart from what its targets hit: see `target_rules`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from amaxbridge.export.schemes.recipe import EVERY_LINEAR
+from amaxbridge.export.quant_config import COMPRESSED_TENSORS
+from amaxbridge.export.schemes.targets import EVERY_LINEAR, is_sound
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
-from amaxbridge.export.verify.stored_config import is_sound
 
-_KEYS = frozenset(
-    (
-        "quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme",
-        "global_compression_ratio", "sparsity_config", "transform_config", "version",
-    )
-)  # fmt: skip
-_GROUP_KEYS = frozenset(("targets", "weights", "input_activations", "output_activations", "format"))
-_ARGUMENT_KEYS = frozenset(
-    (
-        "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder",
-        "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
-    )
-)  # fmt: skip
 _OLD_KEY = "compression_config"
 _GATED: Mapping[str, str] = {
     "scale_dtype": "vLLM 0.10.2 to 0.13 refuse it",
@@ -33,8 +19,8 @@ def _present(view: CheckpointView) -> Iterator[Problem]:
     if view.quantized and not raw:
         old = " under this name, but as compression_config" if _OLD_KEY in view.config else ""
         yield Problem("quantization_config", f"is not there{old}, and {len(view.quantized)} modules are quantized")
-    elif raw and raw.get("quant_method") != "compressed-tensors":
-        yield Problem("quant_method", f"is {raw.get('quant_method')!r}, not 'compressed-tensors'")
+    elif raw and raw.get("quant_method") != COMPRESSED_TENSORS:
+        yield Problem("quant_method", f"is {raw.get('quant_method')!r}, not {COMPRESSED_TENSORS!r}")
     elif raw and not view.quantization.groups:
         yield Problem("config_groups", "has no groups")
     if raw and not view.quantized and view.tensors:  # without a tensor, the files are what is wrong
@@ -42,31 +28,15 @@ def _present(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _keys(view: CheckpointView) -> Iterator[Problem]:
-    for where, found, known in _dictionaries(view):
-        for key in sorted(found.keys() - known):
-            yield Problem(f"{where}{key}", "is no key of compressed-tensors")
+    for key in view.quantization.unknown_keys:
+        yield Problem(key, "is no key of compressed-tensors")
 
 
 def _gated(view: CheckpointView) -> Iterator[Problem]:
-    for where, found, _ in _dictionaries(view):
+    for where, found in view.quantization.arguments():
         for key in sorted(found.keys() & _GATED.keys()):
             if found[key] is not None:
-                yield Problem(f"{where}{key}", _GATED[key])
-
-
-def _dictionaries(view: CheckpointView) -> Iterator[tuple[str, Mapping[str, Any], frozenset[str]]]:
-    """Every dictionary of the config: where it is, its content, the keys that are known."""
-    raw = view.quantization.raw
-    yield "", raw, _KEYS
-    entries = raw.get("config_groups")
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
-        if isinstance(entry, dict):
-            yield f"{name}.", entry, _GROUP_KEYS
-            for part in ("weights", "input_activations", "output_activations"):
-                if isinstance(entry.get(part), dict):
-                    yield f"{name}.{part}.", entry[part], _ARGUMENT_KEYS
-    if isinstance(raw.get("kv_cache_scheme"), dict):
-        yield "kv_cache_scheme.", raw["kv_cache_scheme"], _ARGUMENT_KEYS
+                yield Problem(f"{where}.{key}", _GATED[key])
 
 
 def _group_names(view: CheckpointView) -> Iterator[Problem]:
@@ -90,10 +60,12 @@ def _formats(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _schemes(view: CheckpointView) -> Iterator[Problem]:
+    for fault in view.quantization.faults:
+        if fault.where != "quant_method":  # which has a rule of its own
+            yield Problem(fault.where, fault.what)
     for group in view.quantization.groups:
-        if group.scheme is None:
-            arguments = f"weights {dict(group.weights or {})}, inputs {group.inputs and dict(group.inputs)}"
-            yield Problem(f"config_groups.{group.name}", f"is of no scheme that is known here: {arguments}")
+        if group.signature is not None and group.scheme is None:
+            yield Problem(f"config_groups.{group.name}", f"is of no scheme that is known here: {group.signature}")
 
 
 def _mixed_targets(view: CheckpointView) -> Iterator[Problem]:

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from amaxbridge.export.kernels.scaled import Code
-from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
@@ -31,10 +30,10 @@ def _inputs(view: CheckpointView) -> Iterator[Problem]:
     yield from _unshared(view, lambda module: module.input_scale)
 
 
-def _unshared(view: CheckpointView, suffix_of: Callable[[Module], str | None]) -> Iterator[Problem]:
+def _unshared(view: CheckpointView, scale_of: Callable[[Module], SharedScale | None]) -> Iterator[Problem]:
     """Groups whose members have different numbers. Usable numbers that are equal as floats are equal in bits."""
     for group in groups_among(module.name for module in view.quantized):
-        values = _values(view, group, suffix_of)
+        values = _values(view, group, scale_of)
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name.split('.')[-2]} {value:.9g}" for name, value in values.items())
             yield Problem(
@@ -42,32 +41,29 @@ def _unshared(view: CheckpointView, suffix_of: Callable[[Module], str | None]) -
             )
 
 
-def _values(view: CheckpointView, group: FusedGroup, suffix_of: Callable[[Module], str | None]) -> dict[str, float]:
-    names = [(name, suffix_of(view.modules[name])) for name in group.members]
-    found = {f"{name}.{suffix}": view.numbers.get(f"{name}.{suffix}", 0.0) for name, suffix in names if suffix}
+def _values(
+    view: CheckpointView, group: FusedGroup, scale_of: Callable[[Module], SharedScale | None]
+) -> dict[str, float]:
+    scales = [(name, scale_of(view.modules[name])) for name in group.members]
+    names = [f"{name}.{scale.tensor}" for name, scale in scales if scale is not None]
+    found = {name: view.numbers.get(name, 0.0) for name in names}
     return {name: value for name, value in found.items() if value > 0}  # unusable numbers have a rule of their own
 
 
 def _tiles(view: CheckpointView) -> Iterator[Problem]:
-    """W4A16 layers that Marlin has no tile for, the first of each kind."""
+    """Layers that the kernels for their scheme have no tile for, the first of each kind."""
     kinds = dict[tuple[str, int, int], Problem]()
     for group in groups_among(module.name for module in view.quantized):
         members = [view.modules[name] for name in group.members]
-        shapes = [module.shape for module in members if module.shape and _packs_integers(module)]
+        tiles = members[0].scheme.kernel_tiles if members[0].scheme else ()
+        shapes = [module.shape for module in members if module.shape and tiles]
         if len(shapes) == len(members):
             rows, columns = sum(out for out, _ in shapes), shapes[0][1]
-            if not any(rows % out == 0 and columns % into == 0 for out, into in _MARLIN_TILES):
+            if not any(rows % out == 0 and columns % into == 0 for out, into in tiles):
                 layer = " + ".join(name.rpartition(".")[2] for name in group.members)
                 problem = Problem(group.primary, f"{layer} is [{rows}, {columns}]")
                 kinds.setdefault((layer, rows, columns), problem)
     yield from kinds.values()
-
-
-_MARLIN_TILES = ((64, 128), (128, 64))  # outputs and inputs of a layer divide by one of these
-
-
-def _packs_integers(module: Module) -> bool:
-    return isinstance(module.scheme, Scaled) and module.scheme.code is Code.INT4
 
 
 _SHARE = "Quantize the group with one amax, the largest of its members"

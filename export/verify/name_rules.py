@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from amaxbridge.export.verify.checkpoint_view import INPUT_SUFFIXES, QUANTIZED_SUFFIXES, CheckpointView, Module
+from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, natural_key
 
@@ -125,17 +125,17 @@ def _suffixes(view: CheckpointView) -> Iterator[Problem]:
     """A quantized module has every tensor of its scheme; input scales have a rule of their own."""
     for module in view.quantized:
         planned = view.planned(module)
-        for suffix in planned.keys() - module.tensors.keys() - set(INPUT_SUFFIXES):
+        for suffix in planned.keys() - module.tensors.keys() - INPUT_SCALES.keys():
             yield Problem(f"{module.name}.{suffix}", f"is not there; {_named(module)} has it")
     for module in view.quantized:
-        if module.shape is None:
+        if not {"weight", "weight_packed"} & module.tensors.keys() or (module.scheme and module.shape is None):
             yield Problem(module.name, f"has no codes, only {', '.join(sorted(module.tensors))}")
 
 
 def _inputs(view: CheckpointView) -> Iterator[Problem]:
     for module in view.quantized:
         planned = view.planned(module)
-        for suffix in INPUT_SUFFIXES if planned else ():
+        for suffix in INPUT_SCALES if planned else ():
             name = f"{module.name}.{suffix}"
             if suffix in planned and suffix not in module.tensors:
                 yield Problem(name, "is not there; config.json says that inputs have a static scale")
@@ -160,7 +160,7 @@ def _leftovers(view: CheckpointView) -> Iterator[Problem]:
             yield Problem(name, "is no tensor of the format")
     for module in view.quantized:
         planned = view.planned(module)
-        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SUFFIXES}
+        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SCALES}
         for suffix in others if planned else ():
             yield Problem(f"{module.name}.{suffix}", f"is no tensor of {_named(module)}")
 

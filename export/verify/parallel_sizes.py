@@ -1,13 +1,7 @@
 """The sizes of tensor and expert parallelism at which a checkpoint serves, from shapes alone.
 
 An engine cuts column-parallel weights (q, k, v, gate, up) along their outputs and row-parallel weights (o, down) along
-their
-inputs. Each shard must still suit the format and its kernel:
-
-    NVFP4      inputs of a shard in blocks of 16, else it loads and is wrong
-    MXFP4/8    inputs of a shard in blocks of 32
-    FP8 block  inputs of a shard in blocks of 128; outputs too, of each merged member but the last
-    W4A16      inputs of a shard in whole groups, of 32, 64 or 128
+their inputs. Each shard must still suit the format and its kernel: the `shard_multiple` of the scheme says how.
 
 Heads must divide, too. Key and value heads are copied if there are fewer of them than ranks.
 vLLM (read in 0.32) pads a W4A16 layer that does not fit Marlin's tiles; the rule `marlin-tiles` warns of it.
@@ -16,13 +10,10 @@ vLLM (read in 0.32) pads a W4A16 layer that does not fit Marlin's tiles; the rul
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amaxbridge.export.kernels.scaled import Code
 from amaxbridge.export.schemes import Scheme
-from amaxbridge.export.schemes.mx import MX
-from amaxbridge.export.schemes.nvfp4 import NVFP4
-from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem
+from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.mappings.fused_groups import group_of
 
 SIZES = (1, 2, 4, 8, 16)
@@ -32,7 +23,6 @@ _COLUMN_PARALLEL = (
     "in_proj_z", "fc1", "lm_head",
 )  # fmt: skip
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
-_FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +83,16 @@ def _misfit(module: Module, size: int, column_shards: int) -> str | None:
 
 
 def _misfit_of_shard(name: str, scheme: Scheme | None, shard: tuple[int, int]) -> str | None:
-    out, into, last = 1, 1, group_of(name).members[-1] == name
-    if isinstance(scheme, NVFP4):
-        into = 16
-    elif isinstance(scheme, MX):
-        into = 32
-    elif isinstance(scheme, Scaled) and scheme.code is Code.INT4:
-        into = scheme.blocks.width or 1
-        if into not in scheme.group_sizes:
-            sizes = ", ".join(map(str, scheme.group_sizes))
-            return f"{into} inputs share a scale, and engines have kernels for groups of {sizes}"
-    elif isinstance(scheme, Scaled) and scheme.blocks.height == _FP8_BLOCK:
-        out, into = 1 if last and ".experts." not in name else _FP8_BLOCK, _FP8_BLOCK
+    if scheme is None:
+        return None
+    multiple, width = scheme.shard_multiple, scheme.blocks.width
+    if scheme.group_sizes and width is not None and width not in scheme.group_sizes:
+        sizes = ", ".join(map(str, scheme.group_sizes))
+        return f"{width} inputs share a scale, and engines have kernels for groups of {sizes}"
+    may_be_short = multiple.last_may_be_short and group_of(name).members[-1] == name and not is_expert(name)
     rows, columns = shard
-    if columns % into:
-        return f"a shard has {columns} inputs, which do not divide by {into}"
-    return f"a shard has {rows} outputs, which do not divide by {out}" if rows % out else None
+    if columns % multiple.inputs:
+        return f"a shard has {columns} inputs, which do not divide by {multiple.inputs}"
+    if rows % multiple.outputs and not may_be_short:
+        return f"a shard has {rows} outputs, which do not divide by {multiple.outputs}"
+    return None

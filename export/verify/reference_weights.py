@@ -19,8 +19,6 @@ from torch import Tensor
 from amaxbridge.export.disk.packed_experts import sources_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.progress import Progress
-from amaxbridge.export.schemes import Scheme
-from amaxbridge.export.schemes.nvfp4 import NVFP4
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
@@ -32,7 +30,6 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _ROWS = 4096  # read at a time; a multiple of every block's height
 _CLIPPED = 1e-3
-_RANGE = 2688.0
 _BOUNDS: Mapping[int, float] = {4: 0.25, 8: 0.06}  # by bits of a code; about twice the error of Gaussian weights
 _LARGE_FACTOR = 1.25
 
@@ -191,10 +188,9 @@ def _is_whole(view: CheckpointView, module: Module) -> bool:
 
 
 def _merged_scale(members: list[Module], view: CheckpointView) -> float | None:
-    """The NVFP4 divisor that vLLM uses for all members of a fused group; None for other formats."""
-    divisors = [
-        view.numbers[f"{module.name}.weight_global_scale"] for module in members if isinstance(module.scheme, NVFP4)
-    ]
+    """The divisor that vLLM uses for all members of a fused group; None in formats that multiply."""
+    scales = {module.name: module.group_scale for module in members}
+    divisors = [view.numbers[f"{name}.{scale.tensor}"] for name, scale in scales.items() if scale and scale.is_divisor]
     if not divisors:
         return None
     return divisors[0] if is_expert(members[0].name) else max(divisors)
@@ -204,19 +200,21 @@ def _measure(module: Module, weight: Tensor, divisor: float | None) -> WeightErr
     """Sums over parts of the rows, in fp64: |w|², |d|², w·d, |w - d|², |w - d swapped|², clipped."""
     scheme = module.scheme
     assert scheme is not None and module.shape is not None
-    nibbles = "weight_packed" in module.tensors
+    has_nibbles = scheme.bits == 4
     sums, largest = torch.zeros(6, dtype=torch.float64), 0.0
     for first in range(0, len(weight), _ROWS):
         rows = weight[first : first + _ROWS].float()
         largest = max(largest, float(rows.abs().max()))
         tensors = _rows_of(module, first, len(rows), divisor)
-        found = _dequantized(scheme, module.name, tensors)
+        found = scheme.dequantize(tensors).float()
         swapped = torch.tensor(math.nan)
-        if nibbles:
-            codes = tensors["weight_packed"].view(torch.uint8)
-            exchanged = ((codes << 4) | (codes >> 4)).view(tensors["weight_packed"].dtype)
-            swapped = _dequantized(scheme, module.name, {**tensors, "weight_packed": exchanged})
-        beyond = (rows.abs() > 1.01 * _RANGE / divisor).sum() if divisor else torch.tensor(0)
+        if has_nibbles:
+            codes = tensors[scheme.codes].view(torch.uint8)
+            exchanged = ((codes << 4) | (codes >> 4)).view(tensors[scheme.codes].dtype)
+            swapped = scheme.dequantize({**tensors, scheme.codes: exchanged}).float()
+        beyond = torch.tensor(0)
+        if divisor is not None and module.group_scale is not None:
+            beyond = (rows.abs() > 1.01 * module.group_scale.implied(divisor)).sum()
         sums += torch.stack(
             [each.double() for each in (
                 rows.square().sum(), found.square().sum(), (rows * found).sum(), (rows - found).square().sum(),
@@ -227,7 +225,7 @@ def _measure(module: Module, weight: Tensor, divisor: float | None) -> WeightErr
     return WeightError(
         module.name,
         scheme.name,
-        scheme.config_group["weights"]["num_bits"],
+        scheme.bits,
         _ratio(error, norm),
         _ratio(exchanged_error, norm),
         product / own if own else math.nan,
@@ -240,10 +238,6 @@ def _ratio(error: float, norm: float) -> float:
     return math.sqrt(error / norm) if norm else (math.inf if error else 0.0)
 
 
-def _dequantized(scheme: Scheme, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    return scheme.dequantize(module, {f"{module}.{name}": tensor for name, tensor in tensors.items()}).float()
-
-
 def _rows_of(module: Module, first: int, count: int, divisor: float | None) -> dict[str, Tensor]:
     """What some rows of the weight are stored as."""
     assert module.shape is not None and module.scheme is not None
@@ -252,7 +246,7 @@ def _rows_of(module: Module, first: int, count: int, divisor: float | None) -> d
     for suffix, stored in module.tensors.items():
         if suffix == "weight_shape":
             tensors[suffix] = torch.tensor([count, columns])
-        elif suffix == "weight_global_scale" and divisor is not None:
+        elif divisor is not None and module.group_scale is not None and suffix == module.group_scale.tensor:
             tensors[suffix] = torch.tensor([divisor])
         elif suffix.startswith("weight"):
             length = stored.spec.shape[0]

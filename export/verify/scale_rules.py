@@ -11,23 +11,19 @@ of a model are there, or if one implies an amax that 16-bit floats cannot hold.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
 
 import torch
 
-from amaxbridge.export.kernels.nvfp4 import FP4_MAX, FP8_MAX
-from amaxbridge.export.schemes.mx import MX
-from amaxbridge.export.schemes.nvfp4 import NVFP4
-from amaxbridge.export.schemes.scaled import Scaled
-from amaxbridge.export.verify.checkpoint_view import INPUT_SUFFIXES, CheckpointView
+from amaxbridge.export.amax.amax_from_scales import SharedScale
+from amaxbridge.export.schemes.scheme import fault_of_scales
+from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.mappings.fused_groups import groups_among
 
-_NVFP4_RANGE = FP4_MAX * FP8_MAX
 _LARGEST_FP16 = 65504.0
-_E8M0_NAN = 255
 _WIDE = 64.0  # times that a group's amax may exceed its largest block: 6 of the 17 binary digits of E4M3's range
 _FAR = 1000.0  # times that the input amax of an expert may exceed the median of its layer
 
@@ -37,46 +33,45 @@ def _weight_scales(view: CheckpointView) -> Iterator[Problem]:
         extent = view.weight_scales.get(module.name)
         if extent is None:
             continue
-        least, greatest = extent
-        if isinstance(module.scheme, MX):
-            if greatest >= _E8M0_NAN:
-                yield Problem(f"{module.name}.weight_scale", "holds the byte 255, NaN in E8M0")
-        elif not 0 < least <= greatest < math.inf:
-            yield Problem(f"{module.name}.weight_scale", f"is between {least:g} and {greatest:g}")
+        fault = module.scheme.fault_of_scales(*extent) if module.scheme else fault_of_scales(*extent)
+        if fault is not None:
+            yield Problem(f"{module.name}.weight_scale", fault)
     yield from _unusable(view, ("weight_global_scale", "k_scale", "v_scale"))
 
 
 def _input_scales(view: CheckpointView) -> Iterator[Problem]:
-    yield from (problem for problem in _unusable(view, INPUT_SUFFIXES) if not is_expert(problem.subject))
+    yield from (problem for problem in _unusable(view, INPUT_SCALES) if not is_expert(problem.subject))
 
 
 def _expert_input_scales(view: CheckpointView) -> Iterator[Problem]:
-    yield from (problem for problem in _unusable(view, INPUT_SUFFIXES) if is_expert(problem.subject))
+    yield from (problem for problem in _unusable(view, INPUT_SCALES) if is_expert(problem.subject))
 
 
-def _unusable(view: CheckpointView, suffixes: tuple[str, ...]) -> Iterator[Problem]:
+def _unusable(view: CheckpointView, suffixes: Iterable[str]) -> Iterator[Problem]:
+    endings = tuple(f".{suffix}" for suffix in suffixes)
     for name, value in view.numbers.items():
-        if name.endswith(tuple(f".{suffix}" for suffix in suffixes)) and not 0 < value < math.inf:
+        if name.endswith(endings) and not 0 < value < math.inf:
             yield Problem(name, f"is {value:g}")
 
 
 def _reciprocal_weights(view: CheckpointView) -> Iterator[Problem]:
     for module in view.quantized:
-        extent = view.weight_scales.get(module.name)
-        if isinstance(module.scheme, NVFP4):
-            name = f"{module.name}.weight_global_scale"
+        extent, scale = view.weight_scales.get(module.name), module.group_scale
+        bound = module.scheme.block_bound if module.scheme else None
+        if scale is not None and scale.is_divisor:
+            name = f"{module.name}.{scale.tensor}"
             value = view.numbers.get(name, math.nan)
             if 0 < value < 1:
-                yield Problem(name, f"{value:g} says that weights reach {_NVFP4_RANGE / value:.3g}")
-        elif isinstance(module.scheme, Scaled) and extent is not None and 1 < extent.least < math.inf:
-            amax = module.scheme.code.bound * extent.least
+                yield Problem(name, f"{value:g} says that weights reach {scale.implied(value):.3g}")
+        elif bound is not None and extent is not None and 1 < extent.least < math.inf:
+            amax = bound * extent.least
             yield Problem(f"{module.name}.weight_scale", f"says that every block of weights reaches {amax:.3g}")
 
 
 def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
-    for suffix, whole_range in (("input_global_scale", _NVFP4_RANGE), ("input_scale", FP8_MAX)):
-        amax = _implied(view, suffix, whole_range)
-        limit = _LARGEST_FP16 if not amax or median(amax.values()) <= whole_range else whole_range
+    for scale in INPUT_SCALES.values():
+        amax = _implied(view, scale)
+        limit = _LARGEST_FP16 if not amax or median(amax.values()) <= scale.span else scale.span
         for name, value in amax.items():
             if value > limit:
                 yield Problem(name, f"says that inputs reach {value:.3g}")
@@ -84,9 +79,9 @@ def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
 
 def _far_experts(view: CheckpointView) -> Iterator[Problem]:
     """Engines use one input scale for all experts of a layer."""
-    for suffix, whole_range in (("input_global_scale", _NVFP4_RANGE), ("input_scale", FP8_MAX)):
+    for scale in INPUT_SCALES.values():
         layers: dict[tuple[str, str], dict[str, float]] = {}
-        for name, value in _implied(view, suffix, whole_range).items():
+        for name, value in _implied(view, scale).items():
             if is_expert(name):
                 before, _, after = name.partition(".experts.")
                 layers.setdefault((before, after.partition(".")[2]), {})[name] = value
@@ -97,24 +92,24 @@ def _far_experts(view: CheckpointView) -> Iterator[Problem]:
                     yield Problem(name, f"says that inputs reach {value:.3g}, half of the other experts {usual:.3g}")
 
 
-def _implied(view: CheckpointView, suffix: str, whole_range: float) -> dict[str, float]:
-    """Name of each usable input scale → the amax that it implies."""
-    divides = suffix == "input_global_scale"
+def _implied(view: CheckpointView, scale: SharedScale) -> dict[str, float]:
+    """Name of each usable input scale of one kind → the amax that it implies."""
     return {
-        name: whole_range / value if divides else whole_range * value
+        name: scale.implied(value)
         for name, value in view.numbers.items()
-        if name.endswith(f".{suffix}") and 0 < value < math.inf
+        if name.endswith(f".{scale.tensor}") and 0 < value < math.inf
     }
 
 
 def _unused_range(view: CheckpointView) -> Iterator[Problem]:
-    """NVFP4: the largest block scale of a fused group is 448 times (largest weight / amax)."""
-    modules = {module.name: module for module in view.quantized if isinstance(module.scheme, NVFP4)}
-    for group in groups_among(modules):
+    """The largest block scale of a fused group in NVFP4 is 448 times (largest weight / amax)."""
+    limits = {each.name: each.scheme and each.scheme.largest_block_scale for each in view.quantized}
+    for group in groups_among(name for name, limit in limits.items() if limit is not None):
         largest = max(view.weight_scales[name].greatest if name in view.weight_scales else 0 for name in group.members)
-        if 0 < largest < FP8_MAX / _WIDE:
-            name = f"{group.primary}.weight_scale"
-            yield Problem(name, f"reaches {largest:g} of 448: the amax is {FP8_MAX / largest:.0f} times the weights'")
+        limit = limits[group.primary] or math.nan
+        if 0 < largest < limit / _WIDE:
+            name, times = f"{group.primary}.weight_scale", f"{limit / largest:.0f} times"
+            yield Problem(name, f"reaches {largest:g} of {limit:g}: the amax is {times} the weights'")
 
 
 def _weight_shapes(view: CheckpointView) -> Iterator[Problem]:

@@ -11,7 +11,6 @@ from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, WEIGHT_QUANTI
 from amaxbridge.mappings.fused_groups import group_of
 
 _TOLERANCE = 1e-6
-_RANGES = {"weight_global_scale": 2688.0, "input_global_scale": 2688.0, "weight_scale": 448.0, "input_scale": 448.0}
 
 
 def state_rules(file: Path) -> tuple[Rule, ...]:
@@ -20,17 +19,17 @@ def state_rules(file: Path) -> tuple[Rule, ...]:
 
     def differing(view: CheckpointView) -> Iterator[Problem]:
         for module in view.quantized:
-            for suffix, quantizers in (
+            for scale, quantizers in (
                 (module.group_scale, (GLOBAL_AMAX, WEIGHT_QUANTIZER)),
                 (module.input_scale, (INPUT_QUANTIZER,)),
             ):
-                value = view.numbers.get(f"{module.name}.{suffix}")
-                wanted = _largest(module.name, quantizers, amax.get)
-                if suffix is None or value is None or wanted is None or not value > 0:
+                name = f"{module.name}.{scale.tensor}" if scale else ""
+                value, wanted = view.numbers.get(name), _largest(module.name, quantizers, amax.get)
+                if scale is None or value is None or wanted is None or not value > 0:
                     continue
-                said = _RANGES[suffix] / value if "global" in suffix else _RANGES[suffix] * value
+                said = scale.implied(value)
                 if not math.isclose(said, wanted, rel_tol=_TOLERANCE):
-                    yield Problem(f"{module.name}.{suffix}", f"is of an amax of {said:.9g}; training has {wanted:.9g}")
+                    yield Problem(name, f"is of an amax of {said:.9g}; training has {wanted:.9g}")
 
     return (
         Rule(

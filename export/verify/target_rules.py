@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from amaxbridge.export.architectures.engines import VLLM, label
+from amaxbridge.export.schemes.targets import HEAD, is_pattern, means
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
-from amaxbridge.export.verify.engines import ENGINES, EXPERT, label, readings
+from amaxbridge.export.verify.engine_readings import EXPERT, readings
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
-from amaxbridge.export.verify.stored_config import HEAD, means
 
 
 def _conflicts(view: CheckpointView) -> Iterator[Problem]:
@@ -22,7 +23,7 @@ def _first_experts(view: CheckpointView) -> dict[str, dict[str, int | None]]:
     """Layer of experts → the group that vLLM reads for each projection of the first expert."""
     layers: dict[str, dict[str, int | None]] = {}
     for engine, layer, reading, _ in view.once(readings):
-        if engine is ENGINES[0] and (found := EXPERT.fullmatch(layer.name)):
+        if engine is VLLM and (found := EXPERT.fullmatch(layer.name)):
             layers.setdefault(found[1], {})[layer.name.rpartition(".")[2]] = reading.group
     return layers
 
@@ -65,9 +66,10 @@ def _several(view: CheckpointView) -> Iterator[Problem]:
     if len(view.quantization.groups) < 2:
         return
     for name in view.modules:
-        found = [group for group in view.quantization.groups if any(means(target, name) for target in group.targets)]
+        found = view.quantization.groups_of(name, classes=())
         if len(found) > 1:
-            yield Problem(name, f"targeted by {', '.join(group.name for group in found)}")
+            names = ", ".join(label(view.quantization, group) for group in found)
+            yield Problem(name, f"targeted by {names}")
 
 
 def _router_patterns(view: CheckpointView) -> Iterator[Problem]:
@@ -75,7 +77,7 @@ def _router_patterns(view: CheckpointView) -> Iterator[Problem]:
     routers = [name for name in view.modules if name.endswith((".gate", ".router", ".router.weight"))]
     gates = [name for name in view.modules if name.endswith((".gate_proj", ".w1"))]
     for entry in view.quantization.ignore:
-        if entry.startswith("re:") and any(means(entry, name) for name in routers):
+        if is_pattern(entry) and any(means(entry, name) for name in routers):
             hit = [name for name in gates if means(entry, name)]
             if hit:
                 yield Problem(f"ignore: {entry}", f"spares the router and {len(hit)} gate projections, {hit[0]} first")

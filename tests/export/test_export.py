@@ -23,6 +23,7 @@ from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, find_scheme
 from amaxbridge.mappings.errors import AmaxError, CheckpointError, MappingError, OutputExistsError, UsageError
 from amaxbridge.mappings.tensors import TensorSpec
+from tests.support.hard_weights import of_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64]
 
@@ -218,7 +219,7 @@ def test_dequantized_weights_are_close() -> None:
     scheme = SCHEMES["nvfp4"]
     finalizer = Finalizer(specs_of(MODEL), find_scheme("nvfp4"), state_for(GOOD))
     name = "model.layers.0.q_proj"
-    found = scheme.dequantize(name, dict(finalizer.finalize(Bundle.of(MODEL)))).float()
+    found = scheme.dequantize(of_module(name, dict(finalizer.finalize(Bundle.of(MODEL))))).float()
     original = MODEL[f"{name}.weight"].float().clamp(-3, 3)
     assert float((found - original).norm() / original.norm()) < 0.15
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1
-from amaxbridge.export.kernels.nvfp4 import Arithmetic, NVFP4Weight, dequantize, quantize
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.nvfp4 import NVFP4Weight, dequantize, quantize
 
 BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between E2M1 values
 NEAR = 2.0**-20

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import mx, scaled
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
 from tests.support.every_bf16 import every_block_amax, every_value, nvfp4_of
 from tests.support.hard_weights import DTYPES, WEIGHTS, all_arithmetics, all_dtypes, same_bytes, weights_of_all_kinds

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1, nvfp4
-from amaxbridge.export.kernels.nvfp4 import Arithmetic, dequantize, quantize, tensor_amax
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.nvfp4 import dequantize, quantize, tensor_amax
 from tests.support.hard_weights import (
     DTYPES,
     WEIGHTS,

@@ -154,8 +154,8 @@ def test_layers(name: str, tokens: int) -> None:
     bias = torch.linspace(-1, 1, 384).to(DEVICE)
     layer, parts = layer_of(name, weights, bias)
     scheme = SCHEMES[name]
-    on_cpu = [{f"m.{key}": tensor.cpu() for key, tensor in part.items()} for part in parts]
-    weight = torch.cat([scheme.dequantize("m", part) for part in on_cpu])
+    on_cpu = [{key: tensor.cpu() for key, tensor in part.items()} for part in parts]
+    weight = torch.cat([scheme.dequantize(part) for part in on_cpu])
     assert torch.equal(layer.dequantized().cpu(), weight)
     x = random_inputs(tokens, 256)
     inputs = x.cpu()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.kernels import nvfp4
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 
 INFINITY = 0x7F80  # as bits of a bf16, without a sign
 EVERY_MAGNITUDE = torch.arange(INFINITY, dtype=torch.int16).view(torch.bfloat16)

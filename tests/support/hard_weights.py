@@ -1,14 +1,21 @@
 """Weights that find the corners of a quantizer, and what it means that bytes are the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from amaxbridge.export.kernels.nvfp4 import BLOCK, Arithmetic, NVFP4Weight
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.nvfp4 import BLOCK, NVFP4Weight
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def of_module(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one module, by local name."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
 
 def random_weight(rows: int = 24, columns: int = 96, std: float = 0.02, seed: int = 0) -> Tensor:

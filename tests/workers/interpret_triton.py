@@ -17,11 +17,11 @@ from amaxbridge.export.kernels import (
     nvfp4,
     scaled,
 )
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
 from tests.support.hard_weights import WEIGHTS, same_bytes
 
-MODELOPT = Arithmetic.MODELOPT
+MODELOPT, COMPRESSED_TENSORS = Arithmetic.MODELOPT, Arithmetic.COMPRESSED_TENSORS
 
 
 def main() -> None:
@@ -59,14 +59,14 @@ def check_mx(weight: Tensor, arithmetic: Arithmetic) -> None:
         (mx.quantize_mxfp4, e2m1_triton.quantize_mxfp4),
         (mx.quantize_mxfp8, e4m3_triton.quantize_mxfp8),
     ):
-        codes, exponents, bad = kernel(weight, modelopt=arithmetic == MODELOPT)
+        codes, exponents, bad = kernel(weight, arithmetic)
         expected = quantize(weight, arithmetic)
         assert same_bytes(codes, expected[0]), (quantize, weight.dtype, arithmetic)
         assert same_bytes(exponents, expected[1]), (quantize, weight.dtype, arithmetic)
         assert not bad.item()
         broken = weight.clone()
         broken[-1, -1] = -torch.inf
-        assert kernel(broken, modelopt=True)[2].item()
+        assert kernel(broken, MODELOPT)[2].item()
 
 
 def check_fp8(weight: Tensor, blocks: Blocks) -> None:
@@ -77,7 +77,8 @@ def check_fp8(weight: Tensor, blocks: Blocks) -> None:
         expected = scaled.quantize(weight, Code.E4M3, blocks, amax=amax)
         bound = torch.full_like(found, 448.0)
         factor = expected.scale if amax is None else bound / amax.where(amax > 0, bound)
-        codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), divide=amax is None)
+        arithmetic = COMPRESSED_TENSORS if amax is None else MODELOPT
+        codes, bad = e4m3_triton.encode(weight, factor, *blocks.size(weight), arithmetic)
         assert same_bytes(codes, expected.codes), (weight.dtype, blocks, amax is None)
         assert not bad.item()
 

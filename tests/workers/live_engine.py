@@ -117,9 +117,9 @@ def dequantized(checkpoint: Path, scheme: str) -> dict[str, Tensor]:
     modules: dict[str, dict[str, Tensor]] = {}
     with SafetensorsCheckpoint(checkpoint) as opened:
         for name in opened.weight_map:
-            modules.setdefault(name.rsplit(".", 1)[0], {})[name] = opened.read(name)
-    quantized = {module: found for module, found in modules.items() if f"{module}.weight_scale" in found}
-    return {module: SCHEMES[scheme].dequantize(module, found) for module, found in quantized.items()}
+            modules.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = opened.read(name)
+    quantized = {module: found for module, found in modules.items() if "weight_scale" in found}
+    return {module: SCHEMES[scheme].dequantize(found) for module, found in quantized.items()}
 
 
 def note(out: Path, scheme: str, logits: Tensor, weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amaxbridge.export.kernels import e2m1, mx, scaled
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code
 from tests.support.every_bf16 import Quantize, every_block_amax, every_value, nvfp4_of
 from tests.support.hard_weights import WEIGHTS, all_arithmetics, random_weight, same_bytes, weights_of_all_kinds

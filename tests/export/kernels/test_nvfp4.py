@@ -11,9 +11,9 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.nvfp4 import (
     BLOCK,
-    Arithmetic,
     NVFP4Weight,
     dequantize,
     global_scale,

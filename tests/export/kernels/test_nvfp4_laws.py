@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amaxbridge.export.kernels import nvfp4
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.nvfp4 import (
     BLOCK,
-    Arithmetic,
     NVFP4Weight,
     dequantize,
     input_global_scale,

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import amax_of_divisor, amax_of_scale
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
-from amaxbridge.export.dequantized import DequantizedCheckpoint, recipe_from_config
+from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels import nvfp4
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.restore import restore_nvfp4
 from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Scheme
 from amaxbridge.export.schemes.scheme import quantize_tensors
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
@@ -153,9 +154,9 @@ def test_other_quantizations_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_a_config_says_which_scheme_it_is(scheme: Scheme) -> None:
     config = quantization_config({"a.o_proj": scheme}, ["lm_head"])
-    recipe = recipe_from_config(json.loads(json.dumps(config)))
-    assert recipe.scheme_of("a.o_proj", None) == scheme
-    assert recipe.scheme_of("lm_head", None) is None
+    read = read_quant_config(json.loads(json.dumps(config))).checked()
+    assert read.scheme_of("a.o_proj") == scheme
+    assert read.scheme_of("lm_head") is None
 
 
 def test_a_module_without_a_scheme_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from amaxbridge.export import (
     validate_file,
 )
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.kernels.nvfp4 import Arithmetic, tensor_amax
+from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.nvfp4 import tensor_amax
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
 from amaxbridge.mappings.fused_groups import groups_among
@@ -36,6 +37,7 @@ from tests.support.checkpoints import (
     tensors_of,
     write_checkpoint,
 )
+from tests.support.hard_weights import of_module
 
 DATA_FREE = [name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax]
 CALIBRATED = ("nvfp4", "fp8")
@@ -246,7 +248,9 @@ def test_a_converter_comes_first(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", stored, cuts=cuts, config=config)
     model_free_ptq(source, tmp_path / "out", "nvfp4a16", converter=FP8BlockDequantizer(targets=["re:.*_proj$"]))
     plain = {
-        name: SCHEMES["fp8_block"].dequantize(name.removesuffix(".weight"), blocks) if "_proj" in name else tensor
+        name: SCHEMES["fp8_block"].dequantize(of_module(name.removesuffix(".weight"), blocks))
+        if "_proj" in name
+        else tensor
         for name, tensor in tensors.items()
     }
     same(tensors_of(tmp_path / "out"), expected(plain, "nvfp4a16"))
@@ -266,7 +270,7 @@ def test_a_served_checkpoint_is_quantized_anew(model: Any, served: str, tmp_path
     converters = converters_of("compressed_tensors", str(tmp_path / "served"))
     model_free_ptq(tmp_path / "served", tmp_path / "out", "mxfp8", converter=converters)
     plain = {
-        name: scheme.dequantize(name.removesuffix(".weight"), stored) if "_proj" in name else tensor
+        name: scheme.dequantize(of_module(name.removesuffix(".weight"), stored)) if "_proj" in name else tensor
         for name, tensor in tensors.items()
     }
     same(tensors_of(tmp_path / "out"), expected(plain, "mxfp8"))

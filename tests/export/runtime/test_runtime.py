@@ -10,11 +10,11 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor, nn
 
 from amaxbridge.export.kernels import nvfp4
-from amaxbridge.export.kernels.nvfp4 import Arithmetic
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.runtime import CompressedLinear, CompressedTensorsConfig, CompressedTensorsWNA16Scheme
 from amaxbridge.export.runtime.activations import activation_for, quantize_int8
-from amaxbridge.export.runtime.signature import Arguments, Signature
 from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.runtime_layers import (
@@ -102,7 +102,7 @@ def test_packed_integers_of_any_group_size(group_size: int, bits: int, symmetric
 def test_columns_that_do_not_fill_a_word() -> None:
     tensors = written(w4a16(12), {"m": random_weight(20, 36)})["m"]
     layer = layer_of(method_of(w4a16(12)), [tensors], [(20, 36)])
-    expected = w4a16(12).dequantize("m", {f"m.{name}": tensor for name, tensor in tensors.items()})
+    expected = w4a16(12).dequantize(tensors)
     assert torch.equal(layer.dequantized(), expected)
 
 
@@ -114,7 +114,7 @@ def test_act_order(shape: tuple[int, int], tp_rank: int | None) -> None:
     groups = torch.randperm(256, generator=torch.Generator().manual_seed(1)) // 32
     tensors["weight_g_idx"] = groups.int()
     scheme = CompressedTensorsWNA16Scheme(weight_bits=4, group_size=32, symmetric=True, actorder="group")
-    plain = w4a16(32).dequantize("m", {f"m.{name}": tensor for name, tensor in tensors.items()})
+    plain = w4a16(32).dequantize(tensors)
     scale = tensors["weight_scale"].float()
     codes = (plain.float() / scale.repeat_interleave(32, 1)).round()
     expected = (codes * scale[:, groups]).bfloat16()

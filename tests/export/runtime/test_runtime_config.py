@@ -7,7 +7,9 @@ import torch
 from compressed_tensors.utils import match_name
 from torch import nn
 
+from amaxbridge.export.architectures.engines import RUNTIME, Layer, fused_name, members_of, read_layer
 from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.runtime import (
     CompressedTensorsConfig,
     CompressedTensorsW8A8Int8Scheme,
@@ -15,7 +17,6 @@ from amaxbridge.export.runtime import (
     UnsupportedQuantizationError,
 )
 from amaxbridge.export.runtime.float_formats import FloatScheme
-from amaxbridge.export.runtime.group_of_module import Matching, fused_name, members_of
 from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.mappings.errors import CheckpointError
 
@@ -55,7 +56,8 @@ def test_ignore_means_whole_names(ignore: str, ignored: str, quantized: str) -> 
     assert config.get_quant_method(LINEAR, ignored) is None
     assert config.get_quant_method(LINEAR, quantized) is not None
     for name in (ignored, quantized):
-        assert Matching(ignore=(ignore,)).is_ignored(name) == match_name(name, ignore)  # of compressed-tensors
+        is_ignored = QuantConfig(ignore=(ignore,)).ignored_by(name) is not None
+        assert is_ignored == match_name(name, ignore)  # of compressed-tensors
 
 
 def test_a_fused_layer_is_ignored_whole_or_not_at_all() -> None:
@@ -89,7 +91,7 @@ def test_several_groups() -> None:
     assert isinstance(method(config, "l.0.o_proj"), CompressedTensorsW8A8Int8Scheme)
     assert isinstance(method(config, "l.0.down_proj"), FloatScheme)
     assert method(config, "l.0.up_proj") is None
-    assert config.matching.groups_targeting("l.0.gate_proj") == [] and method(config, "l.0.gate_proj") is None
+    assert config.quant_config.groups_of("l.0.gate_proj") == [] and method(config, "l.0.gate_proj") is None
     with pytest.raises(
         CheckpointError, match=r"qkv_proj runs as one layer(.|\n)*q_proj: group_0\n.*k_proj: not quantized"
     ):
@@ -97,10 +99,12 @@ def test_several_groups() -> None:
 
 
 def test_a_name_goes_before_a_class() -> None:
-    matching = Matching((("Linear",), (r"re:.*down_proj$",)))
-    assert matching.groups_targeting("a.down_proj") == [0, 1]
-    assert matching.group_of("a.down_proj") == 1
-    assert matching.group_of("a.up_proj") == 0
+    group = SCHEMES["fp8_dynamic"].config_group
+    groups = {"group_0": {**group, "targets": ["Linear"]}, "group_1": {**group, "targets": [r"re:.*down_proj$"]}}
+    config = read_quant_config({"config_groups": groups})
+    assert config.groups_of("a.down_proj") == [0, 1]
+    for name, expected in (("a.down_proj", 1), ("a.up_proj", 0)):
+        assert config.group_of(name) == read_layer(RUNTIME, Layer.named(name), config).group == expected
 
 
 def test_classes_of_layers() -> None:

@@ -13,6 +13,7 @@ from amaxbridge.bridge.live.collect_amax import format_name
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme, from_quantizers
+from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -149,8 +150,15 @@ def test_quantizers_of_modelopt_are_named(form: str) -> None:
 
 
 def test_other_quantizers_are_described() -> None:
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes={-1: 64, -2: 64}))
-    assert format_name(quantizer).startswith("num_bits=4 axis=")
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=3, block_sizes={-1: 64}))
+    assert format_name(quantizer).startswith("num_bits=3 axis=")
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_groups_of_any_size_are_read_from_the_quantizers(size: int) -> None:
+    form = format_name(TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes={-1: size})))
+    found = from_quantizers().scheme_of("m", QuantState(formats={"m": form}))
+    assert found == w4a16(size)
 
 
 # Key-value cache

@@ -14,17 +14,19 @@ from modelopt.torch.quantization.tensor_quant import _fp8_eager, _tensor_quant
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
 from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
+from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import unpack_int4
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme, named_scheme
+from amaxbridge.export.schemes.packed_integers import GROUP_SIZES
 from amaxbridge.export.schemes.scheme import quantize_tensors
-from amaxbridge.export.schemes.w4a16 import GROUP_SIZES, w4a16
+from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.tensors import TensorSpec
-from tests.support.hard_weights import WEIGHTS, all_dtypes, random_weight, same_bytes, weights_of_all_kinds
+from tests.support.hard_weights import WEIGHTS, all_dtypes, of_module, random_weight, same_bytes, weights_of_all_kinds
 from tests.support.paths import GOLDEN
 
 PEER_BYTES = load_file(GOLDEN / "schemes_llmcompressor.safetensors")
@@ -111,24 +113,22 @@ def test_bytes_in_groups_of_every_size(columns: int, preset: str, group_size: in
         if columns % group_size:
             fits = max(size for size in GROUP_SIZES if columns % size == 0)
             with pytest.raises(ValueError, match=rf"{preset.lower()} needs .*; give scheme\.group_size={fits}$"):
-                scheme.output_specs("m", TensorSpec.of(weight), calibrated=False)
+                scheme.tensor_specs(TensorSpec.of(weight), Arithmetic.COMPRESSED_TENSORS)
             continue
-        found = dict(quantize_tensors(scheme, {"m": weight}))
-        assert {name: TensorSpec.of(tensor) for name, tensor in found.items()} == scheme.output_specs(
-            "m", TensorSpec.of(weight), calibrated=False
-        )
-        tensors = {name.removeprefix("m."): tensor for name, tensor in found.items()}
+        tensors = of_module("m", dict(quantize_tensors(scheme, {"m": weight})))
+        specs = scheme.tensor_specs(TensorSpec.of(weight), Arithmetic.COMPRESSED_TENSORS)
+        assert {name: TensorSpec.of(tensor) for name, tensor in tensors.items()} == specs
         assert_same(tensors, compressed_tensors_quantize(preset, weight, group_size))
         parsed = QuantizationScheme.model_validate({"targets": ["Linear"], **scheme.config_group})
         expected = compressor(preset).decompress(dict(tensors), parsed)["weight"]
-        torch.testing.assert_close(scheme.dequantize("m", found).to(dtype), expected, rtol=2**-8, atol=0)
-        assert dtype != torch.bfloat16 or torch.equal(scheme.dequantize("m", found), expected)
+        torch.testing.assert_close(scheme.dequantize(tensors).to(dtype), expected, rtol=2**-8, atol=0)
+        assert dtype != torch.bfloat16 or torch.equal(scheme.dequantize(tensors), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (64,), (2, 8, 64)])
 def test_a_shape_that_no_group_size_fits_gets_no_advice(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"not \[[\d, ]+\]$"):
-        SCHEMES["w4a16"].output_specs("m", TensorSpec(shape, torch.bfloat16), calibrated=False)
+        SCHEMES["w4a16"].tensor_specs(TensorSpec(shape, torch.bfloat16), Arithmetic.COMPRESSED_TENSORS)
 
 
 def test_square_blocks_may_be_cut_short() -> None:
@@ -142,7 +142,7 @@ def test_dequantize_is_compressed_tensors_decompress(preset: str) -> None:
     tensors = quantized(preset.lower(), weight)
     scheme = preset_name_to_scheme(preset, ["Linear"])
     expected = compressor(preset).decompress(dict(tensors), scheme)["weight"].bfloat16()
-    found = SCHEMES[preset.lower()].dequantize("m", {f"m.{name}": tensor for name, tensor in tensors.items()})
+    found = SCHEMES[preset.lower()].dequantize(tensors)
     assert torch.equal(found, expected)
     assert float((found.float() - weight.float()).norm() / weight.float().norm()) < 0.15
 
@@ -253,11 +253,12 @@ def test_what_is_planned_is_written(name: str, shape: tuple[int, ...]) -> None:
             continue
         amax = GroupAmax(torch.tensor(0.1), torch.tensor(2.0)) if calibrated else None
         weight = random_weight(20, 256).bfloat16()
-        specs = scheme.output_specs("m", TensorSpec.of(weight), calibrated=calibrated)
-        assert {key: TensorSpec.of(tensor) for key, tensor in quantize_tensors(scheme, {"m": weight}, amax)} == specs
+        arithmetic = DATA_FREE.arithmetic if amax is None else amax.arithmetic
+        specs = scheme.tensor_specs(TensorSpec.of(weight), arithmetic)
+        assert {key: TensorSpec.of(tensor) for key, tensor in quantized(name, weight, amax).items()} == specs
         if scheme.config_group["weights"]["strategy"] not in ("channel", "tensor", "block") or len(shape) != 2:
             with pytest.raises(ValueError, match="needs"):
-                scheme.output_specs("m", TensorSpec(shape, torch.bfloat16), calibrated=calibrated)
+                scheme.tensor_specs(TensorSpec(shape, torch.bfloat16), arithmetic)
 
 
 def test_a_config_of_several_schemes() -> None:

@@ -1,0 +1,71 @@
+"""Packed integers with scales for groups of columns, `pack-quantized`: what W4A16 and its relatives have in common.
+
+weight_packed      int32  [out, in / codes a word]     codes offset to be unsigned, the first column in the low bits
+weight_scale              [out, in / group]            in the weight's dtype, as engines hold it
+weight_shape       int64  [2]                          [out, in]
+weight_zero_point  int32  [out / codes a word, in / group]   asymmetric only: packed as codes are, along the rows
+
+Rounding a calibrated scale to bf16 moves its codes by 2^-9 of themselves at most. They stay those of training, under
+`amax / bound` in fp32: codes chosen under the rounded scale would be another in 0.3 % of places, a whole step from what
+training computed, and no nearer to the weight.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from amaxbridge.export.kernels.scaled import Blocks, Code
+from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.scaled import Scaled
+from amaxbridge.export.schemes.scheme import ShardMultiple, arguments
+
+WHOLE_ROW = -1
+"""As a group size."""
+_USUAL = 128
+GROUP_SIZES = (32, 64, 128)
+"""Those that Marlin has, the kernel of vLLM and SGLang."""
+_MARLIN_TILES = ((64, 128), (128, 64))
+
+
+def packed_integers(
+    name: str,
+    bits: int,
+    group_size: int,
+    sized: Callable[[int], Scaled],
+    *,
+    symmetric: bool = True,
+    inputs: dict[str, Any] | None = None,
+    input_quantizer: QuantizerSettings | None = None,
+) -> Scaled:
+    """A scheme of packed integers.
+
+    Args:
+        bits: of a code, 4 or 8.
+        group_size: columns that share a scale, `WHOLE_ROW` for all.
+        sized: this scheme with another group size.
+        symmetric: without zero points, which ModelOpt has no quantizers for.
+        inputs: arguments of the activations; None leaves them in 16 bits.
+        input_quantizer: ModelOpt's for such inputs.
+    """
+    if group_size == WHOLE_ROW:
+        word, share = f"int{bits}" if bits == 8 else f"int{bits}_channel", Blocks()
+        weights = arguments(bits, "int", "channel", symmetric=symmetric)
+        quantizer = QuantizerSettings(bits, axis=0)
+    else:
+        word, share = f"int{bits} group_size={group_size}", Blocks(width=group_size)
+        if (bits, group_size) == (4, _USUAL):
+            word = "int4"
+        weights = arguments(bits, "int", "group", group_size=group_size, symmetric=symmetric)
+        quantizer = QuantizerSettings(bits, block_sizes={-1: group_size, "type": "static"})
+    return Scaled(
+        name,
+        format=word if symmetric else "",
+        config_group={"format": "pack-quantized", "weights": weights, "input_activations": inputs},
+        code=Code.INT4 if bits == 4 else Code.INT8,
+        share=share,
+        sized=sized,
+        weight_quantizer=quantizer if symmetric else None,
+        input_quantizer=input_quantizer,
+        shard_multiple=ShardMultiple(inputs=share.width or 1),
+        kernel_tiles=_MARLIN_TILES,
+        group_sizes=GROUP_SIZES,
+    )
