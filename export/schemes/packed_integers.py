@@ -35,6 +35,9 @@ def packed_integers(
     symmetric: bool = True,
     inputs: dict[str, Any] | None = None,
     input_quantizer: QuantizerSettings | None = None,
+    group_sizes: tuple[int, ...] = GROUP_SIZES,
+    kernel_tiles: tuple[tuple[int, int], ...] = _MARLIN_TILES,
+    shard_multiple: ShardMultiple | None = None,
 ) -> Scaled:
     """A scheme of packed integers.
 
@@ -45,6 +48,9 @@ def packed_integers(
         symmetric: without zero points, which ModelOpt has no quantizers for.
         inputs: arguments of the activations; None leaves them in 16 bits.
         input_quantizer: ModelOpt's for such inputs.
+        group_sizes: those that engines have kernels for; by default Marlin's.
+        kernel_tiles: as in `Scheme`; by default Marlin's.
+        shard_multiple: as in `Scheme`; by default whole groups.
     """
     if group_size == WHOLE_ROW:
         word, share = f"int{bits}" if bits == 8 else f"int{bits}_channel", Blocks()
@@ -65,7 +71,7 @@ def packed_integers(
         sized=sized,
         weight_quantizer=quantizer if symmetric else None,
         input_quantizer=input_quantizer,
-        shard_multiple=ShardMultiple(inputs=share.width or 1),
-        kernel_tiles=_MARLIN_TILES,
-        group_sizes=GROUP_SIZES,
+        shard_multiple=shard_multiple or ShardMultiple(inputs=share.width or 1),
+        kernel_tiles=kernel_tiles,
+        group_sizes=group_sizes,
     )

@@ -1,7 +1,7 @@
 """Checkpoints to verify: good ones of our own making, in memory, to be broken in one way and written."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from amaxbridge.export.disk.staging import StagedDirectory
 from amaxbridge.export.output.config_and_index import index_json
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
-from amaxbridge.export.schemes.w4a16 import w4a16
-from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.tensors import TensorSpec
 from tests.support.checkpoints import tensors_in
@@ -72,9 +70,8 @@ def make(hf: Path, scheme: str, *, cache: bool = False) -> Made:
 
 
 def recipe_of(scheme: str) -> Recipe:
-    """4-bit integers in groups of 32, because the tiny models are narrow."""
-    narrow: dict[str, Callable[[int], Any]] = {"w4a16": w4a16, "w4a16_asym": w4a16_asym}
-    return Groups.of(narrow[scheme](32) if scheme in narrow else SCHEMES[scheme])
+    """Packed integers in groups of 32, because the tiny models are narrow."""
+    return Groups.of(SCHEMES[scheme].with_group_size(32) or SCHEMES[scheme])
 
 
 def state_of(tensors: dict[str, Tensor], scheme: str, layers: int = 0) -> QuantState:

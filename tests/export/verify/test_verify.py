@@ -95,11 +95,11 @@ def test_every_rule_is_broken_once() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_good_checkpoints_pass(scheme: str, model: str, good: Callable[..., Made], tmp_path: Path) -> None:
     """Nothing is found, with a reference either; but for the note on `scale_dtype` where the scheme has it, and that
-    the tiny models are too narrow for Marlin."""
+    the tiny models are too narrow for the kernels of packed integers."""
     made = good(model, scheme)
     report = verify(made.write(tmp_path / "out"), reference=made.reference)
     noted = "scale_dtype" in json.dumps(made.quantization)
-    narrow = scheme.startswith("w4a16")
+    narrow = bool(SCHEMES[scheme].kernel_tiles)
     assert [finding.rule for finding in report.findings] == ["version-gate"] * noted + ["marlin-tiles"] * narrow
     assert report.ok
     assert report.modules == len(report.errors) == sum(each.modules for each in report.projections)
