@@ -30,7 +30,7 @@ class SchemeConfig:
         [],
     )
     group_size: int | None = option(
-        "Columns that share a scale in w4a16 and w4a16_asym: 32, 64 or 128; null for 128. For groups that have none.",
+        "Columns that share a scale in packed integers (w4a16, …); null for 128. For groups that have none.",
         None,
     )
     from_quantizers: bool = option("Read the scheme of every module from its quantizers, in place of groups.", False)

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 from amaxbridge.configs.schema import SchemeConfig
 from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
-from amaxbridge.export.schemes import Groups, Recipe, SchemeGroup, from_quantizers, has_group_size, named_scheme
+from amaxbridge.export.schemes import (
+    SCHEMES,
+    Groups,
+    Recipe,
+    SchemeGroup,
+    from_quantizers,
+    has_group_size,
+    named_scheme,
+)
 from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.extras import need
@@ -25,8 +33,9 @@ def recipe_of(config: SchemeConfig) -> Recipe | None:
         return from_quantizers(ignored)
     takes_size = [each for each in config.groups if each.group_size is None and has_group_size(each.scheme)]
     if config.group_size is not None and not takes_size:
+        sized = [name for name, scheme in SCHEMES.items() if scheme.group_sizes]
         raise UsageError(
-            f"scheme.group_size={config.group_size} is for w4a16 and w4a16_asym, and no group of the scheme is one of "
+            f"scheme.group_size={config.group_size} is for {', '.join(sized)}, and no group of the scheme is one of "
             "them without a group_size of its own"
         )
     if not config.groups:

@@ -29,8 +29,19 @@ __all__ = [
 ]  # fmt: skip
 
 _REGISTERED: tuple[Scheme, ...] = (
-    NVFP4, NVFP4A16, MXFP4, MXFP4A16, MXFP8, MXFP8A16, FP8, FP8_DYNAMIC, FP8_BLOCK, w4a16(), w4a16_asym(), W8A8,
-)  # fmt: skip
+    NVFP4,
+    NVFP4A16,
+    MXFP4,
+    MXFP4A16,
+    MXFP8,
+    MXFP8A16,
+    FP8,
+    FP8_DYNAMIC,
+    FP8_BLOCK,
+    w4a16(),
+    w4a16_asym(),
+    W8A8,
+)
 """Every scheme. Where several fit the same quantizers, `scheme=auto` takes the first."""
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _REGISTERED})

@@ -150,8 +150,8 @@ class TestSchemes:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["scheme=nvfp4a16"], "scheme.group_size=64 is for w4a16 and w4a16_asym"),
-            (["scheme=none"], "scheme.group_size=64 is for w4a16 and w4a16_asym"),
+            (["scheme=nvfp4a16"], "scheme.group_size=64 is for w4a16, w4a16_asym"),
+            (["scheme=none"], "scheme.group_size=64 is for w4a16, w4a16_asym"),
             (["scheme.groups=[{scheme: w4a16, group_size: 32}]"], "without a group_size of its own"),
             (["scheme=auto"], "takes no scheme.group_size: the quantizers decide all schemes"),
         ],
