@@ -8,6 +8,8 @@ VLLM := .venv-vllm
 CORE := .venv-core
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
+FAST := tests/mappings tests/export/kernels tests/export/schemes tests/export/runtime tests/bridge/test_hf_defaults.py \
+	tests/bridge/test_megatron.py
 READY := $(VENV)/.ready
 
 export OMP_NUM_THREADS := 1
@@ -44,7 +46,7 @@ test-core: setup
 # The fast lane on the lowest versions that pyproject.toml allows, and on the newest there are.
 test-lowest: setup
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --upgrade --resolution lowest-direct --editable '.[test]'
 	$(LOWEST)/bin/python -m pytest $(FAST)
 
 test-newest: setup

@@ -109,7 +109,7 @@ def main() -> None:
     """Makes the sources here, and checks there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--python", required=True)
-    there = parser.parse_args().python
+    there = str(Path(parser.parse_args().python).absolute())  # not resolved: a link in an environment
     modules = [module.partition(".")[0] for modules in EXTRAS.values() for module in modules]
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
