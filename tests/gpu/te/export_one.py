@@ -31,10 +31,10 @@ def main(out: Path, name: str) -> None:
         bridge = AutoBridge.from_hf_pretrained(directory)
         model = build(bridge.hf, case)
         megatron.load_checkpoint(model, directory / "checkpoint")
-        bridge.save_hf_pretrained(model, directory / "again", scheme=expected["scheme"], overwrite=True)
-        wrong = {"again": differing(directory / "again", expected["tensors"])}
+        bridge.save_hf_pretrained(model, out / f"{name}.again", scheme=expected["scheme"], overwrite=True)
+        wrong = {"again": differing(out / f"{name}.again", expected["tensors"])}
         if case.fp8_parameters:
-            wrong["as they are"] = export_as_they_are(bridge, model, directory / "as_they_are", expected)
+            wrong["as they are"] = export_as_they_are(bridge, model, out / f"{name}.as_they_are", expected)
         if world_rank() == 0:
             print("; ".join(f"{export}: {len(names)} tensors wrong {names[:3]}" for export, names in wrong.items()))
     sys.exit(any(wrong.values()))
