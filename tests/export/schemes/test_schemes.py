@@ -17,7 +17,7 @@ from torch import Tensor
 from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
 from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 from amaxbridge.export.kernels.arithmetic import Arithmetic
-from amaxbridge.export.kernels.scaled import unpack_int4
+from amaxbridge.export.kernels.scaled import unpack_codes
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme, named_scheme
@@ -33,7 +33,7 @@ PEER_BYTES = load_file(GOLDEN / "schemes_llmcompressor.safetensors")
 LABELS = ("bf16", "fp32", "fp16")
 PEERS = ("NVFP4A16", "MXFP4", "MXFP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM", "W8A8")
 OVERFLOWS = ("fp16", "NVFP4A16")  # in the peer, see test_nvfp4
-PLAIN = tuple(name for name in PEERS if name != "NVFP4A16")  # of one weight, without a group
+PLAIN = (*(name for name in PEERS if name != "NVFP4A16"), "W8A16")  # of one weight, without a group
 
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
 
@@ -103,7 +103,7 @@ def fitting(weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM", "W8A16"])
 @pytest.mark.parametrize("columns", [576, 96, 384])
 def test_bytes_in_groups_of_every_size(columns: int, preset: str, group_size: int) -> None:
     """576 is the width of SmolLM2-135M, which 128 does not divide; 96 leaves 32 alone."""
@@ -205,19 +205,21 @@ def test_fp8_codes_at_ties_are_those_of_the_fake_quantizer(dtype: torch.dtype) -
     assert found["weight"].float().tolist() == codes.round().tolist() == [[176.0, -44.0, 448.0]]
 
 
-@pytest.mark.parametrize(("name", "bits", "blocks"), [("w8a8", 8, 1), *(("w4a16", 4, n) for n in (2, 4, 8))])
+@pytest.mark.parametrize(
+    ("name", "bits", "blocks"), [("w8a8", 8, 1), *(("w4a16", 4, n) for n in (2, 4, 8)), ("w8a16", 8, 2)]
+)
 def test_integer_codes_are_those_of_the_fake_quantizer(name: str, bits: int, blocks: int) -> None:
     weight = random_weight(8, 256).bfloat16()
     amax = weight.float().unflatten(1, (blocks, -1)).abs().amax(-1) * 0.8
     spread = amax.repeat_interleave(256 // amax.shape[1], 1)
     bound = 2 ** (bits - 1) - 1
     values = _tensor_quant(weight.float(), spread, bits, narrow_range=False)
-    scheme = named_scheme(name, 256 // blocks if bits == 4 else None)
+    scheme = named_scheme(name, 256 // blocks if blocks > 1 else None)
     found = dict(quantize_tensors(scheme, {"m": weight}, GroupAmax(None, None), block_amax={"m": amax}))
-    codes = unpack_int4(found["m.weight_packed"], 256) if bits == 4 else found["m.weight"]
+    codes = unpack_codes(found["m.weight_packed"], 256, bits) if blocks > 1 else found["m.weight"]
     assert torch.equal(codes.float(), (values * (bound / spread)).round())
     # The contract has bf16 scales beside packed integers: an engine would round others to it, unseen.
-    assert same_bytes(found["m.weight_scale"], (amax / bound).to(torch.bfloat16 if bits == 4 else torch.float32))
+    assert same_bytes(found["m.weight_scale"], (amax / bound).to(torch.bfloat16 if blocks > 1 else torch.float32))
 
 
 @weights_of_all_kinds
