@@ -20,6 +20,7 @@ from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.export.schemes.targets import EVERY_LINEAR
 from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.export.schemes.w4a16_asym import w4a16_asym
+from amaxbridge.export.schemes.w4afp8 import w4afp8
 from amaxbridge.export.schemes.w8a8 import W8A8
 from amaxbridge.export.schemes.w8a16 import w8a16
 from amaxbridge.mappings.errors import UsageError
@@ -43,6 +44,7 @@ _REGISTERED: tuple[Scheme, ...] = (
     w4a16_asym(),
     W8A8,
     w8a16(),
+    w4afp8(),
 )
 """Every scheme. Where several fit the same quantizers, `scheme=auto` takes the first."""
 

@@ -33,7 +33,7 @@ PEER_BYTES = load_file(GOLDEN / "schemes_llmcompressor.safetensors")
 LABELS = ("bf16", "fp32", "fp16")
 PEERS = ("NVFP4A16", "MXFP4", "MXFP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM", "W8A8")
 OVERFLOWS = ("fp16", "NVFP4A16")  # in the peer, see test_nvfp4
-PLAIN = (*(name for name in PEERS if name != "NVFP4A16"), "W8A16")  # of one weight, without a group
+PLAIN = (*(name for name in PEERS if name != "NVFP4A16"), "W8A16", "W4AFP8")  # of one weight, without a group
 
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
 
