@@ -1,13 +1,33 @@
 """Shared fixtures: a tiny Hugging Face model, and real Megatron processes exporting it."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.support.hf_models import make_deepseek_v3, make_qwen3_moe
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
+
+SLOW = frozenset({"launch", "transformers"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts Megatron ranks or loads transformers; `make test-fast` leaves these tests out.
+
+    Other slow tests carry the marker themselves.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and SLOW & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The library, whose import takes seconds."""
+    return importlib.import_module("transformers")
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +39,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="session")
-def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 in Hugging Face's format: grouped-query attention, a vocabulary that TP=2 must pad."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -56,14 +76,14 @@ def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3_moe(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3-MoE: two layers of eight experts, two for each token."""
     sizes = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True}
     return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"), sizes)
 
 
 @pytest.fixture(scope="session")
-def qwen3_moe_mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3_moe_mixed(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with a dense layer among four, tied embeddings, and expert weights that do not add up to one."""
     sizes = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
     directory = tmp_path_factory.mktemp("qwen3_moe_mixed")
@@ -71,7 +91,7 @@ def qwen3_moe_mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deepseek_v3(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random DeepSeek-V3: a dense layer, then two with experts in four groups; YaRN."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     sizes = {"num_hidden_layers": 3, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
@@ -80,14 +100,14 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def deepseek_v3_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deepseek_v3_mtp(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with two layers for multi-token prediction, queries that are projected at once, two shared experts."""
     sizes = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3_mtp"), 2, {**sizes, "n_shared_experts": 2})
 
 
 @pytest.fixture(scope="session")
-def nemotron_h(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nemotron_h(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Nemotron-H: two layers of Mamba, one each of MLP, attention and experts; two layers for MTP."""
     import torch
     from safetensors.torch import load_file, save_file

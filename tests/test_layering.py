@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 FRAMEWORKS = {"megatron", "modelopt", "transformers", "hydra", "omegaconf", "compressed_tensors", "safetensors"}
 
 
@@ -64,25 +65,3 @@ def test_mappings_and_export_import_without_the_frameworks() -> None:
         f"for name in {[*packages, *modules]}: importlib.import_module(f'amaxbridge.{{name}}')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_public_names() -> None:
-    """The names that users import stay where they are."""
-    from amaxbridge import mappings
-
-    assert set(mappings.__all__) >= {
-        "AmaxFanoutMapping",
-        "AmaxMapping",
-        "AutoMapping",
-        "ColumnParallelMapping",
-        "DirectMapping",
-        "GatedMLPMapping",
-        "MappingRegistry",
-        "MegatronParamMapping",
-        "MoeAmaxFanoutMapping",
-        "QKVMapping",
-        "ReplicatedMapping",
-        "RowParallelMapping",
-        "convert_to_amax_map",
-    }
-    assert all(hasattr(mappings, name) for name in mappings.__all__)

@@ -19,6 +19,8 @@ from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
 from amaxbridge.mappings.family import ModelFamily
 
+__all__ = ["FAMILIES", "family_of"]
+
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
     MISTRAL,

@@ -53,8 +53,8 @@ def test_weights_are_what_modelopt_makes_of_them(live: LiveRanks) -> None:
 
     source, exported = tensors_in(live.hf), tensors_in(live.at(tp=2) / "calibrated")
     modules = [name.removesuffix(".weight_packed") for name in exported if name.endswith(".weight_packed")]
-    groups = groups_among(modules)
-    for group in groups:
+    assert len(modules) == 2 * 7
+    for group in groups_among(modules):
         amax = torch.stack([source[f"{member}.weight"].abs().max() for member in group.members]).max().float()
         for member in group.members:
             second = amax / 2688
@@ -136,6 +136,7 @@ def test_files_of_the_model_are_carried_over(live: LiveRanks) -> None:
     exported = live.at(tp=2) / "nvfp4"
     assert (exported / "tokenizer_config.json").read_bytes() == (live.hf / "tokenizer_config.json").read_bytes()
     index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors_in(exported).keys() > {"model.norm.weight"}
     for name, file in index["weight_map"].items():
         with safe_open(exported / file, framework="pt") as opened:
             assert name in opened.keys()  # noqa: SIM118 - not a dictionary
@@ -143,7 +144,9 @@ def test_files_of_the_model_are_carried_over(live: LiveRanks) -> None:
 
 def test_dequantized_weights_are_the_trained_ones(live: LiveRanks) -> None:
     source, exported = tensors_in(live.hf), tensors_in(live.at(tp=2) / "calibrated")
-    for name in (name.removesuffix(".weight_packed") for name in exported if name.endswith(".weight_packed")):
+    modules = [name.removesuffix(".weight_packed") for name in exported if name.endswith(".weight_packed")]
+    assert len(modules) == 2 * 7
+    for name in modules:
         parts = ("weight_packed", "weight_scale", "weight_global_scale")
         found = dequantize(NVFP4Weight(*(exported[f"{name}.{part}"] for part in parts))).float()
         original = source[f"{name}.weight"].float()

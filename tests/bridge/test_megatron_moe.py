@@ -103,6 +103,7 @@ def test_scales_of_every_expert(live_moe: LiveRanks, export: str) -> None:
     tensors = tensors_in(live_moe.at(processes=2, ep=2) / export)
     for kind in ("weight_global_scale", "input_global_scale"):
         scales = {name.removesuffix(f".{kind}"): t for name, t in tensors.items() if name.endswith(kind)}
+        assert len(scales) == 2 * (4 + 8 * 3)
         assert all(bool(torch.isfinite(scale) & (scale > 0)) for scale in scales.values())
         for layer in range(2):
             for expert in range(8):
@@ -118,6 +119,7 @@ def test_weights_of_every_expert_are_what_modelopt_makes_of_them(live_moe: LiveR
 
     source, exported = tensors_in(live_moe.hf), tensors_in(live_moe.at(processes=2, ep=2) / "calibrated")
     modules = [name.removesuffix(".weight_packed") for name in exported if name.endswith(".weight_packed")]
+    assert len(modules) == 2 * (4 + 8 * 3)
     for group in groups_among(modules):
         amax = torch.stack([source[f"{member}.weight"].abs().max() for member in group.members]).max().float()
         for member in group.members:

@@ -27,32 +27,37 @@ def cases(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> list[Ca
     return run_parity(launch, tmp_path_factory.mktemp("parity"))
 
 
+def of(cases: list[Case], model: str) -> list[Case]:
+    """The cases of a model: one for each of its meshes."""
+    found = [case for case in cases if case.model == model]
+    assert len(found) == len(TINY_MODELS[model].meshes) > 0
+    return found
+
+
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_megatron_computes_what_transformers_computes(cases: list[Case], model: str) -> None:
     """fp32 on both sides, so what differs is the order of sums."""
-    errors = {case.label: case.found["logits"]["relative"] for case in cases if case.model == model}
+    errors = {case.label: case.found["logits"]["relative"] for case in of(cases, model)}
     assert len(errors) == len(TINY_MODELS[model].meshes)
     assert all(error < 1e-5 for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_weights_there_and_back(cases: list[Case], model: str) -> None:
-    for case in cases:
-        if case.model == model:
-            assert case.same_weights, case.label
+    for case in of(cases, model):
+        assert case.same_weights, case.label
 
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: list[Case], model: str) -> None:
     """What `test_families.py` takes for the Megatron side of the published models."""
-    for case in cases:
-        if case.model == model:
-            hf = read_hf_model(case.hf)
-            found = [hf.registry.hf_to_megatron_lookup(name) for name in case.found["exported"]]
-            derived = {mapping.megatron_param for mapping in found if mapping is not None}
-            assert derived == set(case.found["names"]) - (
-                {"output_layer.weight"} if hf.config["tie_word_embeddings"] else set[str]()
-            )
+    for case in of(cases, model):
+        hf = read_hf_model(case.hf)
+        found = [hf.registry.hf_to_megatron_lookup(name) for name in case.found["exported"]]
+        derived = {mapping.megatron_param for mapping in found if mapping is not None}
+        assert derived == set(case.found["names"]) - (
+            {"output_layer.weight"} if hf.config["tie_word_embeddings"] else set[str]()
+        )
 
 
 def linears_in(names: list[str]) -> set[str]:
@@ -63,36 +68,34 @@ def linears_in(names: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_every_quantizer_has_the_names_of_its_weight(cases: list[Case], model: str) -> None:
-    for case in cases:
-        if case.model == model:
-            registry = read_hf_model(case.hf).registry
-            found = [registry.megatron_to_hf_lookup(f"{name}._amax") for name in case.found["quantizers"]]
-            assert None not in found
-            assert {module_of(target) for mapping in found if mapping for target in mapping.targets} == {
-                f"{module}.{kind}_quantizer"
-                for module in linears_in(case.found["exported"])
-                for kind in ("weight", "input")
-            }
+    for case in of(cases, model):
+        registry = read_hf_model(case.hf).registry
+        found = [registry.megatron_to_hf_lookup(f"{name}._amax") for name in case.found["quantizers"]]
+        assert None not in found
+        assert {module_of(target) for mapping in found if mapping for target in mapping.targets} == {
+            f"{module}.{kind}_quantizer"
+            for module in linears_in(case.found["exported"])
+            for kind in ("weight", "input")
+        }
 
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str) -> None:
     """And all other linears under their own names, whatever the plain files of the family are like."""
     parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
-    for case in cases:
-        if case.model == model:
-            names = case.found["exported"]
-            quantized = linears_in(names)
-            whole = {name for name in names if not (name.endswith(".weight") and module_of(name) in quantized)}
-            expected = whole | {f"{module}.{part}" for module in quantized for part in parts}
-            expected |= {name for name in tensors_in(case.hf) if name.startswith(read_hf_model(case.hf).family.carried)}
-            assert tensors_in(case.back / "nvfp4").keys() == expected, case.label
+    for case in of(cases, model):
+        names = case.found["exported"]
+        quantized = linears_in(names)
+        whole = {name for name in names if not (name.endswith(".weight") and module_of(name) in quantized)}
+        expected = whole | {f"{module}.{part}" for module in quantized for part in parts}
+        expected |= {name for name in tensors_in(case.hf) if name.startswith(read_hf_model(case.hf).family.carried)}
+        assert tensors_in(case.back / "nvfp4").keys() == expected, case.label
 
 
 @pytest.mark.parametrize("model", [model for model in BUILDABLE if "images" not in model])
 def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], model: str, tmp_path: Path) -> None:
     """From the files of every mesh, without its Hugging Face directory: the same bytes, and that directory's logits."""
-    for number, case in enumerate(case for case in cases if case.model == model):
+    for number, case in enumerate(of(cases, model)):
         out = tmp_path / str(number)
         AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")
         files = (directory / "model.safetensors" for directory in (case.back, out))

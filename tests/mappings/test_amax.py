@@ -14,6 +14,7 @@ from amaxbridge.mappings import (
     ColumnParallelMapping,
     DirectMapping,
     GatedMLPMapping,
+    MegatronParamMapping,
     MoeAmaxFanoutMapping,
     QKVMapping,
     RowParallelMapping,
@@ -158,3 +159,37 @@ def test_a_sharded_axis_of_one_is_no_maximum() -> None:
     (amax,) = convert_to_amax_map([ColumnParallelMapping("d.linear_fc1.weight", "m.up.weight")])
     (joined,) = amax.join([torch.ones(2, 1), 2 * torch.ones(2, 1)], None).values()
     assert joined.flatten().tolist() == [1, 1, 2, 2]
+
+
+PRE_QUANT_SCALE = ".input_quantizer._pre_quant_scale"
+
+
+def test_a_pre_quant_scale_is_cut_with_the_columns_of_a_row_parallel_weight() -> None:
+    """One factor for each input channel: a rank that holds some columns of the weight holds their factors."""
+    weight = RowParallelMapping("d.linear_fc2.weight", "m.down_proj.weight")
+    (mapping,) = convert_to_amax_map([weight], PRE_QUANT_SCALE)
+    assert mapping.targets == (f"m.down_proj{PRE_QUANT_SCALE}",)
+    whole = {mapping.targets[0]: torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])}
+    shards = [mapping.split(whole, None, rank, 3) for rank in range(3)]
+    assert [shard.tolist() for shard in shards] == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert mapping.join(shards, None)[mapping.targets[0]].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        ColumnParallelMapping("d.linear_q_proj.weight", "m.q_proj.weight"),
+        DirectMapping("d.linear_q_down_proj.weight", "m.q_a_proj.weight"),
+        GatedMLPMapping("d.linear_fc1.weight", "m.gate_proj.weight", "m.up_proj.weight"),
+        QKVMapping("d.linear_qkv.weight", *(f"m.{part}_proj.weight" for part in "qkv")),
+    ],
+    ids=lambda weight: type(weight).__name__,
+)
+def test_a_pre_quant_scale_is_whole_on_every_rank_where_columns_are(weight: MegatronParamMapping) -> None:
+    """Ranks that share the columns and differ are reduced with max, and every target gets the same vector."""
+    (mapping,) = convert_to_amax_map([weight], PRE_QUANT_SCALE)
+    joined = mapping.join([torch.tensor([1.0, 5.0, 3.0]), torch.tensor([2.0, 4.0, 3.0])], CONFIG)
+    assert len(joined) == len(weight.targets)
+    assert {tuple(vector.tolist()) for vector in joined.values()} == {(2.0, 5.0, 3.0)}
+    for rank in range(2):
+        assert mapping.split(joined, CONFIG, rank, 2).tolist() == [2.0, 5.0, 3.0]

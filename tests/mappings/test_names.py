@@ -28,11 +28,29 @@ def test_what_resolves_matches(text: str, data: st.DataObject) -> None:
         assert matched == tuple(captures)
 
 
-@given(PATTERNS, PATTERNS, st.data())
-def test_a_name_that_matches_two_patterns_means_they_overlap(one: str, other: str, data: st.DataObject) -> None:
+@st.composite
+def generalized(draw: st.DrawFn, name: str) -> str:
+    """A pattern that matches the name: wildcards in place of some numbers, and of one path."""
+    atoms = ["*" if atom.isdigit() and draw(st.booleans()) else atom for atom in name.split(".")]
+    begin = draw(st.integers(0, len(atoms)))
+    end = draw(st.integers(begin, len(atoms)))
+    return ".".join([*atoms[:begin], *["**"] * (begin < end), *atoms[end:]])
+
+
+@given(PATTERNS, st.data())
+def test_a_name_that_matches_two_patterns_means_they_overlap(one: str, data: st.DataObject) -> None:
     name = pattern(one).resolve([data.draw(NUMBERS if w == "*" else PATHS) for w in pattern(one).wildcards])
-    if pattern(other).match(name) is not None:
-        assert overlap(one, other)
+    other = data.draw(generalized(name))
+    assert pattern(other).match(name) is not None
+    assert overlap(one, other)
+    assert overlap(other, one)
+
+
+@given(PATTERNS, PATTERNS, st.data())
+def test_patterns_that_do_not_overlap_share_no_name(one: str, other: str, data: st.DataObject) -> None:
+    if not overlap(one, other):
+        name = pattern(one).resolve([data.draw(NUMBERS if w == "*" else PATHS) for w in pattern(one).wildcards])
+        assert pattern(other).match(name) is None
     assert overlap(one, one)
 
 

@@ -71,12 +71,14 @@ def test_qkv(
         num_attention_heads=heads, num_query_groups=groups, kv_channels=head_dim, attention_output_gate=gate
     )
     rows = (heads * (1 + gate) + 2 * groups) * head_dim
-    if rows % size:
-        return
     mapping = QKVMapping("m", "q", "k", "v")
     shapes = {"q": heads * (1 + gate) * head_dim, "k": groups * head_dim, "v": groups * head_dim}
     tensors = {name: numbered(count, *trailing) + 1000 * index for index, (name, count) in enumerate(shapes.items())}
-    round_trip(mapping, tensors, config, size)
+    if rows % size == 0:
+        round_trip(mapping, tensors, config, size)
+    else:
+        with pytest.raises(MappingError, match=f"does not divide into {size} shards"):
+            mapping.split(tensors, config, 0, size)
 
 
 def test_qkv_interleaves_as_megatron_does() -> None:
@@ -206,3 +208,46 @@ def test_join_works_on_meta_tensors() -> None:
     config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
     joined = QKVMapping("w", "q", "k", "v").join([torch.empty(8, 3, device="meta")] * 2, config)
     assert {name: tuple(tensor.shape) for name, tensor in joined.items()} == {"q": (8, 3), "k": (4, 3), "v": (4, 3)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_table_with_fewer_rows_than_the_vocabulary_is_refused(size: int) -> None:
+    """Rows past the vocabulary are padding; rows that are missing would be tokens without an embedding."""
+    mapping = VocabParallelMapping("embedding.word_embeddings.weight", "embed.weight")
+    shards = list(numbered(6, 2).chunk(size))
+    with pytest.raises(MappingError, match="6 rows are fewer than the vocabulary of 7"):
+        mapping.join(shards, SimpleNamespace(vocab_size=7, padded_vocab_size=8))
+    assert len(mapping.join(shards, SimpleNamespace(vocab_size=6))["embed.weight"]) == 6
+
+
+SHARDED_BY = {  # in Megatron-Core: a rank's ColumnParallelLinear has some rows of the weight, RowParallelLinear columns
+    "embedding.word_embeddings.weight": "rows",
+    "output_layer.weight": "rows",
+    "decoder.layers.0.self_attention.linear_qkv.weight": "rows",
+    "decoder.layers.0.self_attention.linear_qkv.bias": "rows",
+    "decoder.layers.0.self_attention.linear_q_proj.weight": "rows",
+    "decoder.layers.0.self_attention.linear_q_up_proj.weight": "rows",
+    "decoder.layers.0.self_attention.linear_kv_up_proj.weight": "rows",
+    "decoder.layers.0.self_attention.linear_proj.weight": "columns",
+    "decoder.layers.0.self_attention.linear_proj.bias": None,
+    "decoder.layers.0.self_attention.q_layernorm.weight": None,
+    "decoder.layers.0.input_layernorm.weight": None,
+    "decoder.layers.0.mlp.linear_fc1.weight": "rows",
+    "decoder.layers.0.mlp.linear_fc1.bias": "rows",
+    "decoder.layers.0.mlp.linear_fc2.weight": "columns",
+    "decoder.layers.0.mlp.linear_fc2.bias": None,
+    "decoder.layers.0.mlp.router.weight": None,
+    "decoder.layers.0.mlp.router.expert_bias": None,
+    "decoder.layers.0.mlp.experts.linear_fc1.weight17": "rows",
+    "decoder.layers.0.mlp.experts.linear_fc2.weight17": "columns",
+    "decoder.final_layernorm.weight": None,
+}
+
+
+@pytest.mark.parametrize(("name", "by"), SHARDED_BY.items())
+def test_a_parameter_is_sharded_as_its_layer_in_megatron_is(name: str, by: str | None) -> None:
+    mapping = AutoMapping(name, "h.weight")
+    tensor = numbered(4, 6)
+    expected = {"rows": tensor[2:], "columns": tensor[:, 3:], None: tensor}[by]
+    assert torch.equal(mapping.split({"h.weight": tensor}, None, 1, 2), expected)
+    round_trip(mapping, {"h.weight": tensor}, None, 2)
