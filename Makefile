@@ -11,10 +11,11 @@ NEWEST := .venv-newest
 FAST := tests/mappings tests/export/kernels tests/export/schemes tests/export/runtime tests/bridge/test_hf_defaults.py \
 	tests/bridge/test_megatron.py
 READY := $(VENV)/.ready
+FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -30,6 +31,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What starts no ranks and loads no transformers: the tests to run while writing.
+test-fast: setup
+	$(BIN)/python -m pytest $(FAST)
 
 # That the package resolves beside vLLM, SGLang, llm-compressor, verl, Megatron-Bridge and NeMo.
 resolve: setup

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     ranks would print the same, so only one prints.
     """
     register()
+    _heed_interrupts()
     sys.argv[1:] = map(_at_home, sys.argv[1:])
     started = False
     silence = contextlib.ExitStack()
@@ -94,6 +96,16 @@ def command_line(name: str) -> str:
 def speaks() -> bool:
     """True if this process prints what all ranks would: under torchrun, which shares one terminal, rank 0."""
     return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _heed_interrupts() -> None:
+    """Under torchrun, stop on SIGINT even if it was ignored when the process started, as after `nohup … &`.
+
+    torchrun itself handles SIGINT whatever it inherited, and passes it on. A rank that kept ignoring it would be killed
+    half a minute later, without a word on what is kept. A process on its own ignores what it was started to ignore.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _at_home(word: str) -> str:

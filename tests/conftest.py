@@ -1,15 +1,37 @@
 """Shared fixtures: a tiny Hugging Face model, and real Megatron processes exporting it."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.support.hf_models import make_deepseek_v3, make_qwen3_moe
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
+
+
+class _TorchRandom:
+    """PyTorch's global generator in the form that Hypothesis seeds before each example, and resets after it."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()
+with contextlib.suppress(ImportError):  # tests/gpu runs where Hypothesis is not installed
+    importlib.import_module("hypothesis").register_random(_TORCH_RANDOM)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random tensors, whichever tests run before it."""
+    torch.manual_seed(20)
+
 
 SLOW = frozenset({"launch", "transformers"})
 
@@ -41,7 +63,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 @pytest.fixture(scope="session")
 def qwen3(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 in Hugging Face's format: grouped-query attention, a vocabulary that TP=2 must pad."""
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     directory = tmp_path_factory.mktemp("qwen3")
@@ -109,7 +130,6 @@ def deepseek_v3_mtp(transformers: ModuleType, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def nemotron_h(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Nemotron-H: two layers of Mamba, one each of MLP, attention and experts; two layers for MTP."""
-    import torch
     from safetensors.torch import load_file, save_file
     from transformers import NemotronHForCausalLM
 

@@ -9,6 +9,7 @@ import ast
 import re
 import shlex
 import shutil
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,19 @@ from tests.support.stored_checkpoints import megatron_state, write_state
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RANKS = "2"
 """For `N` in a command."""
+
+WITH_A_MODEL = """
+from amaxbridge.bridge import AutoBridge, megatron
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names
+
+with megatron.distributed(tp=1):
+    bridge = AutoBridge.from_hf_pretrained("HF_DIR")
+    model = megatron.build_model(bridge.hf)
+    bridge.load_hf_weights(model)
+    insert_quantizers(model)
+    set_amax_from_names([model])
+"""
+"""What comes before lines that stand for a training of the reader's own."""
 
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -77,6 +91,11 @@ def test_every_command_runs(page: Path, launch: Launcher, places: dict[str, Path
             file.write_text(text)
         elif kind == "command":
             run(text, launch, tmp_path)
+        elif kind == "model":
+            (tmp_path / f"{number}.py").write_text(WITH_A_MODEL + textwrap.indent(text, "    "))
+            clear(tmp_path, outputs := re.findall(r'save_\w+\(model, "(\w+)"', text))
+            launch(tmp_path / f"{number}.py", cwd=tmp_path)
+            assert outputs and all((tmp_path / output / "config.json").exists() for output in outputs)
         else:
             (tmp_path / f"{number}.py").write_text(text)
             clear(tmp_path, re.findall(r'save_\w+\(model, (?:Path\()?"(\w+)"', text))
@@ -107,9 +126,14 @@ def clear(directory: Path, outputs: list[str]) -> None:
 
 
 def steps(text: str) -> Iterator[tuple[str, str]]:
-    """Commands, files and programs of a page in order: what it is, or for a program how many ranks, and its text."""
+    """Commands, files and programs of a page in order: what it is, or for a program how many ranks, and its text.
+
+    A Python block without `ranks=` is some lines of a program that has a `model`.
+    """
     for kind, block in blocks(text):
-        if ranks := re.fullmatch(r"python ranks=(\d+)", kind):
+        if kind == "python":
+            yield "model", block
+        elif ranks := re.fullmatch(r"python ranks=(\d+)", kind):
             yield ranks[1], block
         elif kind == "yaml" and block.startswith("# "):
             yield "file", block
@@ -165,3 +189,10 @@ def text_of(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(text_of(part) or "…" for part in node.values)
     return re.sub("%[ds]", "…", node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_the_python_of_the_readme_is_run() -> None:
+    """`test_every_command_runs` would pass on a page in which it recognizes nothing."""
+    kinds = [kind for kind, _ in steps((ROOT / "README.md").read_text())]
+    assert kinds.count("model") == 1
+    assert kinds.count("command") >= 2

@@ -187,12 +187,19 @@ def test_every_missing_amax_is_named_at_once() -> None:
     assert str(raised.value).count(": missing") == 4
 
 
+_GENERATOR = torch.Generator().manual_seed(29)
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_GENERATOR)
+
+
 MODEL = {
-    "model.embed_tokens.weight": torch.randn(8, 32),
-    "model.layers.0.q_proj.weight": torch.randn(8, 32, dtype=torch.bfloat16),
-    "model.layers.0.k_proj.weight": torch.randn(8, 32, dtype=torch.bfloat16),
-    "model.layers.0.norm.weight": torch.randn(32),
-    "lm_head.weight": torch.randn(8, 32),
+    "model.embed_tokens.weight": _drawn(8, 32),
+    "model.layers.0.q_proj.weight": _drawn(8, 32).bfloat16(),
+    "model.layers.0.k_proj.weight": _drawn(8, 32).bfloat16(),
+    "model.layers.0.norm.weight": _drawn(32),
+    "lm_head.weight": _drawn(8, 32),
 }
 GOOD = {"model.layers.0.q_proj": (1.0, 2.0), "model.layers.0.k_proj": (3.0, 4.0)}
 

@@ -48,19 +48,28 @@ def test_the_checkpoint_export_equals_the_live_export(live: LiveRanks, launch: L
 
 def test_the_command_as_users_type_it(live: LiveRanks, tmp_path: Path) -> None:
     """The real torchrun: two processes share the work."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", EXPORT]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "amaxbridge", "export"]
     subprocess.run([*torchrun, *arguments(live, tmp_path / "out")], env=ENVIRONMENT, cwd=tmp_path, check=True)
     export_equals_live(live, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ctrl_c_under_torchrun(live: LiveRanks, launch: Launcher, tmp_path: Path) -> None:
-    """The terminal's SIGINT goes to torchrun and to both ranks, and torchrun passes on its own: each gets two."""
+@pytest.mark.parametrize("at_start", [signal.SIG_DFL, signal.SIG_IGN], ids=["in a terminal", "after nohup … &"])
+def test_ctrl_c_under_torchrun(live: LiveRanks, launch: Launcher, tmp_path: Path, at_start: signal.Handlers) -> None:
+    """The terminal's SIGINT goes to torchrun and to both ranks, and torchrun passes on its own: each gets two.
+
+    A shell starts what it runs in the background with SIGINT ignored, which children inherit.
+    """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command = [*torchrun, WORKERS / "slow_export.py", *arguments(live, tmp_path / "out")]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
-    ) as run:
+    inherited = signal.signal(signal.SIGINT, at_start)
+    try:
+        started = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    with started as run:
         assert run.stdout is not None
         for _ in range(4):
             assert run.stdout.readline() == "a bundle\n"
@@ -68,7 +77,7 @@ def test_ctrl_c_under_torchrun(live: LiveRanks, launch: Launcher, tmp_path: Path
         _, said = run.communicate(timeout=60)
     assert run.returncode == 1
     assert said.count("error: interrupted; nothing was written at the output") == 1
-    assert re.search(r"out\.partial keeps \d finished bundles: the same command continues from there", said)
+    assert re.search(r"out\.partial keeps \d+ finished bundles: the same command continues from there", said), said
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     kept = [line for journal in (tmp_path / "out.partial").glob(".done-*") for line in journal.open()]
     assert len(kept) >= 2
