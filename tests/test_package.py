@@ -145,9 +145,11 @@ class TestWheel:
             assert not (installed.site_packages / room).exists()
 
     def test_the_version(self, installed: Environment, wheel: Path) -> None:
-        printed = run(installed.path / "bin" / "amaxbridge", "--version").strip()
-        assert printed == run(installed.python, "-m", "amaxbridge", "--version").strip()
-        assert printed == run(installed.python, "-c", "import amaxbridge; print(amaxbridge.__version__)").strip()
+        elsewhere = installed.path  # in the checkout, Python would find the checkout
+        printed = run(installed.path / "bin" / "amaxbridge", "--version", cwd=elsewhere).strip()
+        assert printed == run(installed.python, "-m", "amaxbridge", "--version", cwd=elsewhere).strip()
+        code = "import amaxbridge; print(amaxbridge.__version__)"
+        assert printed == run(installed.python, "-c", code, cwd=elsewhere).strip()
         assert wheel.name.split("-")[1] == printed
 
 
