@@ -24,7 +24,10 @@ class _TorchRandom:
 
 _TORCH_RANDOM = _TorchRandom()
 with contextlib.suppress(ImportError):  # tests/gpu runs where Hypothesis is not installed
-    importlib.import_module("hypothesis").register_random(_TORCH_RANDOM)
+    hypothesis = importlib.import_module("hypothesis")
+    hypothesis.register_random(_TORCH_RANDOM)
+    hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
