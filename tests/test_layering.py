@@ -26,7 +26,11 @@ ONLY_IN = {  # inside bridge/, a framework has one door
     "megatron": {"bridge/megatron/"},
     "modelopt": {"bridge/megatron/"},
     "transformers": {"bridge/hf.py"},
-    "torch.distributed": {"bridge/live/process_ranks.py", "bridge/stored/torch_dist.py"},
+    "torch.distributed": {
+        "bridge/live/process_ranks.py",
+        "bridge/stored/torch_dist.py",
+        "bridge/stored/dist_metadata.py",
+    },
 }
 FILES = [path for room in FORBIDDEN for path in sorted((ROOT / room).rglob("*.py"))]
 
