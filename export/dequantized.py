@@ -70,8 +70,8 @@ class DequantizedCheckpoint:
         self.checkpoint = checkpoint
         self.changed: dict[str, Changed] = {}
         self.schemes: Mapping[str, Scheme] = {}
-        self.cache_scales = stored_cache_scales(checkpoint.weight_map, quantization)
         config = read_quant_config(quantization)
+        self.cache_scales = stored_cache_scales(checkpoint.weight_map, config.kv_cache)
         if config.method in _READ_AS_THEY_ARE:
             return
         if config.method not in ("", COMPRESSED_TENSORS):

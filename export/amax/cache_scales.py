@@ -7,20 +7,19 @@ ModelOpt's exporter raises these scales to at least 1 as a precaution; ours are 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import amax_of_scale
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.schemes.signature import Arguments
 from amaxbridge.mappings.errors import AmaxError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
 _FP8_MAX = 448.0
 _FORMAT = "fp8"  # of a cache quantizer, in the words of a `QuantState`
 _QUANTIZERS = ("k", "v")
-_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}  # of config.json, where scales can be read back
 
 
 def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
@@ -64,15 +63,14 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
     return scales
 
 
-def stored_cache_scales(tensors: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, str]:
+def stored_cache_scales(tensors: Iterable[str], cache: Arguments | None) -> dict[str, str]:
     """The scales of the key-value cache in a checkpoint: name of the quantizer's buffer → name of the scale.
 
     Args:
         tensors: the names of all tensors.
-        quantization: `quantization_config`; its `kv_cache_scheme`, if any, must be FP8 with one scale for each layer.
+        cache: `kv_cache_scheme` of config.json, if any. It must be FP8 with one scale for each layer.
     """
-    scheme = (quantization or {}).get("kv_cache_scheme") or _SCHEME
-    if any(scheme.get(key) != value for key, value in _SCHEME.items()):
+    if cache is not None and (cache.bits, cache.kind, cache.strategy) != (8, "float", "tensor"):
         return {}
     return {
         f"{name.removesuffix(suffix)}.{letter}_bmm_quantizer._amax": name

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
+from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.errors import UsageError, listing
 
@@ -67,7 +68,7 @@ def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
             f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "
             "layers for that: choose a model of another family"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = read_quant_config(config.get("quantization_config")).method
     if method and not converted:
         raise UsageError(
             f"{source} is quantized already ({method}): give a converter that dequantizes it, such as those of "
