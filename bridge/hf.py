@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from amaxbridge.bridge.hf_defaults import completed
+from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.mappings.errors import UsageError, listing
@@ -127,7 +128,12 @@ def read_hf_model(path: str | Path) -> HFModel:
     directory = model_directory(path, weights=False)
     file = directory / CONFIG_FILE
     if not file.is_file():
-        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+        other = ""
+        if is_training_output(directory):
+            other = (
+                "; it is what Megatron's training saved: give it as checkpoint=, and hf= a directory with config.json"
+            )
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there{other}")
     try:
         written = json.loads(file.read_bytes())
     except ValueError as error:

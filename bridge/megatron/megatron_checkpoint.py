@@ -21,8 +21,9 @@ from amaxbridge.bridge.live.model_walk import walk_all_quantizers
 from amaxbridge.bridge.live.quantized_parameters import is_quantized
 from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers
 from amaxbridge.bridge.megatron.process_groups import process_ranks
+from amaxbridge.bridge.stored.checkpoint_kinds import LATEST
 from amaxbridge.bridge.stored.stored_model import StoredModel
-from amaxbridge.bridge.stored.torch_dist import LATEST, RELEASE, DistCheckpoint, checkpoint_iteration
+from amaxbridge.bridge.stored.torch_dist import RELEASE, DistCheckpoint, checkpoint_iteration
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.ranks import Axis

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from amaxbridge.bridge.hf import HFModel, make_hf_model
-from amaxbridge.bridge.stored.identification import identify, stored_model, tensor_disagreements
+from amaxbridge.bridge.stored.identification import check_kind, identify, stored_model, tensor_disagreements
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.errors import AmaxbridgeError, UsageError, listing
@@ -36,6 +36,7 @@ class _Attempt:
 def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, vocab_size: int | None = None) -> HFModel:
     """The model of a checkpoint; `AutoBridge.from_megatron_checkpoint` documents arguments and errors."""
     opened = DistCheckpoint(checkpoint)
+    check_kind(opened)
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
     if arguments is None or embedding is None:
         raise UsageError(f"hf= is required for config.json, or a checkpoint with arguments: {identify(checkpoint)}")

@@ -1,24 +1,33 @@
-"""Whether a checkpoint is of the model that config.json describes: all that disagrees, at once, before anything else.
+"""What a checkpoint is, and all in which it disagrees with config.json, at once, before anything else.
 
 A mapping notices a shape that it cannot take apart, and no more: half the layers, or other widths that divide as well,
 would be exported in silence.
 """
 
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
+from amaxbridge.bridge.stored.checkpoint_kinds import Kind, kind_of_tensors
 from amaxbridge.bridge.stored.saved_arguments import disagreements, read_arguments, saved_sizes
-from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel
+from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel, is_of_model
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import FAMILIES
 from amaxbridge.mappings.names import is_quantizer_state, kind_of
+from amaxbridge.mappings.tensors import TensorSpec
 
 _MOST = 40  # lines: one for each kind of tensor
+_EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+_ROWS = "rows of vocabulary"
+_SIZES = ("layers", "experts in a layer", "columns of hidden size", _ROWS)
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.linear_fc1\.weight(\d+)$")
 
 
 def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> None:
@@ -28,15 +37,27 @@ def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -
         config: what mappings read of Megatron's configuration.
 
     Raises:
-        CheckpointError: they disagree.
+        CheckpointError: the checkpoint is of a kind that is not exported (see `checkpoint_kinds`), or they disagree.
         MissingExtraError: there is nothing to compare with: no arguments, and transformers is not installed.
     """
+    check_kind(stored.checkpoint)
     found = _disagreements(stored, hf, config)
     if found:
         raise CheckpointError(
             f"{stored.checkpoint.directory} is not the model that {hf.source} describes, "
             f"{', '.join(hf.family.architectures)}:{listing(found, _MOST)}\nGive the hf= of the model that was trained"
         )
+
+
+def check_kind(checkpoint: DistCheckpoint) -> None:
+    """Raises CheckpointError for a checkpoint that is not a plain model of language; says what it is."""
+    if kind := _kind_of(checkpoint):
+        raise CheckpointError(f"{checkpoint.directory} is {kind.what}. {kind.next_step}")
+
+
+def _kind_of(checkpoint: DistCheckpoint) -> Kind | None:
+    model = {name: spec for name, spec in checkpoint.tensors.items() if is_of_model(name)}
+    return kind_of_tensors(model, any_others=len(model) < len(checkpoint.tensors))
 
 
 def stored_model(opened: DistCheckpoint, hf: HFModel) -> tuple[StoredModel, SimpleNamespace]:
@@ -68,7 +89,26 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespa
         for name, each in stored.tensors.items()
         if not is_quantizer_state(name) and name not in hf.without_tensor
     }
-    return specs.disagreements(held)
+    return [*_other_sizes(held, specs), *specs.disagreements(held)]
+
+
+def _other_sizes(held: Mapping[str, TensorSpec], specs: MegatronSpecs) -> Iterator[str]:
+    """What most often makes two models different, in a user's words: layers, hidden size, vocabulary, experts."""
+    expected = {name: specs.shard(name, 1) for name in specs.mappings}
+    for what, there, wanted in zip(_SIZES, _sizes(held), _sizes(expected), strict=True):
+        padded = what == _ROWS and there > wanted
+        if there != wanted and not padded:
+            yield f"the checkpoint has {there} {what}, and config.json says {wanted}"
+    if _OUTPUT_LAYER in expected and _OUTPUT_LAYER not in held and _EMBEDDING in held:
+        yield "the checkpoint has no output layer: it is of a model with tied embeddings (tie_word_embeddings), or cut"
+
+
+def _sizes(tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
+    """As `_SIZES` names them; 0 for what is not there."""
+    layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
+    experts = {found[1] for name in tensors if (found := _EXPERT.search(name))}
+    embedding = tensors.get(_EMBEDDING)
+    return len(layers), len(experts), *((0, 0) if embedding is None else reversed(embedding.shape))
 
 
 def identify(checkpoint: Path) -> str:
@@ -78,6 +118,8 @@ def identify(checkpoint: Path) -> str:
         CheckpointError: not a distributed checkpoint.
     """
     opened = DistCheckpoint(checkpoint)
+    if kind := _kind_of(opened):
+        return f"{opened.directory} is {kind.what}. {kind.next_step}"
     arguments = read_arguments(opened)
     sizes = ", ".join(f"{name}={value}" for name, value in saved_sizes(arguments or {}))
     said = f"its arguments say {sizes}" if sizes else "no arguments of training are saved with it"

@@ -40,7 +40,9 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 FINAL_NORM_OF_HYBRID = "decoder.final_norm.weight"
 """In checkpoints of HybridModel only; GPTModel's is `final_layernorm`."""
-_NOT_THE_MODEL = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "ema.")
+_NOT_THE_MODEL = re.compile(
+    r"(chained_\d+\.)*optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler|ema\."
+)  # chained: of experts and of the rest, by ChainedOptimizer.sharded_state_dict of megatron-core
 _ALL_LAYERS = re.compile(r"\blayers\.(?!\d)")
 _ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 _ONE_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
@@ -80,6 +82,11 @@ class StoredTensor:
         return tensor
 
 
+def is_of_model(key: str) -> bool:
+    """True if a tensor of a checkpoint is the model's, and not of the training around it."""
+    return _NOT_THE_MODEL.match(key) is None
+
+
 class StoredModel(Mapping[str, Tensor]):
     """The model in a checkpoint: `parameters` and `quantizers` as a live model would have them.
 
@@ -109,7 +116,7 @@ class StoredModel(Mapping[str, Tensor]):
         """Where every tensor of the model lies, quantizer buffers included."""
         regions: dict[str, dict[str, Region]] = {}
         for key, spec in self.checkpoint.tensors.items():
-            if not key.startswith(_NOT_THE_MODEL):
+            if is_of_model(key):
                 for name, region in _one_by_one(key, spec):
                     piece = _PIECE.fullmatch(name)
                     name, part = (piece[1] or piece[3], piece[2] or piece[4]) if piece else (name, "")

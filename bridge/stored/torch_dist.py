@@ -30,15 +30,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
 from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
-LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name, in place of an iteration, for weights that training starts from."""
-_METADATA = ".metadata"
+_METADATA = METADATA
 
 
 def checkpoint_iteration(path: Path) -> Path:
@@ -50,11 +50,13 @@ def checkpoint_iteration(path: Path) -> Path:
     latest = path / LATEST
     directory = path
     if latest.is_file():
-        iteration = latest.read_text().strip()
-        directory = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else checked_name(iteration, latest))
+        iteration = latest.read_text(errors="replace").strip()
+        name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        directory = path / checked_name(name, latest) if name else path
     if not (directory / _METADATA).is_file():
+        looked_at = directory if directory.exists() else path
         raise CheckpointError(
-            f"{directory} is not a Megatron distributed checkpoint (torch_dist): no {_METADATA} there"
+            f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
         )
     return directory
 

@@ -1,0 +1,238 @@
+"""What a directory or a checkpoint is when it is not a Megatron checkpoint that can be exported as it lies: one table.
+
+Files and tensors are known by their names, tensors by their shapes too where a name says nothing. Each kind says what
+it is called and what to do next. The first kind that fits is the one.
+
+Sources: `megatron.training.checkpointing` (formats, names of directories), Megatron-FSDP, Megatron-Bridge's PEFT, NeMo,
+DeepSpeed, PEFT and torchtitan for the names that each of them writes.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from amaxbridge.mappings.tensors import TensorSpec
+
+LATEST = "latest_checkpointed_iteration.txt"
+METADATA = ".metadata"
+_ITERATION = re.compile(r"iter_\d{7}|release")
+_MOST_FILES = 4096  # of a directory, that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of directory or checkpoint.
+
+    Args:
+        sign: matches a line of it from its beginning: the path of a file, or a tensor's name and shape, `name [8, 4]`.
+        what: completes "this is …".
+        next_step: what its user can do, a sentence.
+        every: the sign must match all lines, and not any.
+    """
+
+    sign: str
+    what: str
+    next_step: str
+    every: bool = False
+
+    def fits(self, lines: Collection[str]) -> bool:
+        """True if these are the files, or the tensors, of this kind."""
+        found = (re.match(self.sign, line) is not None for line in lines)
+        return bool(lines) and (all(found) if self.every else any(found))
+
+
+_RESAVE = "Load it in Megatron and save it with --ckpt-format torch_dist"
+_TWO_DIRECTORIES = "checkpoint= takes what Megatron's training saved, and hf= the directory with config.json"
+
+DIRECTORIES: tuple[Kind, ...] = (
+    Kind(
+        r"adapter_config\.json|adapter_model\.",
+        "an adapter of PEFT, in Hugging Face's format",
+        "Merge it into its model (merge_and_unload), save that, and quantize it: amaxbridge quantize input=DIRECTORY",
+    ),
+    Kind(
+        r"config\.json|model.*\.safetensors|pytorch_model.*\.bin",
+        "a Hugging Face directory",
+        f"{_TWO_DIRECTORIES}. To quantize this one without Megatron: amaxbridge quantize input=DIRECTORY",
+    ),
+    Kind(
+        r"(iter_\d+/)?mp_rank_\d+(_\d+)*(/|$)",
+        "a legacy checkpoint (--ckpt-format torch), a pickle for each rank",
+        f"{_RESAVE}, or convert it: --ckpt-convert-format torch_dist --ckpt-convert-save NEW",
+    ),
+    Kind(
+        r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_|layer_\d+-model_)|global_step\d+(/|$)",
+        "a DeepSpeed checkpoint",
+        "DeepSpeed's zero_to_fp32.py makes a Hugging Face checkpoint of it: amaxbridge quantize takes that",
+    ),
+    Kind(
+        r".*/\.z(array|group|attrs)$",
+        "a checkpoint in the zarr format, which Megatron-Core no longer writes",
+        f"{_RESAVE}, with a release that still reads zarr (Megatron-Core 0.13 or older)",
+    ),
+    Kind(
+        r"weights/(\.metadata|.*\.distcp)",
+        "a NeMo 2 checkpoint",
+        "Its weights are in the directory weights: give that as checkpoint=",
+    ),
+    Kind(
+        r"(model_weights(/|\.ckpt)|model_config\.yaml$|.*\.nemo$)",
+        "a NeMo 1 checkpoint",
+        "Convert it with NeMo to Megatron's torch_dist, or to Hugging Face's format for amaxbridge quantize",
+    ),
+    Kind(
+        r"(.*/)?iter_\d+_\d+_local\.pt$",
+        "a local checkpoint (--non-persistent-ckpt-type local), for a restart of the same job",
+        "Give the checkpoint at --save",
+    ),
+    Kind(
+        r"[^/]*\.distcp$|\.metadata\.tmp$",
+        "the beginning of a distributed checkpoint: tensors without .metadata, which is written last. Its save was "
+        "interrupted, or goes on still (--async-save)",
+        "Wait for the save, or give an earlier iteration",
+    ),
+    Kind(
+        r".*\.gguf$", "a GGUF file of llama.cpp", "transformers reads it (gguf_file=): save that model, and quantize it"
+    ),
+    Kind(
+        r"[^/]*\.(ckpt|pt|pth|bin)$",
+        "a checkpoint of PyTorch pickles, of another training framework",
+        "Save it from that framework in Megatron's torch_dist, or in Hugging Face's format for amaxbridge quantize",
+    ),
+)
+"""Of a directory without `.metadata`, by its files."""
+
+_LAYER = r"layers\.(\d+\.)?"
+_ADAPTER = r"(.*\.(adapter\w*|lora_[abAB]\w*|magnitude|weight_magnitude)(\.|\s)|.*\blora_[AB]\b)"
+
+TENSORS: tuple[Kind, ...] = (
+    Kind(
+        r"model\d*\.module\.",
+        "a checkpoint of Megatron-FSDP (--ckpt-format fsdp_dtensor)",
+        f"{_RESAVE}, or export from the training: save_hf_pretrained",
+    ),
+    Kind(
+        _ADAPTER,
+        "adapters (LoRA) without the model that they belong to",
+        "Merge them into that model in the framework that trained them, save the merged model, and give that",
+        every=True,
+    ),
+    Kind(
+        rf"{_ADAPTER}|.*\.to_wrap\.",
+        "a model with adapters (LoRA) that are not merged",
+        "Merge them into the weights in the framework that trained them, save the merged model, and give that",
+    ),
+    Kind(
+        r"(.*\.)?_?teacher_model\.",
+        "a model under distillation, with its teacher",
+        "Export the student: mtd.export in ModelOpt, then save again",
+    ),
+    Kind(
+        r"(.*\.)?(eagle_module|eagle_\w+|medusa_heads?)\.",
+        "a model with a draft model for speculative decoding (EAGLE, Medusa)",
+        "Save the model without it; ModelOpt exports drafts",
+    ),
+    Kind(
+        r"language_model\.(encoder|transformer)\.",
+        "a checkpoint of Megatron-LM before Megatron-Core (--use-legacy-models)",
+        "Convert it with Megatron-LM's tools/checkpoint/convert.py --saver core",
+    ),
+    Kind(
+        r"(vision_model|vision_projection|vision_tower|language_model|image_encoder)\.",
+        "a model with several parts (images and language)",
+        "Save its language model alone: model.language_model",
+    ),
+    Kind(
+        r"encoder\.layers\.|(binary_head|pooler|lm_head)\.(?!.*\[1, )|.*\.(inter|cross)_attention\.\w",
+        "an encoder, or an encoder with a decoder (BERT, T5)",
+        "Decoders are exported only",
+    ),
+    Kind(
+        rf"(model\.)?(embed_tokens|tok_embeddings)\.|(\w+\.)*{_LAYER}(self_attn|attention|feed_forward)\.",
+        "a PyTorch checkpoint with the names of Hugging Face or torchtitan, not Megatron's",
+        "Save it as safetensors in Hugging Face's format, and quantize that: amaxbridge quantize input=DIRECTORY",
+    ),
+    Kind(
+        r"\w*(head|reward|value|score|critic|classifier)\w*(\.|\s)|output_layer\.\w+ \[[1-9](,|\])",
+        "a model with a head in place of an output layer (a reward model, a critic or a classifier)",
+        "Models of language are exported only: give the checkpoint of the policy",
+    ),
+    Kind(
+        r"(?!decoder\.|embedding\.|output_layer\.|mtp\.)(\w+\.)+(decoder\.layers|embedding\.word_embeddings)\.",
+        "a Megatron model inside another module, which is before every name",
+        "Save the model itself, without the wrapper of the training framework, and give that",
+    ),
+)
+"""Of a distributed checkpoint, by its tensors, the optimizer's left out."""
+
+OPTIMIZER = Kind(
+    "",
+    "the state of an optimizer without a model",
+    "Give a checkpoint with the model: one of a training without --no-save-model, say",
+)
+
+
+def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kind | None:
+    """The kind of a distributed checkpoint, None where nothing speaks against a plain model.
+
+    Args:
+        model: the tensors that belong to no optimizer.
+        any_others: there are others.
+    """
+    if not model and any_others:
+        return OPTIMIZER
+    lines = [f"{name} {list(spec.shape)}" for name, spec in model.items()]
+    return next((kind for kind in TENSORS if kind.fits(lines)), None)
+
+
+def kind_of_directory(path: Path) -> Kind | None:
+    """The kind of a directory that is no distributed checkpoint."""
+    lines = files_in(path)
+    return next((kind for kind in DIRECTORIES if kind.fits(lines)), None)
+
+
+def why_not(path: Path) -> str:
+    """What is at a path that is no distributed checkpoint, and what to do next: completes "is no …:"."""
+    if not path.exists():
+        return "there is nothing at this path"
+    if path.is_file():
+        return "it is a file; give the directory that it lies in"
+    found = iterations(path)
+    if (path / LATEST).is_file():
+        text = (path / LATEST).read_text(errors="replace").strip()
+        there = f"there are {', '.join(found)}: give one of them" if found else "there is no iteration at all"
+        return f"{LATEST} says {text[:40]!r}, whose checkpoint is not there; {there}"
+    if found:
+        return f"it has iterations, and no {LATEST}: give one of {', '.join(found)} in it"
+    kind = kind_of_directory(path)
+    if kind is not None:
+        return f"it is {kind.what}. {kind.next_step}"
+    inside = sorted(each.name for each in path.iterdir() if each.is_dir() and is_training_output(each))
+    if inside:
+        return f"it is a directory of trainings: give one of {', '.join(inside[:8])} in it"
+    return "it is empty" if not any(path.iterdir()) else f"no {METADATA} there, and nothing else that is known"
+
+
+def is_training_output(path: Path) -> bool:
+    """True if a directory is what Megatron's training saves, or one iteration of it, whatever the format."""
+    ranks = any(path.glob("mp_rank_*")) or any(path.glob("*.distcp"))
+    return ranks or (path / LATEST).is_file() or (path / METADATA).is_file() or bool(iterations(path))
+
+
+def iterations(path: Path) -> list[str]:
+    """The iteration directories in a training's save directory, in order."""
+    return sorted(each.name for each in path.iterdir() if each.is_dir() and _ITERATION.fullmatch(each.name))
+
+
+def files_in(path: Path) -> list[str]:
+    """Files of a directory and of the directories in it, by relative path; the beginning of a large one."""
+
+    def below(directory: Path, prefix: str, depth: int) -> Iterable[str]:
+        for each in sorted(directory.iterdir()):
+            yield prefix + each.name
+            if depth and each.is_dir():
+                yield from below(each, f"{prefix}{each.name}/", depth - 1)
+
+    return list(islice(below(path, "", 2), _MOST_FILES))
