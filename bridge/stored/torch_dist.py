@@ -38,7 +38,6 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 RELEASE = "release"
 """Megatron's name, in place of an iteration, for weights that training starts from."""
-_METADATA = METADATA
 
 
 def checkpoint_iteration(path: Path) -> Path:
@@ -53,7 +52,7 @@ def checkpoint_iteration(path: Path) -> Path:
         iteration = latest.read_text(errors="replace").strip()
         name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
         directory = path / checked_name(name, latest) if name else path
-    if not (directory / _METADATA).is_file():
+    if not (directory / METADATA).is_file():
         looked_at = directory if directory.exists() else path
         raise CheckpointError(
             f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
@@ -86,7 +85,7 @@ class DistCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.directory = checkpoint_iteration(path)
-        self._metadata = read_metadata(self.directory / _METADATA)
+        self._metadata = read_metadata(self.directory / METADATA)
         self._check_files()
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
@@ -95,7 +94,7 @@ class DistCheckpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Names this checkpoint: another one, or one that was written anew, has another."""
-        digest = hashlib.sha256((self.directory / _METADATA).read_bytes())
+        digest = hashlib.sha256((self.directory / METADATA).read_bytes())
         for file in sorted(self.directory.iterdir()):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
         return digest.hexdigest()
@@ -140,7 +139,7 @@ class DistCheckpoint:
             )
             found = create_read_items_for_chunk_list(region.key, self._entry(region), [wanted])
             if sum(item.lengths.numel() for item in found) != targets[str(number)].numel():
-                raise CheckpointError(f"{self.directory}: {region.key} has chunks missing or twice in {_METADATA}")
+                raise CheckpointError(f"{self.directory}: {region.key} has chunks missing or twice in {METADATA}")
             items += [_renamed(item, str(number)) for item in found]
         try:
             self._reader.read_data(LoadPlan(items), _Into(targets))
