@@ -24,7 +24,9 @@ from amaxbridge.bridge.live.model_walk import (
     walk_quantizers,
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
+from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
+from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide
 from amaxbridge.bridge.plan.writing_processes import Apart, Together
 from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
@@ -39,7 +41,7 @@ from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.schemes import Recipe, find_scheme
-from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 
 _log = logging.getLogger("amaxbridge")
@@ -124,9 +126,9 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         recipe, missing = find_scheme(scheme), missing_policy(missing_amax)
-        held, config = self._held(chunks), self._module_config(chunks)
+        held, config = self._held(chunks, recipe), self._module_config(chunks)
         plan = self._plan(held, config)
-        state = self._collect_scalars(chunks) if recipe else QuantState()
+        state = self._collect_all(chunks, plan) if recipe else QuantState()
         first = self._ranks().rank(Axis.WORLD) == 0
         finalizer = decide(self.hf, plan, recipe, state, missing, warn=first)
         for bundle in self._stream(held, config, plan):
@@ -188,9 +190,9 @@ class AutoBridge:
         """
         saver = Saver(self.hf, Together(self._ranks()), Path(path), **options)
         chunks = unwrap(model)
-        held, config = self._held(chunks), self._module_config(chunks)
+        held, config = self._held(chunks, saver.recipe), self._module_config(chunks)
         plan = self._plan(held, config)
-        return saver.save(plan, partial(self._stream, held, config), partial(self._collect_scalars, chunks))
+        return saver.save(plan, partial(self._stream, held, config), partial(self._collect_all, chunks, plan))
 
     def convert_checkpoint(
         self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveOptions]
@@ -232,19 +234,39 @@ class AutoBridge:
     def _quantizers(self, chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
         return walk_quantizers(chunks, self.hf.family.spelling(layer_pattern(chunks)))
 
-    def _held(self, chunks: Sequence[nn.Module]) -> list[Parameter]:
-        """Everything of this rank that the plan moves: parameters, and quantizer state that follows them."""
-        return [*self._parameters(chunks), *state_parameters(self._quantizers(chunks))]
+    def _held(self, chunks: Sequence[nn.Module], recipe: Recipe | None) -> list[Parameter]:
+        """Everything of this rank that the plan moves: parameters, and quantizer state that follows them.
+
+        Raises:
+            UsageError: the recipe keeps FP8 parameters as they are, and no scheme writes some of them; all are named.
+        """
+        parameters, quantizers = list(self._parameters(chunks)), list(self._quantizers(chunks))
+        if recipe is not None and recipe.adopts_codes:
+            names = {quantizer.name for quantizer in quantizers}
+            parameters, problems = as_stored(parameters, self.hf.registry, recipe.ignore, names)
+            of_all = [each for rank in self._ranks().all_gather_object(Axis.WORLD, problems) for each in rank]
+            if of_all:
+                raise UsageError(
+                    f"scheme=auto: {len(of_all)} parameters are stored as no scheme writes them:{listing(of_all)}\n"
+                    "scheme=none writes them dequantized"
+                )
+        return [*parameters, *state_parameters(quantizers)]
 
     def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
-        return plan_export(held, self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
+        plan = plan_export(held, self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
+        check_blocks(plan, config)
+        return plan
 
     def _stream(self, held: Sequence[Parameter], config: Any, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
-        tensors = {parameter.name: parameter.tensor for parameter in held}
-        return stream_bundles(plan, tensors, config, self._ranks())
+        return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
         return collect_scalars(self._quantizers(chunks), self.hf.registry, self._ranks())
+
+    def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
+        """With the formats of weights that the plan moves as codes and scales."""
+        state = self._collect_scalars(chunks)
+        return replace(state, formats={**state.formats, **stored_formats(plan)})
 
     def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
         """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""

@@ -27,7 +27,7 @@ from amaxbridge.export.output.provenance import MADE_FROM
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.export.verify import verify
-from amaxbridge.mappings.amax import PRE_QUANT_SCALE
+from amaxbridge.mappings.amax import PRE_QUANT_SCALE, STORED_SCALES
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -120,7 +120,7 @@ class Saver:
         if hf.directory is not None:
             check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=overwrite)
-        self._recipe, self._ignore = find_scheme(scheme, ignore), ignore
+        self.recipe, self._ignore = find_scheme(scheme, ignore), ignore
         self._missing = missing_policy(missing_amax)
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._progress = progress or NoProgress()
@@ -143,11 +143,11 @@ class Saver:
             source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
                 model, whose weights may be others the next time.
         """
-        state = collect() if self._recipe or self._keeps_state else QuantState()
-        finalizer = decide(self._hf, plan, self._recipe, state, self._missing, warn=self._writers.first)
+        state = collect() if self.recipe or self._keeps_state else QuantState()
+        finalizer = decide(self._hf, plan, self.recipe, state, self._missing, warn=self._writers.first)
         carried = carried_specs(self._hf, required=not self._dry_run)
         finalizer.ignore += ignored(self._hf)
-        if self._recipe is not None:
+        if self.recipe is not None:
             check_ignored(self._ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
         any_quantized = any(map(is_routed_expert, finalizer.quantized))
         packer = ExpertPacker(finalizer.output_specs, None if any_quantized else self._hf.family.packed_experts)
@@ -165,7 +165,7 @@ class Saver:
             output = _Output(Conversion(finalizer, layout, before, state, record), packer, files, carried)
             ended = self._write(plan, stream, output, fingerprint)
         return ExportReport(
-            self._recipe.name if self._recipe else "none",
+            self.recipe.name if self.recipe else "none",
             plan,
             finalizer.output_specs,
             layout,
@@ -177,6 +177,8 @@ class Saver:
         )
 
     def _state_file(self, state: QuantState, specs: Mapping[str, TensorSpec]) -> tuple[Shard]:
+        if any(name.endswith(STORED_SCALES) for name in specs):
+            raise UsageError("quant_state=true: FP8 parameters that are written as they are leave no amax to keep")
         folded = [name for name in {*specs, *state.amax} if name.endswith(PRE_QUANT_SCALE)]
         if folded:
             raise UsageError(

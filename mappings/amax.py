@@ -11,7 +11,7 @@ mapping remembers the weight mapping that it `follows`; one made by hand from na
 Import is the mirror: several Hugging Face values for one Megatron quantizer become their maximum.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -28,6 +28,8 @@ GLOBAL_AMAX = ".weight_quantizer._global_amax"
 INPUT_QUANTIZER = ".input_quantizer._amax"
 PRE_QUANT_SCALE = ".input_quantizer._pre_quant_scale"
 OUTPUT_QUANTIZER = ".output_quantizer._amax"
+STORED_SCALES = ".weight_quantizer.stored_scales"
+"""Of a weight that training keeps as codes and scales; no buffer of ModelOpt's."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,53 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
     def _with_experts(self, module: Any) -> Any:
         config = getattr(module, "config", None)
         return config if _number_of_experts(config) else module
+
+
+@dataclass(frozen=True)
+class StoredScalesMapping(MegatronParamMapping):
+    """The scales of a weight that is stored as codes, a row of scales for each row of codes: exactly as the weight.
+
+    Args:
+        hf_params: for each Hugging Face weight the name of its scales, `….q_proj.weight_quantizer.stored_scales`.
+        follows: the mapping of the weight.
+    """
+
+    hf_params: list[str] = hf_name()
+    follows: MegatronParamMapping = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return {name: name for name in self.hf_params}
+
+    @property
+    def shard_dim(self) -> int | None:
+        return self.follows.shard_dim
+
+    def resolve(self, captures: Sequence[str]) -> Self:
+        return replace(super().resolve(captures), follows=self.follows.resolve(captures))
+
+    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+        return dict(zip(self.targets, self.follows.join(shards, config).values(), strict=True))
+
+    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+        named = dict(zip(self.follows.targets, (tensors[name] for name in self.targets), strict=True))
+        return self.follows.split(named, config, rank, size)
+
+
+def stored_scales_name(weight: str) -> str:
+    """The name of a weight's scales, of Megatron's canonical name for the weight: `….weight`, or `….weight3`."""
+    stem, _, ending = weight.rpartition(".")
+    quantizer, _, scales = STORED_SCALES.rpartition(".")
+    expert = ending.removeprefix("weight")
+    return f"{stem}{quantizer}{expert and '.'}{expert}.{scales}"
+
+
+def stored_scales_map(mappings: Iterable[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
+    """The mappings of scales that follow from weight mappings; an expert's name ends as its own quantizer's does."""
+    for mapping in mappings:
+        names = _quantizer_names(mapping, STORED_SCALES)
+        if names and mapping.megatron_param.endswith((".weight", ".weight*")):
+            yield StoredScalesMapping(stored_scales_name(mapping.megatron_param), names, follows=mapping)
 
 
 def _number_of_experts(source: Any) -> int | None:

@@ -7,6 +7,7 @@ linear_fc1.output_quantizer._amax                  the same for the output
 core_attention.k_bmm_quantizer._amax               self_attn.k_bmm_quantizer._amax, the key-value cache
 experts.linear_fc1.weight_quantizer._amax          each local expert, one shared quantizer
 experts.linear_fc1.weight_quantizer.3._amax        one expert
+linear_fc1.weight_quantizer.stored_scales          gate_proj.weight_quantizer.stored_scales, up_proj.… (FP8 parameters)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from amaxbridge.mappings.amax import (
     AmaxMapping,
     convert_to_amax_map,
     per_expert_amax_map,
+    stored_scales_map,
 )
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import module_of
@@ -31,6 +33,7 @@ def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[Mega
     """The mappings of every quantizer buffer that ModelOpt may put beside these weights; experts share theirs."""
     for suffix in _SUFFIXES:
         yield from convert_to_amax_map(weights, suffix)
+    yield from stored_scales_map(weights)
     yield from _key_value_cache(weights)
 
 

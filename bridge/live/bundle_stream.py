@@ -90,10 +90,12 @@ def _exchange(
 def _pack(bundles: Sequence[BundlePlan], tensors: Mapping[str, Tensor]) -> Tensor:
     """This rank's shards of the bundles as bytes, each at an aligned offset."""
     parts = [part for bundle in bundles for part in bundle.moved_parts]
-    data = torch.zeros(sum(map(_moved_bytes, bundles)), dtype=torch.uint8, device=tensors[parts[0].name].device)
+    tensor = tensors[parts[0].name]
+    data = torch.zeros(sum(map(_moved_bytes, bundles)), dtype=torch.uint8, device=tensor.device)
     at = 0
-    for part in parts:
-        _unpack(data, at, part).copy_(tensors[part.name].detach())
+    for number, part in enumerate(parts):
+        tensor = tensors[part.name] if number else tensor
+        _unpack(data, at, part).copy_(tensor.detach())
         at += _aligned(part.shard.nbytes)
     return data
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amaxbridge.bridge.live.collect_amax import amax_shape, is_dynamic, quantizer_mapping
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.bridge.live.quantized_parameters import fill
 from amaxbridge.bridge.plan.export_plan import find_mappings
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
@@ -80,7 +80,6 @@ def fill_parameters(
         if shard.shape != parameter.tensor.shape:
             problems.append(f"{parameter.name}: has {list(parameter.tensor.shape)}, its shard is {list(shard.shape)}")
             continue
-        with torch.no_grad():
-            parameter.tensor.copy_(shard)
+        fill(parameter.tensor, shard)
     if problems:
         raise MappingError(f"{len(problems)} parameters do not fit the Hugging Face tensors:{listing(problems)}")

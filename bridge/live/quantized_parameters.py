@@ -7,7 +7,7 @@ codes and scales. They are known here by their attributes, and nowhere else; not
 Attributes and layouts: transformer_engine.pytorch.tensor.storage, 2.20.2.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import Parameter
+from amaxbridge.bridge.plan.stored_blocks import BLOCK
+from amaxbridge.export.schemes.targets import is_targeted
+from amaxbridge.mappings.amax import stored_scales_name
+from amaxbridge.mappings.names import module_of
+from amaxbridge.mappings.registry import MappingRegistry
 
-BLOCK = 128
-"""Rows and columns that share a scale in `Float8BlockwiseQTensor`."""
-MX_BLOCK = 32
-"""Columns that share one in `MXFP8Tensor`."""
+_MX_BLOCK = 32  # columns that share a scale in MXFP8Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,20 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if is_quantized(tensor) else tensor
 
 
+def fill(parameter: Any, values: Tensor) -> None:
+    """Copies values into a parameter, which quantizes them if it is quantized.
+
+    Transformer Engine keeps the values that such a parameter began with in high precision, and Megatron's distributed
+    optimizer makes its main parameters of those (`get_high_precision_init_val`): they are replaced, too.
+    """
+    with torch.no_grad():
+        parameter.copy_(values)
+        initial = getattr(parameter, "get_high_precision_init_val", None)
+        kept = initial() if initial is not None else None
+        if kept is not None:
+            kept.copy_(values)
+
+
 class PlainTensors(Mapping[str, Tensor]):
     """Parameters by name, each dequantized when it is asked for."""
 
@@ -63,6 +79,35 @@ class PlainTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def as_stored(
+    parameters: Iterable[Parameter], registry: MappingRegistry, ignore: Collection[str], quantizers: Collection[str]
+) -> tuple[list[Parameter], list[str]]:
+    """The parameters of a rank; in place of a quantized one its codes, and its scales under their own name.
+
+    Args:
+        ignore: Hugging Face modules whose weights are to be dequantized.
+        quantizers: names of enabled quantizers: a weight that one of them quantizes is to be dequantized, too.
+
+    Returns:
+        The parameters, and one line for each that no scheme writes as it is.
+    """
+    held, problems = list[Parameter](), list[str]()
+    for parameter in parameters:
+        mapping = registry.megatron_to_hf_lookup(parameter.name) if is_quantized(parameter.tensor) else None
+        scales = stored_scales_name(parameter.name)
+        own = module_of(scales)
+        ignored = mapping is None or any(is_targeted(module_of(target), ignore) for target in mapping.targets)
+        if ignored or own in quantizers or own.rstrip("0123456789").rstrip(".") in quantizers:
+            held.append(parameter)
+            continue
+        stored = stored_codes(parameter.tensor)
+        if isinstance(stored, str):
+            problems.append(f"{parameter.name}: {stored}")
+        else:
+            held += [Parameter(parameter.name, stored.codes), Parameter(scales, stored.scales)]
+    return held, problems
 
 
 def stored_codes(tensor: Any) -> StoredCodes | str:
@@ -81,5 +126,5 @@ def stored_codes(tensor: Any) -> StoredCodes | str:
     if hasattr(tensor, "_is_2D_scaled"):
         return f"{type(tensor).__name__} has scales for 128 elements of a row, not for square blocks"
     if getattr(tensor, "_with_gemm_swizzled_scales", None) is False and scales.dtype == torch.uint8:
-        return StoredCodes("mxfp8", codes, scales.detach()[: len(codes), : codes.shape[1] // MX_BLOCK])
+        return StoredCodes("mxfp8", codes, scales.detach()[: len(codes), : codes.shape[1] // _MX_BLOCK])
     return f"{type(tensor).__name__} has its scales in the order of a kernel"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.cache_scales import cache_amax, cache_scales
@@ -19,9 +20,9 @@ from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.schemes import Recipe, Scheme
-from amaxbridge.export.schemes.scheme import quantize_group
+from amaxbridge.export.schemes.scheme import naming, quantize_group
 from amaxbridge.export.schemes.targets import EMBEDDINGS, is_targeted
-from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
+from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, STORED_SCALES, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import is_quantizer_state, module_of
@@ -133,7 +134,10 @@ class Finalizer:
         quantized = dict[str, Rows]()
         for name, tensor in bundle.tensors.items():
             module = self._quantized_module(name)
-            if module is None:
+            stored = None if module is None else bundle.state.get(module + STORED_SCALES)
+            if module is not None and stored is not None:
+                yield from self._adopted(module, tensor, stored)
+            elif module is None:
                 for first, rows in tensor.parts():
                     yield Written(name, first, _folded(name, rows, bundle.state))
             else:
@@ -146,6 +150,18 @@ class Finalizer:
             weights = {member: quantized[member] for member in group.members}
             blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
             yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
+
+    def _adopted(self, module: str, codes: Rows, scales: Tensor) -> Iterator[Written]:
+        """What is written for a weight that training keeps as codes and scales, which come in rows of the weight."""
+        height = self._schemes[module].blocks.height or len(scales)
+        of_blocks = scales[::height].contiguous()
+        if not torch.equal(of_blocks.repeat_interleave(height, 0)[: len(scales)], scales):
+            raise MappingError(f"{module}: rows of one block of {height} have several scales")
+        for _, whole in codes.parts():
+            with naming(module):
+                tensors = self._schemes[module].adopt(whole, of_blocks)
+            for name, tensor in tensors.items():
+                yield Written(f"{module}.{name}", 0, tensor)
 
     def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
@@ -257,7 +273,7 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
 
 def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
     """The completeness gate: state of other quantizers than the schemes write is refused, not dropped."""
-    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX)))
+    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX, STORED_SCALES)))
     if lost:
         raise UsageError(
             f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from amaxbridge.export.amax.quant_state import QuantState
@@ -22,6 +22,10 @@ class Recipe(Protocol):
     @property
     def name(self) -> str:
         """As users gave it."""
+
+    @property
+    def adopts_codes(self) -> bool:
+        """True if weights that training keeps as codes and scales are written as they are, where a scheme can."""
 
     @property
     def ignore(self) -> tuple[str, ...]:
@@ -49,6 +53,7 @@ class Groups:
 
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...] = ()
+    adopts_codes: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_sound((*self.ignore, *(target for group in self.groups for target in group.targets)))
@@ -77,6 +82,7 @@ class FromQuantizers:
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...] = ()
     name: str = "auto"
+    adopts_codes: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         check_sound(self.ignore)

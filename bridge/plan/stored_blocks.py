@@ -1,0 +1,74 @@
+"""Weights that training keeps as codes and scales, in a plan: their formats, and whether their blocks survive the join.
+
+A square block has one scale for 128 rows and columns. A Hugging Face weight has the same blocks if each of its own lies
+in one of Megatron's: cuts between q, k and v, between gate and up, and between ranks must fall on a bound.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.plan.export_plan import BundlePlan
+from amaxbridge.mappings.amax import STORED_SCALES, StoredScalesMapping
+from amaxbridge.mappings.errors import MappingError, listing
+from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of
+
+BLOCK = 128
+"""Rows and columns of a square block."""
+
+
+def stored_formats(plan: Iterable[BundlePlan]) -> dict[str, str]:
+    """Hugging Face module → the format in which its weight is stored, of all that are codes and scales in a plan."""
+    return {
+        target.removesuffix(STORED_SCALES): "fp8_block" if part.shard.dtype == torch.float32 else "mxfp8"
+        for bundle in plan
+        for part in bundle.parts
+        for target in part.tensors
+        if target.endswith(STORED_SCALES)
+    }
+
+
+def check_blocks(plan: Iterable[BundlePlan], config: Any) -> None:
+    """Refuses a plan in which a square block of a Hugging Face weight would be put together from several of Megatron's.
+
+    Raises:
+        MappingError: names every such weight.
+    """
+    problems, known = list[str](), dict[tuple[object, ...], list[int]]()
+    for bundle in plan:
+        shapes = {part.name: part.shard.shape for part in bundle.parts}
+        for part in bundle.parts:
+            if not isinstance(part.mapping, StoredScalesMapping) or part.shard.dtype != torch.float32:
+                continue
+            weight = part.mapping.follows
+            count = len(bundle.group) if part in bundle.moved_parts else 1
+            shape = shapes[weight.megatron_param]
+            kind = (type(weight), *map(kind_of, (weight.megatron_param, *weight.targets)), shape, count)
+            if kind not in known:
+                known[kind] = _cut_blocks(weight, shape, count, config)
+            cut = [weight.targets[index] for index in known[kind]]
+            problems += [f"{name}, of {weight.megatron_param} {list(shape)} on each of {count} ranks" for name in cut]
+    if problems:
+        raise MappingError(
+            f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that lie in several of Megatron's blocks, whose "
+            f"scales differ:{listing(problems)}\nscheme=none writes them dequantized; quantize with scheme=fp8_block "
+            "makes new blocks of that"
+        )
+
+
+def _cut_blocks(weight: MegatronParamMapping, shape: Sequence[int], count: int, config: Any) -> list[int]:
+    """The positions of those Hugging Face weights that have a block of several of the blocks of equal shards."""
+    rows, columns = shape
+    if count > 1 and weight.shard_dim == 1 and columns % BLOCK:
+        return list(range(len(weight.targets)))
+    blocks = -(-rows // BLOCK)
+    numbers = [(torch.arange(rows) // BLOCK + rank * blocks)[:, None] for rank in range(count)]
+    joined = weight.join(numbers, config).values()
+    return [index for index, found in enumerate(joined) if not _is_whole(found[:, 0])]
+
+
+def _is_whole(numbers: Tensor) -> bool:
+    return torch.equal(numbers[::BLOCK].repeat_interleave(BLOCK)[: len(numbers)], numbers)
