@@ -42,6 +42,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
         for module, name, weight in weights:
             module.register_parameter(name, torch.nn.Parameter(stored_codes.InBlocks.of(weight)))
         outcomes["ignored"] = attempt(bridge, model, out / "ignored", ignore=["re:.*self_attn.*"])
+        outcomes["again"] = attempt(bridge, model, out / "again", scheme="fp8_block")
         outcomes["state"] = attempt(bridge, model, out / "state", quant_state=True)
         refit = dict(bridge.export_hf_weights(model, scheme="auto")) if not outcomes["InBlocks"] else {}
         torch.save(refit, out / f"refit_{world_rank()}.pt")
@@ -62,8 +63,9 @@ def linear_weights(model: Any) -> list[tuple[Any, str, Any]]:
 
 
 def attempt(bridge: AutoBridge, model: Any, out: Path, **options: Any) -> str:
+    """What a refused export said; nothing if it went well."""
     try:
-        bridge.save_hf_pretrained(model, out, scheme="auto", **options)
+        bridge.save_hf_pretrained(model, out, **{"scheme": "auto", **options})
     except AmaxbridgeError as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -138,8 +138,12 @@ def test_blocks_that_a_cut_divides_are_refused(cut: dict[str, str]) -> None:
     assert said.startswith("MappingError")
     assert "model.layers.0.self_attn.q_proj.weight" in said
     assert "decoder.layers.0.self_attention.linear_qkv.weight" in said
-    assert "scheme=none writes them dequantized" in said
+    assert "scheme=fp8_block makes new blocks of the dequantized weights" in said
     assert cut["MX"] == ""  # blocks of one row are never divided
+
+
+def test_they_are_quantized_again_on_request(cut: dict[str, str]) -> None:
+    assert cut["again"] == ""
 
 
 def test_a_refit_has_the_same_tensors(blocks: LiveRanks) -> None:
