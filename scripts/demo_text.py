@@ -21,12 +21,12 @@ HELD_BACK_TOPICS = ("calls", "strings", "typesmapping")
 
 def training_tokens() -> torch.Tensor:
     """The tokens of all topics that are not held back, int64 `[tokens]`; every topic ends with `END_OF_TEXT`."""
-    return _tokens([text for name, text in _topics() if name not in HELD_BACK_TOPICS])
+    return _tokens(topics(held_back=False))
 
 
 def held_back_windows(count: int = 64) -> torch.Tensor:
     """`count` windows spread over the held-back topics, `[count, CONTEXT + 1]`: inputs and, shifted by one, targets."""
-    tokens = _tokens([text for name, text in _topics() if name in HELD_BACK_TOPICS])
+    tokens = _tokens(topics(held_back=True))
     windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)
     if len(windows) < count:
         raise ValueError(f"asked for {count} held-back windows; Python's help gives {len(windows)}")
@@ -60,8 +60,9 @@ def write_hf_model(directory: Path) -> None:
     _byte_tokenizer().save_pretrained(directory)
 
 
-def _topics() -> list[tuple[str, str]]:
-    return sorted(pydoc_data.topics.topics.items())
+def topics(*, held_back: bool) -> list[str]:
+    """The texts of the three topics that are held back, or of all others."""
+    return [text for name, text in sorted(pydoc_data.topics.topics.items()) if (name in HELD_BACK_TOPICS) is held_back]
 
 
 def _tokens(texts: list[str]) -> torch.Tensor:

@@ -49,8 +49,6 @@ QAT_STEPS, QAT_LR = 100, 3e-4
 REPORT_EVERY = 50
 CALIBRATION_WINDOWS = 32
 LOGIT_WINDOWS = 16
-POSITIONS = torch.arange(CONTEXT)[None]
-CAUSAL_MASK = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)[None, None]  # True where a token must not attend
 
 
 def main() -> None:
@@ -82,7 +80,7 @@ def run(hf: HFModel, ckpt_dir: Path, logits_dir: Path) -> dict[str, Any]:
         model.to(torch.bfloat16)
         perplexities["bf16"] = perplexity(model, held_back)
     with stage("put NVFP4 quantizers in and calibrate", seconds, "calibration"):
-        quantize(model, tokens)
+        quantize(model, tokens[: CALIBRATION_WINDOWS * (CONTEXT + 1)].view(CALIBRATION_WINDOWS, CONTEXT + 1))
         calibrated = amax_values(model)
         perplexities["nvfp4_ptq"] = perplexity(model, held_back)
     with stage(f"train {QAT_STEPS} steps through the quantizers", seconds, "qat"):
@@ -146,10 +144,21 @@ def learning_rate_factor(progress: float) -> float:
 
 
 def token_losses(model: GPTModel, windows: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every token but the first of each window, `[windows, CONTEXT]`, fp32, over all vocab shards."""
-    positions = POSITIONS.expand(len(windows), -1)
-    losses: torch.Tensor = model(windows[:, :-1], positions, CAUSAL_MASK, labels=windows[:, 1:])
+    """Cross entropy of every token but the first of each window, `[windows, length - 1]`, fp32, over all vocab shards.
+
+    Args:
+        windows: token ids, `[windows, length]`.
+    """
+    losses: torch.Tensor = model(*forward_arguments(windows), labels=windows[:, 1:])
     return losses
+
+
+def forward_arguments(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All tokens of each window but the last, their positions, and a mask that is True where one must not attend."""
+    inputs = windows[:, :-1]
+    length = inputs.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    return inputs, torch.arange(length).expand(len(windows), -1), mask
 
 
 def add_partial_gradients(model: GPTModel) -> None:
@@ -211,18 +220,17 @@ def save_reference_logits(model: GPTModel, windows: torch.Tensor, directory: Pat
 def save_logits(model: GPTModel, windows: torch.Tensor, path: Path) -> None:
     """Save the inputs and logits of the first windows over the whole vocabulary."""
     model.eval()
-    inputs = windows[:LOGIT_WINDOWS, :-1]
-    logits = model(inputs, POSITIONS.expand(len(inputs), -1), CAUSAL_MASK, runtime_gather_output=True)
+    arguments = forward_arguments(windows[:LOGIT_WINDOWS])
+    logits = model(*arguments, runtime_gather_output=True)
     if world_rank() == 0:
-        torch.save({"input_ids": inputs.clone(), "logits": logits}, path)
+        torch.save({"input_ids": arguments[0].clone(), "logits": logits}, path)
 
 
-def quantize(model: GPTModel, tokens: torch.Tensor) -> None:
+def quantize(model: GPTModel, windows: torch.Tensor, batch_size: int = BATCH) -> None:
     """Put NVFP4 quantizers on the weight and the input of every linear layer of the decoder, and calibrate them."""
 
     def calibrate(quantized: GPTModel) -> None:
-        windows = tokens[: CALIBRATION_WINDOWS * (CONTEXT + 1)].view(CALIBRATION_WINDOWS, CONTEXT + 1)
-        for batch in windows.split(BATCH):
+        for batch in windows.split(batch_size):
             token_losses(quantized, batch)
 
     model.eval()
