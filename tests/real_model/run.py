@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"  # read when it is imported; compressed-tensors shows bars without asking
-
 import torch
 from safetensors.torch import load_file
 
@@ -114,6 +112,8 @@ def measure(packages: Path, out: Path) -> Found:
     stored = out / "stored"
     make(stored, [*export, f"checkpoint={trained / 'checkpoint'}", f"output={stored}", "scheme=nvfp4"])
 
+    needs_no_calibration = {name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax}
+    assert {scheme for scheme, _, _ in DATA_FREE} == needs_no_calibration, "a scheme is missing in DATA_FREE"
     windows = held_back_windows(hf)
     torch.set_num_threads(os.cpu_count() or 1)
     exported = {name: scored(directory, windows) for name, directory in (("bf16", hf), ("trained", trained / "live"))}

@@ -1,5 +1,7 @@
 """A checkpoint in transformers: the cross entropy of each held-back token."""
 
+import contextlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +52,13 @@ def score(directory: Path, windows: Tensor, *, in_runtime: bool = False) -> Scor
 def _in_transformers(directory: Path, windows: Tensor) -> nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors shows progress bars there
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        model.eval()(windows[:1, :1])  # the first forward dequantizes the weights
     if problems := [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in loading.items() if keys]:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
-    model.eval()(windows[:1, :1])  # the first forward dequantizes the weights
-    return nn.Module.float(model)  # transformers' own `float` refuses a quantized model
+    plain: nn.Module = nn.Module.float(model)  # transformers' own `float` refuses a quantized model
+    return plain
 
 
 def _in_runtime(directory: Path) -> nn.Module:
