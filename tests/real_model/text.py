@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from amaxbridge.scripts.demo_text import topics
 
 CONTEXT = 512
-WINDOWS = 8  # that are held back
+WINDOWS = 4  # that are held back
 CALIBRATION_WINDOWS = 8
 
 
