@@ -54,8 +54,8 @@ def check_blocks(plan: Iterable[BundlePlan], config: Any) -> None:
     if problems:
         raise MappingError(
             f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that lie in several of Megatron's blocks, each "
-            f"with a scale:{listing(problems)}\nscheme=fp8_block makes new blocks of the dequantized weights, scheme=none "
-            "writes those"
+            f"with a scale:{listing(problems)}\nscheme=fp8_block makes new blocks of the dequantized weights, "
+            "scheme=none writes those"
         )
 
 
