@@ -53,9 +53,9 @@ def check_blocks(plan: Iterable[BundlePlan], config: Any) -> None:
             problems += [f"{name}, of {weight.megatron_param} {list(shape)} on each of {count} ranks" for name in cut]
     if problems:
         raise MappingError(
-            f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that lie in several of Megatron's blocks, each "
-            f"with a scale:{listing(problems)}\nscheme=fp8_block makes new blocks of the dequantized weights, "
-            "scheme=none writes those"
+            f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that come from several of Megatron's blocks, "
+            f"with a scale each:{listing(problems)}\n"
+            "scheme=fp8_block makes new blocks of the dequantized weights, scheme=none writes those"
         )
 
 
