@@ -1,7 +1,8 @@
 """Which build this is, so that what a checkpoint was made by can be told afterwards.
 
 A wheel and an sdist carry a version that the version control gave when they were built. An editable installation was
-built once and changes with every commit: there the commit is asked for, and whether files differ from it.
+built once and changes with every commit: there the commit is asked for, and whether files differ from it. An archive
+that `git archive` made has no version control; it wrote the commit into `archived_commit.txt`.
 """
 
 import subprocess
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+_ARCHIVED = Path(__file__).with_name("archived_commit.txt")
 _UNKNOWN = "0"  # neither installed nor in a checkout
 
 
@@ -20,8 +22,14 @@ def build_version() -> str:
         built = version("amaxbridge")
     except PackageNotFoundError:
         built = _UNKNOWN
-    commit = _commit() if (_CHECKOUT / ".git").exists() else ""
+    commit = _commit() if (_CHECKOUT / ".git").exists() else _archived() if "dev" in built else ""
     return f"{built.partition('+')[0]}+g{commit}" if commit else built
+
+
+def _archived() -> str:
+    """Empty in a wheel that was not made of an archive."""
+    text = _ARCHIVED.read_text().strip()
+    return "" if text.startswith("$") else text
 
 
 def _commit() -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from amaxbridge.mappings.errors import AmaxbridgeError, listing
@@ -44,6 +43,8 @@ class Findings:
 
 def compare(output: Path) -> Findings:
     """Loads both exported checkpoints in transformers and compares them with the logits that Megatron left."""
+    from safetensors.torch import load_file
+
     reference = {name: torch.load(output / f"logits_{name}.pt") for name in ("none", "nvfp4")}
     perplexity, nvfp4_logits, problems = _run(output / "nvfp4", reference["nvfp4"]["input_ids"])
     _, plain_logits, plain_problems = _run(output / "none", reference["none"]["input_ids"])

@@ -21,6 +21,7 @@ BEHIND = {  # where what an extra brings is imported → what asks for it first
     "scripts/recipes.py": "scripts/recipes.py",
     "scripts/demo_": "scripts/demo.py",
 }
+HIDE = "import sys; sys.modules.update(dict.fromkeys({!r}))\n"
 OPTIONAL = {module.partition(".")[0] for modules in EXTRAS.values() for module in modules} | {"safetensors"}
 
 
@@ -67,6 +68,22 @@ def test_all_that_is_absent_is_named_at_once() -> None:
     assert str(raised.value).startswith("This test needs no_such_module.core, not installed here")
 
 
+ASKED_FOR = ("bridge/megatron/", "bridge/import_hf.py", "scripts/demo_text.py", "scripts/demo_training.py")
+"""Modules that need an extra to be imported at all; what imports them has asked."""
+
+
+def test_everything_else_is_imported_without_them() -> None:
+    """Import by import, in one process."""
+    files = [path.relative_to(ROOT) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    names = [".".join(path.with_suffix("").parts) for path in files if not str(path).startswith(ASKED_FOR)]
+    modules = [f"amaxbridge.{name}" for name in names if not name.startswith("amaxbridge") and "__init__" not in name]
+    assert len(modules) > 100
+    lines = ["from importlib import import_module", f"for name in {modules!r}: import_module(name)"]
+    program = HIDE.format(sorted(OPTIONAL)) + "\n".join(lines)
+    ran = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 WITHOUT = {  # a program → what it says in an environment with core dependencies only
     "from amaxbridge.bridge import megatron": (
         "A model in Megatron needs megatron.core, modelopt, transformers, tokenizers, einops, requests, not installed "
@@ -83,7 +100,6 @@ WITHOUT = {  # a program → what it says in an environment with core dependenci
         "pip install 'amaxbridge[megatron]'"
     ),
 }
-HIDE = "import sys; sys.modules.update(dict.fromkeys({!r}))\n"
 
 
 def test_one_error_names_the_extra() -> None:
