@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -97,7 +98,7 @@ class Scheme(ABC):
         """The largest scale that a block can have under the scale of its group; None in formats without both."""
         return None
 
-    @property
+    @cached_property
     def signature(self) -> Signature:
         """What `config_group` says, as readers of config.json see it."""
         return Signature.of(self.config_group)
@@ -107,7 +108,7 @@ class Scheme(ABC):
         """Of a weight's code."""
         return int(self.config_group["weights"]["num_bits"])
 
-    @property
+    @cached_property
     def input_scale(self) -> SharedScale | None:
         """The static input scale that all members of a fused group share; None if inputs have none."""
         return static_scale(self.signature.inputs)
