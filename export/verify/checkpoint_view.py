@@ -35,6 +35,10 @@ INPUT_SCALES: Mapping[str, SharedScale] = MappingProxyType(
     {scheme.input_scale.tensor: scheme.input_scale for scheme in SCHEMES.values() if scheme.input_scale is not None}
 )
 """The static input scales that schemes have, by local name."""
+GROUP_DIVISORS = frozenset(
+    scheme.group_scale.tensor for scheme in SCHEMES.values() if scheme.group_scale and scheme.group_scale.is_divisor
+)
+"""The weight scales that fused groups share and engines divide by, by local name."""
 QUANTIZED_SUFFIXES = frozenset(
     name for scheme in SCHEMES.values() for name in scheme.tensor_specs(_ANY, Arithmetic.MODELOPT) if name != "weight"
 )

@@ -18,7 +18,7 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.schemes.scheme import fault_of_scales
-from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, CheckpointView
+from amaxbridge.export.verify.checkpoint_view import GROUP_DIVISORS, INPUT_SCALES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.mappings.fused_groups import groups_among
@@ -36,7 +36,7 @@ def _weight_scales(view: CheckpointView) -> Iterator[Problem]:
         fault = module.scheme.fault_of_scales(*extent) if module.scheme else fault_of_scales(*extent)
         if fault is not None:
             yield Problem(f"{module.name}.weight_scale", fault)
-    yield from _unusable(view, ("weight_global_scale", "k_scale", "v_scale"))
+    yield from _unusable(view, (*GROUP_DIVISORS, "k_scale", "v_scale"))
 
 
 def _input_scales(view: CheckpointView) -> Iterator[Problem]:

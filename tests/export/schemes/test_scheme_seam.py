@@ -67,6 +67,19 @@ def test_the_guard_sees_files() -> None:
     assert len(OUTSIDE) > 120
 
 
+def test_whose_rounding_is_an_arithmetic_everywhere() -> None:
+    """No argument of another name or type says it; the constants that a compiled kernel takes are its own."""
+    seen = 0
+    for path in sorted((ROOT / "export").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                annotation = ast.unparse(node.annotation)
+                seen += annotation == "Arithmetic"
+                assert (node.arg == "arithmetic") == (annotation == "Arithmetic"), f"{path}: {node.arg}: {annotation}"
+                assert not {"calibrated", "modelopt"} & {node.arg}, f"{path}:{node.lineno}"
+    assert seen > 25
+
+
 # What a scheme answers
 
 
