@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.utils import calculate_qparams
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor
 from modelopt.torch.quantization.tensor_quant import _fp8_eager, _tensor_quant
@@ -123,6 +128,27 @@ def test_bytes_in_groups_of_every_size(columns: int, preset: str, group_size: in
         expected = compressor(preset).decompress(dict(tensors), parsed)["weight"]
         torch.testing.assert_close(scheme.dequantize(tensors).to(dtype), expected, rtol=2**-8, atol=0)
         assert dtype != torch.bfloat16 or torch.equal(scheme.dequantize(tensors), expected)
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_bytes_in_whole_rows(preset: str) -> None:
+    """compressed-tensors says `channel`, and packs words that columns need not fill."""
+    weight = random_weight(40, 100).bfloat16()
+    theirs = preset_name_to_scheme(preset, ["Linear"])
+    args = {**theirs.weights.model_dump(), "strategy": "channel", "group_size": None}
+    theirs.weights = QuantizationArgs(**args)
+    scale, zero_point = calculate_qparams(
+        weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0), theirs.weights
+    )
+    state = {"weight": weight, "weight_scale": scale}
+    if not theirs.weights.symmetric:
+        state["weight_zero_point"] = zero_point
+    expected = dict(compressor(preset).compress(state, theirs))
+    scheme = SCHEMES[preset.lower()].with_group_size(-1)
+    assert scheme is not None and find_scheme(theirs) == Groups.of(scheme)
+    tensors = of_module("m", dict(quantize_tensors(scheme, {"m": weight})))
+    assert_same(tensors, expected)
+    assert torch.equal(scheme.dequantize(tensors), compressor(preset).decompress(dict(expected), theirs)["weight"])
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (64,), (2, 8, 64)])
