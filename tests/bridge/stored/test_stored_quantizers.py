@@ -1,0 +1,121 @@
+"""Quantizers of experts in a checkpoint, in every form that ModelOpt's versions and Megatron's experts give them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from amaxbridge.bridge.live.model_walk import Quantizer
+from amaxbridge.bridge.stored.stored_model import StoredModel
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.mappings.errors import CheckpointError
+
+EXPERTS = "decoder.layers.0.mlp.experts.experts"
+ALL_LAYERS = "decoder.layers.mlp.experts.experts"
+CANONICAL = "decoder.layers.0.mlp.experts.linear_fc1"
+STATIC = {"_disabled": False, "_num_bits": (2, 1), "_axis": None, "_block_sizes": {-1: 16}}
+DISABLED = {"_disabled": True}
+
+
+def state(settings: dict[str, Any]) -> io.BytesIO:
+    """What ModelOpt serializes; a stream, because PyTorch would save a list of tensors as tensors."""
+    stream = io.BytesIO()
+    torch.save({"modelopt_quantizer_state": settings}, stream)
+    return stream
+
+
+def quantizers_in(directory: Path, saved: dict[str, Any], weights: str = EXPERTS) -> dict[str, Quantizer]:
+    weight = {f"{weights}.{expert}.linear_fc1.weight": torch.ones(4, 16) for expert in range(4)}
+    if weights == ALL_LAYERS:
+        weight = {f"{weights}.linear_fc1.weight": torch.ones(1, 4, 4, 16)}
+    save({**weight, **saved}, storage_writer=FileSystemWriter(directory), no_dist=True)
+    return {each.name: each for each in StoredModel(DistCheckpoint(directory)).quantizers()}
+
+
+def amax(quantizer: Quantizer) -> float:
+    return float(quantizer.module._amax)
+
+
+@pytest.mark.parametrize("local", [4, 2, 1])
+def test_grouped_experts(tmp_path: Path, local: int) -> None:
+    """The state of each expert is that of the whole grouped linear of its rank, which has `local` experts."""
+    one = {"input_quantizer": STATIC, **{f"weight_quantizer.{n}": STATIC for n in range(local)}}
+    saved: dict[str, Any] = {f"{EXPERTS}.linear_fc1.input_quantizer._amax": torch.tensor([9.0])}
+    for expert in range(4):
+        saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state({**one, "output_quantizer": DISABLED})
+        saved[f"{EXPERTS}.{expert}.linear_fc1.weight_quantizer._amax"] = torch.tensor([expert + 1.0])
+    found = quantizers_in(tmp_path, saved)
+    assert {name: amax(each) for name, each in found.items()} == {
+        f"{CANONICAL}.input_quantizer": 9.0,
+        **{f"{CANONICAL}.weight_quantizer.{expert}": expert + 1.0 for expert in range(4)},
+    }
+    assert found[f"{CANONICAL}.input_quantizer"].experts == (0, 1, 2, 3)
+
+
+def test_the_setting_of_an_expert_is_its_own(tmp_path: Path) -> None:
+    """Of the second expert of its rank, where two ranks have two each."""
+    others = {"weight_quantizer.0": STATIC, "weight_quantizer.1": DISABLED}
+    both = {"weight_quantizer.0": STATIC, "weight_quantizer.1": STATIC}
+    saved: dict[str, Any] = {}
+    for expert in range(4):
+        saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state(both if expert < 2 else others)
+    assert list(quantizers_in(tmp_path, saved)) == [f"{CANONICAL}.weight_quantizer.{expert}" for expert in range(3)]
+
+
+def test_one_weight_quantizer_for_all(tmp_path: Path) -> None:
+    """ModelOpt before 0.47."""
+    shared = {"input_quantizer": STATIC, "weight_quantizer": STATIC}
+    saved: dict[str, Any] = {
+        f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1": state(shared) for expert in range(4)
+    }
+    saved[f"{EXPERTS}.linear_fc1.input_quantizer._amax"] = torch.tensor([9.0])
+    saved[f"{EXPERTS}.linear_fc1.weight_quantizer._amax"] = torch.tensor([5.0])
+    found = quantizers_in(tmp_path, saved)
+    assert {name: amax(each) for name, each in found.items()} == {
+        f"{CANONICAL}.input_quantizer": 9.0,
+        f"{CANONICAL}.weight_quantizer": 5.0,
+    }
+    assert found[f"{CANONICAL}.weight_quantizer"].experts == (0, 1, 2, 3)
+
+
+def test_experts_that_are_a_module_each(tmp_path: Path) -> None:
+    own = {"input_quantizer": STATIC, "weight_quantizer": STATIC}
+    saved: dict[str, Any] = {}
+    for expert in range(4):
+        saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state(own)
+        for number, quantizer in enumerate(own):
+            saved[f"{EXPERTS}.{expert}.linear_fc1.{quantizer}._amax"] = torch.tensor([expert + 10.0 * number + 1])
+    assert {name: amax(each) for name, each in quantizers_in(tmp_path, saved).items()} == {
+        f"{CANONICAL}.{quantizer}.{expert}": expert + 10.0 * number + 1
+        for expert in range(4)
+        for number, quantizer in enumerate(own)
+    }
+
+
+def test_layers_and_experts_in_one_tensor(tmp_path: Path) -> None:
+    """Without `singleton_local_shards`: the state's index counts layers and experts."""
+    grouped = {"input_quantizer": STATIC, "weight_quantizer.0": STATIC, "weight_quantizer.1": STATIC}
+    saved: dict[str, Any] = {
+        f"{ALL_LAYERS}.linear_fc1._extra_state/shard_0.{expert}_1.4": state(grouped) for expert in range(4)
+    }
+    saved[f"{ALL_LAYERS}.linear_fc1.weight_quantizer._amax"] = torch.arange(1.0, 5.0)[None]
+    saved[f"{ALL_LAYERS}.linear_fc1.input_quantizer._amax"] = torch.tensor([[9.0]])
+    assert {name: amax(each) for name, each in quantizers_in(tmp_path, saved, ALL_LAYERS).items()} == {
+        f"{CANONICAL}.input_quantizer": 9.0,
+        **{f"{CANONICAL}.weight_quantizer.{expert}": expert + 1.0 for expert in range(4)},
+    }
+
+
+def test_a_chain_of_quantizers_is_refused(tmp_path: Path) -> None:
+    """Stages of W4A8 in experts that are a module each are named as the experts of a rank would be."""
+    chain = {"weight_quantizer.0": STATIC, "weight_quantizer.1": STATIC}
+    saved: dict[str, Any] = {}
+    for expert in range(4):
+        saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state(chain)
+        for stage in range(2):
+            saved[f"{EXPERTS}.{expert}.linear_fc1.weight_quantizer.{stage}._amax"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match="amax without a quantizer configuration"):
+        quantizers_in(tmp_path, saved)
