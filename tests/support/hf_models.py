@@ -11,18 +11,18 @@ def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(11)
-    config = Qwen3MoeConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.08,
-        **sizes,
-    )
+    fields = {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.08,
+    }
+    config = Qwen3MoeConfig(**{**fields, **sizes})
     model = Qwen3MoeForCausalLM(config)
     randomize(model)
     model.bfloat16().save_pretrained(directory)

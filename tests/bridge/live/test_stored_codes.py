@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.checkpoints import tensors_in
+from tests.support.hf_models import make_qwen3_moe
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.stored_codes import quantize_in_blocks, quantize_mx
 
@@ -44,6 +45,22 @@ def blocks(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> LiveRa
 
 
 @pytest.fixture(scope="module")
+def experts(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+    sizes = {
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "num_hidden_layers": 1,
+        "num_experts": 4,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    }
+    directory = make_qwen3_moe(tmp_path_factory.mktemp("experts"), sizes)
+    return LiveRanks(launch, "live_codes.py", directory, tmp_path_factory.mktemp("codes_of_experts"))
+
+
+@pytest.fixture(scope="module")
 def cut(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     live = LiveRanks(launch, "live_codes.py", qwen3, tmp_path_factory.mktemp("cut"))
     return outcomes(live.at(tp=1))
@@ -63,9 +80,20 @@ def same(found: Tensor, expected: Tensor) -> bool:
 def test_codes_and_scales_are_written_as_they_are(
     blocks: LiveRanks, sizes: dict[str, int], form: str, quantize: Any
 ) -> None:
-    directory, source, seen = blocks.at(**sizes), tensors_in(blocks.hf), 0
+    assert checked(blocks.at(**sizes), tensors_in(blocks.hf), form, quantize) == 7
+
+
+@pytest.mark.parametrize(("form", "quantize"), [("InBlocks", quantize_in_blocks), ("MX", quantize_mx)])
+def test_codes_of_experts(experts: LiveRanks, form: str, quantize: Any) -> None:
+    """Four experts on two ranks."""
+    directory = experts.at(processes=2, tp=1, ep=2)
+    assert checked(directory, tensors_in(experts.hf), form, quantize) == 4 + 4 * 3
+
+
+def checked(directory: Path, source: dict[str, Tensor], form: str, quantize: Any) -> int:
+    """How many weights were found with the codes and scales that they have by themselves."""
     assert outcomes(directory)[form] == ""
-    found = tensors_in(directory / form / "auto")
+    found, seen = tensors_in(directory / form / "auto"), 0
     for name, weight in source.items():
         if module_kind(name) not in QUANTIZED:
             assert same(found[name], weight), name
@@ -74,8 +102,8 @@ def test_codes_and_scales_are_written_as_they_are(
         assert same(found[name], codes), name
         assert same(found[f"{name}_scale"], scales), name
         seen += 1
-    assert seen == 7
     assert len(found) == len(source) + seen
+    return seen
 
 
 @pytest.mark.parametrize("form", ["InBlocks", "MX", "InRows", "OneScale"])
