@@ -6,14 +6,14 @@ import io
 import queue
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, _get_filesystem_reader
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 
@@ -76,7 +76,8 @@ def load_checkpoint(model: Model, path: Path) -> None:
     try:
         if (directory / "modelopt_state").is_dir():
             cache = any("_bmm_quantizer." in name for name in stored.tensors)
-            with contextlib.redirect_stdout(io.StringIO()), cache_quantizers(wanted=cache):  # ModelOpt prints
+            printed = contextlib.redirect_stdout(io.StringIO())  # by ModelOpt
+            with printed, cache_quantizers(wanted=cache), metadata_without_strides():
                 restore_sharded_modelopt_state(chunks, directory)
     except ValueError as error:
         raise CheckpointError(
@@ -86,7 +87,8 @@ def load_checkpoint(model: Model, path: Path) -> None:
     _prepare_buffers(chunks, stored)
     try:
         wanted = _sharded_state(chunks)
-        state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory), _strategy())
+        with metadata_without_strides():
+            state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory), _strategy())
         for name, chunk in zip(wanted, chunks, strict=True):
             chunk.load_state_dict(state[name])
             if any(map(is_quantized, chunk.parameters())):  # codes of delayed scaling need its scale, which came last
@@ -96,6 +98,28 @@ def load_checkpoint(model: Model, path: Path) -> None:
             raise CheckpointError(_PICKLE_REFUSED.format(directory)) from None
         raise CheckpointError(f"{directory} does not fit the model: {error}") from error
     _check_buffers(chunks, stored)
+
+
+@contextlib.contextmanager
+def metadata_without_strides() -> Iterator[None]:
+    """Inside, Megatron reads the metadata of tensors that torch 2.15 and later write.
+
+    They have strides. Megatron 0.19 gives all that is known of a tensor to `torch.empty`, which takes none.
+    """
+    original = TorchDistLoadShardedStrategy.load_tensors_metadata
+
+    def load(strategy: Any, checkpoint_dir: Path, metadata: Any = None) -> Any:
+        found = _get_filesystem_reader(checkpoint_dir).read_metadata() if metadata is None else metadata
+        for entry in found.state_dict_metadata.values():
+            if (properties := getattr(entry, "properties", None)) is not None:
+                vars(properties).pop("strides", None)  # then the default of the class, None
+        return original(strategy, checkpoint_dir, found)
+
+    TorchDistLoadShardedStrategy.load_tensors_metadata = load
+    try:
+        yield
+    finally:
+        TorchDistLoadShardedStrategy.load_tensors_metadata = original
 
 
 def _strategy() -> Any:
