@@ -25,9 +25,10 @@ from amaxbridge.bridge.live.model_walk import (
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
+from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
-from amaxbridge.bridge.plan.tensor_decisions import decide
+from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.plan.writing_processes import Apart, Together
 from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
@@ -130,9 +131,10 @@ class AutoBridge:
         plan = self._plan(held, config)
         state = self._collect_all(chunks, plan) if recipe else QuantState()
         first = self._ranks().rank(Axis.WORLD) == 0
-        finalizer = decide(self.hf, plan, recipe, state, missing, warn=first)
+        casting = Casting.of(self.hf, specs_of(plan), None)
+        finalizer = decide(self.hf, plan, casting, recipe, state, missing, warn=first)
         for bundle in self._stream(held, config, plan):
-            yield from finalizer.finalize(bundle)
+            yield from finalizer.finalize(casting.bundle(bundle))
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.carried_tensors import carried_specs, carried_tensors, ignored
+from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.plan.writing_processes import Writers
@@ -47,6 +48,8 @@ class SaveOptions(TypedDict, total=False):
         dry_run: plan and check everything, write nothing.
         progress: is told how far it is.
         record: how the export was asked for, kept in `amaxbridge.json`, and `command_line` of it in the model card.
+        dtype: of the weights: `bfloat16`, `float16` or `float32`; None for what config.json says where they are fp32,
+            and else for that of the weights.
         quant_state: write `quant_state.safetensors`, too; beside plain weights, what a later run quantizes them with.
     """
 
@@ -60,6 +63,7 @@ class SaveOptions(TypedDict, total=False):
     progress: Progress
     record: Mapping[str, Any] | None
     quant_state: bool
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Saver:
         progress: Progress | None = None,
         record: Mapping[str, Any] | None = None,
         quant_state: bool = False,
+        dtype: str | None = None,
     ) -> None:
         self._hf, self._writers = hf, writers
         self._target, self._overwrite = target.expanduser().absolute(), overwrite
@@ -125,7 +130,7 @@ class Saver:
         self._max_shard_bytes, self._dry_run, self._verify = max_shard_bytes, dry_run, verify
         self._progress = progress or NoProgress()
         self._record = {**(record or {}), **({"notes": hf.notes} if hf.notes else {})}
-        self._keeps_state = quant_state
+        self._keeps_state, self._dtype = quant_state, dtype
 
     def save(
         self,
@@ -144,7 +149,9 @@ class Saver:
                 model, whose weights may be others the next time.
         """
         state = collect() if self.recipe or self._keeps_state else QuantState()
-        finalizer = decide(self._hf, plan, self.recipe, state, self._missing, warn=self._writers.first)
+        casting = Casting.of(self._hf, specs_of(plan), self._dtype)
+        self._hf = casting.described(self._hf)
+        finalizer = decide(self._hf, plan, casting, self.recipe, state, self._missing, warn=self._writers.first)
         carried = carried_specs(self._hf, required=not self._dry_run)
         finalizer.ignore += ignored(self._hf)
         if self.recipe is not None:
@@ -163,7 +170,7 @@ class Saver:
             made_from = fingerprint and output_fingerprint(fingerprint, self._hf.written, self._hf.directory)
             record = {**self._record, MADE_FROM: made_from}
             output = _Output(Conversion(finalizer, layout, before, state, record), packer, files, carried)
-            ended = self._write(plan, stream, output, fingerprint)
+            ended = self._write(plan, lambda needed: map(casting.bundle, stream(needed)), output, fingerprint)
         return ExportReport(
             self.recipe.name if self.recipe else "none",
             plan,

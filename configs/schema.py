@@ -112,6 +112,11 @@ class ExportConfig(CommonConfig):
     ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
     amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
     io: ShardsConfig = option("How to write.", ShardsConfig)
+    dtype: str | None = option(
+        "Of the weights: bfloat16, float16 or float32; null for what config.json says of fp32 weights, and as they are "
+        "otherwise.",
+        None,
+    )
     quant_state: bool = option("Write quant_state.safetensors too; with scheme=none for quantizing later.", False)
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     dry_run: bool = option("Show the plan, write nothing.", False)

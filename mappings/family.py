@@ -90,6 +90,7 @@ class ModelFamily:
         carried: how names of tensors begin that files have beside the language model: exports copy them from there.
         hybrid_pattern: `hybrid_layer_pattern`, for a family that only HybridModel has and whose layers are
             HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
+        kept_in_fp32: how names of tensors end that files have in fp32, whatever the model's dtype.
     """
 
     architectures: tuple[str, ...]
@@ -111,6 +112,7 @@ class ModelFamily:
     language_part: str | None = None
     carried: tuple[str, ...] = ()
     hybrid_pattern: Translation | None = None
+    kept_in_fp32: tuple[str, ...] = ()
 
     @cached_property
     def registry(self) -> MappingRegistry:

@@ -43,6 +43,7 @@ def export(options: ExportConfig) -> None:
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
         "dry_run": options.dry_run,
         "quant_state": options.quant_state,
+        "dtype": options.dtype,
         "verify": options.verify,
         "record": {"command": "export", "command_line": cli.command_line("export"), "options": asdict(options)},
     }

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
@@ -24,6 +25,7 @@ def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
 def decide(
     hf: HFModel,
     plan: Sequence[BundlePlan],
+    casting: Casting,
     recipe: Recipe | None,
     state: QuantState,
     missing: MissingAmax,
@@ -38,13 +40,14 @@ def decide(
     Raises:
         UsageError: there are no quantizers, and the recipe needs what they know.
     """
-    specs = specs_of(plan)
+    specs = casting.specs(specs_of(plan))
     data_free = recipe is not None and _has_no_quantizers(state, specs)
     if recipe is not None and data_free:
         _check_needs_no_data(recipe)
     finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing)
     finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
     if warn:
+        casting.announce()
         _warn(state, finalizer.filled)
     if warn and recipe is not None and data_free:
         _log.info("the model has no quantizers: scheme=%s is made without data, from the weights alone", recipe.name)

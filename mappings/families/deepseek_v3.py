@@ -92,4 +92,5 @@ DEEPSEEK_V3 = ModelFamily(
         "multi_latent_attention": True,
         "qk_layernorm": True,
     },
+    kept_in_fp32=sigmoid_experts.KEPT_IN_FP32,
 )

@@ -31,4 +31,5 @@ GLM4_MOE = ModelFamily(
         "rotary_percent": "rope_parameters.partial_rotary_factor",
     },
     constants={**decoder.GATED_RMSNORM_DECODER, **sigmoid_experts.ROUTER},
+    kept_in_fp32=sigmoid_experts.KEPT_IN_FP32,
 )

@@ -156,4 +156,5 @@ NEMOTRON_H = ModelFamily(
         "position_embedding_type": fixed("none"),
     },
     constants={"normalization": "RMSNorm", "gated_linear_unit": False, "add_bias_linear": False},
+    kept_in_fp32=sigmoid_experts.KEPT_IN_FP32,
 )

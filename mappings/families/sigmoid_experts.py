@@ -111,3 +111,6 @@ SIZES: dict[str, Source] = {
 }
 
 ROUTER = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
+KEPT_IN_FP32 = ("e_score_correction_bias",)
+"""As published; transformers names it in `_keep_in_fp32_modules_strict`."""

@@ -1,0 +1,143 @@
+"""The dtype that an export is written in: that of the checkpoint, of config.json, or one that was asked for.
+
+Training keeps weights in fp32 often, and what serves is 16 bits. So fp32 weights become what config.json says. Nothing
+else is cast unasked: between two formats of 16 bits a cast would lose range or bits, and to fp32 it would only double
+the size. config.json of the output says what was written.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.export.disk.row_chunks import Rows, WholeTensor
+from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.mappings.errors import MappingError, UsageError
+from amaxbridge.mappings.names import is_quantizer_state
+from amaxbridge.mappings.tensors import TensorSpec
+
+_log = logging.getLogger("amaxbridge")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_FIELDS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Casting:
+    """What becomes of the weights' dtype.
+
+    Args:
+        target: what weights are cast to; None to leave each as it is.
+        kept: how names of tensors end that stay in fp32.
+        written: the dtype of most weights in the output; None where there are none.
+        note: what users must know of it, "" for nothing.
+    """
+
+    target: torch.dtype | None
+    kept: tuple[str, ...] = ()
+    written: torch.dtype | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, hf: HFModel, specs: Mapping[str, TensorSpec], wanted: str | None) -> Self:
+        """The casting of an export.
+
+        Args:
+            specs: every Hugging Face tensor.
+            wanted: `bfloat16`, `float16` or `float32`; None for what config.json says of fp32 weights.
+
+        Raises:
+            UsageError: an unknown dtype.
+        """
+        if wanted is not None and wanted not in _DTYPES:
+            raise UsageError(f"unknown dtype={wanted}; known: {', '.join(_DTYPES)}")
+        held, said = _held(specs), _said(hf)
+        kept = hf.family.kept_in_fp32
+        if wanted is not None:
+            return cls(_DTYPES[wanted], kept, _DTYPES[wanted])
+        if held is None or said is None or held == said:
+            return cls(None, kept, held)
+        there, here = _NAMES[held], _NAMES[said]
+        if held == torch.float32:
+            note = f"the weights are {there}, and config.json says {here}, which is written; dtype={there} keeps them"
+            return cls(said, kept, said, note)
+        note = (
+            f"the weights are {there}, and config.json says {here}: they stay so, and config.json of the output says so"
+        )
+        return cls(None, kept, held, note)
+
+    def specs(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """The tensors of a model as they are written when nothing is quantized."""
+        return {name: replace(spec, dtype=self._dtype(name, spec.dtype)) for name, spec in specs.items()}
+
+    def bundle(self, bundle: Bundle) -> Bundle:
+        """A bundle in these dtypes.
+
+        Raises:
+            MappingError: a weight is too large for the dtype; names it.
+        """
+        if self.target is None:
+            return bundle
+        return replace(bundle, tensors={name: self._cast(name, rows) for name, rows in bundle.tensors.items()})
+
+    def described(self, hf: HFModel) -> HFModel:
+        """The model with a config.json that says what is written, in the fields that it has for it."""
+        if self.written is None:
+            return hf
+        name, part = _NAMES[self.written], hf.family.language_part
+        fields = _with_dtype(hf.written, name)
+        if part is not None and any(field in hf.written[part] for field in _FIELDS):
+            fields[part] = _with_dtype(hf.written[part], name)
+        return replace(hf, written=fields)
+
+    def announce(self) -> None:
+        """Says what users must know."""
+        if self.note:
+            _log.warning("%s", self.note)
+
+    def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        casts = self.target is not None and dtype in _NAMES and not is_quantizer_state(name)
+        return self.target if self.target is not None and casts and not name.endswith(self.kept) else dtype
+
+    def _cast(self, name: str, rows: Rows) -> Rows:
+        dtype = self._dtype(name, rows.spec.dtype)
+        if dtype == rows.spec.dtype:
+            return rows
+        whole = torch.cat([part.rows for part in rows.parts()]) if rows.spec.shape else next(iter(rows.parts())).rows
+        return WholeTensor(_checked(name, whole, whole.to(dtype)))
+
+
+def _checked(name: str, before: Tensor, after: Tensor) -> Tensor:
+    if after.dtype == torch.float16 and bool((before.isfinite() & ~after.isfinite()).any()):
+        raise MappingError(f"{name} has values up to {before.abs().max():g}, beyond float16: give dtype=bfloat16")
+    return after
+
+
+def _held(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
+    """The dtype of most weights."""
+    count = Counter[torch.dtype]()
+    for name, spec in specs.items():
+        if spec.dtype in _NAMES and not is_quantizer_state(name):
+            count[spec.dtype] += spec.nbytes // spec.dtype.itemsize
+    return count.most_common(1)[0][0] if count else None
+
+
+def _said(hf: HFModel) -> torch.dtype | None:
+    """What config.json says, of the language model first; None where it says nothing, or no dtype of weights."""
+    parts = [hf.written.get(hf.family.language_part, {})] if hf.family.language_part else []
+    for fields in (*parts, hf.written):
+        for field in _FIELDS:
+            name = str(fields.get(field)).removeprefix("torch.")
+            if name in _DTYPES:
+                return _DTYPES[name]
+    return None
+
+
+def _with_dtype(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    spelled = [field for field in _FIELDS if field in fields] or [_FIELDS[0]]
+    return {**fields, **dict.fromkeys(spelled, name)}
