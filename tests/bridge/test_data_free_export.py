@@ -17,12 +17,13 @@ from tests.support.stored_checkpoints import megatron_state, write_state
 from tests.support.tiny_models import TINY_MODELS
 
 DATA_FREE = [name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax]
+DIVIDING = [name for name in DATA_FREE if name != "w4afp8"]  # its blocks are 128 wide, which the tiny models are not
 MODELS = ["Qwen3", "Llama 3, tied", "Qwen1.5-MoE", "DeepSeek-V3", "GPT-OSS", "Nemotron-H", "Gemma 3"]
 
 
 def recipe_of(name: str) -> Recipe:
     """Of one scheme; groups so small that the tiny models divide into them."""
-    group_size = 32 if name in ("w4a16", "w4a16_asym") else None
+    group_size = 32 if name in ("w4a16", "w4a16_asym", "w8a16") else None
     return Groups((SchemeGroup(named_scheme(name, group_size)),))
 
 
@@ -48,7 +49,7 @@ def road(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Road(request.param, tmp_path_factory.mktemp("road"))
 
 
-@pytest.mark.parametrize("scheme", DATA_FREE)
+@pytest.mark.parametrize("scheme", DIVIDING)
 def test_the_bytes_of_quantize(road: Road, scheme: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "amaxbridge"):
         road.export(tmp_path / "once", recipe_of(scheme))
