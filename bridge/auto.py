@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
-from amaxbridge.bridge.plan.writing_processes import Apart, Together
-from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
+from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.identification import check_described, stored_model
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
@@ -41,9 +39,12 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.output.writing_processes import Apart, Together
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
+from amaxbridge.output_options import SaveKeywords, SaveOptions
 
 _log = logging.getLogger("amaxbridge")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -103,7 +104,7 @@ class AutoBridge:
         Per-tensor amax is the same on all ranks; per-channel and per-block amax is on the rank that owns the module.
         """
         chunks = unwrap(model)
-        config = self._module_config(chunks)
+        config = self._model_config(chunks)
         state = self._collect_scalars(chunks)
         tensors = list(state_parameters(self._quantizers(chunks)))
         amax = dict(state.amax)
@@ -127,7 +128,7 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         recipe, missing = find_scheme(scheme), missing_policy(missing_amax)
-        held, config = self._held(chunks, recipe), self._module_config(chunks)
+        held, config = self._held(chunks, recipe), self._model_config(chunks)
         plan = self._plan(held, config)
         state = self._collect_all(chunks, plan) if recipe else QuantState()
         first = self._ranks().rank(Axis.WORLD) == 0
@@ -164,7 +165,7 @@ class AutoBridge:
             replace(each, name=_EMBEDDING) if self.hf.tied and each.name == OUTPUT_LAYER else each
             for each in self._parameters(chunks)
         ]
-        fill_parameters(parameters, weights.read, self.hf.registry, self._module_config(chunks), self._ranks())
+        fill_parameters(parameters, weights.read, self.hf.registry, self._model_config(chunks), self._ranks())
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
@@ -173,10 +174,10 @@ class AutoBridge:
             AmaxError: the state has no value for an enabled static quantizer.
         """
         chunks = unwrap(model)
-        config = self._module_config(chunks)
+        config = self._model_config(chunks)
         fill_quantizers(self._quantizers(chunks), state, self.hf.registry, config, self._ranks())
 
-    def save_hf_pretrained(self, model: Model, path: str | Path, **options: Unpack[SaveOptions]) -> ExportReport:
+    def save_hf_pretrained(self, model: Model, path: str | Path, **options: Unpack[SaveKeywords]) -> ExportReport:
         """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
 
         All ranks must see `path` on one file system. Every rank writes the tensors it owns; nothing appears at
@@ -190,14 +191,14 @@ class AutoBridge:
             MappingError: parameters that have no mapping or do not fit; all are named.
             AmaxError: amax that are missing, zero, negative or not finite; all are named.
         """
-        saver = Saver(self.hf, Together(self._ranks()), Path(path), **options)
+        saver = Saver(self.hf, Together(self._ranks()), Path(path), SaveOptions(**options))
         chunks = unwrap(model)
-        held, config = self._held(chunks, saver.recipe), self._module_config(chunks)
+        held, config = self._held(chunks, saver.recipe), self._model_config(chunks)
         plan = self._plan(held, config)
         return saver.save(plan, partial(self._stream, held, config), partial(self._collect_all, chunks, plan))
 
     def convert_checkpoint(
-        self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveOptions]
+        self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveKeywords]
     ) -> ExportReport:
         """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
 
@@ -213,13 +214,13 @@ class AutoBridge:
         """
         checkpoint, path = Path(checkpoint).expanduser(), Path(path).expanduser()
         check_spared(checkpoint, path)
-        saver = Saver(self.hf, Apart(share), path, **options)
+        saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
         opened = DistCheckpoint(checkpoint)
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)
-        stored, config = stored_model(opened, self.hf)
-        check_described(stored, self.hf, config)
+        stored, config = stored_model(opened, self.hf), self.hf.model_config
+        check_described(stored, self.hf)
         quantizers = stored.quantizers()
         held = [*stored.parameters(), *state_parameters(quantizers)]
         plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)
@@ -254,12 +255,12 @@ class AutoBridge:
                 )
         return [*parameters, *state_parameters(quantizers)]
 
-    def _plan(self, held: Sequence[Parameter], config: Any) -> list[BundlePlan]:
+    def _plan(self, held: Sequence[Parameter], config: ModelConfig) -> list[BundlePlan]:
         plan = plan_export(held, self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
         check_blocks(plan, config)
         return plan
 
-    def _stream(self, held: Sequence[Parameter], config: Any, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
+    def _stream(self, held: Sequence[Parameter], config: ModelConfig, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
@@ -270,20 +271,19 @@ class AutoBridge:
         state = self._collect_scalars(chunks)
         return replace(state, formats={**state.formats, **stored_formats(plan)})
 
-    def _module_config(self, chunks: Sequence[nn.Module]) -> Any:
-        """The model's configuration as mappings read it; refuses a model that is not the one of config.json."""
+    def _model_config(self, chunks: Sequence[nn.Module]) -> ModelConfig:
+        """The sizes of the live model; refuses one that is not the model of config.json."""
         pattern, described = layer_pattern(chunks), self.hf.family.layer_pattern(self.hf.config)
-        expected = self._described(pattern)
+        expected = self.hf.family.module_config(self.hf.config, pattern)
         config: Any = chunks[0].config
         unused = set[str]() if "-" in described else {"ffn_hidden_size"}
         differ = _differences(config, {name: value for name, value in expected.items() if name not in unused})
         if pattern is not None and pattern.replace("|", "") != described:
             differ.append(f"hybrid_layer_pattern: the Megatron model has {pattern}, config.json gives {described}")
         self._refuse(differ)
-        return SimpleNamespace(
-            **expected,
-            transformer_impl=getattr(config, "transformer_impl", "local"),
-            vocab_size=self.hf.config["vocab_size"],
+        return replace(
+            self.hf.model_config,
+            transformer_impl=ModelConfig.of(config).transformer_impl,
             padded_vocab_size=getattr(chunks[0], "vocab_size", None),
         )
 
@@ -297,10 +297,6 @@ class AutoBridge:
             raise CheckpointError(
                 f"the Megatron model is not the one that {self.hf.source} describes:{listing(differ)}"
             )
-
-    def _described(self, pattern: str | None) -> dict[str, Any]:
-        """What config.json says in Megatron's words; `pattern` is that of a HybridModel, None for a GPTModel."""
-        return self.hf.family.module_config(self.hf.config, pattern)
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()

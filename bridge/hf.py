@@ -18,11 +18,12 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.export.model_free.input_directory import model_directory
-from amaxbridge.export.output.config_and_index import CONFIG_FILE
+from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.registry import MappingRegistry
 
 if TYPE_CHECKING:
@@ -101,6 +102,11 @@ class HFModel:
         return head.targets if head else ()
 
     @cached_property
+    def model_config(self) -> ModelConfig:
+        """The sizes that mappings read, with a vocabulary that is not padded."""
+        return self.family.model_config(self.config)
+
+    @cached_property
     def registry(self) -> MappingRegistry:
         """The mappings of this model."""
         return self.family.registry_for(self.config)
@@ -126,18 +132,12 @@ def read_hf_model(path: str | Path) -> HFModel:
         MissingExtraError: config.json leaves out what only transformers, not installed, fills in.
     """
     directory = model_directory(path, weights=False)
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        other = ""
-        if is_training_output(directory):
-            other = (
-                "; it is what Megatron's training saved: give it as checkpoint=, and hf= a directory with config.json"
-            )
-        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there{other}")
-    try:
-        written = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    if not (directory / CONFIG_FILE).is_file() and is_training_output(directory):
+        raise UsageError(
+            f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there; it is what Megatron's "
+            "training saved: give it as checkpoint=, and hf= a directory with config.json"
+        )
+    written = read_config_json(directory)
     family = family_of(written)
     if not installed(_TRANSFORMERS):
         return HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,))

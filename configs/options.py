@@ -1,7 +1,8 @@
 """How an option is declared, and the help text that is made of the declarations.
 
 An option is a field of a dataclass: type, default, and what it means. `--help` shows these meanings, so they stand
-once. `$CONFIG` in the text is Hydra's: the values as they would be with the options given.
+once. Options that Python takes, too, are declared in `amaxbridge.output_options`. `$CONFIG` in the text is Hydra's: the
+values as they would be with the options given.
 """
 
 import dataclasses
@@ -12,19 +13,27 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from amaxbridge.output_options import MEANING, declared
+
 _DIRECTORY = Path(__file__).parent
 _WIDTH = 110
-_HELP = "help"
 
 
 def option(meaning: str, default: Any = MISSING) -> Any:
     """A field with its meaning. Without a default it must be given; a list or a dataclass as default is made anew."""
-    metadata = {_HELP: meaning}
+    metadata = {MEANING: meaning}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def shared(name: str, group: type | None = None) -> Any:
+    """A field for an option that Python takes, too: with its meaning, and its default or a group of options."""
+    found = declared(name)
+    default = list(found.default) if isinstance(found.default, tuple) else found.default
+    return option(found.metadata[MEANING], group or default)
 
 
 def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
@@ -42,7 +51,7 @@ def choices_of(group: str) -> list[str]:
 
 def help_template(schema: type) -> str:
     """What `--help` prints, for Hydra to fill in."""
-    rows = [(name, each.metadata[_HELP], choices_of(name)) for name, each in options_of(schema)]
+    rows = [(name, each.metadata[MEANING], choices_of(name)) for name, each in options_of(schema)]
     rows.sort(key=lambda row: row[0] == "debug")  # every command has it: last
     column = max(len(name) for name, _, _ in rows) + 2
     lines = [(schema.__doc__ or "").strip(), "", "Options, each as name=value:", ""]

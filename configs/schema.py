@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
 
-from amaxbridge.configs.options import help_template, option
+from amaxbridge.configs.options import help_template, option, shared
 
 
 @dataclass
@@ -41,18 +41,14 @@ class SchemeConfig:
 class AmaxConfig:
     """What to do about quantizer state that makes no scale."""
 
-    missing: str = option(
-        "An amax that is missing, zero or not finite: error; from_weights; or group_max, the largest of its fused "
-        "group.",
-        "error",
-    )
+    missing: str = shared("missing_amax")
 
 
 @dataclass
 class IoConfig:
     """The output directory."""
 
-    overwrite: bool = option("Replace what is at output.", False)
+    overwrite: bool = shared("overwrite")
 
 
 @dataclass
@@ -108,19 +104,15 @@ class ExportConfig(CommonConfig):
     architecture: str | None = option("Without hf=: which one, where the saved arguments fit several.", None)
     vocab_size: int | None = option("Without hf=: the tokenizer's, where Megatron padded it and saved no other.", None)
     output: str = option("Directory to write.")
-    scheme: SchemeConfig = option("How to quantize; auto: as the quantizers say; none: plain weights.", SchemeConfig)
-    ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
+    scheme: SchemeConfig = shared("scheme", SchemeConfig)
+    ignore: list[str] = shared("ignore")
     amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
     io: ShardsConfig = option("How to write.", ShardsConfig)
-    dtype: str | None = option(
-        "Of the weights: bfloat16, float16 or float32; null for what config.json says of fp32 weights, and as they are "
-        "otherwise.",
-        None,
-    )
-    quant_state: bool = option("Write quant_state.safetensors too; with scheme=none for quantizing later.", False)
+    dtype: str | None = shared("dtype")
+    quant_state: bool = shared("quant_state")
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
-    dry_run: bool = option("Show the plan, write nothing.", False)
-    verify: bool = option("Check the output before it is moved into place.", True)
+    dry_run: bool = shared("dry_run")
+    verify: bool = shared("verify")
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -149,8 +141,8 @@ class QuantizeConfig(CommonConfig):
 
     input: str = option("Hugging Face directory or hub name.")
     output: str = option("Directory to write.")
-    scheme: SchemeConfig = option("How to quantize; auto: as quant_state says.", SchemeConfig)
-    ignore: list[str] = option("More modules to leave as they are, beside those of the scheme.", [])
+    scheme: SchemeConfig = shared("scheme", SchemeConfig)
+    ignore: list[str] = shared("ignore")
     quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
     amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
     io: IoConfig = option("How to write.", IoConfig)
@@ -159,8 +151,8 @@ class QuantizeConfig(CommonConfig):
     )
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
-    dry_run: bool = option("Show the plan, write nothing.", False)
-    verify: bool = option("Check the output before it is moved into place.", True)
+    dry_run: bool = shared("dry_run")
+    verify: bool = shared("verify")
     json: str | None = option("File for the plan as JSON.", None)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.mapping import MegatronParamMapping, hf_name
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import pattern
 from amaxbridge.mappings.ranks import Axis
 from amaxbridge.mappings.tensors import join_dim, max_of, shard_of
@@ -49,7 +50,7 @@ class QuantizerMapping(MegatronParamMapping):
     def resolve(self, captures: Sequence[str]) -> Self:
         return replace(super().resolve(captures), follows=self.follows and self.follows.resolve(captures))
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         if all(shard.numel() == 1 for shard in shards):
             return dict.fromkeys(self.targets, _max_scalar(shards))
         weight = self._weight_mapping()
@@ -61,7 +62,7 @@ class QuantizerMapping(MegatronParamMapping):
         parts = weight.join([shard.float() for shard in shards], config)
         return dict(zip(self.targets, parts.values(), strict=True))
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         values = [tensors[name] for name in self.targets]
         if all(value.numel() == 1 for value in values):
             return _max_scalar(values)
@@ -152,29 +153,29 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
 
     def megatron_to_hf(self, megatron_weights: Tensor, megatron_module: Any) -> dict[str, Tensor]:
         amax = self.ranks.all_reduce_max(Axis.ETP, megatron_weights.float())
-        return self.join(self.ranks.all_gather(Axis.EP, amax), self._with_experts(megatron_module))
+        return self.join(self.ranks.all_gather(Axis.EP, amax), ModelConfig.of_module(megatron_module))
 
     def hf_to_megatron(self, hf_weights: Tensor | Mapping[str, Tensor], megatron_module: Any) -> Tensor:
         if isinstance(hf_weights, Tensor):
             return hf_weights
-        config = self._with_experts(megatron_module)
+        config = ModelConfig.of_module(megatron_module)
         return self.split(hf_weights, config, self.ranks.rank(Axis.EP), self.ranks.size(Axis.EP))
 
-    def split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
-        return self.for_experts(self.block(rank, size, config)).split(tensors, config, 0, 1)
+    def split(self, tensors: Mapping[str, Tensor], config: object, rank: int, size: int) -> Tensor:
+        return self.for_experts(self.block(rank, size, ModelConfig.of(config))).split(tensors, config, 0, 1)
 
     def for_experts(self, experts: Iterable[int]) -> "AmaxFanoutMapping":
         """The fan-out of one such quantizer to the names of given experts, wherever expert parallelism placed them."""
         names = [pattern(target).resolve([str(expert)]) for expert in experts for target in self.hf_patterns]
         return AmaxFanoutMapping(self.megatron_param, names)
 
-    def block(self, rank: int, size: int, config: Any) -> range:
+    def block(self, rank: int, size: int, config: ModelConfig) -> range:
         """The global numbers of the experts that share the quantizer of EP rank `rank` out of `size`.
 
         Raises:
             MappingError: the number of experts is unknown or does not divide by `size`.
         """
-        experts = self.num_experts or _number_of_experts(config)
+        experts = self.num_experts or config.num_moe_experts
         if not experts:
             raise MappingError(f"{self.megatron_param}: unknown number of experts: give num_experts")
         if experts % size:
@@ -184,7 +185,7 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
             )
         return range(rank * experts // size, (rank + 1) * experts // size)
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         if any(shard.numel() != 1 for shard in shards):
             raise ValueError("a quantizer shared by several experts must be per-tensor")
         return {
@@ -192,10 +193,6 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
             for rank, shard in enumerate(shards)
             for name in self.for_experts(self.block(rank, len(shards), config)).targets
         }
-
-    def _with_experts(self, module: Any) -> Any:
-        config = getattr(module, "config", None)
-        return config if _number_of_experts(config) else module
 
 
 @dataclass(frozen=True)
@@ -221,10 +218,10 @@ class StoredScalesMapping(MegatronParamMapping):
     def resolve(self, captures: Sequence[str]) -> Self:
         return replace(super().resolve(captures), follows=self.follows.resolve(captures))
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         return dict(zip(self.targets, self.follows.join(shards, config).values(), strict=True))
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         named = dict(zip(self.follows.targets, (tensors[name] for name in self.targets), strict=True))
         return self.follows.split(named, config, rank, size)
 
@@ -243,11 +240,6 @@ def stored_scales_map(mappings: Iterable[MegatronParamMapping]) -> Iterator[Mega
         names = _quantizer_names(mapping, STORED_SCALES)
         if names and mapping.megatron_param.endswith((".weight", ".weight*")):
             yield StoredScalesMapping(stored_scales_name(mapping.megatron_param), names, follows=mapping)
-
-
-def _number_of_experts(source: Any) -> int | None:
-    names = ("num_moe_experts", "num_experts", "n_routed_experts")
-    return next((count for name in names if (count := getattr(source, name, None))), None)
 
 
 def _max_scalar(tensors: Sequence[Tensor]) -> Tensor:

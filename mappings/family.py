@@ -21,6 +21,7 @@ from amaxbridge.mappings.hybrid_layers import (
 )
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.megatron_settings import Settings
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.quantizers import per_expert_quantizer_mappings, quantizer_mappings
 from amaxbridge.mappings.registry import MappingRegistry
 
@@ -152,6 +153,10 @@ class ModelFamily:
     def check_buildable(self, hf_config: HFConfig) -> None:
         """Raises UsageError where Megatron's layers do not compute what the model does: it can be exported only."""
         self.settings(hf_config)
+
+    def model_config(self, hf_config: HFConfig) -> ModelConfig:
+        """The sizes that mappings read, with a vocabulary that is not padded."""
+        return ModelConfig.of({**self.transformer_config(hf_config), "vocab_size": hf_config["vocab_size"]})
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""

@@ -7,11 +7,12 @@ Layout: megatron.core.ssm.mamba_mixer.MambaMixer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.tensors import join_dim, shard_of
 from amaxbridge.mappings.weights import ColumnParallelMapping
 
@@ -22,19 +23,21 @@ class MambaProjectionMapping(ColumnParallelMapping):
 
     pieces: ClassVar[Sequence[str]] = ("z", "x", "B", "C", "dt")
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         rows = [count // len(shards) for count in self._rows(config)]
         pieces = zip(*(shard.split(rows) for shard in shards), strict=True)
         return {self.hf_param: torch.cat([join_dim(piece, 0) for piece in pieces])}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         pieces = tensors[self.hf_param].split(self._rows(config))
         return torch.cat([shard_of(piece, 0, rank, size) for piece in pieces])
 
-    def _rows(self, config: Any) -> list[int]:
-        inner = config.mamba_num_heads * config.mamba_head_dim
-        states = config.mamba_num_groups * config.mamba_state_dim
-        rows = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
+    def _rows(self, config: ModelConfig) -> list[int]:
+        heads, head_dim, groups, state = config.sizes(
+            "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"
+        )
+        inner, states = heads * head_dim, groups * state
+        rows = {"z": inner, "x": inner, "B": states, "C": states, "dt": heads}
         return [rows[piece] for piece in self.pieces]
 
 

@@ -11,25 +11,14 @@ A mapping with wildcards is a declaration; `resolve(captures)` makes the mapping
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import NamePattern, is_routed_expert, pattern
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
-
-
-class ModuleConfig(Protocol):
-    """What mappings read of a model's configuration; Megatron's TransformerConfig is one.
-
-    Optional attributes, read where a mapping needs them: `vocab_size`, `padded_vocab_size`,
-    `attention_output_gate`, `num_moe_experts`.
-    """
-
-    num_attention_heads: int
-    num_query_groups: int | None
-    kv_channels: int | None
 
 
 @dataclass(frozen=True)
@@ -69,10 +58,10 @@ class MegatronParamMapping(ABC):
         return None
 
     @abstractmethod
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]: ...
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor: ...
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor: ...
 
     _extra_wildcards: ClassVar[list[str]] = []  # of the Hugging Face side, beyond those of the Megatron side
 
@@ -125,7 +114,7 @@ class MegatronParamMapping(ABC):
         shards = [megatron_weights]
         if self.shard_dim is not None:
             shards = self.ranks.all_gather(self.axis, megatron_weights)
-        return self.join(shards, getattr(megatron_module, "config", None))
+        return self.join(shards, ModelConfig.of_module(megatron_module))
 
     def hf_to_megatron(self, hf_weights: Tensor | Mapping[str, Tensor], megatron_module: Any) -> Tensor:
         """Hugging Face tensors → the shard of this rank. No communication.
@@ -138,19 +127,22 @@ class MegatronParamMapping(ABC):
             tensors = dict.fromkeys(self.targets, hf_weights)
         else:
             tensors = {self.roles.get(key, key): value for key, value in hf_weights.items()}
-        config = getattr(megatron_module, "config", None)
+        config = ModelConfig.of_module(megatron_module)
         return self.split(tensors, config, self.ranks.rank(self.axis), self.ranks.size(self.axis))
 
     # The pure pair.
 
-    def join(self, shards: Sequence[Tensor], config: ModuleConfig | None) -> dict[str, Tensor]:
+    def join(self, shards: Sequence[Tensor], config: object) -> dict[str, Tensor]:
         """All shards in rank order → {Hugging Face name: tensor}. Pure; works on meta tensors.
+
+        Args:
+            config: what `ModelConfig.of` takes: a ModelConfig, or Megatron's own configuration of the model.
 
         Raises:
             MappingError: the shards do not fit the mapping or the configuration.
         """
         try:
-            return self._join(shards, config)
+            return self._join(shards, ModelConfig.of(config))
         except MappingError:
             raise
         except (ValueError, RuntimeError, AttributeError) as error:
@@ -160,7 +152,7 @@ class MegatronParamMapping(ABC):
                 f"do not make {', '.join(self.targets)}: {error}"
             ) from error
 
-    def split(self, tensors: Mapping[str, Tensor], config: ModuleConfig | None, rank: int, size: int) -> Tensor:
+    def split(self, tensors: Mapping[str, Tensor], config: object, rank: int, size: int) -> Tensor:
         """{Hugging Face name: tensor} → the shard of `rank` out of `size`. Pure.
 
         Raises:
@@ -170,7 +162,7 @@ class MegatronParamMapping(ABC):
         if missing:
             raise MappingError(f"{self.megatron_param}: not given: {', '.join(missing)}")
         try:
-            return self._split(tensors, config, rank, size)
+            return self._split(tensors, ModelConfig.of(config), rank, size)
         except MappingError:
             raise
         except (ValueError, RuntimeError, AttributeError) as error:

@@ -16,6 +16,7 @@ from functools import cache, cached_property
 _WILDCARD = re.compile(r"\*\*|\*")
 _REGEX = {"*": r"(\d+)", "**": r"(.+)"}
 _DIGITS = re.compile(r"(\d+)")
+_NUMBER_INSIDE = re.compile(r"(?<=\.)(\d+)(?=\.)")  # of a layer or expert, not that of w1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")  # not that of fc1
 
 Captures = tuple[str, ...]
@@ -71,6 +72,11 @@ def pattern(text: str) -> NamePattern:
 def natural_key(name: str) -> tuple[str | int, ...]:
     """Sort key under which `layers.2` comes before `layers.10`."""
     return tuple(int(part) if index % 2 else part for index, part in enumerate(_DIGITS.split(name)))
+
+
+def split_at_numbers(name: str) -> list[str]:
+    """The parts of a module's or tensor's name between the numbers of layers and experts: `a.3.b` → `a.`, `3`, `.b`."""
+    return _NUMBER_INSIDE.split(name)
 
 
 def kind_of(name: str) -> str:

@@ -6,12 +6,12 @@ because only rows are interleaved.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from amaxbridge.mappings.mapping import MegatronParamMapping, hf_name
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.tensors import join_dim, shard_of
 
 
@@ -25,10 +25,10 @@ class DirectMapping(MegatronParamMapping):
     def roles(self) -> dict[str, str]:
         return {"": self.hf_param}
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         return {self.hf_param: join_dim(shards, self.shard_dim)}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         return shard_of(tensors[self.hf_param], self.shard_dim, rank, size)
 
 
@@ -59,20 +59,20 @@ class RowParallelMapping(DirectMapping):
 class VocabParallelMapping(ColumnParallelMapping):
     """Embedding or output layer, rows spread over the ranks and padded at the end: `[padded_vocab/tp, hidden]`.
 
-    Join drops the rows past `config.vocab_size`, split pads with zero rows up to `config.padded_vocab_size`; a
-    config without these attributes means no padding.
+    Join drops the rows past `vocab_size`, split pads with zero rows up to `padded_vocab_size`. Where these are not
+    known, nothing is padded.
     """
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         table = join_dim(shards, 0)
-        rows = getattr(config, "vocab_size", None) or table.shape[0]
+        rows = config.vocab_size or table.shape[0]
         if rows > table.shape[0]:
             raise ValueError(f"{table.shape[0]} rows are fewer than the vocabulary of {rows}")
         return {self.hf_param: table[:rows]}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         table = tensors[self.hf_param]
-        padding = (getattr(config, "padded_vocab_size", None) or table.shape[0]) - table.shape[0]
+        padding = (config.padded_vocab_size or table.shape[0]) - table.shape[0]
         if padding:
             table = torch.cat([table, table.new_zeros(padding, *table.shape[1:])])
         return shard_of(table, 0, rank, size)
@@ -92,7 +92,7 @@ class CopiedVocabMapping(VocabParallelMapping):
     def roles(self) -> dict[str, str]:
         return {"": self.hf_param, **{name: name for name in self.copies}}
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         return dict.fromkeys(self.targets, super()._join(shards, config)[self.hf_param])
 
 
@@ -101,7 +101,7 @@ class LatentDownMapping(DirectMapping):
     """A down projection of multi-head latent attention: whole on every rank, or rows spread over the ranks.
 
     Megatron has it in both forms: `[rank, in]` in Transformer Engine's layers, `[rank/tp, in]` in its own, which gather
-    what they compute. Join tells them apart by the rows of a shard, split by `config.transformer_impl`.
+    what they compute. Join tells them apart by the rows of a shard, split by `transformer_impl`.
     Layout: megatron.core.transformer.multi_latent_attention.MLASelfAttention.
 
     Args:
@@ -114,17 +114,17 @@ class LatentDownMapping(DirectMapping):
     def shard_dim(self) -> int:
         return 0
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         if len(shards) > 1:
-            held, rows = len(shards[0]), sum(getattr(config, name) for name in self.rows)
+            held, rows = len(shards[0]), sum(config.sizes(*self.rows))
             if held == rows:
                 shards = shards[:1]
             elif held * len(shards) != rows:
                 raise ValueError(f"{rows} rows are neither {held} nor {len(shards)} times {held}")
         return {self.hf_param: join_dim(shards, 0)}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
-        if getattr(config, "transformer_impl", "local") != "local":
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        if config.transformer_impl != "local":
             rank, size = 0, 1
         return shard_of(tensors[self.hf_param], 0, rank, size)
 
@@ -176,7 +176,7 @@ class QKVMapping(MegatronParamMapping):
     def shard_dim(self) -> int:
         return 0
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         groups, heads, gates = _attention_layout(config)
         fused = join_dim(shards, 0)
         blocks = fused.unflatten(0, (groups, gates * heads + 2, -1))
@@ -185,7 +185,7 @@ class QKVMapping(MegatronParamMapping):
             q = q.unflatten(1, (gates, heads)).transpose(1, 2)
         return {name: part.flatten(0, -fused.ndim) for name, part in zip(self.targets, (q, k, v), strict=True)}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         groups, heads, gates = _attention_layout(config)
         q, k, v = (tensors[name] for name in self.targets)
         q = q.unflatten(0, (groups, heads, gates, -1)).transpose(1, 2).flatten(1, 2)
@@ -193,12 +193,13 @@ class QKVMapping(MegatronParamMapping):
         return shard_of(torch.cat([q, k, v], dim=1).flatten(0, 2), 0, rank, size)
 
 
-def _attention_layout(config: Any) -> tuple[int, int, int]:
+def _attention_layout(config: ModelConfig) -> tuple[int, int, int]:
     """Query groups, query heads of a group, and 2 where each head has an output gate beside its query, else 1."""
-    groups = config.num_query_groups or config.num_attention_heads
-    if config.num_attention_heads % groups:
-        raise ValueError(f"{config.num_attention_heads} heads do not divide into {groups} query groups")
-    return groups, config.num_attention_heads // groups, 2 if getattr(config, "attention_output_gate", False) else 1
+    (heads,) = config.sizes("num_attention_heads")
+    groups = config.num_query_groups or heads
+    if heads % groups:
+        raise ValueError(f"{heads} heads do not divide into {groups} query groups")
+    return groups, heads // groups, 2 if config.attention_output_gate else 1
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,9 @@ class GatedMLPMapping(MegatronParamMapping):
     def shard_dim(self) -> int:
         return 0
 
-    def _join(self, shards: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
         halves = [shard.unflatten(0, (2, -1)) for shard in shards]
         return {name: join_dim([half[index] for half in halves], 0) for index, name in enumerate(self.targets)}
 
-    def _split(self, tensors: Mapping[str, Tensor], config: Any, rank: int, size: int) -> Tensor:
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         return torch.cat([shard_of(tensors[name], 0, rank, size) for name in self.targets])

@@ -13,6 +13,7 @@ from amaxbridge.configs.schema import ExportConfig
 
 if TYPE_CHECKING:
     from amaxbridge.bridge.hf import HFModel
+    from amaxbridge.output_options import SaveKeywords
 
 
 def export(options: ExportConfig) -> None:
@@ -21,12 +22,11 @@ def export(options: ExportConfig) -> None:
     from amaxbridge.bridge.live.process_ranks import world_rank, world_size
     from amaxbridge.bridge.plan.dry_run import plan_on_mesh
     from amaxbridge.bridge.plan.mesh import Mesh
-    from amaxbridge.bridge.save import SaveOptions
     from amaxbridge.export.disk.staging import Share
     from amaxbridge.mappings.errors import UsageError
     from amaxbridge.scripts.mesh_tables import mesh_table
     from amaxbridge.scripts.progress_bar import progress
-    from amaxbridge.scripts.recipes import recipe_of
+    from amaxbridge.scripts.recipes import output_keywords, recipe_of
     from amaxbridge.scripts.tables import export_table
 
     if options.checkpoint is None and not options.dry_run:
@@ -35,17 +35,13 @@ def export(options: ExportConfig) -> None:
     if options.dry_run and share.rank:
         return
     hf = _described_model(options)
-    how: SaveOptions = {
+    how: SaveKeywords = {
+        **output_keywords(options, "export"),
         "scheme": recipe_of(options.scheme),
         "ignore": options.ignore,
-        "missing_amax": options.amax.missing,
-        "overwrite": options.io.overwrite,
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
-        "dry_run": options.dry_run,
         "quant_state": options.quant_state,
         "dtype": options.dtype,
-        "verify": options.verify,
-        "record": {"command": "export", "command_line": cli.command_line("export"), "options": asdict(options)},
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))

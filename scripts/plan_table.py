@@ -5,7 +5,6 @@ Tensors that are treated alike and differ only in the numbers of layers and expe
     model.layers.{0-93}.mlp.experts.{0-127}.gate_proj.weight    12,032    1536×4096    BF16    U8 F8_E4M3 F32    nvfp4
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -15,10 +14,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from amaxbridge.export.disk.shard_layout import DTYPE_NAMES, Layout
-from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
+from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key, split_at_numbers
 from amaxbridge.mappings.tensors import TensorSpec
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # numbers of layers and experts, not the 1 of w1
 
 
 @dataclass(slots=True)
@@ -66,12 +63,13 @@ def plan_rows(
         scheme = schemes.get(module_of(name), "") if name.endswith(".weight") else ""
         read_as = DTYPE_NAMES[source.dtype] if source else ""
         written_as = " ".join(dict.fromkeys(DTYPE_NAMES[spec.dtype] for spec in after))
-        key = (_NUMBER.sub("{}", name), shape, read_as, written_as, scheme)
+        parts = split_at_numbers(name)
+        key = ("{}".join(parts[::2]), shape, read_as, written_as, scheme)
         row = rows.setdefault(key, PlanRow(key[0], 0, shape, read_as, written_as, scheme))
         row.count += 1
         row.bytes_before += source.nbytes if source else 0
         row.bytes_after += sum(spec.nbytes for spec in after)
-        found = [int(number) for number in _NUMBER.findall(name)]
+        found = [int(number) for number in parts[1::2]]
         row.numbers = [seen | {number} for seen, number in zip(row.numbers or [set()] * len(found), found, strict=True)]
     for row in rows.values():
         row.name = row.name.format(*("{" + _ranges(numbers) + "}" for numbers in row.numbers))

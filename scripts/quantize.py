@@ -3,8 +3,6 @@
 amaxbridge quantize input=HF_DIR output=OUT scheme=nvfp4a16
 """
 
-from dataclasses import asdict
-
 from amaxbridge import cli
 from amaxbridge.configs.schema import QuantizeConfig
 
@@ -14,7 +12,7 @@ def quantize(options: QuantizeConfig) -> None:
     from amaxbridge.export.model_free.pipeline import default_workers
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
     from amaxbridge.scripts.progress_bar import progress
-    from amaxbridge.scripts.recipes import converters_of, recipe_of
+    from amaxbridge.scripts.recipes import converters_of, output_keywords, recipe_of
     from amaxbridge.scripts.tables import quantize_table
 
     with progress(f"quantizing to {options.output}") as shown:
@@ -27,12 +25,7 @@ def quantize(options: QuantizeConfig) -> None:
             device=options.device,
             converter=converters_of(options.converter, options.input),
             quant_state=options.quant_state,
-            missing_amax=options.amax.missing,
-            overwrite=options.io.overwrite,
-            dry_run=options.dry_run,
-            verify=options.verify,
-            progress=shown,
-            record={"command": "quantize", "command_line": cli.command_line("quantize"), "options": asdict(options)},
+            **output_keywords(options, "quantize", shown),
         )
     quantize_table(report, options)
 

@@ -1,9 +1,12 @@
-"""Turning options into what the exporter takes: the recipe, and the converter that comes before it."""
+"""From the options of a command to what an export takes: keywords, the recipe, converters that come before it."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from amaxbridge.configs.schema import SchemeConfig
+from amaxbridge import cli
+from amaxbridge.configs.schema import ExportConfig, QuantizeConfig, SchemeConfig
 from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
+from amaxbridge.export.progress import Progress
 from amaxbridge.export.schemes import (
     SCHEMES,
     Groups,
@@ -16,6 +19,21 @@ from amaxbridge.export.schemes import (
 from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.extras import need
+from amaxbridge.output_options import OutputKeywords
+
+
+def output_keywords(
+    options: ExportConfig | QuantizeConfig, command: str, progress: Progress | None = None
+) -> OutputKeywords:
+    """What every export takes, from the options of a command; they are kept as its record."""
+    return {
+        "missing_amax": options.amax.missing,
+        "overwrite": options.io.overwrite,
+        "dry_run": options.dry_run,
+        "verify": options.verify,
+        "progress": progress,
+        "record": {"command": command, "command_line": cli.command_line(command), "options": asdict(options)},
+    }
 
 
 def recipe_of(config: SchemeConfig) -> Recipe | None:

@@ -7,13 +7,13 @@ agrees by construction. What is in flight is one bucket per group.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from amaxbridge.bridge.plan.export_plan import BundlePlan, Part
 from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, Ranks
 
 BUCKET_BYTES = 16 * 2**20
@@ -23,7 +23,7 @@ _ALIGNMENT = 16  # bytes; every dtype can be viewed at such an offset
 def stream_bundles(
     plan: Iterable[BundlePlan],
     tensors: Mapping[str, Tensor],
-    config: Any,
+    config: ModelConfig,
     ranks: Ranks,
     *,
     bucket_bytes: int = BUCKET_BYTES,
@@ -54,7 +54,7 @@ def stream_bundles(
 def join_bundle(
     bundle: BundlePlan,
     tensors: Mapping[str, Tensor],
-    config: Any,
+    config: ModelConfig,
     shards: Mapping[str, list[Tensor]] | None = None,
 ) -> Bundle:
     """A bundle from its Megatron tensors, each as `shards` of the ranks, or whole in `tensors`."""
@@ -66,7 +66,7 @@ def join_bundle(
 
 
 def _exchange(
-    bucket: Sequence[BundlePlan], tensors: Mapping[str, Tensor], config: Any, ranks: Ranks, me: int
+    bucket: Sequence[BundlePlan], tensors: Mapping[str, Tensor], config: ModelConfig, ranks: Ranks, me: int
 ) -> Iterator[Bundle]:
     """One collective for all bundles of a bucket, then the join of those that this rank owns."""
     if not bucket:

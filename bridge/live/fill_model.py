@@ -1,7 +1,6 @@
 """Filling a live Megatron model from Hugging Face tensors and amax: each rank takes what its own shards need."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor
 
@@ -11,12 +10,13 @@ from amaxbridge.bridge.live.quantized_parameters import fill
 from amaxbridge.bridge.plan.export_plan import find_mappings
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Ranks
 from amaxbridge.mappings.registry import MappingRegistry
 
 
 def fill_quantizers(
-    quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, config: Any, ranks: Ranks
+    quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, config: ModelConfig, ranks: Ranks
 ) -> None:
     """Sets the amax of each enabled quantizer from Hugging Face names: the mirror of collecting. No communication.
 
@@ -58,7 +58,7 @@ def fill_parameters(
     parameters: Iterable[Parameter],
     read: Callable[[str], Tensor],
     registry: MappingRegistry,
-    config: Any,
+    config: ModelConfig,
     ranks: Ranks,
 ) -> None:
     """Copies into each parameter its shard of the Hugging Face tensors. No communication.

@@ -26,7 +26,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.bridge.megatron.mamba_in_torch import enable_mamba
+from amaxbridge.bridge.megatron.mamba_in_torch import mixer_class
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.hybrid_layers import with_stages
 
@@ -56,8 +56,7 @@ def build_hybrid_chunk(
         UsageError: a rotary embedding that HybridModel does not have.
     """
     pattern = hf.family.layer_pattern(hf.config)
-    if "M" in pattern:
-        enable_mamba(config)
+    mixer = mixer_class(config) if "M" in pattern else MambaMixer
     stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     arguments = hf.family.model_arguments(hf.config)
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
@@ -66,7 +65,7 @@ def build_hybrid_chunk(
     arguments.pop("rope_scaling_factor", None)
     return HybridModel(
         config,
-        ModuleSpec(module=LocalHybridStack, submodules=_layers(dense.submodules, sparse.submodules)),
+        ModuleSpec(module=LocalHybridStack, submodules=_layers(dense.submodules, sparse.submodules, mixer)),
         hybrid_layer_pattern=with_stages(pattern, stages),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -75,7 +74,9 @@ def build_hybrid_chunk(
     )
 
 
-def _layers(dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodules) -> HybridStackSubmodules:
+def _layers(
+    dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodules, mixer: type[MambaMixer]
+) -> HybridStackSubmodules:
     """The specification of every kind of layer. Where Transformer Engine fuses a norm, its name on the disk says so."""
     attention = TransformerLayerSubmodules(
         input_layernorm=dense.input_layernorm,
@@ -92,7 +93,7 @@ def _layers(dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodule
     projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     mamba = MambaLayerSubmodules(
         norm=WrappedTorchNorm,
-        mixer=ModuleSpec(module=MambaMixer, submodules=projections),
+        mixer=ModuleSpec(module=mixer, submodules=projections),
         mamba_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )

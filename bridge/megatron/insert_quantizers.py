@@ -83,8 +83,11 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not
 
 @contextlib.contextmanager
 def cache_quantizers(*, wanted: bool = True) -> Iterator[None]:
-    """What ModelOpt makes of a model inside has quantizers for keys and values in Megatron's own attention."""
-    if not wanted:
+    """What ModelOpt makes of a model inside has quantizers for keys and values in Megatron's own attention.
+
+    Where ModelOpt knows that attention already, from a context around this one or by itself, nothing changes.
+    """
+    if not wanted or DotProductAttention in QuantModuleRegistry:
         yield
         return
     QuantModuleRegistry.register({DotProductAttention: "DotProductAttention"})(_QuantizedAttention)

@@ -4,24 +4,46 @@ Megatron's mixer takes two things from mamba_ssm, the scan over the sequence and
 recurrence itself, a step for each token: for tests and the demo, never for a training run.
 """
 
-from typing import Any
+import logging
+from typing import Any, cast
 
 import torch
 from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amaxbridge.bridge.megatron.patches import Patch, announce, patched
 
-def enable_mamba(config: TransformerConfig) -> None:
-    """Patch Megatron's mixer, for models of `config`. Where mamba_ssm is installed, nothing changes."""
-    if not mamba_mixer.HAVE_MAMBA_SSM:
-        mamba_mixer.HAVE_MAMBA_SSM = True
-        mamba_mixer.ExtendedRMSNorm = GatedRMSNorm
-        mamba_mixer.mamba_chunk_scan_combined = scan
-    if mamba_mixer.mamba_chunk_scan_combined is scan:
-        config.use_mamba_mem_eff_path = False  # which is one kernel for the whole mixer
+
+def mixer_class(config: TransformerConfig) -> type[MambaMixer]:
+    """Megatron's mixer for models of `config`; where mamba_ssm is not installed, `TorchMambaMixer`, which is slow.
+
+    That is announced, and on a machine with a GPU, where nobody would expect it, warned of.
+    """
+    if mamba_mixer.HAVE_MAMBA_SSM:
+        return cast(type[MambaMixer], MambaMixer)
+    config.use_mamba_mem_eff_path = False  # which is one kernel for the whole mixer
+    announce(
+        "mamba_ssm is not installed: the Mamba layers of this model run in plain torch, token by token. An import is "
+        "no slower for it; install mamba_ssm where the model is trained or calibrated",
+        logging.WARNING if torch.cuda.is_available() else logging.INFO,
+    )
+    return TorchMambaMixer
+
+
+class TorchMambaMixer(MambaMixer):  # type: ignore[misc]  # Megatron is not typed
+    """Megatron's mixer with `GatedRMSNorm` and `scan` in place of what it takes from mamba_ssm."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with patched(Patch(mamba_mixer, "HAVE_MAMBA_SSM", True), Patch(mamba_mixer, "ExtendedRMSNorm", GatedRMSNorm)):
+            super().__init__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with patched(Patch(mamba_mixer, "mamba_chunk_scan_combined", scan)):
+            return super().forward(*args, **kwargs)
 
 
 def scan(

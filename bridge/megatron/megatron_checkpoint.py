@@ -20,6 +20,7 @@ from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_shar
 from amaxbridge.bridge.live.model_walk import walk_all_quantizers
 from amaxbridge.bridge.live.quantized_parameters import is_quantized
 from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers
+from amaxbridge.bridge.megatron.patches import Patch, patched
 from amaxbridge.bridge.megatron.process_groups import process_ranks
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST
 from amaxbridge.bridge.stored.stored_model import StoredModel
@@ -49,7 +50,6 @@ def save_checkpoint(model: Model, path: Path, *, iteration: int | None, argument
         iteration: None for weights that training starts from: Megatron's `release`.
         arguments: what Megatron's training keeps as `args`.
     """
-    filesystem_async._results_queue = queue.Queue()
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
     directory = path / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,9 @@ def save_checkpoint(model: Model, path: Path, *, iteration: int | None, argument
     ranks.all_gather_object(Axis.WORLD, None)
     chunks = _chunks(model)
     state = {"iteration": iteration or 0, "checkpoint_version": 3.0, **_sharded_state(chunks)}
-    dist_checkpointing.save(state if arguments is None else {**state, "args": arguments}, str(directory))
-    save_sharded_modelopt_state(chunks, directory)
+    with patched(Patch(filesystem_async, "_results_queue", queue.Queue())):
+        dist_checkpointing.save(state if arguments is None else {**state, "args": arguments}, str(directory))
+        save_sharded_modelopt_state(chunks, directory)
     if ranks.rank(Axis.WORLD) == 0:
         (path / LATEST).write_text(RELEASE if iteration is None else str(iteration))
     ranks.all_gather_object(Axis.WORLD, None)

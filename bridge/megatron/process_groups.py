@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.fusions import fused_softmax
 
 from amaxbridge.bridge.live.process_ranks import ProcessRanks, process_group
-from amaxbridge.bridge.megatron.without_cuda import enable_cpu
+from amaxbridge.bridge.megatron.without_cuda import without_cuda
 from amaxbridge.mappings.ranks import Axis
 
 
@@ -31,15 +30,14 @@ def distributed(
 ) -> Iterator[None]:
     """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in.
 
+    Where there is no CUDA, Megatron and ModelOpt are patched to run on the CPU meanwhile: see `without_cuda`.
+
     Args:
         vpp: model chunks of each pipeline rank; None for one chunk, without a virtual pipeline.
         ep: expert-parallel size. Experts are spread over the ranks that tensor and data parallelism leave or share.
         etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
     """
-    enable_cpu()
-    if not torch.cuda.is_available():
-        fused_softmax.get_sliding_window_causal_mask = _sliding_window_mask
-    with process_group():
+    with without_cuda(), process_group():
         parallel_state.initialize_model_parallel(
             tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
         )
@@ -49,9 +47,3 @@ def distributed(
             yield
         finally:
             parallel_state.destroy_model_parallel()
-
-
-def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
-    """`[queries, keys]`, True where a key is hidden: as Megatron's, which always makes it on a GPU."""
-    distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
-    return (distance < -window[0]) | (distance > window[1])

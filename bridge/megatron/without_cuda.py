@@ -1,25 +1,30 @@
 """Megatron-Core and ModelOpt on a machine without CUDA: for tests and the demo, never for a training run.
 
-Both frameworks run on gloo and a CPU but for four calls:
+Both frameworks run on gloo and a CPU but for five calls:
 
 - Megatron asks `torch.cuda.current_device` where to put rotary frequencies and gathered tensors; here the answer
   is the CPU device.
 - Megatron moves embeddings that two pipeline stages share with `Tensor.cuda`; here that does nothing.
+- Megatron makes the mask of a sliding window on the GPU; here it is made on the CPU.
 - ModelOpt calls `torch.cuda.synchronize` before it packs a module's extra state; here that does nothing.
 - ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has a Triton and a CUDA kernel and no
   other. `nvfp4_fake_quantize` below replaces it. Its reference is ModelOpt's own `NVFP4QTensor` (quantize, then
   dequantize), which the exporters use: the result is the same to the last bit, at nine times the speed,
   with no packing and no search. ModelOpt's autograd function stays around it: gradients pass straight through.
 
-`enable_cpu` patches these and does nothing where CUDA is available. Megatron also needs
+`without_cuda` patches these as long as it lasts, and does nothing where CUDA is available. Megatron also needs
 `TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels are CUDA's. Transformer Engine layers and static-block NVFP4
 calibration stay impossible.
 """
 
+import contextlib
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from amaxbridge.bridge.megatron.patches import Patch, patched
 
 TRANSFORMER_CONFIG_FOR_CPU = MappingProxyType(
     {
@@ -40,16 +45,25 @@ _E4M3_TINY = 2.0**-9  # the smallest e4m3 number above zero; ModelOpt clamps blo
 _FP32_EXPONENT = 0x7F800000
 
 
-def enable_cpu() -> None:
-    """Patch what Megatron and ModelOpt need on a CPU. A second call, or a machine with CUDA, changes nothing."""
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """Inside, Megatron and ModelOpt run on a CPU. On a machine with CUDA nothing changes."""
     if torch.cuda.is_available():
+        yield
         return
+    from megatron.core.fusions import fused_softmax
     from modelopt.torch.quantization import tensor_quant
 
-    torch.cuda.current_device = _current_device  # type: ignore[assignment]  # Megatron takes it for a device
-    torch.cuda.synchronize = _synchronize
-    torch.Tensor.cuda = _stay  # type: ignore[assignment,method-assign]
-    tensor_quant.dynamic_block_quantize_op = _dynamic_block_quantize
+    with patched(
+        Patch(torch.cuda, "current_device", _current_device),  # Megatron takes it for a device
+        Patch(torch.cuda, "synchronize", _synchronize),
+        Patch(torch.Tensor, "cuda", _stay),
+        Patch(fused_softmax, "get_sliding_window_causal_mask", _sliding_window_mask),
+        Patch(tensor_quant, "dynamic_block_quantize_op", _dynamic_block_quantize),
+        why="No CUDA here: Megatron and ModelOpt run on the CPU. Until they have ended, torch.cuda.current_device, "
+        "torch.cuda.synchronize, Tensor.cuda and two functions of theirs are replaced",
+    ):
+        yield
 
 
 def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
@@ -91,6 +105,12 @@ def _current_device() -> torch.device:
 def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     del args, kwargs
     return tensor
+
+
+def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """`[queries, keys]`, True where a key is hidden."""
+    distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+    return (distance < -window[0]) | (distance > window[1])
 
 
 def _synchronize(device: Any = None) -> None:

@@ -6,9 +6,8 @@ plan of a live export, made by the code that makes those, with an amax supposed 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Unpack
 
 import torch
@@ -18,18 +17,19 @@ from amaxbridge.bridge.live.bundle_stream import BUCKET_BYTES
 from amaxbridge.bridge.plan.export_plan import BundlePlan, RankReport, plan_reports
 from amaxbridge.bridge.plan.mesh import Mesh
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
-from amaxbridge.bridge.plan.writing_processes import Apart
-from amaxbridge.bridge.save import ExportReport, SaveOptions, Saver
+from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE
 from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.output.writing_processes import Apart
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import Axis
+from amaxbridge.output_options import SaveKeywords, SaveOptions
 
 _NEVER_QUANTIZED = ("embedding.", "output_layer.", ".router.", "eh_proj.")  # by ModelOpt's presets
 
@@ -85,7 +85,7 @@ class ImportPlan:
     held: Sequence[int]
 
 
-def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOptions]) -> MeshPlan:
+def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveKeywords]) -> MeshPlan:
     """The plan of an export at the given sizes.
 
     Raises:
@@ -94,12 +94,12 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveOp
         MappingError: a module cannot be quantized as asked; all are named.
     """
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp, even=False)
-    config = mapping_config(hf, padded_to=mesh.tp)
+    config = hf.model_config.padded_to(mesh.tp)
     reports = list(_reports(MegatronSpecs(hf, config), mesh))
     bundles = plan_reports(reports, hf.registry, config, skip=hf.without_tensor)
-    state = _supposed_state(bundles, find_scheme(options.get("scheme", "nvfp4")))
-    options["dry_run"] = True
-    report = Saver(hf, Apart(ALONE), target, **options).save(bundles, _nothing, lambda: state)
+    asked = replace(SaveOptions(**options), dry_run=True)
+    state = _supposed_state(bundles, find_scheme(asked.scheme))
+    report = Saver(hf, Apart(ALONE), target, asked).save(bundles, _nothing, lambda: state)
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in reports]
     return MeshPlan(mesh, report, rank_shares(report, held), list(state.amax))
 
@@ -113,7 +113,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     """
     hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
-    specs = MegatronSpecs(hf, mapping_config(hf, padded_to=mesh.tp))
+    specs = MegatronSpecs(hf, hf.model_config.padded_to(mesh.tp))
     with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
         schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
         missing = [
@@ -126,23 +126,6 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
         raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in _reports(specs, mesh)]
     return ImportPlan(mesh, Counter(scheme.name for scheme in schemes.values()), held)
-
-
-def mapping_config(hf: HFModel, *, padded_to: int = 1) -> SimpleNamespace:
-    """What mappings read of Megatron's configuration, for a GPTModel, or a HybridModel where there is no other.
-
-    Args:
-        padded_to: the vocabulary becomes a multiple of it.
-    """
-    hybrid = hf.family.hybrid_pattern is not None
-    fields = hf.family.module_config(hf.config, hf.family.layer_pattern(hf.config) if hybrid else None)
-    vocabulary = hf.config["vocab_size"]
-    return SimpleNamespace(
-        **fields,
-        transformer_impl="local",
-        vocab_size=vocabulary,
-        padded_vocab_size=vocabulary + -vocabulary % padded_to,
-    )
 
 
 def rank_shares(report: ExportReport, held: Sequence[int]) -> list[RankShare]:

@@ -11,12 +11,13 @@ are chosen to spread the bytes evenly. Only the owner's own tensor-parallel grou
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from amaxbridge.bridge.live.model_walk import Parameter
 from amaxbridge.mappings.errors import MappingError, UnmappedParameterError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of, module_of, natural_key
 from amaxbridge.mappings.ranks import Axis, Ranks
 from amaxbridge.mappings.registry import MappingRegistry
@@ -87,13 +88,18 @@ class RankReport(NamedTuple):
 
 
 def plan_export(
-    parameters: Iterable[Parameter], registry: MappingRegistry, config: Any, ranks: Ranks, *, skip: frozenset[str]
+    parameters: Iterable[Parameter],
+    registry: MappingRegistry,
+    config: ModelConfig,
+    ranks: Ranks,
+    *,
+    skip: frozenset[str],
 ) -> list[BundlePlan]:
     """The bundles of a live model in an order all ranks agree on. Collective over all ranks.
 
     Args:
         parameters: of this rank, with the quantizer state that follows them.
-        config: the model's configuration, as the mappings read it.
+        config: the sizes of the model.
         skip: Megatron names that have no tensor of their own on the Hugging Face side (a tied output layer).
 
     Raises:
@@ -106,7 +112,12 @@ def plan_export(
 
 
 def plan_stored(
-    parameters: Iterable[Parameter], registry: MappingRegistry, config: Any, processes: int, *, skip: frozenset[str]
+    parameters: Iterable[Parameter],
+    registry: MappingRegistry,
+    config: ModelConfig,
+    processes: int,
+    *,
+    skip: frozenset[str],
 ) -> list[BundlePlan]:
     """As `plan_export`, of a model that each of some processes can read all of: the same in all, without a word."""
     specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
@@ -115,7 +126,7 @@ def plan_stored(
 
 
 def plan_reports(
-    reports: Sequence[RankReport], registry: MappingRegistry, config: Any, *, skip: frozenset[str]
+    reports: Sequence[RankReport], registry: MappingRegistry, config: ModelConfig, *, skip: frozenset[str]
 ) -> list[BundlePlan]:
     """As `plan_export`, from the reports of all ranks, which need not exist."""
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
@@ -147,7 +158,7 @@ def _bundle_key(mapping: MegatronParamMapping) -> str:
 class _Planner:
     """Chooses owners and collects problems."""
 
-    def __init__(self, reports: Sequence[RankReport], config: Any) -> None:
+    def __init__(self, reports: Sequence[RankReport], config: ModelConfig) -> None:
         self._reports = reports
         self._config = config
         self._load = [0] * len(reports)

@@ -5,7 +5,6 @@ in one of Megatron's: cuts between q, k and v, between gate and up, and between 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.mappings.amax import STORED_SCALES, StoredScalesMapping
 from amaxbridge.mappings.errors import MappingError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of
 
 BLOCK = 128
@@ -31,7 +31,7 @@ def stored_formats(plan: Iterable[BundlePlan]) -> dict[str, str]:
     }
 
 
-def check_blocks(plan: Iterable[BundlePlan], config: Any) -> None:
+def check_blocks(plan: Iterable[BundlePlan], config: ModelConfig) -> None:
     """Refuses a plan in which a square block of a Hugging Face weight would be put together from several of Megatron's.
 
     Raises:
@@ -59,7 +59,7 @@ def check_blocks(plan: Iterable[BundlePlan], config: Any) -> None:
         )
 
 
-def _cut_blocks(weight: MegatronParamMapping, shape: Sequence[int], count: int, config: Any) -> list[int]:
+def _cut_blocks(weight: MegatronParamMapping, shape: Sequence[int], count: int, config: ModelConfig) -> list[int]:
     """The positions of those Hugging Face weights that have a block of several of the blocks of equal shards."""
     rows, columns = shape
     if count > 1 and weight.shard_dim == 1 and columns % BLOCK:

@@ -7,7 +7,6 @@ second table of shapes here that could disagree.
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from types import SimpleNamespace
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.hybrid_layers import read_pattern
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -40,14 +40,14 @@ class MegatronSpecs:
 
     Args:
         hf: the model.
-        config: what mappings read of Megatron's configuration.
+        config: its sizes; `hf.model_config` unless the vocabulary is padded.
 
     Raises:
         UsageError: transformers cannot build the model, or it has tensors that no mapping takes, which an export would
             leave out; all are named.
     """
 
-    def __init__(self, hf: HFModel, config: SimpleNamespace) -> None:
+    def __init__(self, hf: HFModel, config: ModelConfig) -> None:
         self._tensors = hf_tensors(hf)
         self._config = config
         self._registry = hf.registry

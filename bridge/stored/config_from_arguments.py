@@ -8,7 +8,6 @@ every other: nothing is exported as something else. Where several fit, the tenso
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -50,18 +49,13 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     attempts = [_attempt(family, settings, embedding.dtype, padded=size is None) for family in families]
     fitting = [attempt.hf for attempt in attempts if attempt.hf is not None]
     if len(_kinds(fitting)) > 1:
-        fitting = [hf for hf in fitting if not tensor_disagreements(*_stored(opened, hf))] or fitting
+        fitting = [hf for hf in fitting if not tensor_disagreements(stored_model(opened, hf), hf)] or fitting
     if not fitting:
         raise UsageError(_nothing_fits(opened.directory, attempts))
     if len(_kinds(fitting)) > 1:
         names = ", ".join(_kinds(fitting))
         raise UsageError(f"the arguments saved in {opened.directory} fit {names}: choose one with architecture=")
     return fitting[0]
-
-
-def _stored(opened: DistCheckpoint, hf: HFModel) -> tuple[Any, HFModel, Any]:
-    stored, config = stored_model(opened, hf)
-    return stored, hf, config
 
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:

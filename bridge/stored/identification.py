@@ -7,7 +7,6 @@ would be exported in silence.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
@@ -30,18 +29,15 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.linear_fc1\.weight(\d+)$")
 
 
-def check_described(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> None:
+def check_described(stored: StoredModel, hf: HFModel) -> None:
     """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
-
-    Args:
-        config: what mappings read of Megatron's configuration.
 
     Raises:
         CheckpointError: the checkpoint is of a kind that is not exported (see `checkpoint_kinds`), or they disagree.
         MissingExtraError: there is nothing to compare with: no arguments, and transformers is not installed.
     """
     check_kind(stored.checkpoint)
-    found = _disagreements(stored, hf, config)
+    found = _disagreements(stored, hf)
     if found:
         raise CheckpointError(
             f"{stored.checkpoint.directory} is not the model that {hf.source} describes, "
@@ -60,22 +56,21 @@ def _kind_of(checkpoint: DistCheckpoint) -> Kind | None:
     return kind_of_tensors(model, any_others=len(model) < len(checkpoint.tensors))
 
 
-def stored_model(opened: DistCheckpoint, hf: HFModel) -> tuple[StoredModel, SimpleNamespace]:
-    """The model in a checkpoint under the names of a family, and what mappings read of Megatron's configuration."""
+def stored_model(opened: DistCheckpoint, hf: HFModel) -> StoredModel:
+    """The model in a checkpoint under the names of a family."""
     pattern = hf.family.layer_pattern(hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
-    config = SimpleNamespace(**hf.family.module_config(hf.config, pattern), vocab_size=hf.config["vocab_size"])
-    return StoredModel(opened, hf.family.spelling(pattern)), config
+    return StoredModel(opened, hf.family.spelling(pattern))
 
 
-def _disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
+def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
     arguments = read_arguments(stored.checkpoint)
     if arguments is None:
         need("Checking a checkpoint without saved arguments against config.json", "transformers")
     found = list(disagreements(arguments, hf)) if arguments is not None else []
-    return found + tensor_disagreements(stored, hf, config)
+    return found + tensor_disagreements(stored, hf)
 
 
-def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespace) -> list[str]:
+def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
     """One line for each kind of tensor that is not what the model has; none where transformers is not installed.
 
     Raises:
@@ -83,7 +78,7 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel, config: SimpleNamespa
     """
     if not installed("transformers"):
         return []
-    specs = MegatronSpecs(hf, config)
+    specs = MegatronSpecs(hf, hf.model_config)
     held = {
         name: each.spec
         for name, each in stored.tensors.items()

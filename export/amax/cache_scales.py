@@ -13,11 +13,11 @@ from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import amax_of_scale
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.kernels.nvfp4 import FP8_MAX
 from amaxbridge.export.schemes.signature import Arguments
 from amaxbridge.mappings.errors import AmaxError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
-_FP8_MAX = 448.0
 _FORMAT = "fp8"  # of a cache quantizer, in the words of a `QuantState`
 _QUANTIZERS = ("k", "v")
 
@@ -48,7 +48,7 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
         elif amax is None or not 0 < amax.item() < math.inf:
             unusable.append(f"{name}: {'missing' if amax is None else amax.item()}")
         else:
-            scale = amax.float() / torch.full_like(amax, _FP8_MAX, dtype=torch.float32)
+            scale = amax.float() / torch.full_like(amax, FP8_MAX, dtype=torch.float32)
             scales[weight] = f"{attention}.{letter}_scale", scale.reshape(1)
     if others:
         raise UsageError(
@@ -82,4 +82,4 @@ def stored_cache_scales(tensors: Iterable[str], cache: Arguments | None) -> dict
 
 def amax_of_cache_scale(scale: Tensor) -> Tensor:
     """The amax that `cache_scales` makes this scale from: fp32, 0-d."""
-    return amax_of_scale(scale.reshape(()), _FP8_MAX)
+    return amax_of_scale(scale.reshape(()), FP8_MAX)

@@ -23,13 +23,13 @@ from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Shard
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.model_config import number_of_experts
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 _KEY = "amaxbridge.quant_state"
 _VERSION = 1
 _HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=true"
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 _log = logging.getLogger("amaxbridge")
 
@@ -69,7 +69,7 @@ class ModelIdentity:
             tuple(config.get("architectures") or ()),
             text.get("num_hidden_layers"),
             text.get("hidden_size"),
-            next((text[key] for key in _EXPERTS if text.get(key)), 0),
+            number_of_experts(text) or 0,
             hashlib.sha256("\n".join(modules).encode()).hexdigest() if modules else "",
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from amaxbridge.export.output.config_and_index import CONFIG_FILE
+from amaxbridge.export.output.config_and_index import read_config_json
 from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.errors import UsageError, listing
@@ -56,13 +56,7 @@ def check_apart(source: Path, target: Path) -> None:
 
 def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
     """config.json; of a checkpoint that is quantized already only where a converter comes first."""
-    file = source / CONFIG_FILE
-    if not file.is_file():
-        raise UsageError(f"{source} is not a Hugging Face model directory: no {CONFIG_FILE} there")
-    try:
-        config: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    config = read_config_json(source)
     if config.get("model_type") in _TRANSPOSED:
         raise UsageError(
             f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "

@@ -10,8 +10,9 @@ import torch
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.staging import StagedDirectory
 from amaxbridge.export.model_free.inverse_weight_maps import Converter
-from amaxbridge.export.model_free.pipeline import devices_of, write_plan
+from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
+from amaxbridge.export.output.finished_directory import BundleWriter
 from amaxbridge.export.schemes import find_scheme
 
 
@@ -40,7 +41,8 @@ def process_file(
         StagedDirectory(save_path) as staged,
     ):
         staged.open(plan.layout)
-        write_plan(plan, staged, devices=devices_of(device)[:1])
+        with BundleWriter(staged, plan.layout, plan.finalizer, plan.sizes) as writer:
+            write_bundles(plan, writer, devices=devices_of(device)[:1])
         (staged.path / save_path.name).replace(save_path)
     return plan.layout.total_size, plan.layout.weight_map
 

@@ -22,12 +22,10 @@ from torch import Tensor
 
 from amaxbridge.export.disk.row_chunks import Part, Rows, WholeTensor
 from amaxbridge.export.disk.safetensors_file import StoredTensor
-from amaxbridge.export.disk.shard_writer import ShardWriter
-from amaxbridge.export.disk.staging import StagedDirectory
 from amaxbridge.export.model_free.shard_plan import ShardPlan
 from amaxbridge.export.model_free.source_bundles import SourceBundle
 from amaxbridge.export.output.finalizer import Bundle
-from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.export.output.finished_directory import BundleWriter
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -168,40 +166,22 @@ def run(
         torch.cuda.empty_cache()  # each stream has a cache of its own, which no other run would find
 
 
-def write_plan(
+def write_bundles(
     plan: ShardPlan,
-    staged: StagedDirectory,
+    writer: BundleWriter,
     done: Collection[str] = (),
     workers: int = 1,
     *,
     devices: Sequence[torch.device],
-    progress: Progress | None = None,
 ) -> None:
-    """Writes the bundles of a plan into the shards of a staging directory that is open.
-
-    Args:
-        done: the keys of those that are there already.
-    """
-    progress = progress or NoProgress()
+    """Writes the bundles of a plan, but for those that are `done`."""
     needed = [bundle for bundle in plan.bundles if bundle.key not in done]
-    progress.begin(
-        tensors=sum(len(bundle.specs) for bundle in needed),
-        nbytes=sum(bundle.nbytes for bundle in plan.bundles),
-        kept=sum(bundle.nbytes for bundle in plan.bundles if bundle.key in done),
-    )
-    writer = ShardWriter(staged.path, plan.layout, staged.journal)
 
     def make(bundle: SourceBundle, worker: Worker) -> None:
         tensors = worker.prepare(bundle.load(), plan.finalizer.is_quantized)
-        for name, first, rows in plan.finalizer.finalize_rows(Bundle(tensors, plan.block_amax(bundle), bundle.key)):
-            writer.write(name, worker.fetched(rows), first)
-        writer.done(bundle.key)
-        progress.advance(tensors=len(bundle.specs), nbytes=bundle.nbytes)
+        writer.write(Bundle(tensors, plan.block_amax(bundle), bundle.key), worker.fetched)
 
-    try:
-        run(needed, make, workers=max(1, min(workers, len(needed))), devices=devices)
-    finally:
-        writer.close()
+    run(needed, make, workers=max(1, min(workers, len(needed))), devices=devices)
 
 
 def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:

@@ -1,6 +1,5 @@
 """The plan of a model-free run: what is read, what is made of it, where it lies. Made on headers alone."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,16 +13,14 @@ from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.model_free.inverse_weight_maps import Converter, InverseWeightMap
 from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundles
 from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.finished_directory import BundleSize
 from amaxbridge.export.schemes import Recipe
 from amaxbridge.mappings.amax import GLOBAL_AMAX, WEIGHT_QUANTIZER
-from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError, listing
-from amaxbridge.mappings.families import family_of
-from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.families import packed_experts_of
 from amaxbridge.mappings.fused_groups import group_of, groups_among
-from amaxbridge.mappings.names import is_routed_expert, module_of
+from amaxbridge.mappings.names import is_routed_expert, kind_of, module_of
 from amaxbridge.mappings.tensors import TensorSpec
-
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,11 @@ class ShardPlan:
     def modules(self) -> set[str]:
         """Every module that has tensors in the source."""
         return {module_of(name) for bundle in self.bundles for name in bundle.specs}
+
+    @property
+    def sizes(self) -> dict[str, BundleSize]:
+        """The size of each bundle, by its key."""
+        return {bundle.key: BundleSize.of(bundle.specs) for bundle in self.bundles}
 
     def block_amax(self, bundle: SourceBundle) -> dict[str, Tensor]:
         """The part of `state` that belongs to a bundle."""
@@ -88,7 +90,7 @@ def plan_shards(
         UsageError: the scheme cannot work on this checkpoint, or the state is of another model.
         AmaxError: amax that are missing or make no scale; all are named.
     """
-    bundles = read_bundles(maps, files, converters=converters, packed=_packed_experts(config))
+    bundles = read_bundles(maps, files, converters=converters, packed=packed_experts_of(config))
     if not _quantizes_experts(bundles, recipe, state):
         bundles = read_bundles(maps, files, converters=converters)
     specs: dict[str, TensorSpec] = {}
@@ -108,14 +110,6 @@ def plan_shards(
         for name in bundle.specs:
             contents.setdefault(bundle.output, {}).update(finalizer.outputs[name])
     return ShardPlan(bundles, finalizer, Layout.of(contents), tensors)
-
-
-def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
-    """How the family of a config.json packs experts; of an unknown family, as transformers mostly does."""
-    try:
-        return family_of(config).packed_experts or PackedExperts()
-    except UnknownArchitectureError:
-        return PackedExperts()
 
 
 def _quantizes_experts(bundles: Sequence[SourceBundle], recipe: Recipe | None, state: QuantState | None) -> bool:
@@ -151,4 +145,4 @@ def _is_there(module: str, specs: Mapping[str, TensorSpec]) -> bool:
 def _layer_of(member: str) -> tuple[str, ...]:
     """What groups of the same kind have in common: their path without numbers, and the kind."""
     kind = group_of(member).primary.rpartition(".")[2]
-    return _NUMBER.sub("*", module_of(member)), kind
+    return kind_of(module_of(member)), kind

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -17,7 +17,7 @@ from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
-from amaxbridge.export.disk.staging import StagedDirectory, check_output, plan_fingerprint
+from amaxbridge.export.disk.staging import ALONE, check_output
 from amaxbridge.export.model_free.input_directory import (
     check_apart,
     check_ignored,
@@ -30,14 +30,15 @@ from amaxbridge.export.model_free.inverse_weight_maps import (
     InverseWeightMap,
     build_microscale_inverse_weight_maps,
 )
-from amaxbridge.export.model_free.pipeline import devices_of, write_plan
+from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
-from amaxbridge.export.output.model_card import Conversion, files_beside
-from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.export.output.finished_directory import DirectoryPlan, write_directory
+from amaxbridge.export.output.model_card import Conversion
+from amaxbridge.export.output.writing_processes import Apart
 from amaxbridge.export.schemes import Recipe, find_scheme
-from amaxbridge.export.verify import verify as verify_checkpoint
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
+from amaxbridge.output_options import OutputKeywords, OutputOptions
 
 _log = logging.getLogger("amaxbridge")
 
@@ -78,12 +79,7 @@ def model_free_ptq(
     converter: Converter | Sequence[Converter] | None = None,
     *,
     quant_state: QuantState | str | Path | None = None,
-    missing_amax: str = "error",
-    overwrite: bool = False,
-    dry_run: bool = False,
-    verify: bool = True,
-    progress: Progress | None = None,
-    record: Mapping[str, Any] | None = None,
+    **options: Unpack[OutputKeywords],
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
 
@@ -98,12 +94,7 @@ def model_free_ptq(
         device: where to quantize; a GPU if there is one. Several GPUs share the work.
         converter: applied first; from another format, say.
         quant_state: amax and formats from training, or a file of them: quantizes what they are of, and leaves the rest.
-        missing_amax: what to do about an amax that makes no scale: `error`, `from_weights` or `group_max`.
-        overwrite: replace what is at `save_directory`.
-        dry_run: plan and check everything, write nothing.
-        verify: check what is written, and throw it away if an engine would read it wrong.
-        progress: is told how far it is.
-        record: how this was asked for, kept in `amaxbridge.json`, and `command_line` of it in the model card.
+        options: `missing_amax`, `overwrite`, `dry_run`, `verify`, `progress`, `record`; see `OutputOptions`.
 
     Raises:
         UsageError: arguments that cannot work.
@@ -112,11 +103,12 @@ def model_free_ptq(
         AmaxError: amax that are missing, zero, negative or not finite; all are named.
         WriteError: the disk is full; what is written is kept for the next run.
     """
-    recipe, missing = find_scheme(scheme, ignore := tuple(ignore)), missing_policy(missing_amax)
+    asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
+    recipe, missing = find_scheme(scheme, asked.ignore), missing_policy(asked.missing_amax)
     source = model_directory(model_stub, weights=True).absolute()
     target = Path(save_directory).expanduser().absolute()
     check_apart(source, target)
-    check_output(target, overwrite=overwrite)
+    check_output(target, overwrite=asked.overwrite)
     devices = devices_of(device)
     converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
     config = read_config(source, converted=bool(converters))
@@ -124,26 +116,31 @@ def model_free_ptq(
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
         plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
-        check_ignored(ignore, {*plan.modules, *plan.finalizer.ignore})
+        check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
         report = _report(plan, checkpoint)
-        if dry_run:
+        if asked.dry_run:
             return report
-        files = fingerprint_of(source, set(checkpoint.weight_map.values()))
-        fingerprint = plan_fingerprint(files, plan.finalizer.fingerprint, plan.layout)
-        with StagedDirectory(target, fingerprint, overwrite=overwrite) as staged:
-            done = staged.open(plan.layout) or frozenset()
-            write_plan(plan, staged, done, max_workers, devices=devices, progress=progress or NoProgress())
-            state = quant_state or QuantState()
-            conversion = Conversion(plan.finalizer, plan.layout, report.source_bytes, state, record or {})
-            for name, content in files_beside(source, config, conversion):
-                staged.write_file(name, content)
-            if verify:
-                expected = {name: spec.shape for name, spec in report.sources.items()}
-                verify_checkpoint(staged.path, expected=expected).conclude(target)
-            staged.commit()
-    return replace(report, resumed=len(done))
+        directory = DirectoryPlan(
+            target=target,
+            source=source,
+            config=config,
+            made_of=fingerprint_of(source, set(checkpoint.weight_map.values())),
+            conversion=Conversion(
+                plan.finalizer, plan.layout, report.source_bytes, quant_state or QuantState(), asked.record or {}
+            ),
+            keys=[bundle.key for bundle in plan.bundles],
+            sizes=plan.sizes,
+            expected=lambda: {name: spec.shape for name, spec in report.sources.items()},
+        )
+        outcome = write_directory(
+            directory,
+            Apart(ALONE),
+            lambda done, writer: write_bundles(plan, writer, done, max_workers, devices=devices),
+            asked,
+        )
+    return replace(report, resumed=outcome.resumed)
 
 
 def _plan(

@@ -12,14 +12,14 @@ from amaxbridge.export.disk.input_paths import leaves
 from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.schemes.scheme import Scheme, arguments
-from amaxbridge.mappings.errors import listing
+from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.names import split_at_numbers
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STATE_FILE = "quant_state.safetensors"
 CARD_FILE = "README.md"
 
-_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")  # of layers and experts, not of w1
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".gguf",
     ".onnx", ".onnx_data", ".h5", ".msgpack",
@@ -31,6 +31,24 @@ _WRITTEN_ANEW = (
 
 
 _log = logging.getLogger("amaxbridge")
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory.
+
+    Raises:
+        UsageError: there is none, or it is not a JSON object.
+    """
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} is not a JSON object: a model's config.json has fields, `architectures` among them")
+    return config
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
@@ -75,13 +93,11 @@ def quantization_config(
 
 def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     """Targets for just these modules: a pattern for those that differ in numbers, names where it would hit others."""
-    taken = {_DIGITS.sub("0", name) for name in others}
+    taken = {tuple(split_at_numbers(name)[::2]) for name in others}
     targets: dict[str, None] = {}
     for module in modules:
-        if _DIGITS.sub("0", module) in taken:
-            targets[module] = None
-        else:
-            targets["re:" + r"\d+".join(map(re.escape, _DIGITS.split(module))) + "$"] = None
+        between = tuple(split_at_numbers(module)[::2])
+        targets[module if between in taken else "re:" + r"\d+".join(map(re.escape, between)) + "$"] = None
     return list(targets)
 
 

@@ -10,13 +10,16 @@ holds no date, no host and no full path: the same export writes the same card, a
 
 import json
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import CardData, RepoCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.shard_layout import Layout
@@ -32,15 +35,15 @@ from amaxbridge.export.output.config_and_index import (
 )
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.provenance import RECORD_FILE, versions
+from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.names import kind_of
 
 _log = logging.getLogger("amaxbridge")
-_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
 _BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
 _OURS = re.compile(f"{_BEGIN}.*?{_END}\\s*", re.DOTALL)
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # of a directory in the cache of the Hub
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +106,22 @@ def model_card(original: str, facts: Mapping[str, Any]) -> str:
     )
 
 
-def note_snr(directory: Path, snr: Mapping[str, float]) -> None:
+def note_snr(directory: Path, errors: Sequence[WeightError]) -> None:
     """Notes what was measured in an output's `amaxbridge.json`, and writes our section of its card anew.
 
     Args:
-        snr: module → signal to noise of its weight against the source, in dB.
+        errors: of the quantized weights, against the source.
 
     Raises:
         UsageError: no such file: the directory was not made here; or nothing was measured.
     """
     record, card = directory / RECORD_FILE, directory / CARD_FILE
-    if not record.is_file() or not snr:
-        why = f"no {RECORD_FILE} there" if snr else "no weight could be measured"
+    inexact = [each for each in errors if math.isfinite(each.snr)]
+    if not record.is_file() or not inexact:
+        why = f"no {RECORD_FILE} there" if inexact else "no weight could be measured"
         raise UsageError(f"{directory}: {why}, so its card stays as it is; leave card= out")
-    lowest = min(snr, key=lambda module: snr[module])
-    measured = {"mean": sum(snr.values()) / len(snr), "lowest": snr[lowest], "lowest_module": lowest}
+    found = ErrorSummary.of(inexact)
+    measured = {"mean": found.mean_snr, "lowest": found.worst.snr, "lowest_module": found.worst.module}
     facts = {**json.loads(record.read_bytes()), "snr": measured}
     record.write_bytes(json_bytes(facts))
     card.write_bytes(model_card(card.read_text(encoding="utf-8") if card.is_file() else "", facts).encode())
@@ -137,7 +141,7 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
         "files": len(layout.shards),
         "quantized": len(finalizer.quantized),
         "data_free": finalizer.data_free,
-        "ignored": list(dict.fromkeys(_NUMBER.sub("*", module) for module in finalizer.ignore)),
+        "ignored": list(dict.fromkeys(kind_of(module) for module in finalizer.ignore)),
         "amax": {
             "collected": len(state.amax),
             "missing": sorted(state.missing),
@@ -153,23 +157,21 @@ def _hub_name(source: Path | None) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
-def _parsed(original: str) -> tuple[dict[str, Any], str]:
+def _parsed(original: str) -> tuple[CardData, str]:
     """Metadata and text. A block that is no YAML mapping, which the Hub would refuse, goes away with a warning."""
-    found = _FRONT_MATTER.match(original)
+    found = REGEX_YAML_BLOCK.match(original)
     if found is None:
-        return {}, original
+        return CardData(), original
     try:
-        metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError:
-        metadata = None
-    if not isinstance(metadata, dict):
+        card = RepoCard(original)
+    except (yaml.YAMLError, ValueError, TypeError):
         _log.warning("the metadata of the source's %s is no YAML mapping, and is left out: set the licence", CARD_FILE)
-        metadata = {}
-    return metadata, original[found.end() :]
+        return CardData(), original[found.end() :]
+    return card.data, card.text
 
 
-def _front_matter(original: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in original.items() if key not in _NOT_OF_THE_OUTPUT}
+def _front_matter(original: CardData, facts: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in vars(original).items() if key not in _NOT_OF_THE_OUTPUT}
     tags = kept.pop("tags", None) or []
     tags = [tags] if isinstance(tags, str) else tags
     ours = ["amaxbridge", *(["compressed-tensors", facts["scheme"]] if facts["quantized"] else [])]
@@ -177,7 +179,7 @@ def _front_matter(original: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         kept |= {"base_model": facts["base_model"]}
         kept |= {"base_model_relation": "quantized" if facts["quantized"] else "finetune"}
     kept = {"library_name": "transformers", **kept, "tags": list(dict.fromkeys([*tags, *ours]))}
-    return str(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10_000)).rstrip()
+    return CardData(**kept).to_yaml()
 
 
 def _section(facts: Mapping[str, Any]) -> str:
@@ -187,7 +189,7 @@ def _section(facts: Mapping[str, Any]) -> str:
     rows = {
         "scheme": facts["scheme"] + (f" ({', '.join(facts['formats'])})" if facts["formats"] else ""),
         "key-value cache": "FP8" if facts["kv_cache"] else "",
-        "size": f"{_size(after)}, before {_size(before)}" + (f" ({after / before:.0%})" if before else ""),
+        "size": f"{size_text(after)}, before {size_text(before)}" + (f" ({after / before:.0%})" if before else ""),
         "modules quantized": f"{facts['quantized']:,}",
         "left as they are": ", ".join(f"`{module}`" for module in facts["ignored"]),
         "amax from training": f"{amax['collected']:,}" if amax["collected"] else "none, quantized without data",
@@ -213,8 +215,9 @@ def _snr(measured: Mapping[str, Any]) -> str:
     return f"{measured['mean']:.1f} dB, the lowest {measured['lowest']:.1f} dB in `{measured['lowest_module']}`"
 
 
-def _size(count: int) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes for people: `1.23 GB`."""
     for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= least:
             return f"{count / least:.3g} {unit}"
-    return f"{count} bytes"
+    return f"{count:.0f} bytes"

@@ -38,7 +38,7 @@ def write_report(
         raise UsageError("card=true needs reference=: the signal-to-noise ratio compares the weights with it")
     facts = gather(directory, reference, quant_state, progress)
     if card:
-        note_snr(directory, facts.snr)
+        note_snr(directory, facts.serving.errors)
     target = output or directory
     target.mkdir(parents=True, exist_ok=True)
     (target / "report.html").write_text(render(facts), encoding="utf-8")

@@ -16,12 +16,13 @@ from torch import Tensor
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
-from amaxbridge.export.output.config_and_index import CONFIG_FILE, QUANT_STATE_FILE
+from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.report.module_place import Place, place_of
 from amaxbridge.export.verify import VerifyReport, WeightError, verify
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.export.verify.verify_report import finite_or_none
 from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of, natural_key
 
@@ -113,11 +114,6 @@ class Facts:
         found = [module for module in self.modules if module.is_saturated]
         return sorted(found, key=lambda module: -module.saturation)
 
-    @property
-    def snr(self) -> dict[str, float]:
-        """Module → its signal-to-noise ratio in dB, where it was measured and is finite."""
-        return {each.name: each.snr for each in self.modules if each.snr is not None and math.isfinite(each.snr)}
-
 
 def gather(
     directory: Path,
@@ -137,9 +133,7 @@ def gather(
         UsageError: the directory does not exist, or the state is of another model.
         CheckpointError: a metadata file is not JSON.
     """
-    config = _json(directory / CONFIG_FILE)
-    if config is None:
-        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
+    config = read_config_json(directory)
     if reference is not None and not reference.is_dir():
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
@@ -239,6 +233,4 @@ def rows_of(facts: Facts) -> Iterator[Json]:
     for module in facts.modules:
         row = asdict(module)
         del row["place"]
-        yield {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+        yield {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from amaxbridge.export.output.model_card import size_text
 from amaxbridge.export.report.facts import Facts, Json, ModuleFacts, rows_of
 from amaxbridge.export.report.heatmap import LEVELS, HeatMap, heat_map
+from amaxbridge.export.report.module_place import place_of
+from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
+from amaxbridge.export.verify.verify_report import finite_or_none
 from amaxbridge.mappings.extras import need
 
 if TYPE_CHECKING:
@@ -17,17 +21,6 @@ if TYPE_CHECKING:
 _SHOWN = 12  # rows that a table shows; the JSON has all
 _FEW = 3  # problems of one kind that are shown
 _FAR = 8  # outlying experts that are shown
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectionSNR:
-    """The signal-to-noise ratio of one projection over all layers and experts, in dB."""
-
-    projection: str
-    modules: int
-    mean: float
-    worst: float
-    worst_module: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,7 @@ def render(facts: Facts) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": _size,
+        "size": size_text,
         "count": "{:,}".format,
         "db": _db,
         "number": "{:.4g}".format,
@@ -65,7 +58,7 @@ def render(facts: Facts) -> str:
     }
     return environment.get_template("page.html.jinja").render(
         facts=facts,
-        snr=snr_by_projection(facts.modules),
+        snr=errors_by_projection(facts),
         snr_map=_by_layer("mean SNR in dB", facts.modules, lambda module: module.snr, _mean, logarithmic=False),
         amax_maps=_amax_maps(facts.modules),
         expert_maps=_expert_maps(facts.modules),
@@ -89,9 +82,9 @@ def report_json(facts: Facts) -> Json:
         "schemes": _counts(module.scheme for module in facts.modules),
         "left": facts.left,
         "snr": [
-            {"projection": each.projection, "modules": each.modules, "mean_db": _finite(each.mean),
-             "worst_db": _finite(each.worst), "worst_module": each.worst_module}
-            for each in snr_by_projection(facts.modules)
+            {"projection": each.projection, "modules": each.modules, "mean_db": finite_or_none(each.mean_snr),
+             "worst_db": finite_or_none(each.worst.snr), "worst_module": each.worst.module}
+            for each in errors_by_projection(facts)
         ],
         "serving": facts.serving.as_json() | {"directory": facts.directory},
         "saturated": [module.name for module in facts.saturated],
@@ -100,18 +93,13 @@ def report_json(facts: Facts) -> Json:
     }  # fmt: skip
 
 
-def snr_by_projection(modules: Iterable[ModuleFacts]) -> list[ProjectionSNR]:
+def errors_by_projection(facts: Facts) -> list[ErrorSummary]:
     """One row for each measured projection, worst first."""
-    found: dict[str, list[ModuleFacts]] = {}
-    for module in modules:
-        if module.snr is not None:
-            found.setdefault(module.place.projection, []).append(module)
-    rows = []
-    for projection, members in found.items():
-        values = [module.snr for module in members if module.snr is not None]
-        worst = min(members, key=lambda module: math.inf if module.snr is None else module.snr)
-        rows.append(ProjectionSNR(projection, len(members), _mean(values), min(values), worst.name))
-    return sorted(rows, key=lambda row: row.worst)
+    found: dict[str, list[WeightError]] = {}
+    for error in facts.serving.errors:
+        found.setdefault(place_of(error.module).projection, []).append(error)
+    rows = [ErrorSummary.of(errors, projection) for projection, errors in found.items()]
+    return sorted(rows, key=lambda row: row.worst.snr)
 
 
 def far_experts(modules: Iterable[ModuleFacts]) -> list[FarExpert]:
@@ -208,7 +196,7 @@ def _amax_notes(facts: Facts) -> Json:
         "known": bool(noted or state),
         "collected": noted.get("collected", len(state.amax) if state else 0),
         "divergent": [
-            {"name": name, "least": least, "greatest": greatest, "ratio": _finite(ratio)}
+            {"name": name, "least": least, "greatest": greatest, "ratio": finite_or_none(ratio)}
             for name, least, greatest, ratio in sorted(rows, key=lambda row: -row[3])
         ],
         "missing": [{"name": name, "filled": filled.get(name)} for name in sorted({*missing, *filled})],
@@ -235,10 +223,6 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.inf
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _breakable(name: str) -> "Markup":
     """A module's name that may wrap after each dot."""
     from markupsafe import Markup
@@ -248,10 +232,3 @@ def _breakable(name: str) -> "Markup":
 
 def _db(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "exact"
-
-
-def _size(count: float) -> str:
-    for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= least:
-            return f"{count / least:.3g} {unit}"
-    return f"{count:.0f} bytes"

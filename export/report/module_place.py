@@ -3,9 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from amaxbridge.mappings.names import is_routed_expert
+from amaxbridge.mappings.names import is_routed_expert, kind_of
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.(.*)")
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(.*)")
 _PARTS = (
@@ -52,8 +51,8 @@ def place_of(module: str) -> Place:
     inside = found[3] if found else module
     expert = _EXPERT.fullmatch(inside) if is_routed_expert(module) else None
     return Place(
-        _NUMBER.sub("*", module),
-        _NUMBER.sub("*", inside),
+        kind_of(module),
+        kind_of(inside),
         int(found[2]) if found else None,
         int(expert[2]) if expert else None,
     )

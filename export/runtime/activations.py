@@ -23,7 +23,7 @@ from amaxbridge.export.schemes.signature import Arguments, Signature, Unsupporte
 
 _INT8_MAX = 127.0
 _TINY_INT8 = 1e-10  # the least absmax of a token
-_TINY_FP8 = 1.0 / (448.0 * 512.0)  # the least scale of a token; vLLM's min_scaling_factor
+_TINY_FP8 = 1.0 / (nvfp4.FP8_MAX * 512.0)  # the least scale of a token; vLLM's min_scaling_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
-    amax = torch.full_like(divisor, nvfp4.FP4_MAX * nvfp4.FP8_MAX) / divisor
+    amax = torch.full_like(divisor, nvfp4.SCALE_RANGE) / divisor
     return nvfp4.dequantize(nvfp4.quantize(x, amax, arithmetic=Arithmetic.MODELOPT), x.dtype)
 
 

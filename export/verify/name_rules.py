@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
+from amaxbridge.mappings.model_config import number_of_experts
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, natural_key
 
 _LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.+)")
@@ -22,7 +23,6 @@ _FOREIGN = frozenset(  # what other programs, or earlier steps of an export, lea
         "weight_g_idx", "pre_quant_scale",
     )
 )  # fmt: skip
-_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 def _expected(view: CheckpointView) -> Iterator[Problem]:
@@ -88,7 +88,7 @@ def _mtp(view: CheckpointView) -> Iterator[Problem]:
 
 def _experts(view: CheckpointView) -> Iterator[Problem]:
     """Each layer has as many experts as config.json says, and every expert has the same tensors."""
-    wanted = next((view.text_config[key] for key in _EXPERT_COUNTS if view.text_config.get(key)), None)
+    wanted = number_of_experts(view.text_config)
     layers: dict[str, dict[int, set[str]]] = {}
     for name in view.tensors:
         layer, _, rest = name.partition(_EXPERTS)
@@ -96,7 +96,7 @@ def _experts(view: CheckpointView) -> Iterator[Problem]:
         if expert.isdigit():
             layers.setdefault(f"{layer}.experts", {}).setdefault(int(expert), set()).add(part)
     for layer, experts in sorted(layers.items(), key=lambda item: natural_key(item[0])):
-        count = wanted if isinstance(wanted, int) else max(experts) + 1
+        count = wanted or max(experts) + 1
         for number in sorted(set(range(count)) - experts.keys()):
             yield Problem(f"{layer}.{number}", f"is not there; config.json has {count} experts")
         for number in sorted(experts.keys() - set(range(count))):

@@ -15,6 +15,7 @@ from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.model_config import number_of_experts
 
 SIZES = (1, 2, 4, 8, 16)
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "dense", "fc2", "wo")
@@ -41,14 +42,11 @@ class ParallelSize:
 def parallel_sizes(view: CheckpointView, sizes: tuple[int, ...] = SIZES) -> tuple[ParallelSize, ...]:
     """Every size of TP, and of EP if there are experts, with one problem for each kind of module."""
     tensor = [ParallelSize("TP", size, tuple(_tensor_parallel(view, size))) for size in sizes]
-    experts = next((view.text_config[key] for key in _EXPERTS if view.text_config.get(key)), None)
-    if not isinstance(experts, int):
+    experts = number_of_experts(view.text_config)
+    if experts is None:
         return tuple(tensor)
     uneven = {size: Problem("experts", f"{experts} do not divide by {size}") for size in sizes if experts % size}
     return (*tensor, *(ParallelSize("EP", size, (uneven[size],) if size in uneven else ()) for size in sizes))
-
-
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def _tensor_parallel(view: CheckpointView, size: int) -> Iterator[Problem]:

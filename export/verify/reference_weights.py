@@ -8,10 +8,11 @@ This is the only module of the package that reads weights: one module at a time,
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+import statistics
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ from amaxbridge.export.progress import Progress
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
-from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError
-from amaxbridge.mappings.families import family_of
-from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.families import packed_experts_of
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -64,6 +64,31 @@ class WeightError:
         return -20 * math.log10(self.error) if self.error > 0 else math.inf
 
 
+class ErrorSummary(NamedTuple):
+    """The errors of several weights, such as those of one projection over all layers and experts.
+
+    Args:
+        projection: what they have in common: name without numbers.
+        scheme: names of their schemes.
+        modules: how many weights there are.
+        mean_snr: mean signal-to-noise ratio of those that are not exact, in dB; infinite if all are.
+        worst: the weight with the largest error, which has the lowest signal-to-noise ratio.
+    """
+
+    projection: str
+    scheme: str
+    modules: int
+    mean_snr: float
+    worst: WeightError
+
+    @classmethod
+    def of(cls, errors: Sequence[WeightError], projection: str = "") -> Self:
+        snr = [each.snr for each in errors if math.isfinite(each.snr)]
+        scheme = "+".join(dict.fromkeys(each.scheme for each in errors))
+        mean = statistics.fmean(snr) if snr else math.inf
+        return cls(projection, scheme, len(errors), mean, max(errors, key=lambda each: each.error))
+
+
 class Reference:
     """A checkpoint with the weights before quantization, under the same names; its experts may be packed.
 
@@ -73,7 +98,7 @@ class Reference:
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        self._packed = _packed_experts(config)
+        self._packed = packed_experts_of(config)
         self._checkpoint = SafetensorsCheckpoint(directory, self._packed)
 
     @property
@@ -122,19 +147,12 @@ def one_by_one(
     shapes: Mapping[str, tuple[int, ...]], held: Container[str], config: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes, with packed experts split into single ones unless `held` has them packed, too."""
-    packed, single = _packed_experts(config), dict[str, tuple[int, ...]]()
+    packed, single = packed_experts_of(config), dict[str, tuple[int, ...]]()
     for name, shape in shapes.items():
         sources = {} if name in held else sources_in(name, shape, packed)
         part = TensorSpec(shape[1:], torch.bfloat16)
         single |= {each: tuple(source.cut(part.meta()).shape) for each, source in sources.items()} or {name: shape}
     return single
-
-
-def _packed_experts(config: Mapping[str, Any]) -> PackedExperts:
-    try:
-        return family_of(config).packed_experts or PackedExperts()
-    except UnknownArchitectureError:
-        return PackedExperts()
 
 
 def error_rules(errors: list[WeightError]) -> tuple[Rule, ...]:

@@ -2,18 +2,17 @@
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from amaxbridge.export.verify.finding import Finding, Severity
 from amaxbridge.export.verify.parallel_sizes import ParallelSize
-from amaxbridge.export.verify.reference_weights import WeightError
+from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.names import kind_of
 
 _log = logging.getLogger("amaxbridge")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def text(finding: Finding) -> str:
@@ -22,22 +21,6 @@ def text(finding: Finding) -> str:
         f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
         f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
     )
-
-
-class ProjectionError(NamedTuple):
-    """The errors of one projection over all layers and experts, against a reference."""
-
-    projection: str
-    scheme: str
-    modules: int
-    mean_snr: float
-    worst: WeightError
-
-    @classmethod
-    def of(cls, projection: str, scheme: str, errors: list[WeightError]) -> "ProjectionError":
-        snr = [each.snr for each in errors if math.isfinite(each.snr)]
-        mean = sum(snr) / len(snr) if snr else math.inf
-        return cls(projection, scheme, len(errors), mean, max(errors, key=lambda each: each.error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +66,12 @@ class VerifyReport:
         return [finding for finding in self.findings if finding.severity is severity]
 
     @property
-    def projections(self) -> list[ProjectionError]:
+    def projections(self) -> list[ErrorSummary]:
         """The errors against the reference, by projection, in the order of the model."""
         kinds: dict[tuple[str, str], list[WeightError]] = {}
         for each in self.errors:
-            kinds.setdefault((_NUMBER.sub("*", each.module), each.scheme), []).append(each)
-        return [ProjectionError.of(projection, scheme, errors) for (projection, scheme), errors in kinds.items()]
+            kinds.setdefault((kind_of(each.module), each.scheme), []).append(each)
+        return [ErrorSummary.of(errors, projection) for (projection, _), errors in kinds.items()]
 
     def conclude(self, target: Path) -> None:
         """Ends an export: logs warnings, and raises on failures before anything is at `target`.
@@ -134,8 +117,8 @@ class VerifyReport:
                     "projection": each.projection,
                     "scheme": each.scheme,
                     "modules": each.modules,
-                    "mean_snr_db": _finite(each.mean_snr),
-                    "worst_error": _finite(each.worst.error),
+                    "mean_snr_db": finite_or_none(each.mean_snr),
+                    "worst_error": finite_or_none(each.worst.error),
                     "worst_module": each.worst.module,
                 }
                 for each in self.projections
@@ -143,5 +126,6 @@ class VerifyReport:
         }
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON has it, which represents no infinity and no NaN."""
     return value if math.isfinite(value) else None

@@ -17,7 +17,7 @@ from amaxbridge.mappings.families.qwen2 import QWEN2
 from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
 from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
-from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.family import ModelFamily, PackedExperts
 
 __all__ = ["FAMILIES", "family_of"]
 
@@ -58,3 +58,11 @@ def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
         f"{'nearest' if near else 'known'}: {', '.join(near or _BY_ARCHITECTURE)}. "
         "A family is one file in mappings/families/: see mappings/README.md"
     )
+
+
+def packed_experts_of(hf_config: Mapping[str, Any]) -> PackedExperts:
+    """How files of a Hugging Face config pack experts; of an unknown family, as transformers mostly does."""
+    try:
+        return family_of(hf_config).packed_experts or PackedExperts()
+    except UnknownArchitectureError:
+        return PackedExperts()

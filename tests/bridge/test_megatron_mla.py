@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import MappingError, UsageError
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.weights import LatentDownMapping
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import compare_logits, label, same_files, same_tensors
@@ -190,13 +190,13 @@ class TestDownProjection:
     @pytest.mark.parametrize("size", [1, 2, 4])
     @pytest.mark.parametrize(("implementation", "cut"), [("local", True), ("transformer_engine", False)])
     def test_round_trip_in_either_form(self, implementation: str, cut: bool, size: int) -> None:
-        config: Any = SimpleNamespace(kv_lora_rank=8, qk_pos_emb_head_dim=4, transformer_impl=implementation)
+        config = ModelConfig(kv_lora_rank=8, qk_pos_emb_head_dim=4, transformer_impl=implementation)
         shards = [self.mapping.split({"h": self.weight}, config, rank, size) for rank in range(size)]
         assert {len(shard) for shard in shards} == {12 // size if cut else 12}
         assert torch.equal(self.mapping.join(shards, config)["h"], self.weight)
 
     def test_other_rows_are_refused(self) -> None:
-        config: Any = SimpleNamespace(kv_lora_rank=8, qk_pos_emb_head_dim=4)
+        config = ModelConfig(kv_lora_rank=8, qk_pos_emb_head_dim=4)
         with pytest.raises(MappingError, match="12 rows are neither 5 nor 2 times 5"):
             self.mapping.join([torch.zeros(5, 2)] * 2, config)
 

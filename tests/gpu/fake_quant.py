@@ -60,13 +60,13 @@ def fake_quantized(weight: Tensor, amax: Tensor) -> Tensor:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    from amaxbridge.bridge.megatron.without_cuda import enable_cpu
+    from amaxbridge.bridge.megatron.without_cuda import without_cuda
 
-    enable_cpu()
     blocks = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
     quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=blocks))
     quantizer.amax = amax
-    found: Tensor = quantizer(weight)
+    with without_cuda():
+        found: Tensor = quantizer(weight)
     return found
 
 

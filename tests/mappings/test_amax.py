@@ -21,10 +21,11 @@ from amaxbridge.mappings import (
     convert_to_amax_map,
 )
 from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
 
 QKV = QKVMapping("d.layers.*.linear_qkv.weight", *(f"m.layers.*.{p}_proj.weight" for p in "qkv"))
-CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+CONFIG = ModelConfig(num_attention_heads=4, num_query_groups=2)
 
 
 def test_conversion_by_rule() -> None:

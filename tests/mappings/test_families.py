@@ -8,7 +8,6 @@ side of Megatron: what an export of the real model, built at that size, plans to
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
         written += mapping.targets
         examples[kind_of(name)] = mapping
     assert sorted(written) == sorted(tensors)
-    sizes = SimpleNamespace(**hf.family.transformer_config(hf.config), vocab_size=hf.config["vocab_size"])
+    sizes = hf.model_config
     for mapping in examples.values():
         joined = mapping.join([mapping.split(tensors, sizes, 0, 1)], sizes)
         assert {name: tensor.shape for name, tensor in joined.items()} == {

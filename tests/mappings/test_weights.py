@@ -22,6 +22,7 @@ from amaxbridge.mappings import (
 )
 from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
 
 SIZES = st.sampled_from([1, 2, 4, 8])
@@ -67,9 +68,7 @@ def test_qkv(
 ) -> None:
     """Weights, biases (no trailing dim) and per-channel rows; also more ranks than key-value heads."""
     heads = groups * heads_per_group
-    config = SimpleNamespace(
-        num_attention_heads=heads, num_query_groups=groups, kv_channels=head_dim, attention_output_gate=gate
-    )
+    config = ModelConfig(num_attention_heads=heads, num_query_groups=groups, attention_output_gate=gate)
     rows = (heads * (1 + gate) + 2 * groups) * head_dim
     mapping = QKVMapping("m", "q", "k", "v")
     shapes = {"q": heads * (1 + gate) * head_dim, "k": groups * head_dim, "v": groups * head_dim}
@@ -83,14 +82,14 @@ def test_qkv(
 
 def test_qkv_interleaves_as_megatron_does() -> None:
     """Two groups of two heads, one row a head: q0 q1 k0 v0 | q2 q3 k1 v1."""
-    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=1)
+    config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     joined = QKVMapping("m", "q", "k", "v").join([numbered(8)], config)
     assert {name: rows.tolist() for name, rows in joined.items()} == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
 
 
 def test_qkv_with_an_output_gate_keeps_each_heads_query_and_gate_together() -> None:
     """One group of two heads: q0 q1 g0 g1 k v in Megatron, q0 g0 q1 g1 in the Hugging Face q_proj."""
-    config = SimpleNamespace(num_attention_heads=2, num_query_groups=1, kv_channels=1, attention_output_gate=True)
+    config = ModelConfig(num_attention_heads=2, num_query_groups=1, attention_output_gate=True)
     joined = QKVMapping("m", "q", "k", "v").join([numbered(6)], config)
     assert {name: rows.tolist() for name, rows in joined.items()} == {"q": [0, 2, 1, 3], "k": [4], "v": [5]}
 
@@ -133,16 +132,14 @@ def test_a_mamba_rank_has_its_share_of_each_piece() -> None:
         projection.join([numbered(9)], config)
 
 
-def mamba_sizes(groups: int, heads: int, head_dim: int, state: int) -> Any:
-    return SimpleNamespace(
-        mamba_num_groups=groups, mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_state_dim=state
-    )
+def mamba_sizes(groups: int, heads: int, head_dim: int, state: int) -> ModelConfig:
+    return ModelConfig(mamba_num_groups=groups, mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_state_dim=state)
 
 
 @given(size=SIZES, vocab=st.integers(1, 40), padding=st.integers(0, 9))
 def test_vocabulary_padding(size: int, vocab: int, padding: int) -> None:
     padded = vocab + padding + -(vocab + padding) % size
-    config = SimpleNamespace(vocab_size=vocab, padded_vocab_size=padded)
+    config = ModelConfig(vocab_size=vocab, padded_vocab_size=padded)
     shards = round_trip(VocabParallelMapping("m", "h"), {"h": numbered(vocab, 2)}, config, size)
     assert sum(len(shard) for shard in shards) == padded
 
@@ -169,7 +166,7 @@ def test_experts_are_sharded_over_their_own_axis() -> None:
 
 def test_megatron_to_hf_and_back_through_ranks() -> None:
     """The public pair, each rank a thread with its own shard."""
-    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     module = SimpleNamespace(config=config)
     mapping = QKVMapping("l.*.w", "l.*.q", "l.*.k", "l.*.v").resolve(["3"])
     full = numbered(16, 3)
@@ -189,7 +186,7 @@ def test_megatron_to_hf_and_back_through_ranks() -> None:
 
 
 def test_a_misfit_names_parameter_shapes_axis_and_targets() -> None:
-    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     with pytest.raises(MappingError, match=r"qkv\.weight: 1 shard.*tp.*\[7, 3\].*q, k, v"):
         QKVMapping("qkv.weight", "q", "k", "v").join([numbered(7, 3)], config)
     with pytest.raises(MappingError, match=r"w: h \[7, 3\] do not make shard 0 of 2 on tp"):
@@ -205,7 +202,7 @@ def test_wildcards_must_agree() -> None:
 
 def test_join_works_on_meta_tensors() -> None:
     """The plan learns shapes this way."""
-    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=2)
+    config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     joined = QKVMapping("w", "q", "k", "v").join([torch.empty(8, 3, device="meta")] * 2, config)
     assert {name: tuple(tensor.shape) for name, tensor in joined.items()} == {"q": (8, 3), "k": (4, 3), "v": (4, 3)}
 

@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.bridge.plan.dry_run import mapping_config
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.mappings.hybrid_layers import read_pattern
 
 
 def megatron_state(hf: HFModel, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Every parameter of a model layer by layer, as Megatron names it in a checkpoint of one rank."""
-    specs = MegatronSpecs(hf, mapping_config(hf))
+    specs = MegatronSpecs(hf, hf.model_config)
     generator = torch.Generator().manual_seed(23)
     spelled = _spelling(hf)
     state = {}

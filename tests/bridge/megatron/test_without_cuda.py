@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amaxbridge.bridge.megatron.without_cuda import enable_cpu, nvfp4_fake_quantize
+from amaxbridge.bridge.megatron.without_cuda import nvfp4_fake_quantize, without_cuda
 
 qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
 tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
@@ -58,33 +58,18 @@ def test_rows_that_do_not_fill_blocks_are_refused() -> None:
         nvfp4_fake_quantize(torch.randn(4, 40), torch.tensor(1.0))
 
 
-def test_enable_cpu_is_idempotent(monkeypatch: pytest.MonkeyPatch) -> None:
-    patched = ((torch.cuda, "current_device"), (torch.cuda, "synchronize"), (tensor_quant, "dynamic_block_quantize_op"))
-    for owner, name in patched:
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # undone after the test
-    enable_cpu()
-    once = [getattr(owner, name) for owner, name in patched]
-    enable_cpu()
-    assert [getattr(owner, name) for owner, name in patched] == once
-    assert torch.cuda.current_device() == torch.device("cpu")
-    torch.cuda.synchronize()
-
-
-def test_enable_cpu_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     current_device = torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    enable_cpu()
-    assert torch.cuda.current_device is current_device
+    with without_cuda():
+        assert torch.cuda.current_device is current_device
 
 
-def test_gradients_pass_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((torch.cuda, "current_device"), (torch.cuda, "synchronize")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", tensor_quant.dynamic_block_quantize_op)
-    enable_cpu()
+def test_gradients_pass_straight_through() -> None:
     values = torch.randn(8, 32, requires_grad=True)
     amax = values.detach().abs().amax()
-    quantized = tensor_quant.DynamicBlockQuantizationFunction.apply(values, 16, amax, None, (2, 1), (4, 3))
+    with without_cuda():
+        quantized = tensor_quant.DynamicBlockQuantizationFunction.apply(values, 16, amax, None, (2, 1), (4, 3))
     assert_same_bits(quantized.detach(), modelopt_nvfp4(values.detach(), amax))
     slope = torch.randn(8, 32)
     quantized.backward(slope)
@@ -92,10 +77,6 @@ def test_gradients_pass_straight_through(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("bits", [(4, 2, 9, 8), (8, 4, 9, 8)], ids=["mxfp4", "mxfp8"])
-def test_other_block_formats_are_refused(bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((torch.cuda, "current_device"), (torch.cuda, "synchronize")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", tensor_quant.dynamic_block_quantize_op)
-    enable_cpu()
-    with pytest.raises(NotImplementedError, match="only NVFP4"):
+def test_other_block_formats_are_refused(bits: tuple[int, ...]) -> None:
+    with without_cuda(), pytest.raises(NotImplementedError, match="only NVFP4"):
         tensor_quant.dynamic_block_quantize_op(torch.randn(4, 32), 32, None, *bits)

@@ -54,6 +54,7 @@ def source(tmp_path: Path) -> Path:
     """A model with everything that a directory on the Hub may have, where its cache would put it."""
     directory = tmp_path / "models--owner--model" / "snapshots" / "0123abc"
     directory.mkdir(parents=True)
+    torch.manual_seed(0)
     save_file(
         {f"model.layers.{layer}.mlp.{name}.weight": torch.randn(32, 32).bfloat16() for layer in (0, 1)
          for name in ("gate_proj", "up_proj", "down_proj")} | {"lm_head.weight": torch.randn(32, 32).bfloat16()},

@@ -1,5 +1,6 @@
 """Megatron models of Transformer Engine's layers, as training scripts build them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.bridge.megatron.mamba_in_torch import enable_mamba
+from amaxbridge.bridge.megatron.mamba_in_torch import mixer_class
 
 _ACTIVATIONS = {"silu": torch.nn.functional.silu, "relu2": squared_relu}
 
@@ -28,9 +29,10 @@ def build(hf: HFModel, case: Case) -> Any:
         arguments.pop("rope_scaling", None)
         arguments.pop("rope_scaling_factor", None)
         pattern = hf.family.layer_pattern(hf.config)
+        layers = copy.deepcopy(hybrid_stack_spec)
         if "M" in pattern:
-            enable_mamba(config)
-        model: Any = HybridModel(config, hybrid_stack_spec, hybrid_layer_pattern=pattern, **arguments)
+            layers.submodules.mamba_layer.submodules.mixer.module = mixer_class(config)
+        model: Any = HybridModel(config, layers, hybrid_layer_pattern=pattern, **arguments)
     else:
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
         model = GPTModel(config, layers, **arguments)

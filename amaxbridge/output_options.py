@@ -1,0 +1,94 @@
+"""The options of an export, declared once: the command line, the Python API and the documentation read them here.
+
+A field says its type, its default, what it means and what the command line calls it. Nothing is imported: `--help`
+shows these meanings, and must not wait for torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from amaxbridge.export.progress import Progress
+    from amaxbridge.export.schemes import Recipe
+
+MEANING, COMMAND_LINE = "help", "command_line"
+"""Keys of a field's metadata; the second is None for what only Python can give."""
+
+
+def _option(default: Any, command_line: str | None, meaning: str) -> Any:
+    return field(default=default, metadata={MEANING: meaning, COMMAND_LINE: command_line})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What every export is asked for, whatever it reads."""
+
+    scheme: "str | Recipe | None" = _option(
+        "nvfp4",
+        "scheme",
+        "How to quantize: the name of a scheme, or a recipe; auto: as the quantizers of training say; none: plain "
+        "weights.",
+    )
+    ignore: Sequence[str] = _option(
+        (),
+        "ignore",
+        "More modules to leave unquantized: full names, or re: patterns. Each must match a module.",
+    )
+    missing_amax: str = _option(
+        "error",
+        "amax.missing",
+        "An amax that is missing, zero or not finite: error; from_weights; or group_max, the largest of its fused "
+        "group.",
+    )
+    overwrite: bool = _option(False, "io.overwrite", "Replace what is at output.")
+    dry_run: bool = _option(False, "dry_run", "Plan and check everything, write nothing.")
+    verify: bool = _option(True, "verify", "Check the output before it is moved into place.")
+    progress: "Progress | None" = _option(None, None, "Is told how far the export is.")
+    record: Mapping[str, Any] | None = _option(
+        None,
+        None,
+        "How the export was asked for, kept in amaxbridge.json; its command_line is shown in the model card.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions(OutputOptions):
+    """What an export from Megatron is asked for."""
+
+    max_shard_bytes: int = _option(5_000_000_000, "io.max_shard_gb", "Largest safetensors file.")
+    dtype: str | None = _option(
+        None,
+        "dtype",
+        "Dtype of the weights: bfloat16, float16 or float32; null for that of config.json if the weights are fp32, and "
+        "for their own otherwise.",
+    )
+    quant_state: bool = _option(
+        False, "quant_state", "Write quant_state.safetensors too; with scheme=none for quantizing later."
+    )
+
+
+class OutputKeywords(TypedDict, total=False):
+    """`OutputOptions` as keywords, for type checkers; scheme and ignore are arguments of their own."""
+
+    missing_amax: str
+    overwrite: bool
+    dry_run: bool
+    verify: bool
+    progress: "Progress | None"
+    record: Mapping[str, Any] | None
+
+
+class SaveKeywords(OutputKeywords, total=False):
+    """`SaveOptions` as keywords, for type checkers."""
+
+    scheme: "str | Recipe | None"
+    ignore: Sequence[str]
+    max_shard_bytes: int
+    dtype: str | None
+    quant_state: bool
+
+
+def declared(name: str) -> "Field[Any]":
+    """The declaration of an option."""
+    return next(each for each in fields(SaveOptions) if each.name == name)

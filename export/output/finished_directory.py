@@ -1,0 +1,227 @@
+"""From bundles to a finished directory: the one write path of every export.
+
+A live model, a Megatron checkpoint and a Hugging Face directory differ in where bundles come from. What becomes of
+them is the same, and is here: a staging directory with every shard at full size, the bundles in any order, what belongs
+to no bundle, the small files, a verification of all of it, and one move to the target.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.export.disk.shard_layout import Layout, Shard
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.staging import StagedDirectory, plan_fingerprint
+from amaxbridge.export.output.config_and_index import output_fingerprint
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.output.model_card import Conversion, files_beside
+from amaxbridge.export.output.provenance import MADE_FROM
+from amaxbridge.export.output.writing_processes import Writers
+from amaxbridge.export.progress import NoProgress, Progress
+from amaxbridge.export.verify import verify
+from amaxbridge.mappings.tensors import TensorSpec
+from amaxbridge.output_options import OutputOptions
+
+
+@dataclass(frozen=True, slots=True)
+class BundleSize:
+    """What the source tensors of a bundle amount to.
+
+    Args:
+        tensors: how many there are.
+        nbytes: of all of them.
+    """
+
+    tensors: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec]) -> Self:
+        return cls(len(specs), sum(spec.nbytes for spec in specs.values()))
+
+
+class BundleWriter:
+    """Writes bundles at their planned places. One for each process; its threads share it. A context.
+
+    Args:
+        staged: open, with every shard of `files`.
+        sizes: key → size of each bundle that this process is to write.
+        done: keys of bundles that an interrupted run has written already, some of other processes among them.
+        packer: packs experts that stay unquantized; None where files hold them one by one.
+        keeps_state: the quantizer state of each bundle is written, too.
+    """
+
+    def __init__(
+        self,
+        staged: StagedDirectory,
+        files: Layout,
+        finalizer: Finalizer,
+        sizes: Mapping[str, BundleSize],
+        *,
+        done: frozenset[str] = frozenset(),
+        packer: ExpertPacker | None = None,
+        keeps_state: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._finalizer, self._sizes = finalizer, sizes
+        self._packer, self._keeps_state = packer, keeps_state
+        self._progress = progress or NoProgress()
+        self._progress.begin(
+            tensors=sum(size.tensors for key, size in sizes.items() if key not in done),
+            nbytes=sum(size.nbytes for size in sizes.values()),
+            kept=sum(size.nbytes for key, size in sizes.items() if key in done),
+        )
+        self._writer = ShardWriter(staged.path, files, staged.journal)
+
+    def write(self, bundle: Bundle, fetched: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        """Quantizes one bundle, writes what is made of it and notes it as done.
+
+        Args:
+            fetched: brings rows from where they are quantized to the CPU.
+        """
+        made = self._finalizer.finalize_rows(bundle)
+        if self._packer is not None:
+            made = self._packer.pack({name: tensor for name, _, tensor in made})
+        for name, first, rows in made:
+            self._writer.write(name, fetched(rows), first)
+        if self._keeps_state:
+            _write_all(self._writer, bundle.state.items())
+        self._writer.done(bundle.key)
+        size = self._sizes[bundle.key]
+        self._progress.advance(tensors=size.tensors, nbytes=size.nbytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryPlan:
+    """What a directory will hold, before a byte of it is written.
+
+    Args:
+        target: where it goes.
+        source: the Hugging Face directory whose tokenizer, templates and so on go along; None where there is none.
+        config: config.json of the source.
+        made_of: names what the bundles are made from, so that an interrupted run can go on. None for a live model,
+            whose weights may be others the next time.
+        conversion: what is made of which tensors; its layout is that of the weights.
+        keys: of all bundles.
+        sizes: key → size of each bundle that this process writes.
+        expected: name → shape of every tensor of the unquantized model, for the verification.
+        packer: as in `BundleWriter`.
+        state_shards: the files of quantizer state, which keep the state of each bundle and that of `conversion`.
+        carried: gives the tensors that belong to no bundle, and go in unchanged.
+    """
+
+    target: Path
+    source: Path | None
+    config: Mapping[str, Any]
+    made_of: str | None
+    conversion: Conversion
+    keys: list[str]
+    sizes: Mapping[str, BundleSize]
+    expected: Callable[[], Mapping[str, tuple[int, ...]]]
+    packer: ExpertPacker | None = None
+    state_shards: tuple[Shard, ...] = ()
+    carried: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if quantizer state is written beside the weights."""
+        return bool(self.state_shards)
+
+    @property
+    def files(self) -> Layout:
+        """All safetensors files."""
+        return Layout((*self.conversion.layout.shards, *self.state_shards))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names everything that decides the bytes of `files`."""
+        return self.made_of and plan_fingerprint(self.made_of, self.conversion.finalizer.fingerprint, self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a process came out of `write_directory`.
+
+    Args:
+        ended: it put the directory into place; another process did, or will, if not.
+        resumed: bundles that were done before.
+    """
+
+    ended: bool
+    resumed: int
+
+
+def write_directory(
+    plan: DirectoryPlan,
+    writers: Writers,
+    make: Callable[[frozenset[str], BundleWriter], None],
+    options: OutputOptions,
+) -> Outcome:
+    """Writes a directory, or this process's share of it. Collective where the writers are ranks of a live model.
+
+    Args:
+        make: writes the bundles of this process, but for those whose keys it is given: these are done.
+        options: of these `overwrite`, `verify` and `progress` are read.
+
+    Raises:
+        OutputExistsError: the target holds something, or another run is writing it.
+        CheckpointError: what was written would not serve.
+        WriteError: the disk is full; what is written is kept for the next run.
+    """
+    fingerprint = plan.fingerprint
+    made_from = fingerprint and output_fingerprint(fingerprint, plan.config, plan.source)
+    conversion = replace(plan.conversion, record={**plan.conversion.record, MADE_FROM: made_from})
+
+    def finish() -> None:
+        _write_beside(plan, conversion, staged)
+        if options.verify:
+            verify(staged.path, expected=plan.expected()).conclude(plan.target)
+
+    overwrite = options.overwrite
+    with StagedDirectory(plan.target, fingerprint, writers.share, output=made_from, overwrite=overwrite) as staged:
+        done = writers.open(staged, plan.files)
+        if done is None:
+            return Outcome(ended=False, resumed=0)
+        with BundleWriter(
+            staged,
+            plan.files,
+            conversion.finalizer,
+            plan.sizes,
+            done=done,
+            packer=plan.packer,
+            keeps_state=plan.keeps_state,
+            progress=options.progress,
+        ) as writer:
+            make(done, writer)
+        return Outcome(writers.end(staged, plan.keys, finish), len(done))
+
+
+def _write_beside(plan: DirectoryPlan, conversion: Conversion, staged: StagedDirectory) -> None:
+    """What every process could write, by the one that ends the work."""
+    writer = ShardWriter(staged.path, plan.files)
+    try:
+        _write_all(writer, plan.carried())
+        if plan.keeps_state:
+            _write_all(writer, conversion.state.amax.items())
+    finally:
+        writer.close()
+    for name, content in files_beside(plan.source, plan.config, conversion, alone=not plan.keeps_state):
+        staged.write_file(name, content)
+
+
+def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        writer.write(name, tensor)

@@ -1,0 +1,76 @@
+"""Real Megatron that builds, runs, saves and loads a Mamba model on the CPU, and what it leaves patched.
+
+    torchrun --nproc-per-node 1 live_patches.py HF_DIR OUT_DIR
+
+Writes `patches.json`: for each moment, the watched attributes that are not the originals.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.fusions import fused_softmax  # noqa: E402
+from megatron.core.ssm import mamba_mixer  # noqa: E402
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from modelopt.torch.quantization import tensor_quant  # noqa: E402
+from modelopt.torch.quantization.nn import QuantModuleRegistry  # noqa: E402
+
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+
+WATCHED = [
+    (torch.cuda, "current_device"),
+    (torch.cuda, "synchronize"),
+    (torch.Tensor, "cuda"),
+    (fused_softmax, "get_sliding_window_causal_mask"),
+    (tensor_quant, "dynamic_block_quantize_op"),
+    (mamba_mixer, "HAVE_MAMBA_SSM"),
+    (mamba_mixer, "ExtendedRMSNorm"),
+    (mamba_mixer, "mamba_chunk_scan_combined"),
+    (filesystem_async, "_results_queue"),
+]
+ORIGINALS = [getattr(owner, name) for owner, name in WATCHED]
+
+
+def changed() -> list[str]:
+    """The watched attributes that are not the originals now."""
+    found = [
+        name for (owner, name), original in zip(WATCHED, ORIGINALS, strict=True) if getattr(owner, name) is not original
+    ]
+    return [*found, *(["DotProductAttention"] if DotProductAttention in QuantModuleRegistry else [])]
+
+
+def main(hf: Path, out: Path) -> None:
+    bridge, seen = AutoBridge.from_hf_pretrained(hf), {"before": changed()}
+    with megatron.distributed(tp=1):
+        model = megatron.build_model(bridge.hf)
+        seen["built"] = changed()
+        bridge.load_hf_weights(model)
+        tokens = torch.arange(8)[None]
+        mask = torch.ones(8, 8, dtype=torch.bool).triu(1)[None, None]
+        first = model.eval()(tokens, tokens, mask)
+        seen["run"] = changed()
+        with megatron.cache_quantizers():
+            megatron.insert_quantizers([model])
+        seen["quantized"] = changed()
+        directory = megatron.save_checkpoint(model, out / "checkpoint", iteration=1)
+        seen["saved"] = changed()
+        loaded = megatron.build_model(bridge.hf)
+        megatron.load_checkpoint(loaded, directory)
+        assert torch.equal(loaded.eval()(tokens, tokens, mask), first)
+        seen["loaded"] = changed()
+    seen["after"] = changed()
+    try:
+        with megatron.distributed(tp=1):
+            raise InterruptedError
+    except InterruptedError:
+        seen["after an error"] = changed()
+    (out / "patches.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
