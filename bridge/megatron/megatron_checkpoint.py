@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, _get_filesystem_reader
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
+from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import walk_all_quantizers
 from amaxbridge.bridge.live.quantized_parameters import is_quantized
@@ -85,19 +87,23 @@ def load_checkpoint(model: Model, path: Path) -> None:
             f"ModelOpt cannot restore the quantizers of {directory}: {error}\n"
             "A model of experts that are a module each has quantizers at TP=1 or at EP=1: export it at TP=1 or EP=1"
         ) from error
+    except Exception as error:
+        raise CheckpointError(f"ModelOpt cannot restore the quantizers of {directory}: {_reason(error)}") from error
     _prepare_buffers(chunks, stored)
     try:
         wanted = _sharded_state(chunks)
+        empty = {name: _without_absent_states(wanted[name], stored) for name in wanted}
         with metadata_without_strides():
             state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory), _strategy())
         for name, chunk in zip(wanted, chunks, strict=True):
+            state[name] |= empty[name]
             chunk.load_state_dict(state[name])
             if any(map(is_quantized, chunk.parameters())):  # codes of delayed scaling need its scale, which came last
                 chunk.load_state_dict(state[name])
     except Exception as error:
         if _PICKLES_ALLOWED in str(error):
             raise CheckpointError(_PICKLE_REFUSED.format(directory)) from None
-        raise CheckpointError(f"{directory} does not fit the model: {error}") from error
+        raise CheckpointError(f"{directory} does not fit the model: {_reason(error)}") from error
     _check_buffers(chunks, stored)
 
 
@@ -123,6 +129,11 @@ def metadata_without_strides() -> Iterator[None]:
         TorchDistLoadShardedStrategy.load_tensors_metadata = original
 
 
+def _reason(error: Exception) -> str:
+    """What an error of PyTorch's says, without its advice to load pickles that may run code."""
+    return "a pickle in it names objects that may run code" if "weights_only" in str(error) else str(error)
+
+
 def _strategy() -> Any:
     """Reads a parameter whole before it is quantized.
 
@@ -131,6 +142,23 @@ def _strategy() -> Any:
     """
     known = inspect.signature(TorchDistLoadShardedStrategy).parameters
     return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False) if "stream_ckpt_dequant" in known else None
+
+
+def _without_absent_states(wanted: dict[str, Any], stored: StoredModel) -> dict[str, Tensor]:
+    """Takes out the states of modules that the checkpoint does not have, and gives empty ones for them.
+
+    Each module of Transformer Engine asks for its state, which is empty outside of FP8 training. A checkpoint of
+    Megatron's own layers (`import_hf`) has none. No quantizer is lost here: `_check_buffers` asks for all they hold.
+    """
+    saved = set(stored.checkpoint.states)
+    absent = [
+        name
+        for name, each in wanted.items()
+        if "_extra_state" in name and isinstance(each, ShardedObject) and each.unique_key not in saved
+    ]
+    for name in absent:
+        del wanted[name]
+    return {name: torch.empty(0, dtype=torch.uint8) for name in absent}
 
 
 def _prepare_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> None:
