@@ -9,8 +9,6 @@ REAL_MODEL := .venv-real-model
 CORE := .venv-core
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
-FAST := tests/mappings tests/export/kernels tests/export/schemes tests/export/runtime tests/bridge/test_hf_defaults.py \
-	tests/bridge/test_megatron.py
 READY := $(VENV)/.ready
 FAST := -m 'not slow'
 

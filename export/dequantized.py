@@ -1,10 +1,11 @@
-"""A quantized Hugging Face directory as training needs it: weights in 16 bits, and the amax that its scales stand for.
+"""A quantized Hugging Face directory as training needs it: weights in 16 bits, and the amax that its scales imply.
 
-Every weight is read and dequantized when it is asked for, so one is in memory at a time. For 4-bit formats dequantizing
-is not enough: the weight is one that ModelOpt quantizes to the same bytes again (`kernels.restore`). Whether it does is
-not assumed: each weight is quantized once more, and what does not come back is noted in `changed`.
+Each weight is read and dequantized when it is asked for, so one is in memory at a time. For 4-bit formats dequantizing
+is not
+enough: the weight must be one that ModelOpt quantizes to the same bytes again (`kernels.restore`). That is checked, not
+assumed: each weight is quantized once more, and differences are recorded in `changed`.
 
-Formats that no ModelOpt quantizer has (zero points) are dequantized all the same, and have no entry in `formats`.
+Formats for which ModelOpt has no quantizer (zero points) are dequantized, too, but have no entry in `formats`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,13 +35,13 @@ _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What of a weight does not come back when it is quantized again.
+    """What changes in a weight that is quantized again.
 
     Args:
-        scales: block scales that become others.
-        codes: bytes of codes that become others.
-        values: whether what the bytes stand for changes, beyond scales of blocks of zeros.
-        divisor: whether the global scale becomes another, by one bit: no amax makes it.
+        scales: number of block scales that change.
+        codes: number of bytes of codes that change.
+        values: True if dequantized values change, not only the scales of blocks of zeros.
+        divisor: True if the global scale changes, by one bit: no amax yields it.
     """
 
     scales: int
@@ -58,8 +59,8 @@ class DequantizedCheckpoint:
     """The tensors of a directory by name, weights dequantized.
 
     Args:
-        checkpoint: open for reading.
-        quantization: `quantization_config` of its config.json; None where it is not quantized.
+        checkpoint: the directory, open for reading.
+        quantization: `quantization_config` of its config.json; None if it is not quantized.
 
     Raises:
         UsageError: another quantization than of compressed-tensors, or a format that is not known here.
@@ -83,12 +84,12 @@ class DequantizedCheckpoint:
 
     @cached_property
     def state(self) -> QuantState:
-        """Amax and formats for the quantizers of a trained model; each amax is read when it is asked for."""
+        """Amax and formats for the quantizers of a model; each amax is read when it is asked for."""
         formats = {module: scheme.format for module, scheme in self.schemes.items() if scheme.format}
         return QuantState(amax=_LazyAmax(self), formats=formats)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; the weight of a quantized module in bf16.
+        """Reads one tensor; the weight of a quantized module in bf16.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -104,9 +105,9 @@ class DequantizedCheckpoint:
         return weight
 
     def amax(self, quantizer: str) -> Tensor | None:
-        """The amax of a quantizer by buffer name, `….weight_quantizer._amax`; None where the format has none.
+        """The amax of a quantizer by buffer name, `….weight_quantizer._amax`; None if the format has none.
 
-        fp32; of a weight's blocks `[blocks down, blocks across]`, else 0-d.
+        fp32, `[blocks down, blocks across]` for the blocks of a weight, else 0-d.
         """
         if quantizer in self.cache_scales:
             return amax_of_cache_scale(self.checkpoint.read(self.cache_scales[quantizer]))
@@ -120,7 +121,7 @@ class DequantizedCheckpoint:
         return scheme.weight_amax(stored) if quantizer == module + WEIGHT_QUANTIZER else None
 
     def _compare(self, module: str, scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Quantizes a weight again, with the amax that its quantizer will have: the largest of its fused group."""
+        """Quantizes a weight again with the amax of its future quantizer, the largest of its fused group."""
         own, shared = self.amax(module + WEIGHT_QUANTIZER), None
         if scheme.needs_weight_amax:
             members = [member for member in group_of(module).members if self.schemes.get(member) is scheme]
@@ -183,7 +184,7 @@ class _Local(Mapping[str, Tensor]):
 
 
 class _LazyAmax(Mapping[str, Tensor]):
-    """All amax of a checkpoint by buffer name, each read when asked for: a rank needs those of its own modules."""
+    """All amax of a checkpoint by buffer name, each read when asked for: a rank needs only its own modules'."""
 
     def __init__(self, source: DequantizedCheckpoint) -> None:
         self._source = source
@@ -212,7 +213,7 @@ def _local_names(scheme: Scheme) -> list[str]:
 
 
 def _differences(one: Tensor, other: Tensor) -> int:
-    """How many elements are not the same; -0.0 and 0.0 are not, scales in another dtype may be."""
+    """The number of different elements; -0.0 and 0.0 differ, scales in another dtype may be equal."""
     if one.dtype == other.dtype:
         view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
         one, other = one.contiguous().view(view), other.contiguous().view(view)

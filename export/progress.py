@@ -1,31 +1,30 @@
-"""How long work tells how far it is.
+"""The protocol by which long work reports progress.
 
-Whoever does the work calls `begin` once and `advance` after every bundle; what is made of it, a bar, a line in a log,
-or nothing, is for the caller to choose. Bytes are those of the source: both an export from Megatron and model-free
-quantization know them for each bundle before it is read.
+The work calls `begin` once and `advance` after every bundle; the caller chooses what to show: a bar, a log line or
+nothing. Bytes are the source's, which every export knows for each bundle before it is read.
 """
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told by the work; several threads may advance it."""
+    """Receives the progress of the work; several threads may advance it."""
 
     def begin(self, *, tensors: int, nbytes: int, kept: int = 0) -> None:
-        """So much is to be done.
+        """Announces the work.
 
         Args:
-            tensors: of the source, to be read by this process.
-            nbytes: of these, and of what is `kept`.
-            kept: bytes of what an earlier run that was interrupted has finished already.
+            tensors: number of source tensors that this process will read.
+            nbytes: their bytes, plus `kept`.
+            kept: bytes that an earlier, interrupted run finished.
         """
 
     def advance(self, *, tensors: int, nbytes: int) -> None:
-        """So much more is done."""
+        """Reports finished work."""
 
 
 class NoProgress:
-    """Tells nobody."""
+    """Shows nothing."""
 
     def begin(self, *, tensors: int, nbytes: int, kept: int = 0) -> None:
         pass

@@ -1,10 +1,10 @@
 """The one reader of `quantization_config` in config.json, whoever wrote it.
 
-Three users ask for more or less: the runtime and the import want a config without a fault (`checked`); `verify` reports
-the faults and goes on with the rest. All of them see the same groups, schemes and matches.
+The runtime and the import need a config without a fault (`checked`); `verify` reports the faults and continues with the
+rest. All of them see the same groups, schemes and matches.
 
-How a program spells its config is an entry of `_SPELLINGS`, which turns it into the words of compressed-tensors. Keys
-that only say how a checkpoint was made are passed over; a key that may change what the tensors mean is refused by name.
+The spelling of each program is an entry of `_SPELLINGS`, which translates it into the words of compressed-tensors. Keys
+that only record how a checkpoint was made are skipped; a key that may change what the tensors mean is refused by name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,11 +46,11 @@ class ConfigGroup:
     """One entry of `config_groups`.
 
     Args:
-        name: its key.
-        targets: the modules it is for.
-        format: on the disk, as the group states it.
-        signature: what it says of weights and inputs; None if that is malformed.
-        raw: the entry.
+        name: key of the entry.
+        targets: the modules that the group is for.
+        format: format on the disk, as the group states it.
+        signature: how weights and inputs are quantized; None if malformed.
+        raw: the entry itself.
     """
 
     name: str
@@ -70,13 +70,13 @@ class QuantConfig:
     """What config.json says of quantization; nothing at all for a checkpoint that is not quantized.
 
     Args:
-        raw: the whole entry, as it stands.
-        method: `quant_method`: who wrote it.
-        format: of all groups, or `mixed-precision`.
-        groups: in order.
-        ignore: what is left unquantized.
+        raw: the whole entry.
+        method: `quant_method`: the program that wrote it.
+        format: the format of all groups, or `mixed-precision`.
+        groups: the groups, in order.
+        ignore: entries for unquantized modules.
         kv_cache: how the key-value cache is quantized; None if it is not.
-        unknown_keys: dotted paths of keys that may mean anything.
+        unknown_keys: dotted paths of unknown keys.
         faults: everything else that is wrong.
     """
 

@@ -1,4 +1,4 @@
-"""The directory that model-free PTQ reads, and what can be wrong with it and with the arguments before any tensor."""
+"""The directory that model-free PTQ reads: finding it, and checking it and the arguments before any tensor is read."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,13 +17,14 @@ _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # thei
 
 
 def model_directory(name: str | Path, *, weights: bool) -> Path:
-    """A local directory, or where the Hub's model of this name is downloaded to.
+    """Returns a local directory, or the directory to which the Hub's model of this name is downloaded.
 
     Args:
-        weights: whether to download them, too.
+        path: a directory, or a name on the Hub.
+        weights: True to download the weights, too.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: there is no such directory and no such model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -37,18 +38,18 @@ def model_directory(name: str | Path, *, weights: bool) -> Path:
         )
     try:
         return Path(snapshot_download(str(name), ignore_patterns=None if weights else list(_WEIGHTS)))
-    except (OSError, ValueError) as error:  # no network, no such model, no leave to read it
+    except (OSError, ValueError) as error:  # no network, no such model, or no permission to read it
         raise UsageError(f"{here} is not there, and the Hub does not give a model {name}: {error}") from error
 
 
 def check_spared(source: Path, target: Path) -> None:
-    """Raises UsageError where replacing `target` would remove `source`."""
+    """Raises UsageError if replacing `target` would remove `source`."""
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(f"output {target} would replace {source}, which is read: choose another output")
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raises UsageError where writing `target` would touch `source`."""
+    """Raises UsageError if writing `target` would touch `source`."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UsageError(f"output {target} and input {source} must not lie in one another: choose another output")
@@ -72,7 +73,7 @@ def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
 
 
 def check_ignored(ignore: Sequence[str], modules: Iterable[str]) -> None:
-    """An `ignore` that matches nothing is a misspelling, and what it was to spare would be quantized."""
+    """Refuses `ignore` entries that match nothing: a misspelling would quantize what the user meant to keep."""
     modules = list(modules)
     idle = [target for target in ignore if not any(is_named(module, [target]) for module in modules)]
     if idle:

@@ -1,8 +1,8 @@
-"""Which tensors each output file is made from: computed before anything is read, so that nothing is read twice.
+"""The tensors that each output file is made from, computed before anything is read, so that nothing is read twice.
 
-An output file stands for a source file, and holds what its tensors become. Tensors that can only be made together, the
-members of a fused group and what a converter reads to make one of them, may lie in several files: they all go to the
-file of the group's primary member (q, gate), or of the first of them.
+Each output file corresponds to a source file and holds what its tensors become. Tensors that must be made together (the
+members of a fused group, and what a converter reads for one of them) may lie in several files: all of them go to the
+file of the group's primary member (q, gate), or else of the first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,32 +17,32 @@ type InverseWeightMap = dict[str, list[str]]
 """Path of a source file → the tensors to read from it, for one output file."""
 
 
-_WEIGHTS = (".weight", ".qweight", ".weight_packed")  # the last two become `.weight` in a converter
+_WEIGHTS = (".weight", ".qweight", ".weight_packed")  # a converter turns the last two into `.weight`
 
 
 class Converter(Protocol):
-    """What makes other tensors of a checkpoint's before they are quantized: the protocol of compressed-tensors.
+    """Converts a checkpoint's tensors before they are quantized: the protocol of compressed-tensors.
 
-    Its own converters (`compressed_tensors.entrypoints.convert`) dequantize FP8 blocks, AWQ and more.
+    Its converters (`compressed_tensors.entrypoints.convert`) dequantize FP8 blocks, AWQ and more.
     """
 
     def process(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in place of `tensors`, which hold whatever `get_dependencies` asked for."""
+        """The converted tensors; `tensors` holds everything that `get_dependencies` asked for."""
 
     def validate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same on the meta device: what will come, by name, shape and dtype."""
+        """The same on the meta device: names, shapes and dtypes of what `process` will return."""
 
     def update_config(self, config: Any) -> Any:
-        """Not asked here: what is written describes itself."""
+        """Not called here: the output's configuration is made from what is written."""
 
     def get_dependencies(self, weight_name: str) -> set[str]:
-        """The other tensors that are needed to make something of this one."""
+        """The other tensors that are needed to convert this one."""
 
 
 class WithoutInputScales:
-    """A `Converter` that drops the static scales of inputs, which are of the format that a source leaves.
+    """A `Converter` that drops static input scales, which belong to the source's format.
 
-    `CompressedTensorsDequantizer` refuses to come across them, so this comes before it.
+    `CompressedTensorsDequantizer` refuses them, so this comes first.
     """
 
     _SCALES = (".input_scale", ".input_global_scale", ".input_zero_point")
@@ -62,15 +62,15 @@ class WithoutInputScales:
 def build_microscale_inverse_weight_maps(
     weight_map: Mapping[str, str], model_files: Mapping[str, str], converters: Sequence[Converter] = ()
 ) -> dict[str, InverseWeightMap]:
-    """What to read for each output file.
+    """Plans what to read for each output file.
 
     Args:
-        weight_map: tensor → source file name, as the index has it.
-        model_files: source file name → its path; others than safetensors are passed over.
-        converters: whose dependencies come along.
+        weight_map: tensor → source file name, from the index.
+        model_files: source file name → its path; only safetensors files count.
+        converters: converters whose dependencies are read, too.
 
     Returns:
-        Output file name, one for each source file → path → tensors. All tensors are in it once.
+        Output file name (one for each source file) → path → tensors. It holds every tensor once.
     """
     maps: dict[str, InverseWeightMap] = {name: {} for name in model_files if name.endswith(".safetensors")}
     for together in tensors_together(weight_map, converters):
@@ -81,7 +81,7 @@ def build_microscale_inverse_weight_maps(
 
 
 def tensors_together(names: Iterable[str], converters: Sequence[Converter] = ()) -> list[list[str]]:
-    """Names in sets that are made together, each led by the primary member's weight; in the order of `names`."""
+    """Sets of names that are made together, each led by the primary member's weight, in the order of `names`."""
     leader = {name: name for name in names}
     present = dict.fromkeys(leader)
 

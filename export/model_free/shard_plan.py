@@ -1,4 +1,4 @@
-"""The plan of a model-free run: what is read, what is made of it, where it lies. Made on headers alone."""
+"""The plan of a model-free run, made from headers alone: what is read, what is made from it, and where it lies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What will be done, bundle by bundle.
+    """The work, bundle by bundle.
 
     Args:
-        bundles: in the order of the output files.
-        finalizer: what is made of each tensor.
+        bundles: bundles in the order of the output files.
+        finalizer: decides what is made from each tensor.
         layout: the output files.
         state: per-channel and per-block quantizer state by name.
     """
@@ -56,7 +56,7 @@ class ShardPlan:
 
     @property
     def incomplete_groups(self) -> list[str]:
-        """Fused groups that lack a member which the same group has in another layer."""
+        """Fused groups that lack a member that the same group has in another layer."""
         modules = [module_of(name) for bundle in self.bundles for name in bundle.specs if name.endswith(".weight")]
         groups = [group.members for group in groups_among(modules)]
         full: dict[tuple[str, ...], set[str]] = {}
@@ -120,7 +120,7 @@ def _quantizes_experts(bundles: Sequence[SourceBundle], recipe: Recipe | None, s
 def _by_granularity(
     state: QuantState | None, specs: Mapping[str, TensorSpec]
 ) -> tuple[QuantState | None, dict[str, Tensor]]:
-    """Per-tensor state, with the largest of each per-channel or per-block amax; and those themselves."""
+    """Splits the state into per-tensor amax (the largest of each per-channel or per-block amax) and the rest."""
     if state is None:
         return None, {}
     strangers = sorted(module for module in state.formats if not _is_there(module, specs))
@@ -138,11 +138,11 @@ def _by_granularity(
 
 
 def _is_there(module: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether a quantized module has a weight; a quantizer of the key-value cache lies beside one."""
+    """True if the quantized module has a weight; a quantizer of the key-value cache has one beside it."""
     return f"{module}.weight" in specs or module.endswith("_bmm_quantizer")
 
 
 def _layer_of(member: str) -> tuple[str, ...]:
-    """What groups of the same kind have in common: their path without numbers, and the kind."""
+    """What groups of the same kind share: their path without numbers, and the kind."""
     kind = group_of(member).primary.rpartition(".")[2]
     return kind_of(module_of(member)), kind

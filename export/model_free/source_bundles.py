@@ -1,7 +1,7 @@
-"""What a checkpoint's files hold, in bundles that can be quantized one by one: the reading side of `model_free`.
+"""The bundles of a checkpoint's files, which can be quantized one by one: the reading side of `model_free`.
 
-Nothing is read here but headers. Packed experts are taken apart into the weights of each expert, which are rows of the
-packed tensor in the file; with a converter, what belongs together is read and converted when its turn comes.
+Only headers are read here. Packed experts are split into the weights of each expert, which are rows of the packed
+tensor in the file. With a converter, the tensors of a bundle are read and converted when its turn comes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +27,9 @@ class SourceBundle:
 
     Args:
         key: the primary module, or the tensor's name; the same in every run.
-        output: the file that what is made of them goes to.
-        specs: the tensors, as Hugging Face names them.
-        load: gives them; they are read when their rows are asked for.
+        output: the file that the result goes to.
+        specs: the tensors by Hugging Face name.
+        load: returns the tensors; they are read when their rows are asked for.
     """
 
     key: str
@@ -44,7 +44,7 @@ class SourceBundle:
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """One expert's weight in a packed tensor whose parts must be turned or picked apart before they are rows."""
+    """One expert's weight in a packed tensor that must be transposed or de-interleaved before it has rows."""
 
     part: StoredTensor
     source: PackedSource
@@ -64,15 +64,15 @@ def read_bundles(
     converters: Sequence[Converter] = (),
     packed: PackedExperts | None = None,
 ) -> list[SourceBundle]:
-    """All bundles of some output files.
+    """Lists the bundles of these output files.
 
     Args:
         maps: output file → what it is made from.
         files: path → the opened file.
-        packed: take experts apart that are packed so; None to leave them.
+        packed: layout of packed experts to split; None to keep them packed.
 
     Raises:
-        CheckpointError: files lack tensors that the maps name; all are named. A converter refuses.
+        CheckpointError: files lack tensors that the maps name; all of them are named. Or a converter refuses its input.
         ValueError: packed experts that do not divide into gate and up.
     """
     bundles: list[SourceBundle] = []
@@ -103,7 +103,7 @@ def _stored(output: str, stored: Mapping[str, StoredTensor], packed: PackedExper
 
 
 def _experts(name: str, tensor: StoredTensor, packed: PackedExperts | None) -> dict[str, Rows]:
-    """A tensor by name, or what is packed in it by the names of the single weights."""
+    """A tensor by name, or the single weights that are packed in it, by theirs."""
     found = sources_in(name, tensor.spec.shape, packed) if packed else {}
     return {single: _rows_of(tensor, source) for single, source in found.items()} or {name: tensor}
 
@@ -125,7 +125,7 @@ def _converted(
         tensors = {name: stored[name] for name in names}
         try:
             made = _convert({name: tensor.spec.meta() for name, tensor in tensors.items()}, converters, check=True)
-        except Exception as error:  # whatever a converter makes of tensors that it is not for
+        except Exception as error:  # a converter may raise anything on tensors that it is not for
             raise CheckpointError(f"the converter refuses{listing(names)}\n{error}") from error
         specs = {name: TensorSpec.of(tensor) for name, tensor in made.items()}
         yield SourceBundle(names[0], output, specs, partial(_load_converted, tensors, converters))

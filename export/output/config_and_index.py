@@ -26,7 +26,8 @@ _WEIGHT_SUFFIXES = (
 )  # fmt: skip
 _WRITTEN_ANEW = (
     CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",  # of the source's quantization
+    # these describe the source's quantization
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
-    """config.json of the output: the source's, with `quantization_config` replaced, or removed where there is none."""
+    """config.json of the output: the source's, with `quantization_config` replaced, or removed if there is none."""
     config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     if quantization is not None:
         config["quantization_config"] = quantization
@@ -64,13 +65,13 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors.
 
-    Only keys that all engines accept, and groups `group_0`, `group_1`, … with a format each. One scheme for all targets
-    the class `Linear`; several name their modules, because engines must not find both kinds of targets.
+    It has only keys that all engines accept, and groups `group_0`, `group_1`, … with a format each. A single scheme
+    targets the class `Linear`; several name their modules, because engines must not find both kinds of targets.
 
     Args:
         schemes: quantized module → its scheme.
-        ignore: the linear modules that are left as they are.
-        kv_cache: whether the layers have `k_scale` and `v_scale`, for a key-value cache in FP8.
+        ignore: the unquantized linear modules.
+        kv_cache: True if the layers have `k_scale` and `v_scale`, for an FP8 key-value cache.
     """
     members: dict[str, list[str]] = {}
     for module, scheme in schemes.items():
@@ -92,7 +93,7 @@ def quantization_config(
 
 
 def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Targets for just these modules: a pattern for those that differ in numbers, names where it would hit others."""
+    """Targets for exactly these modules: patterns over numbers, or names where a pattern would match more."""
     taken = {tuple(split_at_numbers(name)[::2]) for name in others}
     targets: dict[str, None] = {}
     for module in modules:
@@ -105,7 +106,8 @@ def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
     """The safetensors index, or None for the single file that needs none.
 
     Args:
-        alone: whether no other safetensors file lies beside the shards. Without an index, vLLM and SGLang load all.
+        layout: the shards.
+        alone: True if no other safetensors file lies beside the shards. Without an index, vLLM and SGLang load all.
     """
     if alone and [shard.file_name for shard in layout.shards] == [SINGLE_FILE]:
         return None
@@ -113,10 +115,10 @@ def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
 
 
 def carried_files(source: Path) -> dict[str, Path]:
-    """Files of a Hugging Face directory that go along unchanged: path in the output → file.
+    """The files of a Hugging Face directory that are carried over unchanged: path in the output → file.
 
-    Tokenizer, chat templates, remote code, generation config, licence, images of the card; directories too, but hidden
-    ones and those with weights of their own (`original/`, `onnx/`), which are the model once more.
+    Tokenizer, chat templates, remote code, generation config, licence, images of the card; also directories, except
+    hidden ones and those with weights of their own (`original/`, `onnx/`), which hold the model again.
     """
     carried, left = _sorted_out(source)
     if leaving := [f"{file} → {file.resolve()}" for file in _links_out(source)]:
@@ -127,7 +129,7 @@ def carried_files(source: Path) -> dict[str, Path]:
 
 
 def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
-    """Names all that an output is made from: the plan of its tensors, config.json, and the source's other files."""
+    """A hash of everything that an output is made from: the plan, config.json and the source's other files."""
     digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
     others = {} if source is None else {name: file.read_bytes() for name, file in _sorted_out(source)[0].items()}
     for name, content in {**others, CARD_FILE: source_card(source).encode()}.items():
@@ -164,5 +166,5 @@ def _links_out(source: Path) -> list[Path]:
 
 
 def json_bytes(content: object) -> bytes:
-    """As files of a checkpoint hold it."""
+    """Returns JSON in the form of a checkpoint's files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

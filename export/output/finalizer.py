@@ -1,7 +1,7 @@
-"""From Hugging Face weights to what is written: the last step of every export, from Megatron or from files.
+"""Turning Hugging Face weights into the written tensors: the last step of every export, from Megatron or from files.
 
-A finalizer is made once, from the specs of all tensors and the quantizer state, and finds every problem then. What
-follows is one call per bundle of tensors, in any order, on any rank.
+A finalizer is made once, from the specs of all tensors and the quantizer state, and finds every problem then. After
+that comes one call for each bundle, in any order, on any rank.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """The unit of flow: all Hugging Face tensors of one fused group of modules, born together.
+    """The unit of work: all tensors of one fused group of Hugging Face modules.
 
     Args:
         tensors: weights, biases, norms by name.
         state: per-channel or per-block quantizer state by name (`….weight_quantizer._amax`), rows as in the weight.
-        key: the name of the bundle, the same in every run.
+        key: name of the bundle, the same in every run.
     """
 
     tensors: Mapping[str, Rows]
@@ -45,24 +45,24 @@ class Bundle:
 
     @classmethod
     def of(cls, mixed: Mapping[str, Tensor], key: str = "") -> Self:
-        """Sorts tensors that come together, in memory, into weights and quantizer state."""
+        """Makes a bundle of tensors in memory, split into weights and quantizer state."""
         state = {name: tensor for name, tensor in mixed.items() if is_quantizer_state(name)}
         return cls({name: WholeTensor(tensor) for name, tensor in mixed.items() if name not in state}, state, key)
 
 
 class Finalizer:
-    """Decides for each tensor what is written, and makes it.
+    """Decides what is written for each tensor, and makes it.
 
     Args:
-        specs: every Hugging Face tensor of the model, per-channel and per-block quantizer state included.
-        recipe: the scheme of each module, from `find_scheme`, or None to write everything as it is.
-        state: per-tensor amax and formats from training; None to quantize without data what the recipe targets.
-        missing: what to do about an amax that makes no scale.
+        specs: every Hugging Face tensor of the model, including per-channel and per-block quantizer state.
+        recipe: the scheme of each module, from `find_scheme`; None to write everything unquantized.
+        state: per-tensor amax and formats from training; None to quantize what the recipe targets without data.
+        missing: what to do about an unusable amax.
 
     Raises:
-        UsageError: there is nothing to quantize, or the quantizers hold what the schemes have no place for.
+        UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
         MappingError: a module cannot be quantized as asked; every such module is named.
-        AmaxError: an amax that is needed is missing or unusable.
+        AmaxError: a needed amax is missing or unusable.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Finalizer:
 
     @property
     def quantized(self) -> list[str]:
-        """The modules that are quantized, in the order of the model."""
+        """The quantized modules, in the order of the model."""
         return list(self._schemes)
 
     @property
@@ -105,14 +105,14 @@ class Finalizer:
 
     @property
     def quantization_config(self) -> dict[str, object] | None:
-        """For config.json; None where nothing is quantized."""
+        """`quantization_config` of config.json; None if nothing is quantized."""
         if not self._schemes:
             return None
         return quantization_config(self._schemes, self.ignore, kv_cache=bool(self._cache_scales))
 
     @property
     def fingerprint(self) -> str:
-        """Names what is made of the tensors: the scheme and the amax of every module."""
+        """A text that identifies what is made of the tensors: the scheme and the amax of every module."""
         decided = {
             module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
             for module, scheme in self._schemes.items()
@@ -121,15 +121,15 @@ class Finalizer:
         return hashlib.sha256(json.dumps([decided, caches], sort_keys=True).encode()).hexdigest()
 
     def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-        """As `finalize_rows`, of a bundle in memory: the name and the whole of each tensor."""
+        """As `finalize_rows`, for a bundle in memory: name and whole tensor of each."""
         for name, _, tensor in self.finalize_rows(bundle):
             yield name, tensor
 
     def finalize_rows(self, bundle: Bundle) -> Iterator[Written]:
-        """What is written for a bundle.
+        """Yields what is written for a bundle.
 
         Raises:
-            MappingError: a weight that is quantized holds NaN or Inf.
+            MappingError: a weight to be quantized holds NaN or Inf.
         """
         quantized = dict[str, Rows]()
         for name, tensor in bundle.tensors.items():
@@ -152,7 +152,7 @@ class Finalizer:
             yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
 
     def _adopted(self, module: str, codes: Rows, scales: Tensor) -> Iterator[Written]:
-        """What is written for a weight that training keeps as codes and scales, which come in rows of the weight."""
+        """Yields what is written for a weight that training keeps as codes and scales, in rows of the weight."""
         height = self._schemes[module].blocks.height or len(scales)
         of_blocks = scales[::height].contiguous()
         if not torch.equal(of_blocks.repeat_interleave(height, 0)[: len(scales)], scales):
@@ -164,7 +164,7 @@ class Finalizer:
                 yield Written(f"{module}.{name}", 0, tensor)
 
     def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
-        """Takes from the state what the chosen schemes write, and refuses what none of them has a place for."""
+        """Takes from the state what the chosen schemes write, and refuses what none of them can store."""
         inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
         weights = {
             module
@@ -201,13 +201,13 @@ class Finalizer:
         return planned
 
     def _specs_of(self, module: str, weight: TensorSpec) -> dict[str, TensorSpec]:
-        """What is written for a module that is quantized."""
+        """Yields what is written for a quantized module."""
         arithmetic = self._amax.get(module, DATA_FREE).arithmetic
         specs = self._schemes[module].tensor_specs(weight, arithmetic)
         return {f"{module}.{name}": spec for name, spec in specs.items()}
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is a weight that is quantized."""
+        """True if the tensor is a weight to be quantized."""
         return self._quantized_module(name) is not None
 
     def _quantized_module(self, name: str) -> str | None:
@@ -224,13 +224,13 @@ def _is_linear(name: str, spec: TensorSpec) -> bool:
 
 
 def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """A weight that stays unquantized, times the scale that its input quantizer multiplied the input by."""
+    """An unquantized weight times the scale by which its input quantizer multiplied the input."""
     scale = state.get(module_of(name) + PRE_QUANT_SCALE) if name.endswith(".weight") else None
     return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
 
 
 def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) -> dict[str, Scheme]:
-    """The scheme of each module that is quantized, checked against the fused groups and the quantizers."""
+    """The scheme of each quantized module, checked against the fused groups and the quantizers."""
     treated = {module: recipe.scheme_of(module, state) for module in linears}
     chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
     if not chosen:
@@ -272,7 +272,7 @@ def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) ->
 
 
 def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
-    """The completeness gate: state of other quantizers than the schemes write is refused, not dropped."""
+    """The completeness gate: quantizer state that the schemes do not write is refused, not dropped."""
     lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX, STORED_SCALES)))
     if lost:
         raise UsageError(

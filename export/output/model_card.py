@@ -1,11 +1,12 @@
-"""The model card, and the same as JSON: what was made of which model, by which command, and how it turned out.
+"""The model card, and the same facts as JSON: what was made from which model, by which command, with which result.
 
-The card's metadata is the source's, with what is true of the output put in its place: `base_model` names the source,
-evaluation results are left out (they are not of these weights), licence and languages stay. Our section comes first,
-the source's text follows unchanged, because it holds what users of the output must know: terms, prompts, citation.
+The card's metadata is the source's, adapted to the output: `base_model` names the source, evaluation results are left
+out (they are not of these weights), licence and languages stay. Our section comes first. The source's text follows
+unchanged,
+because users of the output need it: terms, prompts, citation.
 
-`amaxbridge.json` is for programs, `export/report` among them; how the export was asked for is in it, too. The card
-holds no date, no host and no full path: the same export writes the same card, and it can be published.
+`amaxbridge.json` is for programs, such as `export/report`; it also records how the export was asked for. The card holds
+no date, no host and no full path, so the same export writes the same card, and it can be published.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which versions made a checkpoint: kept beside it, with how it was asked for and turned out; see `model_card`."""
+"""The versions that made a checkpoint, recorded beside it; see `model_card`."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def made_from(output: Path) -> str | None:
-    """The fingerprint in an output; None where there is none."""
+    """The fingerprint that an output records; None if there is none."""
     try:
         record = json.loads((output / RECORD_FILE).read_bytes())
     except (OSError, ValueError):
