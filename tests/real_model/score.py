@@ -34,17 +34,22 @@ class Scores:
 
 
 @torch.no_grad()
-def score(directory: Path, windows: Tensor, *, in_runtime: bool = False) -> Scores:
+def score(directory: Path, windows: Tensor, *, in_runtime: bool = False, quantize_inputs: bool = True) -> Scores:
     """Scores a checkpoint with fp32 activations and the weights that its bytes stand for.
 
     Args:
         windows: token ids, `[windows, length]`.
         in_runtime: load it with `amaxbridge.export.runtime`, for a format that transformers does not load.
+        quantize_inputs: as the checkpoint says; False leaves inputs as they are, and weights dequantized.
 
     Raises:
         CheckpointError: transformers misses keys, or does not know some.
     """
     model = _in_runtime(directory) if in_runtime else _in_transformers(directory, windows)
+    if not quantize_inputs:
+        for module in model.modules():
+            if hasattr(module, "quantization_enabled"):  # of compressed-tensors
+                setattr(module, "quantization_enabled", False)  # noqa: B010
     losses = torch.cat([_losses(model, batch) for batch in windows.split(BATCH)])
     return Scores(losses, sum(file.stat().st_size for file in directory.glob("*.safetensors")))
 
@@ -57,8 +62,12 @@ def _in_transformers(directory: Path, windows: Tensor) -> nn.Module:
         model.eval()(windows[:1, :1])  # the first forward dequantizes the weights
     if problems := [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in loading.items() if keys]:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
-    plain: nn.Module = nn.Module.float(model)  # transformers' own `float` refuses a quantized model
-    return plain
+    return _float(model)
+
+
+def _float(model: nn.Module) -> nn.Module:
+    """In fp32; transformers' own `float` refuses a quantized model."""
+    return nn.Module.float(model)
 
 
 def _in_runtime(directory: Path) -> nn.Module:

@@ -7,10 +7,12 @@ OUT_DIR gets
     live                the export of the model in memory
     checkpoint          Megatron's own
     training.json       the seconds of each stage, and the loss of each step
-    losses_STAGE.pt     cross entropy of each held-back token, `[WINDOWS, CONTEXT]`; STAGE: bf16, calibrated, trained
+    losses_STAGE.pt     cross entropy of each held-back token, `[WINDOWS, CONTEXT]`
 
-Losses are those of an fp32 forward, so that the order of sums hardly shows. Its weights are bf16 numbers: those of the
-last stage are fake-quantized in bf16, as the weights of a checkpoint are dequantized.
+for the stages bf16, calibrated, trained and weights: the trained model with inputs left unquantized.
+
+Losses are those of an fp32 forward. Its weights are bf16 numbers: those of the last two stages are fake-quantized in
+bf16, as the weights of a checkpoint are dequantized.
 
 QAT is distillation: the loss is the Kullback-Leibler divergence from the logits of the model before it was quantized.
 So the perplexity of held-back text tells what quantization costs and how much of it training gives back, not that the
@@ -32,6 +34,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge  # noqa: E402
+from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
 from amaxbridge.bridge.live.process_ranks import world_rank, world_size  # noqa: E402
 from amaxbridge.bridge.megatron import build_model, distributed, save_checkpoint  # noqa: E402
 from amaxbridge.scripts.demo_training import (  # noqa: E402
@@ -89,6 +92,9 @@ def run(hf: Path, out: Path) -> dict[str, Any]:
     with stage("losses with quantizers, after the training", seconds, "trained"):
         mtq.fold_weight(model)
         save_losses(model.float(), held_back, out / "losses_trained.pt")
+        for quantizer in walk_quantizers([model]):
+            quantizer.module.disable()
+        save_losses(model, held_back, out / "losses_weights.pt")
     return {"seconds": seconds, "divergences": divergences, "quantizers": len(calibrated)}
 
 
