@@ -1,11 +1,11 @@
-"""Reading, quantizing and writing at the same time: threads that each take a bundle through all three.
+"""Reading, quantizing and writing in parallel: each thread takes a bundle through all three.
 
-While one thread waits for the disk or the GPU another computes, since none of these holds Python's lock: so the work
-overlaps without queues between stages, and what is in memory is the part of a tensor that each thread has in hand.
+While one thread waits for the disk or the GPU, another computes, since none of these holds the interpreter lock. So the
+work overlaps without queues between stages, and memory holds only the chunk that each thread works on.
 
-On a CPU, weights are looked at in the memory of their file. For a GPU each thread has a stream, and a pinned buffer
-that is read into: a fused group that fits it crosses once, a larger one in parts, twice where its amax must be measured
-first. Threads take the GPUs in turn.
+On a CPU, weights are read in the mapped file. For a GPU, each thread has a stream and a pinned buffer to read into. A
+fused group that fits the buffer is transferred once, a larger one in chunks, and twice if its amax must be measured
+first. Threads are dealt to the GPUs in turn.
 """
 
 import os
@@ -29,13 +29,13 @@ from amaxbridge.export.output.finished_directory import BundleWriter
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.tensors import TensorSpec
 
-_MEMORY = 64 << 20  # bytes of the buffer of each thread
+_MEMORY = 64 << 20  # bytes of each thread's buffer
 _ALIGNMENT = 64
 _WORKERS_OF_A_GPU = 8
 
 
 class Worker:
-    """What a thread has for itself: a device, and for a GPU a stream and a pinned buffer, with its like there."""
+    """The resources of one thread: a device, and for a GPU a stream, a pinned buffer and its counterpart there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Worker:
         self._back = torch.empty(size // 2, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def prepare(self, tensors: Mapping[str, Rows], quantized: Callable[[str], bool]) -> dict[str, Rows]:
-        """The tensors of a bundle; weights that are quantized come to the worker's device."""
+        """The tensors of a bundle; weights to be quantized are moved to the worker's device."""
         moving = {name: rows for name, rows in tensors.items() if self.stream and quantized(name)}
         held: dict[str, Rows] = {}
         stored = {name: rows for name, rows in moving.items() if isinstance(rows, StoredTensor)}
@@ -58,10 +58,10 @@ class Worker:
         return {**tensors, **{name: _Moving(rows, self) for name, rows in moving.items()}, **held}
 
     def moved(self, rows: Tensor, at: int = 0) -> Tensor:
-        """Rows on the worker's GPU, where they have a place of their own; the buffer can be used again."""
+        """Copies rows to memory of their own on the worker's GPU; the buffer is free again."""
         assert self.stream is not None
         there = self._there[at : at + rows.nbytes]
-        if len(there) < rows.nbytes:  # a row that is larger
+        if len(there) < rows.nbytes:  # a single row may be larger
             return rows.to(self.device)
         there = there.view(rows.dtype).view(rows.shape)
         there.copy_(rows, non_blocking=True)
@@ -69,7 +69,7 @@ class Worker:
         return there
 
     def fetched(self, rows: Tensor) -> Tensor:
-        """Rows on the CPU; those from a GPU are valid until the next ones are fetched."""
+        """Rows on the CPU. Rows from a GPU are valid until the next call."""
         if rows.device.type == "cpu" or rows.nbytes > len(self._back):
             return rows.cpu()
         back = self._back[: rows.nbytes].view(rows.dtype).view(rows.shape)
@@ -78,13 +78,13 @@ class Worker:
         return back
 
     def at_work(self) -> Any:
-        """The context in which its thread works."""
+        """The context in which the thread works."""
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class _Moving:
-    """Rows that go to a worker's GPU, through its buffer."""
+    """Rows that are transferred to a worker's GPU through its buffer."""
 
     source: Rows
     worker: Worker
@@ -103,8 +103,10 @@ class _Moving:
 
 
 class _Queue:
-    """Bundles for several threads: each keeps to an output file of its own while there are any, in the file's order,
-    because the kernel lets one thread at a time write to a file. In the end all help with what is left.
+    """Deals bundles to several threads.
+
+    Each thread has an output file of its own while there are any, in the file's order, because the kernel lets one
+    thread at a time write to a file. At the end all threads share the remaining bundles.
     """
 
     def __init__(self, bundles: Sequence[SourceBundle]) -> None:
@@ -116,7 +118,7 @@ class _Queue:
         self._mutex = threading.Lock()
 
     def take(self, worker: int) -> SourceBundle | None:
-        """The next bundle for a worker, None where all are taken."""
+        """The next bundle for a worker; None if all are taken."""
         with self._mutex:
             if not self._taken.get(worker):
                 others = max(self._taken.values(), key=len, default=deque[SourceBundle]())
@@ -131,11 +133,11 @@ def run(
     workers: int,
     devices: Sequence[torch.device],
 ) -> None:
-    """Makes all bundles; the first error ends it, and so does Ctrl-C, after the bundles in hand.
+    """Makes all bundles. The first error, or Ctrl-C, ends it after the bundles in progress.
 
     Args:
-        workers: threads.
-        devices: taken in turn by the threads.
+        workers: number of threads.
+        devices: devices, dealt to the threads in turn.
     """
     queue, stopped = _Queue(bundles), threading.Event()
 
@@ -153,7 +155,7 @@ def run(
             raise
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // workers))  # torch's own, of each worker
+    torch.set_num_threads(max(1, cores() // workers))  # torch's own threads, of each worker
     try:
         with ThreadPoolExecutor(workers, "worker") as pool:
             try:
@@ -163,7 +165,7 @@ def run(
                 stopped.set()
     finally:
         torch.set_num_threads(threads)
-        torch.cuda.empty_cache()  # each stream has a cache of its own, which no other run would find
+        torch.cuda.empty_cache()  # each stream has a cache of its own, which no later run would reuse
 
 
 def write_bundles(
@@ -174,7 +176,7 @@ def write_bundles(
     *,
     devices: Sequence[torch.device],
 ) -> None:
-    """Writes the bundles of a plan, but for those that are `done`."""
+    """Writes the bundles of a plan that are not in `done`."""
     needed = [bundle for bundle in plan.bundles if bundle.key not in done]
 
     def make(bundle: SourceBundle, worker: Worker) -> None:
@@ -185,10 +187,10 @@ def write_bundles(
 
 
 def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
-    """The devices to quantize on: those wanted, or all GPUs, or the CPU where there is none.
+    """The devices to quantize on: the given one, else all GPUs, else the CPU.
 
     Raises:
-        UsageError: a device that there is not.
+        UsageError: there is no such device.
     """
     count = torch.cuda.device_count()
     if wanted is None:
@@ -197,20 +199,20 @@ def devices_of(wanted: str | torch.device | Sequence[str | torch.device] | None)
     try:
         devices = [torch.device(each) for each in several]
     except RuntimeError as error:
-        raise UsageError(f"device={wanted} is none: give cpu, cuda, or cuda:0 and so on") from error
+        raise UsageError(f"unknown device={wanted}: use cpu, cuda or cuda:N") from error
     if any(device.type == "cuda" and (device.index or 0) >= count for device in devices):
-        raise UsageError(f"device={wanted}: torch finds {count} GPUs here; leave it out, or give device=cpu")
+        raise UsageError(f"device={wanted}: torch finds {count} GPUs here; omit device=, or use device=cpu")
     return devices
 
 
 def default_workers(device: str | torch.device | None = None) -> int:
-    """As many threads as keep everything busy: one a core, or several a GPU, each with another part of the work."""
+    """The number of threads that keeps the machine busy: one for each core, or several for each GPU."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     return min(cores(), gpus * _WORKERS_OF_A_GPU) if gpus else cores()
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

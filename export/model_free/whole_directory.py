@@ -1,7 +1,7 @@
 """Quantizing a Hugging Face checkpoint without a model definition: safetensors in, compressed-tensors out.
 
-Everything is planned and checked on headers alone, then bundles are quantized one by one and written at their places.
-An output file stands for a source file; see `inverse_maps` for what moves between files.
+Everything is planned and checked on headers alone; then bundles are quantized one by one and written at their places.
+Each output file corresponds to a source file; `inverse_weight_maps` says which tensors move between files.
 """
 
 import logging
@@ -45,17 +45,18 @@ _log = logging.getLogger("amaxbridge")
 
 @dataclass(frozen=True, slots=True)
 class ModelFreeReport:
-    """What was written, or with `dry_run` would be.
+    """What was written, or with `dry_run` would be written.
 
     Args:
-        layout: the files.
-        source_bytes: of all tensors that were read.
-        sources: what goes in, after the converters, packed experts one by one.
-        written: what comes out.
+        layout: the output files.
+        source_bytes: bytes of all source tensors.
+        sources: the source tensors after the converters, with packed experts split.
+        written: the output tensors.
         quantized: module → the name of its scheme.
-        left: modules with a 2-D weight that is written as it is, embeddings among them.
-        filled: amax that were missing: quantizer → what filled it.
-        resumed: bundles that an interrupted run had left, of `bundles`.
+        left: modules with an unquantized 2-D weight, embeddings among them.
+        filled: missing amax: quantizer → what filled it.
+        bundles: number of bundles.
+        resumed: number of bundles that an interrupted run had finished.
     """
 
     layout: Layout
@@ -85,22 +86,22 @@ def model_free_ptq(
 
     Args:
         model_stub: a directory of safetensors, or the name of a model on the Hub.
-        save_directory: what to write; nothing appears there before all of it is whole. A run that was interrupted is
-            taken up by the next one with the same arguments.
+        save_directory: the directory to write; nothing appears there until all of it is complete. The next run with the
+            same arguments continues an interrupted one.
         scheme: see `find_scheme`.
-        ignore: modules that are left as they are: full names and `re:` patterns. Embeddings, heads, norms, routers and
-            towers for images are anyway, unless the scheme targets them by name.
-        max_workers: threads; each holds one buffer.
-        device: where to quantize; a GPU if there is one. Several GPUs share the work.
-        converter: applied first; from another format, say.
-        quant_state: amax and formats from training, or a file of them: quantizes what they are of, and leaves the rest.
+        ignore: modules to leave unquantized: full names and `re:` patterns. Embeddings, heads, norms, routers and image
+            towers are unquantized anyway, unless the scheme targets them by name.
+        max_workers: number of threads; each holds one buffer.
+        device: device to quantize on; by default all GPUs, or the CPU. Several GPUs share the work.
+        converter: applied first, for example from another format.
+        quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
         options: `missing_amax`, `overwrite`, `dry_run`, `verify`, `progress`, `record`; see `OutputOptions`.
 
     Raises:
-        UsageError: arguments that cannot work.
-        CheckpointError: the source is not whole, or what is written would not serve.
-        MappingError: weights that cannot be quantized, NaN or Inf among them; named.
-        AmaxError: amax that are missing, zero, negative or not finite; all are named.
+        UsageError: the arguments cannot work.
+        CheckpointError: the source is incomplete, or the output would not serve.
+        MappingError: weights cannot be quantized, or hold NaN or Inf; they are named.
+        AmaxError: amax are missing, zero, negative or not finite; all are named.
         WriteError: the disk is full; what is written is kept for the next run.
     """
     asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)

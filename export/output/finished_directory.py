@@ -1,8 +1,10 @@
 """From bundles to a finished directory: the one write path of every export.
 
-A live model, a Megatron checkpoint and a Hugging Face directory differ in where bundles come from. What becomes of
-them is the same, and is here: a staging directory with every shard at full size, the bundles in any order, what belongs
-to no bundle, the small files, a verification of all of it, and one move to the target.
+A live model, a Megatron checkpoint and a Hugging Face directory are different sources of bundles. What follows is the
+same for
+all: a staging directory with every shard at full size, the bundles in any order, tensors that belong to no bundle, the
+    small
+files, a verification of the whole, and one move to the target.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,11 +32,11 @@ from amaxbridge.output_options import OutputOptions
 
 @dataclass(frozen=True, slots=True)
 class BundleSize:
-    """What the source tensors of a bundle amount to.
+    """The size of a bundle's source tensors.
 
     Args:
-        tensors: how many there are.
-        nbytes: of all of them.
+        tensors: number of tensors.
+        nbytes: bytes of all of them.
     """
 
     tensors: int
@@ -46,14 +48,14 @@ class BundleSize:
 
 
 class BundleWriter:
-    """Writes bundles at their planned places. One for each process; its threads share it. A context.
+    """Context manager that writes bundles at their planned places. Each process has one, which its threads share.
 
     Args:
-        staged: open, with every shard of `files`.
-        sizes: key → size of each bundle that this process is to write.
-        done: keys of bundles that an interrupted run has written already, some of other processes among them.
-        packer: packs experts that stay unquantized; None where files hold them one by one.
-        keeps_state: the quantizer state of each bundle is written, too.
+        staged: the open staging directory, with every shard of `files`.
+        sizes: key → size of each bundle that this process writes.
+        done: keys of the bundles that an interrupted run has written, also on behalf of other processes.
+        packer: packs unquantized experts; None if the files hold them one by one.
+        keeps_state: True to write the quantizer state of each bundle, too.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class BundleWriter:
         self._writer = ShardWriter(staged.path, files, staged.journal)
 
     def write(self, bundle: Bundle, fetched: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
-        """Quantizes one bundle, writes what is made of it and notes it as done.
+        """Quantizes one bundle, writes it, and records it as done.
 
         Args:
-            fetched: brings rows from where they are quantized to the CPU.
+            bundle: the bundle.
+            fetched: moves rows from the device where they are quantized to the CPU.
         """
         made = self._finalizer.finalize_rows(bundle)
         if self._packer is not None:
@@ -109,18 +112,18 @@ class DirectoryPlan:
     """What a directory will hold, before a byte of it is written.
 
     Args:
-        target: where it goes.
-        source: the Hugging Face directory whose tokenizer, templates and so on go along; None where there is none.
+        target: the directory to write.
+        source: the Hugging Face directory whose tokenizer, templates and so on are carried over; None if there is none.
         config: config.json of the source.
-        made_of: names what the bundles are made from, so that an interrupted run can go on. None for a live model,
-            whose weights may be others the next time.
-        conversion: what is made of which tensors; its layout is that of the weights.
-        keys: of all bundles.
+        made_of: identifies what the bundles are made from, so that an interrupted run can continue. None for a live
+            model, whose weights may differ the next time.
+        conversion: what is made from which tensors; its layout covers the weights.
+        keys: keys of all bundles.
         sizes: key → size of each bundle that this process writes.
         expected: name → shape of every tensor of the unquantized model, for the verification.
         packer: as in `BundleWriter`.
-        state_shards: the files of quantizer state, which keep the state of each bundle and that of `conversion`.
-        carried: gives the tensors that belong to no bundle, and go in unchanged.
+        state_shards: the files of quantizer state: the state of each bundle, and that of `conversion`.
+        carried: returns the tensors that belong to no bundle and are written unchanged.
     """
 
     target: Path
@@ -147,17 +150,17 @@ class DirectoryPlan:
 
     @property
     def fingerprint(self) -> str | None:
-        """Names everything that decides the bytes of `files`."""
+        """A hash of everything that decides the bytes of `files`."""
         return self.made_of and plan_fingerprint(self.made_of, self.conversion.finalizer.fingerprint, self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a process came out of `write_directory`.
+    """The outcome of `write_directory` for one process.
 
     Args:
-        ended: it put the directory into place; another process did, or will, if not.
-        resumed: bundles that were done before.
+        ended: True if this process moved the directory into place; otherwise another did or will.
+        resumed: number of bundles that were done before.
     """
 
     ended: bool
@@ -170,15 +173,17 @@ def write_directory(
     make: Callable[[frozenset[str], BundleWriter], None],
     options: OutputOptions,
 ) -> Outcome:
-    """Writes a directory, or this process's share of it. Collective where the writers are ranks of a live model.
+    """Writes a directory, or this process's share of it. Collective if the writers are ranks of a live model.
 
     Args:
-        make: writes the bundles of this process, but for those whose keys it is given: these are done.
-        options: of these `overwrite`, `verify` and `progress` are read.
+        directory: what to write.
+        writers: the processes that write it.
+        make: writes the bundles of this process except those whose keys it is given, which are done.
+        options: `overwrite`, `verify` and `progress` are used.
 
     Raises:
-        OutputExistsError: the target holds something, or another run is writing it.
-        CheckpointError: what was written would not serve.
+        OutputExistsError: the target is not empty, or another run is writing it.
+        CheckpointError: the output would not serve.
         WriteError: the disk is full; what is written is kept for the next run.
     """
     fingerprint = plan.fingerprint
@@ -210,7 +215,7 @@ def write_directory(
 
 
 def _write_beside(plan: DirectoryPlan, conversion: Conversion, staged: StagedDirectory) -> None:
-    """What every process could write, by the one that ends the work."""
+    """Writes what any process could write, in the one that completes the work."""
     writer = ShardWriter(staged.path, plan.files)
     try:
         _write_all(writer, plan.carried())

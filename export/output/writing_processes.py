@@ -1,8 +1,9 @@
 """The processes that write one checkpoint: ranks of a live model, which talk, or processes that never do.
 
 Ranks of a live model exchange tensors, so they begin and end together: the first opens the staging directory and moves
-it into place, and what it meets is raised on all. Processes that read a checkpoint compute the same plan from the same
-files; each does its part whenever it runs, and the last one ends the work. They meet in the staging directory alone.
+    it into
+place, and its errors are raised on all. Processes that read a checkpoint compute the same plan from the same files;
+each does its share whenever it runs, and the last one completes the work. They meet only in the staging directory.
 """
 
 import logging
@@ -24,35 +25,37 @@ class Writers(Protocol):
 
     @property
     def me(self) -> int:
-        """Its number, as the plan has them for owners."""
+        """Its number among the owners of the plan."""
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that warns of what all of them see."""
+        """True for the process that warns of what all of them see."""
 
     @property
     def share(self) -> Share:
-        """As which it opens the staging directory."""
+        """The share as which it opens the staging directory."""
 
     def check_output(self, target: Path, *, overwrite: bool) -> None:
-        """Raises OutputExistsError when the target holds what may not be replaced, as far as it can be told now."""
+        """Raises OutputExistsError if the target holds what must not be replaced, as far as is known now."""
 
     def open(self, staged: StagedDirectory, layout: Layout) -> frozenset[str] | None:
         """As `StagedDirectory.open`."""
 
     def end(self, staged: StagedDirectory, bundles: Collection[str], finish: Callable[[], None]) -> bool:
-        """Called when this process has written its bundles, of all `bundles`.
+        """Ends the work of this process, which has written its bundles.
 
         Args:
-            finish: completes the directory once all are written; one process does, and puts it into place.
+            staged: the staging directory.
+            bundles: keys of all bundles.
+            finish: completes the directory and moves it into place; one process calls it, once all are written.
 
         Returns:
-            Whether it was this one.
+            True if it was this process.
         """
 
 
 class Together:
-    """Ranks of a live model. `open` and `end` are collective: what the first meets is raised on all."""
+    """Ranks of a live model. `open` and `end` are collective: errors of the first rank are raised on all."""
 
     share = ALONE  # the first opens the directory for all
 
@@ -72,12 +75,12 @@ class Together:
             finish()
             staged.commit()
 
-        self._ranks.all_gather_object(Axis.WORLD, None)  # all have written theirs
+        self._ranks.all_gather_object(Axis.WORLD, None)  # all ranks have written theirs
         self._from_first(commit)
         return self.first
 
     def _from_first[T](self, make: Callable[[], T]) -> T:
-        """What the first rank makes, or the error that it meets, on every rank."""
+        """The result of the first rank, or its error, on every rank."""
         made: T | Exception | None = None
         if self.first:
             try:
@@ -99,22 +102,22 @@ class Apart:
         self.first = share.rank == 0
 
     def check_output(self, target: Path, *, overwrite: bool) -> None:
-        """What the other processes may have made just now is looked at when the plan is known."""
+        """Checks nothing yet: the other processes may have finished; this is looked at once the plan is known."""
         by_others = self.share.world > 1 and made_from(target) is not None
         check_output(target, overwrite=overwrite or by_others)
 
     def open(self, staged: StagedDirectory, layout: Layout) -> frozenset[str] | None:
         done = staged.open(layout)
         if done is None:
-            _log.info("%s is there already, made by the other ranks; remove it to make it anew", staged.target)
+            _log.info("the other ranks have already written %s; remove it to write it anew", staged.target)
         return done
 
     def end(self, staged: StagedDirectory, bundles: Collection[str], finish: Callable[[], None]) -> bool:
         left = staged.left(bundles)
         if left:
             _log.info(
-                "rank %d of %d has written its share; %d of %d parts are missing, which other ranks write: the last of "
-                "them puts %s into place. Where none is running, the same command goes on from here",
+                "rank %d of %d has written its share; other ranks still have to write %d of %d bundles, and the last of "
+                "them moves %s into place. If none is running, run them again: the same command continues from here",
                 self.share.rank,
                 self.share.world,
                 left,

@@ -194,7 +194,7 @@ class TestArguments:
         with pytest.raises(UsageError, match=r"cannot be made: .*file: File exists; choose another output"):
             model_free_ptq(source, source.parent / "file" / "out", "nvfp4a16")
 
-    @pytest.mark.parametrize(("device", "message"), [("gpu", "device=gpu is none"), ("cuda:99", "torch finds")])
+    @pytest.mark.parametrize(("device", "message"), [("gpu", "unknown device=gpu"), ("cuda:99", "torch finds")])
     def test_a_device_that_there_is_not(self, source: Path, device: str, message: str) -> None:
         refuse(source, UsageError, message, device=device)
 
