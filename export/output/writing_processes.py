@@ -116,8 +116,8 @@ class Apart:
         left = staged.left(bundles)
         if left:
             _log.info(
-                "rank %d of %d has written its share; other ranks still have to write %d of %d bundles, and the last of "
-                "them moves %s into place. If none is running, run them again: the same command continues from here",
+                "rank %d of %d has written its share; other ranks still have to write %d of %d bundles, and the last "
+                "of them moves %s into place. If none is running, run them again: the same command continues from here",
                 self.share.rank,
                 self.share.world,
                 left,
