@@ -86,6 +86,7 @@ class Case:
         architecture: Hugging Face's.
         sizes: fields of config.json in which it differs from `_SIZES`.
         qat: trained on with ModelOpt's NVFP4 quantizers.
+        cache: FP8 quantizers of the key-value cache too.
         grouped: experts are one grouped linear each (`TEGroupedMLP`), else a module each.
         hybrid: HybridModel in place of GPTModel.
         fp8: the recipe of FP8 training.
@@ -97,6 +98,7 @@ class Case:
     architecture: str = "Qwen3ForCausalLM"
     sizes: Mapping[str, Any] = MappingProxyType({})
     qat: bool = False
+    cache: bool = False
     grouped: bool = True
     hybrid: bool = False
     fp8: Recipe | None = None
@@ -128,6 +130,7 @@ CASES: Mapping[str, Case] = {
     "dense": Case(),
     "dense_nvfp4": Case(qat=True),
     "dense_fp32_nvfp4": Case(qat=True, fp32=True, sizes=_ONE_LAYER),
+    "cache_nvfp4": Case(qat=True, cache=True, sizes={**_ONE_LAYER, "intermediate_size": 16}),
     "grouped": Case(**_MOE),
     "grouped_nvfp4": Case(**_MOE, qat=True),
     "sequential": Case(**_MOE_ONE_LAYER, grouped=False),

@@ -4,7 +4,8 @@
 
 Transformer Engine keeps the random values that FP8 parameters begin with, in high precision, and Megatron's distributed
 optimizer makes its main parameters of those. A step that moves nothing shows whether it knows of the import. Status 1
-where a tensor is not the imported one, before the step or after it.
+where a tensor is not the imported one, before the step or after it; of the delayed recipe after it, since Transformer
+Engine quantizes with a scale of 1 until a step gives it one.
 """
 
 import json
@@ -36,7 +37,7 @@ def main(out: Path, name: str) -> None:
         differ = {each: differing(directory / each, expected) for each in ("imported", "stepped")}
         if world_rank() == 0:
             print("; ".join(f"{each}: {len(names)} of {len(expected)} differ" for each, names in differ.items()))
-    sys.exit(any(differ.values()))
+    sys.exit(bool(differ["stepped"]) or (case.fp8 != "delayed" and bool(differ["imported"])))
 
 
 def step_without_moving(model: Any, case: Case) -> None:

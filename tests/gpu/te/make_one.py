@@ -81,7 +81,7 @@ def main(out: Path, name: str) -> None:
         if case.fp8_parameters and case.fp8 == "blockwise":
             vary_blocks(model)
         if case.qat:
-            quantize(model)
+            quantize(model, cache=case.cache)
         for step in range(ITERATION):
             train_step(model, tokens_of_step(step))
         logits = evaluate(model)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformer_engine_torch as tex
 from cases import CASES
 from make_one import save_random_model, twin_of
 from models import build
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformer_engine.pytorch import DType
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer, MXFP8Tensor
 
 from amaxbridge.bridge import AutoBridge, megatron
@@ -70,8 +70,8 @@ def mxfp8_tensor(shape: tuple[int, int], generator: torch.Generator) -> Any:
         rowwise_scale_inv=scales,
         columnwise_data=None,
         columnwise_scale_inv=None,
-        fp8_dtype=tex.DType.kFloat8E4M3,
-        quantizer=MXFP8Quantizer(tex.DType.kFloat8E4M3),
+        fp8_dtype=DType.kFloat8E4M3,
+        quantizer=MXFP8Quantizer(DType.kFloat8E4M3),
         with_gemm_swizzled_scales=False,
         device=codes.device,
     )

@@ -10,10 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from cases import CASES
 from models import build
-from training import ITERATION, evaluate, tokens_of_step, train_step
+from training import ITERATION, difference, evaluate, tokens_of_step, train_step
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.process_ranks import world_rank
@@ -31,12 +30,6 @@ def main(out: Path, name: str) -> None:
         if world_rank() == 0:
             print(f"logits differ by {reloaded:.2g} as loaded, by {continued:.2g} after one more step")
     sys.exit(reloaded != 0)
-
-
-def difference(found: list[list[float]], expected: list[list[float]]) -> float:
-    """Relative norm."""
-    one, other = torch.tensor(found), torch.tensor(expected)
-    return float((one - other).norm() / other.norm())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ LOGITS = 4
 BLOCK = 128
 
 
-def quantize(model: Any) -> None:
-    """NVFP4 quantizers of ModelOpt, calibrated."""
+def quantize(model: Any, *, cache: bool) -> None:
+    """NVFP4 quantizers of ModelOpt, calibrated; FP8 ones of the key-value cache too, where it is asked for."""
+    presets = [mtq.NVFP4_DEFAULT_CFG, *([mtq.FP8_KV_CFG] if cache else [])]
+    config = {"quant_cfg": [each for preset in presets for each in preset["quant_cfg"]], "algorithm": "max"}
 
     def calibrate(model: Any) -> None:
         with torch.no_grad():
@@ -23,7 +25,7 @@ def quantize(model: Any) -> None:
                 tokens, labels = tokens_of_step(step)
                 model(tokens, positions(tokens), None, labels=labels)
 
-    mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
+    mtq.quantize(model, config, calibrate)
 
 
 def tokens_of_step(step: int) -> tuple[Any, Any]:
@@ -97,3 +99,9 @@ def evaluate(model: Any) -> list[list[float]]:
     with torch.no_grad():
         logits = model(tokens, positions(tokens), None, runtime_gather_output=True)
     return [[float(f"{value:.9g}") for value in row] for row in logits[0, -LOGITS:, :VOCABULARY].float().tolist()]
+
+
+def difference(found: list[list[float]], expected: list[list[float]]) -> float:
+    """Of logits, as a relative norm."""
+    one, other = torch.tensor(found), torch.tensor(expected)
+    return float((one - other).norm() / other.norm())
