@@ -49,8 +49,8 @@ NOT_IN_TRANSFORMERS = ("w4a16_asym",)  # scored in amaxbridge.export.runtime
 NOT_FOR_THIS_MODEL = ("w4afp8", "fp8_block")  # scale 128 inputs at a time, which do not divide 576
 
 # Megatron and transformers sum in different orders. In fp32 that changes a log-probability by about 1e-5. Before a
-# quantizer it turns a 4-bit code of an activation here and there, by a whole step, and through 30 layers of quantizers
-# one turned code turns many others. So with quantized inputs single tokens differ, and the mean over all must not.
+# quantizer it turns a 4-bit code of an activation here and there, by a whole step, which may turn others in the layers
+# that follow. So with quantized inputs the mean over all tokens is held, not each token.
 SAME = 1e-3  # mean change of a token's log-probability, of the plain model and of quantized weights
 STANDARD_ERRORS = 4  # of the mean change, with quantized inputs
 RECORDS = ("README.md", "amaxbridge.json")  # say how a directory was made, so they differ
