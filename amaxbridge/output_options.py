@@ -1,7 +1,7 @@
-"""The options of an export, declared once: the command line, the Python API and the documentation read them here.
+"""The options of an export, declared once for the command line, the Python API and the documentation.
 
-A field says its type, its default, what it means and what the command line calls it. Nothing is imported: `--help`
-shows these meanings, and must not wait for torch.
+A field has its type, its default, its meaning and its name on the command line. Nothing heavy is imported: `--help`
+shows these meanings and must not wait for torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from amaxbridge.export.schemes import Recipe
 
 MEANING, COMMAND_LINE = "help", "command_line"
-"""Keys of a field's metadata; the second is None for what only Python can give."""
+"""Keys of a field's metadata; `COMMAND_LINE` is None for options that only Python has."""
 
 
 def _option(default: Any, command_line: str | None, meaning: str) -> Any:
@@ -22,7 +22,7 @@ def _option(default: Any, command_line: str | None, meaning: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What every export is asked for, whatever it reads."""
+    """The options of every export, whatever its source."""
 
     scheme: "str | Recipe | None" = _option(
         "nvfp4",
@@ -54,7 +54,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions(OutputOptions):
-    """What an export from Megatron is asked for."""
+    """The options of an export from Megatron."""
 
     max_shard_bytes: int = _option(5_000_000_000, "io.max_shard_gb", "Largest safetensors file.")
     dtype: str | None = _option(

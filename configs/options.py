@@ -1,8 +1,9 @@
-"""How an option is declared, and the help text that is made of the declarations.
+"""Declaring an option, and making the help text from the declarations.
 
-An option is a field of a dataclass: type, default, and what it means. `--help` shows these meanings, so they stand
-once. Options that Python takes, too, are declared in `amaxbridge.output_options`. `$CONFIG` in the text is Hydra's: the
-values as they would be with the options given.
+An option is a field of a dataclass: type, default and meaning. `--help` shows these meanings, so they are stated once.
+    Options
+that Python takes, too, are declared in `amaxbridge.output_options`. `$CONFIG` in the text is Hydra's: the values under
+the given options.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ _WIDTH = 110
 
 
 def option(meaning: str, default: Any = MISSING) -> Any:
-    """A field with its meaning. Without a default it must be given; a list or a dataclass as default is made anew."""
+    """A field with its meaning. Without a default it is required; a list or dataclass default is made anew."""
     metadata = {MEANING: meaning}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -30,14 +31,14 @@ def option(meaning: str, default: Any = MISSING) -> Any:
 
 
 def shared(name: str, group: type | None = None) -> Any:
-    """A field for an option that Python takes, too: with its meaning, and its default or a group of options."""
+    """A field for an option that Python takes, too, with its meaning, and its default or a group of options."""
     found = declared(name)
     default = list(found.default) if isinstance(found.default, tuple) else found.default
     return option(found.metadata[MEANING], group or default)
 
 
 def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
-    """Every option of a command by its name on the command line, a group before its members."""
+    """Every option of a command by its command-line name, a group before its members."""
     for each in dataclasses.fields(schema):
         yield prefix + each.name, each
         if isinstance(each.type, type) and dataclasses.is_dataclass(each.type):
@@ -45,12 +46,12 @@ def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclass
 
 
 def choices_of(group: str) -> list[str]:
-    """The names that `group=NAME` takes, those of `--config-dir` not among them."""
+    """The names that `group=NAME` takes, without those of `--config-dir`."""
     return sorted(path.stem for path in (_DIRECTORY / group).glob("*.yaml"))
 
 
 def help_template(schema: type) -> str:
-    """What `--help` prints, for Hydra to fill in."""
+    """The text of `--help`, for Hydra to fill in."""
     rows = [(name, each.metadata[MEANING], choices_of(name)) for name, each in options_of(schema)]
     rows.sort(key=lambda row: row[0] == "debug")  # every command has it: last
     column = max(len(name) for name, _, _ in rows) + 2

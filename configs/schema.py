@@ -1,4 +1,4 @@
-"""The options of every command, with types, defaults and what they mean. Hydra checks the command line against these.
+"""The options of every command: types, defaults and meanings. Hydra checks the command line against them.
 
 A command is one dataclass, and one YAML file that names the choices of its config groups. A config group (`scheme`,
 `amax`, `io`, `parallel`, `model`) is a dataclass here and a directory of choices beside this file.
@@ -13,7 +13,7 @@ from amaxbridge.configs.options import help_template, option, shared
 
 @dataclass
 class SchemeGroupConfig:
-    """One scheme of a recipe, and the modules it is for."""
+    """One scheme of a recipe, and its modules."""
 
     scheme: str = option("Name of a scheme.")
     targets: list[str] = option("Modules: full names, re: patterns matched from the beginning, or Linear.", ["Linear"])
@@ -22,7 +22,7 @@ class SchemeGroupConfig:
 
 @dataclass
 class SchemeConfig:
-    """A recipe: which module gets which scheme. None for plain weights."""
+    """A recipe: the scheme of each module. No groups: plain weights."""
 
     groups: list[SchemeGroupConfig] = option(
         "Items {scheme: NAME, targets: [MODULE, re:PATTERN, Linear], group_size: N}; the first that targets a module "
@@ -39,7 +39,7 @@ class SchemeConfig:
 
 @dataclass
 class AmaxConfig:
-    """What to do about quantizer state that makes no scale."""
+    """What to do about unusable quantizer state."""
 
     missing: str = shared("missing_amax")
 
@@ -173,7 +173,7 @@ class VerifyConfig(CommonConfig):
 
 @dataclass
 class ReportConfig(CommonConfig):
-    """What was exported, for people and for programs: report.html and report.json.
+    """Reports on a checkpoint, for people and for programs: report.html and report.json.
 
     amaxbridge report input=OUT [reference=HF_DIR] [quant_state=FILE]
     """
@@ -187,7 +187,7 @@ class ReportConfig(CommonConfig):
 
 @dataclass
 class DemoConfig(CommonConfig):
-    """The whole road on a tiny model: trained in Megatron, quantized, exported, loaded and compared.
+    """The whole way with a tiny model: trained in Megatron, quantized, exported, loaded and compared.
 
     python scripts/demo.py
     """

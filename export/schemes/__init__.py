@@ -46,22 +46,22 @@ _REGISTERED: tuple[Scheme, ...] = (
     w8a16(),
     w4afp8(),
 )
-"""Every scheme. Where several fit the same quantizers, `scheme=auto` takes the first."""
+"""Every scheme. If several fit the same quantizers, `scheme=auto` takes the first."""
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _REGISTERED})
 
 
 def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
-    """What users call a scheme.
+    """Returns the recipe for what users give as a scheme.
 
     Args:
         scheme: a name, ours or of compressed-tensors' presets (`fp8_dynamic`, `FP8_DYNAMIC`); `auto`, to read it
-            from the quantizers; `none` or None, to write the weights as they are; a `QuantizationScheme` of its; a
+            from the quantizers; `none` or None, to write plain weights; a `QuantizationScheme` of compressed-tensors; a
             `Recipe`, such as `Groups.of(named_scheme("w4a16", group_size=64))`.
-        ignore: modules that are left as they are: full names and `re:` patterns.
+        ignore: modules to leave unquantized: full names and `re:` patterns.
 
     Returns:
-        None for weights as they are.
+        The recipe; None for plain weights.
 
     Raises:
         UsageError: unknown scheme. The message lists the known ones.
@@ -94,7 +94,7 @@ def has_group_size(name: str) -> bool:
 
 
 def named_scheme(name: str, group_size: int | None = None) -> Scheme:
-    """One scheme by its name.
+    """Returns a scheme by its name.
 
     Args:
         group_size: columns that share a scale: 32, 64 or 128, in schemes that have `group_sizes`. None for 128 there,
@@ -120,11 +120,11 @@ def named_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 
 def scheme_of(signature: Signature, *, weights_only: bool = False) -> Scheme | None:
-    """The scheme that a config group describes, None if there is none.
+    """The scheme that a config group describes; None if there is none.
 
     Args:
-        signature: what the group says. Of several schemes, one of its `quant_format` is preferred.
-        weights_only: compare the weights alone; inputs may be quantized otherwise.
+        signature: the group's signature. Of several schemes, one with its `quant_format` is preferred.
+        weights_only: True to compare the weights alone.
     """
     weights = replace(signature.weights, actorder=None) if _keeps_order(signature.weights) else signature.weights
     fitting = [
@@ -137,7 +137,7 @@ def scheme_of(signature: Signature, *, weights_only: bool = False) -> Scheme | N
 
 
 def quantizer_format(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | None) -> str | None:
-    """What a `QuantState` calls weights whose quantizer has these attributes; None if no scheme writes them."""
+    """The name in a `QuantState` for weights whose quantizer has these attributes; None if no scheme writes them."""
     key = settings_key(num_bits, axis, block_sizes)
     for scheme in _sized((block_sizes or {}).get(-1)):
         if scheme.weight_quantizer is not None and scheme.weight_quantizer.key == key:
@@ -146,19 +146,19 @@ def quantizer_format(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | 
 
 
 def _sized(group_size: int | None) -> Iterator[Scheme]:
-    """All schemes, then those that leave the group size open with groups of this size, None for whole rows."""
+    """All schemes, then those with a free group size at this size; None means whole rows."""
     yield from SCHEMES.values()
     resized = (scheme.with_group_size(group_size or WHOLE_ROW) for scheme in SCHEMES.values())
     yield from (scheme for scheme in resized if scheme is not None)
 
 
 def _keeps_order(weights: Arguments) -> bool:
-    """True if the stored tensors do not depend on the order in which GPTQ went through the columns."""
+    """True if the stored tensors do not depend on the order in which GPTQ processed the columns."""
     return weights.actorder == "weight"
 
 
 def _signature_of(wanted: Any) -> Signature:
-    """What a `QuantizationScheme` says. Read by its attributes: importing its library takes seconds."""
+    """The signature of a `QuantizationScheme`, read by attribute: importing its library takes seconds."""
     return Signature(
         _plain(getattr(wanted, "format", None)) or "",
         _arguments_of(wanted.weights, wanted),

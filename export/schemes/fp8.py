@@ -2,10 +2,10 @@
 
     weight        float8_e4m3fn  [out, in]
     weight_scale  float32        [1]   amax / 448, a multiplier; equal in a fused group
-    input_scale   float32        [1]   the same of the input; equal in a fused group
+    input_scale   float32        [1]   amax / 448 of the input; equal in a fused group
 
-vLLM keeps one weight scale for a fused group, the largest of its members, and quantizes members with another once
-more. So a group shares its amax, as it did in training, where q, k and v are one weight with one quantizer.
+vLLM keeps one weight scale for a fused group, the largest of its members, and requantizes members with another scale.
+So a group shares its amax, as in training, where q, k and v are one weight with one quantizer.
 """
 
 from amaxbridge.export.kernels.scaled import Blocks, Code

@@ -1,4 +1,4 @@
-"""FP8 in square blocks of 128, as DeepSeek-V3 is stored, `float-quantized`; engines scale 128 inputs as they come.
+"""FP8 in square blocks of 128, as DeepSeek-V3 is stored, `float-quantized`; engines scale every 128 inputs at run time.
 
 weight        float8_e4m3fn  [out, in]
 weight_scale                 [out/128, in/128] rounded up   amax / 448: fp32 if calibrated, else in the weight's dtype

@@ -1,4 +1,4 @@
-"""FP8, dynamic: E4M3 weights with a scale for each row, `float-quantized`; engines scale each token as it comes.
+"""FP8, dynamic: E4M3 weights with a scale for each row, `float-quantized`; engines scale each token at run time.
 
 weight        float8_e4m3fn  [out, in]
 weight_scale                 [out, 1]   amax / 448, a multiplier: fp32 if calibrated, else in the weight's dtype

@@ -1,7 +1,8 @@
 """The MX formats: small floats in blocks of 32 columns under a power of two. `mxfp4.py` and `mxfp8.py` name them.
 
-Nothing is calibrated: scales come from the weights, and engines scale activations, in blocks too, as they come.
-`scale_dtype` is what tells compressed-tensors that scales are powers of two.
+Nothing is calibrated: scales come from the weights, and engines scale activations, also in blocks, at run time.
+    `scale_dtype`
+tells compressed-tensors that scales are powers of two.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ class MXScheme(Scheme):
 
 
 def mx_scheme(name: str, bits: int, disk_format: str, quantizer: QuantizerSettings, *, weights_only: bool) -> MXScheme:
-    """A scheme whose weights, and inputs unless `weights_only`, are in MX blocks of one kind."""
+    """A scheme with weights, and inputs unless `weights_only`, in MX blocks of one kind."""
     blocks: dict[str, Any] = arguments(bits, "float", "group", group_size=BLOCK, scale_dtype="torch.uint8")
     inputs = None if weights_only else {**blocks, "dynamic": True}
     return MXScheme(

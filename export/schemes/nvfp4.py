@@ -7,9 +7,10 @@ Tensors of a module with weight `[out, in]`:
     weight_global_scale  float32        [1]            2688 / amax, a divisor; equal in a fused group
     input_global_scale   float32        [1]            2688 / amax of the input, a divisor; equal in a fused group
 
-`scale_dtype` of the input is not decoration: without it compressed-tensors (and so transformers) leaves the block
-scales of the activations unrounded, and 86 % of bf16 activations differ from what training and the GPU kernels
-compute, against 0.4 % with it. vLLM 0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
+`scale_dtype` of the input matters: without it compressed-tensors, and so transformers, leaves the block scales of
+    activations
+unrounded, and 86 % of bf16 activations differ from what training and GPU kernels compute, against 0.4 % with it. vLLM
+0.10.2 to 0.13, whose compressed-tensors does not know the key, refuse it.
 """
 
 from collections.abc import Mapping
@@ -31,13 +32,13 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 WEIGHTS = arguments(4, "float", "tensor_group", group_size=BLOCK)
 BLOCKS_OF_E2M1 = QuantizerSettings((2, 1), block_sizes={-1: BLOCK, "type": "dynamic", "scale_bits": (4, 3)})
-WHOLE_BLOCKS = ShardMultiple(inputs=BLOCK)  # else engines load a shard and read other blocks
+WHOLE_BLOCKS = ShardMultiple(inputs=BLOCK)  # otherwise engines load a shard and read wrong blocks
 _GLOBAL = SharedScale("weight_global_scale", SCALE_RANGE, is_divisor=True)
 
 
 @dataclass(frozen=True)
 class NVFP4Scheme(Scheme):
-    """Blocks of E2M1 under E4M3 scales, and those under a global scale."""
+    """E2M1 blocks under E4M3 scales, and these under a global scale."""
 
     @property
     def blocks(self) -> Blocks:

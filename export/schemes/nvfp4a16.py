@@ -1,4 +1,4 @@
-"""NVFP4 weights, 16-bit activations: the tensors of `nvfp4` without the scale of the input, which engines refuse."""
+"""NVFP4 weights, 16-bit activations: the tensors of `nvfp4` without the input scale, which engines refuse."""
 
 from amaxbridge.export.schemes.nvfp4 import BLOCKS_OF_E2M1, WEIGHTS, WHOLE_BLOCKS, NVFP4Scheme
 

@@ -1,13 +1,13 @@
-"""Packed integers with scales for groups of columns, `pack-quantized`: what W4A16 and its relatives have in common.
+"""Packed integers with scales for groups of columns, `pack-quantized`: what W4A16 and its relatives share.
 
 weight_packed      int32  [out, in / codes a word]     codes offset to be unsigned, the first column in the low bits
 weight_scale              [out, in / group]            in the weight's dtype, as engines hold it
 weight_shape       int64  [2]                          [out, in]
 weight_zero_point  int32  [out / codes a word, in / group]   asymmetric only: packed as codes are, along the rows
 
-Rounding a calibrated scale to bf16 moves its codes by 2^-9 of themselves at most. They stay those of training, under
-`amax / bound` in fp32: codes chosen under the rounded scale would be another in 0.3 % of places, a whole step from what
-training computed, and no nearer to the weight.
+Rounding a calibrated scale to bf16 changes dequantized weights by a factor of at most 1 ± 2^-9. The codes stay
+training's, under `amax / bound` in fp32: 0.3 % of codes chosen under the rounded scale would differ, by a whole step
+from what training computed, and would be no nearer to the weight.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from amaxbridge.export.schemes.scaled import Scaled
 from amaxbridge.export.schemes.scheme import ShardMultiple, arguments
 
 WHOLE_ROW = -1
-"""As a group size."""
+"""The group size for whole rows."""
 _USUAL = 128
 GROUP_SIZES = (32, 64, 128)
-"""Those that Marlin has, the kernel of vLLM and SGLang."""
+"""The group sizes of Marlin, the kernel of vLLM and SGLang."""
 _MARLIN_TILES = ((64, 128), (128, 64))
 
 
@@ -42,13 +42,14 @@ def packed_integers(
     """A scheme of packed integers.
 
     Args:
-        bits: of a code, 4 or 8.
-        group_size: columns that share a scale, `WHOLE_ROW` for all.
-        sized: this scheme with another group size.
-        symmetric: without zero points, which ModelOpt has no quantizers for.
+        name: name of the scheme.
+        bits: bits of a code, 4 or 8.
+        group_size: columns that share a scale; `WHOLE_ROW` for all.
+        sized: makes this scheme with another group size.
+        symmetric: False for zero points, for which ModelOpt has no quantizers.
         inputs: arguments of the activations; None leaves them in 16 bits.
-        input_quantizer: ModelOpt's for such inputs.
-        group_sizes: those that engines have kernels for; by default Marlin's.
+        input_quantizer: settings of ModelOpt's input quantizers.
+        group_sizes: group sizes for which engines have kernels; by default Marlin's.
         kernel_tiles: as in `Scheme`; by default Marlin's.
         shard_multiple: as in `Scheme`; by default whole groups.
     """

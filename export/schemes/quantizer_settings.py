@@ -1,4 +1,4 @@
-"""Settings of ModelOpt's quantizers, in its words and without it: what a scheme's weights and inputs must be."""
+"""Settings of ModelOpt's quantizers in its own words, without importing it: what schemes need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class QuantizerSettings:
     """The attributes of a `TensorQuantizer` that decide what it computes. None is left at ModelOpt's default.
 
     Args:
-        num_bits: of an integer, or exponent and mantissa of a float.
-        axis: the dim whose slices have an amax each; None for one amax.
+        num_bits: bits of an integer, or exponent and mantissa bits of a float.
+        axis: the dim whose slices have an amax each; None for a single amax.
         block_sizes: `{-1: 16}` for blocks of 16 columns, `{-1: None}` for rows, and `type` and `scale_bits` of scales.
         type: `dynamic` if the amax is computed anew for each tensor.
     """
@@ -25,7 +25,7 @@ class QuantizerSettings:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """As ModelOpt's `QuantizerAttributeConfig` takes them."""
+        """The settings as ModelOpt's `QuantizerAttributeConfig` takes them."""
         others = {"block_sizes": self.block_sizes and dict(self.block_sizes), "type": self.type}
         return {
             "num_bits": self.num_bits,
@@ -35,12 +35,12 @@ class QuantizerSettings:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for quantizers that round weights alike."""
+        """A key that is equal for quantizers that round weights alike."""
         return settings_key(self.num_bits, self.axis, self.block_sizes)
 
 
 def settings_key(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | None) -> tuple[Any, ...]:
-    """What tells the weight quantizers of the schemes apart: bits, axis, columns and rows of a block, scale bits."""
+    """What distinguishes the weight quantizers of the schemes: bits, axis, columns and rows of a block, scale bits."""
     blocks = block_sizes or {}
     along = None if blocks else axis  # ModelOpt sets the axis of a block quantizer at run time
     return num_bits, along, blocks.get(-1), blocks.get(-2), blocks.get("scale_bits")

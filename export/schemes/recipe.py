@@ -1,4 +1,4 @@
-"""Which scheme each module gets: one for all, several for different modules, or what its quantizers say."""
+"""Recipes: one scheme for all modules, several for different modules, or each module's by its quantizers."""
 
 import re
 from collections.abc import Iterable
@@ -17,22 +17,22 @@ _LEFT_ALONE = re.compile(
 
 
 class Recipe(Protocol):
-    """What chooses the schemes."""
+    """Chooses the scheme of each module."""
 
     @property
     def name(self) -> str:
-        """As users gave it."""
+        """The name that users gave."""
 
     @property
     def adopts_codes(self) -> bool:
-        """True if weights that training keeps as codes and scales are written as they are, where a scheme can."""
+        """True if weights that training keeps as codes and scales are written without requantizing, if a scheme can."""
 
     @property
     def ignore(self) -> tuple[str, ...]:
-        """Targets that are left as they are, whatever else is said of them."""
+        """Targets that stay unquantized, whatever else targets them."""
 
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
-        """The scheme of a linear module, None to leave it as it is. Without a state, nothing was calibrated.
+        """The scheme of a linear module; None to leave it unquantized. Without a state, nothing was calibrated.
 
         Raises:
             UsageError: no scheme fits the module's quantizers.
@@ -49,7 +49,7 @@ class SchemeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Groups in order; the first that targets a module is its group. With a state, of its quantized modules only."""
+    """Groups in order; the first that targets a module is its group. With a state, only its quantized modules count."""
 
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Groups:
 
     @classmethod
     def of(cls, scheme: Scheme, ignore: Iterable[str] = ()) -> "Groups":
-        """One scheme for everything."""
+        """A recipe of one scheme for every linear module."""
         return cls((SchemeGroup(scheme),), tuple(ignore))
 
     @property
@@ -77,7 +77,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class FromQuantizers:
-    """`scheme=auto`: the first of `schemes` that writes what a module's quantizers are."""
+    """`scheme=auto`: the first of `schemes` that fits a module's quantizers."""
 
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class FromQuantizers:
 
     def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
         if state is None:
-            raise UsageError("scheme=auto reads the formats from a quantizer state, and there is none")
+            raise UsageError("scheme=auto reads the formats from quantizers, and there are none: name a scheme")
         if module not in state.formats or is_targeted(module, self.ignore):
             return None
         found, inputs = state.formats[module], state.calibrates_input(module)
@@ -103,9 +103,9 @@ class FromQuantizers:
 
 
 def is_left_alone(module: str) -> bool:
-    """Whether a module is no target of `Linear` where nothing was calibrated: only its own name brings it in.
+    """True if `Linear` does not target a module without calibration; only its own name does.
 
-    Heads, embeddings, routers and gates of shared experts, norms, towers for images and sound, and layers for
-    multi-token prediction, as the field names them. Engines run these unquantized.
+    These are heads, embeddings, routers and gates of shared experts, norms, image and audio towers, and layers for
+    multi-token prediction, under their usual names. Engines run them unquantized.
     """
     return _LEFT_ALONE.fullmatch(module) is not None

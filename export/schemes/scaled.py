@@ -1,7 +1,7 @@
 """FP8 and integer formats: codes times a scale for a tensor, a row, a group of columns or a square block.
 
-One class; the files beside it say what each format is. Integers under `pack-quantized` are packed into int32 words, as
-many codes as fit, the first in the low bits, and carry the weight's shape in `weight_shape`.
+One class; the files beside it declare the formats. Integers under `pack-quantized` are packed into int32 words, as many
+codes as fit, the first in the low bits, and `weight_shape` holds the weight's shape.
 """
 
 import math
@@ -27,8 +27,8 @@ class Scaled(Scheme):
     """A format of codes and scales.
 
     Args:
-        code: what a weight becomes.
-        share: what shares a scale.
+        code: the type of the codes.
+        share: the block that shares a scale.
         sized: makes the scheme for groups of another size, -1 for whole rows; None if the size is part of the format.
     """
 
@@ -70,11 +70,11 @@ class Scaled(Scheme):
 
     @property
     def _codes_a_word(self) -> int:
-        """Of packed codes; zero points are packed along the rows."""
+        """Codes in one word; zero points are packed along the rows."""
         return _WORD // self.bits
 
     def weight_specs(self, weight: TensorSpec, arithmetic: Arithmetic) -> dict[str, TensorSpec]:
-        width = self.share.width if self.share.height == 1 else None  # a square block may be cut short
+        width = self.share.width if self.share.height == 1 else None  # a square block may be smaller at the edge
         if len(weight.shape) != 2 or (width and weight.shape[1] % width):
             divisible = f" with in divisible by {width}" if width else ""
             raise ValueError(f"{self.name} needs [out, in]{divisible}, not {list(weight.shape)}{self._remedy(weight)}")
@@ -133,16 +133,16 @@ class Scaled(Scheme):
         return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.share)
 
     def _remedy(self, weight: TensorSpec) -> str:
-        """The option with which a weight would fit, to end a message."""
+        """The end of a message: the option with which the weight would fit."""
         fitting = [size for size in self.group_sizes if len(weight.shape) == 2 and weight.shape[1] % size == 0]
         return f"; give scheme.group_size={max(fitting)}" if fitting else ""
 
     def _scale_dtype(self, weight: torch.dtype, arithmetic: Arithmetic) -> torch.dtype:
-        """Engines hold scales in fp32, but those of packed integers in the dtype of the model, whatever is stored."""
+        """Engines hold scales in fp32, but scales of packed integers in the model's dtype, whatever is stored."""
         return torch.float32 if arithmetic is Arithmetic.MODELOPT and not self._is_packed else weight
 
     def _amax_of_blocks(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None) -> Tensor:
-        """The amax of each block of some rows: of the block, of the tensor, or what the rows say."""
+        """The amax of each block of some rows: given for the block or the tensor, or measured."""
         shape = self.share.shape(*rows.shape)
         if block_amax is not None:
             return block_amax.reshape(shape)

@@ -1,4 +1,4 @@
-"""What a quantization format is to the rest of the program: one value that answers for itself.
+"""A quantization format as the rest of the program sees it: one value that answers for itself.
 
 A scheme works on the tensors of one module under *local* names, `weight_packed`, not `model.layers.0.….weight_packed`.
 Nobody outside this package asks which scheme it has: what differs between schemes is a field or a method here.
@@ -34,11 +34,11 @@ NO_AMAX: Mapping[str, Tensor] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ShardMultiple:
-    """What a tensor-parallel shard of a weight must be a multiple of, to suit the format and its kernel.
+    """The multiples that a tensor-parallel shard of a weight needs, to suit the format and its kernel.
 
     Args:
-        outputs: rows of a shard.
-        inputs: columns of a shard.
+        outputs: multiple of the rows of a shard.
+        inputs: multiple of the columns of a shard.
         last_may_be_short: the last member of a fused group may have any number of rows, except in experts.
     """
 
@@ -52,12 +52,12 @@ class Scheme(ABC):
     """One quantization format. Stateless; knows modules and tensors, neither files nor ranks.
 
     Args:
-        name: as users choose it: the name of compressed-tensors' preset in small letters, `nvfp4a16`.
-        format: the weight quantizers it is for, in the words of a `QuantState`: `nvfp4`. "" if ModelOpt has none.
+        name: the name that users choose: compressed-tensors' preset in small letters, `nvfp4a16`.
+        format: the format of its weight quantizers in a `QuantState`: `nvfp4`. "" if ModelOpt has none.
         config_group: `format`, `weights` and `input_activations` of its group in config.json.
-        weight_quantizer: the settings of ModelOpt's weight quantizers that mean this scheme.
-        input_quantizer: the same of its input quantizers; None if inputs are not quantized.
-        shard_multiple: what a tensor-parallel shard of a weight must be a multiple of.
+        weight_quantizer: settings of ModelOpt's weight quantizers that mean this scheme.
+        input_quantizer: settings of its input quantizers; None if inputs are not quantized.
+        shard_multiple: the multiples that a tensor-parallel shard of a weight needs.
         kernel_tiles: outputs and inputs of the tiles that engines have kernels for: a layer divides by one of these. ()
             if kernels take any size.
         group_sizes: the numbers of columns that users may choose to share a scale; () if the format fixes it.
@@ -78,39 +78,39 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def blocks(self) -> Blocks:
-        """The part of a weight that shares a stored scale."""
+        """The block of a weight that shares a stored scale."""
 
     @property
     def group_scale(self) -> SharedScale | None:
-        """The one weight scale that all members of a fused group share; None in formats without."""
+        """The weight scale that all members of a fused group share; None if the format has none."""
         return None
 
     @property
     def block_bound(self) -> float | None:
-        """What a stored `weight_scale` is multiplied by to give the amax of its block: the largest code.
+        """The factor from a stored `weight_scale` to the amax of its block: the largest code.
 
-        None for scales that are relative to a group's, or powers of two.
+        None for scales that are relative to a group's scale, or powers of two.
         """
         return None
 
     @property
     def largest_block_scale(self) -> float | None:
-        """The largest scale that a block can have under the scale of its group; None in formats without both."""
+        """The largest block scale under a group's scale; None in formats without both."""
         return None
 
     @cached_property
     def signature(self) -> Signature:
-        """What `config_group` says, as readers of config.json see it."""
+        """The signature of `config_group`, as readers of config.json see it."""
         return Signature.of(self.config_group)
 
     @property
     def bits(self) -> int:
-        """Of a weight's code."""
+        """Bits of a weight's code."""
         return int(self.config_group["weights"]["num_bits"])
 
     @cached_property
     def input_scale(self) -> SharedScale | None:
-        """The static input scale that all members of a fused group share; None if inputs have none."""
+        """The static input scale that all members of a fused group share; None if there is none."""
         return static_scale(self.signature.inputs)
 
     @property
@@ -130,7 +130,7 @@ class Scheme(ABC):
 
     @property
     def row_step(self) -> int:
-        """Rows are quantized in parts that begin at a multiple of this: the height of a block, or of a packed word."""
+        """Chunks of rows begin at a multiple of this: the height of a block, or of a packed word."""
         return 1
 
     @property
@@ -149,7 +149,7 @@ class Scheme(ABC):
         """The tensors that hold a weight `[out, in]`, by local name.
 
         Args:
-            weight: what is quantized.
+            weight: shape and dtype of the weight.
             arithmetic: whose rounding; the dtype of scales may depend on it.
 
         Raises:
@@ -164,7 +164,7 @@ class Scheme(ABC):
         return specs
 
     def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor | None:
-        """What rows of a weight contribute to the amax of their fused group: fp32, 0-d. None: no amax is shared."""
+        """The contribution of some rows to the amax of their fused group: fp32, 0-d; None if no amax is shared."""
         return None
 
     def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
@@ -179,9 +179,9 @@ class Scheme(ABC):
         """The other tensors, for some rows of a weight.
 
         Args:
-            rows: `[some, in]`, beginning at a multiple of `row_step`.
-            amax: of the fused group, measured where it has to be.
-            block_amax: `[blocks down, blocks across]` of these rows, where training kept them.
+            rows: `[n, in]`, beginning at a multiple of `row_step`.
+            amax: amax of the fused group, measured if necessary.
+            block_amax: `[blocks down, blocks across]` of these rows, if training kept them.
 
         Raises:
             ValueError: the rows hold NaN or Inf.
@@ -195,7 +195,7 @@ class Scheme(ABC):
             scales: one for each block, `[blocks down, blocks across]`, as the format stores them.
 
         Raises:
-            ValueError: the format does not take codes as they are, or these are not its codes and scales.
+            ValueError: the format cannot store given codes, or these are not its codes and scales.
         """
         weight = TensorSpec((codes.shape[0], codes.shape[-1]), torch.bfloat16)
         expected = self.weight_specs(weight, Arithmetic.MODELOPT)
@@ -209,7 +209,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
-        """`[out, in]` of the weight that stored tensors hold, from its codes; None if they are missing or no matrix."""
+        """Shape `[out, in]` of the stored weight, from its codes; None if they are missing or not a matrix."""
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -222,18 +222,18 @@ class Scheme(ABC):
     def weight_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The amax of the weight quantizer that the stored scales imply: fp32, 0-d or `[blocks down, blocks across]`.
 
-        Quantizing with it gives the stored scales to the bit, where some amax does. None if the format keeps none.
+        Quantizing with it yields the stored scales to the bit, if any amax does. None if the format keeps none.
         """
         if self.group_scale is not None:
             return self.group_scale.amax(tensors[self.group_scale.tensor])
         return None if self.block_bound is None else amax_of_scale(tensors["weight_scale"], self.block_bound)
 
     def input_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The same of the input quantizer: fp32, 0-d; None if inputs have no static scale."""
+        """The amax of the input quantizer that its stored scale implies: fp32, 0-d; None without a static scale."""
         return None if self.input_scale is None else self.input_scale.amax(tensors[self.input_scale.tensor])
 
     def fault_of_scales(self, least: float, greatest: float) -> str | None:
-        """What is wrong with a `weight_scale` whose elements lie between these two, None if nothing is."""
+        """What is wrong with a `weight_scale` whose elements lie between these two; None if nothing is."""
         return fault_of_scales(least, greatest)
 
 
@@ -243,7 +243,7 @@ def fault_of_scales(least: float, greatest: float) -> str | None:
 
 
 def static_scale(inputs: Arguments | None) -> SharedScale | None:
-    """The static scale of inputs quantized so: NVFP4's divisor above dynamic blocks, or one multiplier."""
+    """The static scale of inputs with these arguments: NVFP4's divisor above dynamic blocks, or a multiplier."""
     if inputs is None or inputs.dynamic is True:
         return None
     if inputs.dynamic == "local":
@@ -257,15 +257,16 @@ def quantize_group(
     amax: GroupAmax | None = None,
     block_amax: Mapping[str, Tensor] = NO_AMAX,
 ) -> Iterator[Written]:
-    """What is written for a fused group.
+    """Yields what is written for a fused group.
 
     Args:
+        scheme: the scheme.
         weights: module → weight `[out, in]`, all members of the group.
-        amax: what training calibrated for the group; what is None in it comes from the weights. None: data-free.
-        block_amax: module → amax of each block, `[blocks down, blocks across]`, where training kept them.
+        amax: the group's calibrated amax; a None in it comes from the weights. None: data-free.
+        block_amax: module → amax of each block, `[blocks down, blocks across]`, if training kept them.
 
     Raises:
-        MappingError: a weight holds NaN or Inf; names the module. Or weights of several dtypes share an amax.
+        MappingError: a weight holds NaN or Inf (names the module), or weights of several dtypes share an amax.
     """
     amax = DATA_FREE if amax is None else amax
     if amax.weight is None:
@@ -292,14 +293,14 @@ def quantize_tensors(
     amax: GroupAmax | None = None,
     block_amax: Mapping[str, Tensor] = NO_AMAX,
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `quantize_group`, of weights in memory: the name and the whole of each tensor."""
+    """As `quantize_group`, for weights in memory: name and whole tensor of each."""
     whole = {module: WholeTensor(weight) for module, weight in weights.items()}
     for name, _, tensor in quantize_group(scheme, whole, amax, block_amax):
         yield name, tensor
 
 
 def _measured(scheme: Scheme, weights: Mapping[str, Rows], arithmetic: Arithmetic) -> Tensor | None:
-    """The largest amax of the group's weights, None where the scheme shares none."""
+    """The largest amax of the group's weights; None if the scheme shares none."""
     largest: list[Tensor] = []
     kept = sum(weight.spec.nbytes for weight in weights.values()) <= _KEPT
     for module, weight in weights.items():
@@ -320,13 +321,13 @@ def _measured(scheme: Scheme, weights: Mapping[str, Rows], arithmetic: Arithmeti
 
 
 def arguments(num_bits: int, kind: str, strategy: str, **others: Any) -> dict[str, Any]:
-    """`QuantizationArgs` of compressed-tensors in the few keys that every engine accepts."""
+    """compressed-tensors' `QuantizationArgs`, with the few keys that every engine accepts."""
     return {"num_bits": num_bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False, **others}
 
 
 @contextmanager
 def naming(module: str) -> Iterator[None]:
-    """Puts the module's name before what a kernel says."""
+    """Adds the module's name to the errors of a kernel."""
     try:
         yield
     except ValueError as error:

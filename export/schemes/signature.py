@@ -1,4 +1,4 @@
-"""What a config group says of weights and inputs, as a value that schemes and layers are chosen by."""
+"""The signature of a config group: how it quantizes weights and inputs. Schemes and layers are chosen by it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _ORDERS: Mapping[Any, str | None] = MappingProxyType(
     {"dynamic": "group", "static": "weight", True: "group", False: None}  # older spellings
 )
 _WITHOUT_MEANING = frozenset(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"))
-"""Keys that say how scales were found, or their dtype, which the tensors themselves have."""
+"""Keys about how scales were found, or about their dtype, which the tensors themselves have."""
 ARGUMENT_KEYS = _WITHOUT_MEANING | {
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"
 }  # fmt: skip
@@ -21,20 +21,20 @@ _DYNAMIC = ("tensor", "token", *_GROUPED)
 
 
 class UnsupportedQuantizationError(UsageError, ValueError):
-    """A `quantization_config` that is malformed, or asks for what is not computed here."""
+    """A `quantization_config` is malformed, or asks for what is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """`QuantizationArgs` of compressed-tensors, as far as they decide how a layer computes.
+    """The part of compressed-tensors' `QuantizationArgs` that decides how a layer computes.
 
     Args:
-        bits: of a code.
+        bits: bits of a code.
         kind: `int` or `float`.
         strategy: what shares a scale: `tensor`, `channel`, `token`, `group`, `tensor_group`, `block`.
-        dynamic: True if scales are made from the values as they come, `local` if only those of blocks are.
-        symmetric: without zero points.
-        group_size: columns that share a scale; None for all.
+        dynamic: True if scales are made at run time, `local` if only block scales are.
+        symmetric: False if there are zero points.
+        group_size: columns that share a scale; None for all columns.
         block_structure: rows and columns of a block.
         actorder: the order of columns in GPTQ; with `group`, `weight_g_idx` holds the group of each column.
     """
@@ -50,10 +50,10 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> Self:
-        """From config.json, with the defaults and the rules of compressed-tensors.
+        """Reads config.json's arguments, with compressed-tensors' defaults and rules.
 
         Raises:
-            UnsupportedQuantizationError: `num_bits` is missing, keys contradict one another, or a key is not known.
+            UnsupportedQuantizationError: `num_bits` is missing, keys contradict each other, or a key is unknown.
         """
         unknown = sorted(args.keys() - ARGUMENT_KEYS)
         if unknown:
@@ -79,7 +79,7 @@ class Arguments:
         return found
 
     def _contradiction(self) -> str | None:
-        """What compressed-tensors would refuse in these arguments."""
+        """What compressed-tensors would refuse in these arguments; None if nothing."""
         size, block = self.group_size, self.block_structure
         if self.kind not in ("int", "float") or self.strategy not in _STRATEGIES:
             return f"unknown type {self.kind} or strategy {self.strategy}"
@@ -109,7 +109,7 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """One config group without its targets; `inputs` is None for weights alone."""
+    """A config group without its targets; `inputs` is None for weight-only groups."""
 
     quant_format: str
     weights: Arguments
@@ -121,7 +121,7 @@ class Signature:
 
         Args:
             group: its `weights`, `input_activations` and `format`.
-            quant_format: the format of the whole config, for groups that name none.
+            quant_format: the format of the whole config, for groups without their own.
 
         Raises:
             UnsupportedQuantizationError: the group has no weights, quantizes outputs, or its arguments are malformed.

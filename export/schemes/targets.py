@@ -1,7 +1,7 @@
-"""What a target or an entry of `ignore` means: the one matcher, of recipes, of config.json and of engines.
+"""The one matcher of targets and `ignore` entries, for recipes, config.json and engines.
 
 A target is a module's full name, `re:` and a pattern that matches from the beginning of its name, or `Linear`, the
-class of every linear layer. Nothing matches by a part of a name: `layers.1` is not `layers.10`.
+class of every linear layer. A part of a name never matches: `layers.1` is not `layers.10`.
 """
 
 import re
@@ -19,7 +19,7 @@ _PATTERN = "re:"
 def means(target: str, module: str) -> bool:
     """True if a target is the module's full name, or a pattern that matches from its beginning.
 
-    A pattern that does not compile means nothing; see `is_sound`.
+    A pattern that does not compile matches nothing; see `is_sound`.
     """
     if not target.startswith(_PATTERN):
         return target == module
@@ -51,7 +51,7 @@ def check_sound(targets: Iterable[str]) -> None:
     """Raises UsageError if patterns do not compile; all are named."""
     broken = [target for target in targets if not is_sound(target)]
     if broken:
-        raise UsageError(f"{len(broken)} targets are no regular expressions:{listing(broken)}\nCorrect them")
+        raise UsageError(f"{len(broken)} targets are not valid regular expressions:{listing(broken)}\nCorrect them")
 
 
 @lru_cache(maxsize=4096)

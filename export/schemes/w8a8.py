@@ -1,4 +1,4 @@
-"""W8A8: 8-bit integer weights with a scale for each row, `int-quantized`; engines scale each token as it comes.
+"""W8A8: 8-bit integer weights with a scale for each row, `int-quantized`; engines scale each token at run time.
 
 weight        int8  [out, in]
 weight_scale        [out, 1]   amax / 127 in fp32 if calibrated, else amax / 127.5 in the weight's dtype

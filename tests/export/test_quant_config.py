@@ -208,6 +208,6 @@ def test_a_checkpoint_without_quantization() -> None:
 
 @pytest.mark.parametrize("targets", [("re:(",), ("Linear", "re:[")])
 def test_patterns_that_do_not_compile_are_refused(targets: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match=r"1 targets are no regular expressions:\n  re:"):
+    with pytest.raises(UsageError, match=r"1 targets are not valid regular expressions:\n  re:"):
         find_scheme("w8a8", targets)
     assert torch.get_default_dtype() == torch.float32

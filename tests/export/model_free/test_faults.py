@@ -173,7 +173,7 @@ class TestArguments:
         refuse(source, UsageError, "needs calibrated inputs, for 14 modules", scheme="nvfp4")
 
     def test_auto_without_a_state(self, source: Path) -> None:
-        refuse(source, UsageError, "reads the formats from a quantizer state", scheme="auto")
+        refuse(source, UsageError, "reads the formats from quantizers", scheme="auto")
 
     @pytest.mark.parametrize("inside", [".", "out", ".."])
     def test_output_and_input_in_one_another(self, source: Path, inside: str) -> None:
