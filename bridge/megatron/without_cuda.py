@@ -7,10 +7,11 @@ Both frameworks run on gloo and a CPU but for five calls:
 - Megatron moves embeddings that two pipeline stages share with `Tensor.cuda`; here that does nothing.
 - Megatron makes the mask of a sliding window on the GPU; here it is made on the CPU.
 - ModelOpt calls `torch.cuda.synchronize` before it packs a module's extra state; here that does nothing.
-- ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has a Triton and a CUDA kernel and no
-  other. `nvfp4_fake_quantize` below replaces it. Its reference is ModelOpt's own `NVFP4QTensor` (quantize, then
-  dequantize), which the exporters use: the result is the same to the last bit, at nine times the speed,
-  with no packing and no search. ModelOpt's autograd function stays around it: gradients pass straight through.
+- ModelOpt's NVFP4 fake quantizer, `tensor_quant.dynamic_block_quantize_op`, has only a Triton and a CUDA kernel.
+  `nvfp4_fake_quantize` below replaces it with the arithmetic of the Triton kernel, `fp4_fake_quant_block`. That is
+  ModelOpt's `NVFP4QTensor` to the last bit, except for blocks so small that their scale rounds to zero: the kernel
+  makes them zero, as engines do with inputs; `NVFP4QTensor`, which exporters use for weights, takes the smallest scale.
+  ModelOpt's autograd function stays around it: gradients pass straight through.
 
 `without_cuda` patches these as long as it lasts, and does nothing where CUDA is available. Megatron also needs
 `TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels are CUDA's. Transformer Engine layers and static-block NVFP4
@@ -41,7 +42,8 @@ TRANSFORMER_CONFIG_FOR_CPU = MappingProxyType(
 _NVFP4_BITS = (4, 2, 8, 4)  # e2m1 values with e4m3 block scales, as ModelOpt spells them: bits, exponent bits, twice
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
-_E4M3_TINY = 2.0**-9  # the smallest e4m3 number above zero; ModelOpt clamps block scales to it
+_LEAST_SCALE = 1e-5  # the kernel replaces smaller steps by 1.0, under which such values round to zero
+_LEAST_GLOBAL_SCALE = 1e-12
 _FP32_EXPONENT = 0x7F800000
 
 
@@ -69,8 +71,8 @@ def without_cuda() -> Iterator[None]:
 def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     """Round `values` `[..., in]` to NVFP4 and back, in the dtype they have.
 
-    `amax` is the quantizer's per-tensor amax, of any shape with one element. Equal to `NVFP4QTensor.quantize` and
-    `.dequantize` with `amax / 2688` as second scale, the +0.0 of small negative values included.
+    `amax` is the quantizer's per-tensor amax, of any shape with one element. Computes what `fp4_fake_quant_block` does,
+    but for the -0.0 of small negative values, which are +0.0 as in `NVFP4QTensor`.
 
     Raises ValueError when `in` is no multiple of `block_size`.
     """
@@ -78,10 +80,10 @@ def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: in
         raise ValueError(f"NVFP4 needs rows in blocks of {block_size}; got a tensor of shape {tuple(values.shape)}")
     blocks = values.unflatten(-1, (-1, block_size))
     global_scale = amax.float().reshape(()) / (_E2M1_MAX * _E4M3_MAX)
+    global_scale = global_scale.masked_fill(global_scale <= 0, _LEAST_GLOBAL_SCALE)
     block_scale = blocks.abs().amax(dim=-1, keepdim=True).float() / (_E2M1_MAX * global_scale)
-    block_scale.masked_fill_(block_scale == 0, 1.0)
-    block_scale = block_scale.clamp_(_E4M3_TINY, _E4M3_MAX).to(torch.float8_e4m3fn)
-    scale = block_scale.float() * global_scale
+    scale = block_scale.clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * global_scale
+    scale.masked_fill_(scale < _LEAST_SCALE, 1.0)
 
     quantized = _round_to_e2m1(blocks / scale)
     return quantized.mul_(scale).flatten(-2).to(values.dtype)

@@ -4,7 +4,8 @@ Tensors are `[tokens, in]`. Arithmetic is that of `export.kernels`; scales are f
 are. `quantize_int8` gives the codes themselves, for an integer product.
 
 NVFP4 divides the stored divisor out again (`2688 / global_scale` is the amax that made it) and rounds as ModelOpt's
-quantizer did in training. MX is compressed-tensors' arithmetic, which is what transformers computes.
+fake quantizer did in training. A block so small that its scale rounds to zero becomes zero, as in engines: with
+outliers among the inputs this is common. MX is compressed-tensors' arithmetic, which is what transformers computes.
 """
 
 from collections.abc import Callable
@@ -96,7 +97,10 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
     amax = torch.full_like(divisor, nvfp4.SCALE_RANGE) / divisor
-    return nvfp4.dequantize(nvfp4.quantize(x, amax, arithmetic=Arithmetic.MODELOPT), x.dtype)
+    rounded = nvfp4.dequantize(nvfp4.quantize(x, amax, arithmetic=Arithmetic.MODELOPT), x.dtype)
+    blocks = x.unflatten(-1, (-1, nvfp4.BLOCK)).abs().amax(-1, keepdim=True).float()
+    scales = (blocks / torch.full_like(blocks, nvfp4.FP4_MAX) * divisor).to(torch.float8_e4m3fn)
+    return rounded.unflatten(-1, (-1, nvfp4.BLOCK)).masked_fill(scales.float() == 0, 0.0).flatten(-2)
 
 
 def _mxfp4(x: Tensor, _: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The CPU shim: NVFP4 fake quantization is ModelOpt's to the last bit, and enabling it twice is enabling it once."""
+"""The CPU shim: NVFP4 fake quantization is ModelOpt's to the last bit, and enabling it twice is enabling it once.
+
+The reference is `NVFP4QTensor`, with the rule of the Triton kernel for small blocks: where the step of a block is below
+1e-5, it is 1.0.
+"""
 
 import pytest
 import torch
 
 from amaxbridge.bridge.megatron.without_cuda import nvfp4_fake_quantize, without_cuda
+from amaxbridge.export.kernels.e2m1 import VALUES, round_to_codes
 
 qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
 tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
@@ -11,9 +16,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim does
 
 
 def modelopt_nvfp4(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """ModelOpt's reference: pack to nibbles and unpack again."""
+    """ModelOpt's reference: pack to nibbles and unpack again; small blocks as the kernel rounds them."""
     packed, scale, double_scale = qtensor.NVFP4QTensor.quantize(values.clone(), 16, None, amax.float() / (6 * 448))
-    return packed.dequantize(scale=scale, double_scale=double_scale, block_sizes={-1: 16})
+    unpacked = packed.dequantize(scale=scale, double_scale=double_scale, block_sizes={-1: 16})
+    blocks, least = values.unflatten(-1, (-1, 16)), torch.tensor(1e-5)
+    unclamped = (blocks.abs().amax(-1).float() / (6 * double_scale)).clamp(max=448).to(torch.float8_e4m3fn)
+    is_small = (unclamped.float() * double_scale < least).unsqueeze(-1).expand(blocks.shape)
+    nearest = torch.tensor(VALUES)[round_to_codes(blocks.float()).int() & 7] * blocks.float().sign() + 0.0
+    return torch.where(is_small, nearest.to(values.dtype), unpacked.unflatten(-1, (-1, 16))).flatten(-2)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -44,6 +54,15 @@ def test_equals_modelopt_at_ties_and_zeros() -> None:
     values[:, ::16] = torch.tensor([6.0, -6.0, 0.0, 6.0])[:, None]
     amax = torch.tensor(6.0 * 448)
     assert_same_bits(nvfp4_fake_quantize(values, amax), modelopt_nvfp4(values, amax))
+
+
+def test_small_blocks_beside_an_outlier_become_zero() -> None:
+    """As in a trained model, some of whose inputs are thousands of times the others: engines and the kernel agree."""
+    values = torch.full((3, 32), 0.01)
+    values[:, 0] = 10_000.0
+    rounded = nvfp4_fake_quantize(values, torch.tensor(10_000.0))
+    assert rounded[:, 0].tolist() == [10_000.0] * 3
+    assert rounded[:, 16:].abs().max() == 0
 
 
 def test_leaves_its_input_alone() -> None:
