@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, _get_filesystem_reader
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -27,6 +27,7 @@ from amaxbridge.bridge.megatron.process_groups import process_ranks
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.stored.torch_dist import RELEASE, DistCheckpoint, checkpoint_iteration
+from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.ranks import Axis
@@ -92,6 +93,8 @@ def load_checkpoint(model: Model, path: Path) -> None:
     _prepare_buffers(chunks, stored)
     try:
         wanted = _sharded_state(chunks)
+        for each in wanted.values():
+            _spell_as_stored(each, stored)
         empty = {name: _without_absent_states(wanted[name], stored) for name in wanted}
         with metadata_without_strides():
             state: dict[str, Any] = dist_checkpointing.load(dict(wanted), str(directory), _strategy())
@@ -142,6 +145,17 @@ def _strategy() -> Any:
     """
     known = inspect.signature(TorchDistLoadShardedStrategy).parameters
     return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False) if "stream_ckpt_dequant" in known else None
+
+
+def _spell_as_stored(wanted: dict[str, Any], stored: StoredModel) -> None:
+    """Asks for each tensor under the key that the checkpoint has for it, where that is another spelling of its name.
+
+    Megatron's own layers and Transformer Engine's differ in whether a norm is part of the linear after it.
+    """
+    keys = {canonical(key): key for key in stored.checkpoint.tensors}
+    for each in wanted.values():
+        if isinstance(each, ShardedTensor) and each.key not in stored.checkpoint.tensors:
+            each.key = keys.get(canonical(each.key), each.key)
 
 
 def _without_absent_states(wanted: dict[str, Any], stored: StoredModel) -> dict[str, Tensor]:
