@@ -156,7 +156,7 @@ class ModelFamily:
 
     def model_config(self, hf_config: HFConfig) -> ModelConfig:
         """The sizes that mappings read, with a vocabulary that is not padded."""
-        return ModelConfig.of({**self.transformer_config(hf_config), "vocab_size": hf_config["vocab_size"]})
+        return ModelConfig.of({**self.weight_settings(hf_config), "vocab_size": hf_config["vocab_size"]})
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
