@@ -20,7 +20,7 @@ def installed(module: str) -> bool:
     """True if a module can be imported. Nothing is imported to find out, because frameworks take seconds."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing package is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

@@ -12,8 +12,7 @@ EXPERT_COUNTS = ("num_moe_experts", "num_experts", "n_routed_experts", "num_loca
 class ModelConfig:
     """The sizes of a model, each named as in Megatron's `TransformerConfig` or model class.
 
-    A size is None if the model has no such module or its configuration does not say. A mapping that needs the size then
-    raises an error.
+    A size is None if the model has no such module or its configuration does not say; mappings that need it then fail.
 
     Args:
         num_attention_heads: query heads.
@@ -48,7 +47,7 @@ class ModelConfig:
 
         Args:
             source: an object with attributes or items of these names: a `TransformerConfig`, a family's table of
-                config.json, the settings of `megatron_settings.from_arguments`. Or a ModelConfig, or None if nothing is
+                config.json, the settings of `megatron_settings.from_arguments`; a ModelConfig; or None if nothing is
                 known.
         """
         if isinstance(source, cls):
@@ -59,7 +58,7 @@ class ModelConfig:
 
     @classmethod
     def of_module(cls, module: object) -> Self:
-        """The sizes in the `config` of a live module. The number of experts may be an attribute of the module itself."""
+        """The sizes in the `config` of a live module. The module itself may have the number of experts."""
         config = cls.of(getattr(module, "config", None))
         return config if config.num_moe_experts else replace(config, num_moe_experts=number_of_experts(module))
 

@@ -90,7 +90,7 @@ OTHERS = {
     "packed weights": (as_tensor(saved(modelopt(modelopt_q_tensor_state={"metadata": 1}))), "packed by ModelOpt"),
     "no switch": (as_tensor(saved({"modelopt_quantizer_state": {"weight_quantizer": {}}})), "complete configuration"),
     "no bits": (as_tensor(saved({"modelopt_quantizer_state": {"a": {"_disabled": False}}})), "complete configuration"),
-    "a path": (as_tensor(saved({"modelopt_quantizer_state": {"a": {"x": Path("a")}}})), "no plain data"),
+    "a path": (as_tensor(saved({"modelopt_quantizer_state": {"a": {"x": Path("a")}}})), "not plain data"),
 }
 
 
