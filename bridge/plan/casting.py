@@ -64,10 +64,12 @@ class Casting:
             return cls(None, kept, held)
         there, here = _NAMES[held], _NAMES[said]
         if held == torch.float32:
-            note = f"the weights are {there}, and config.json says {here}, which is written; dtype={there} keeps them"
+            note = (
+                f"the weights are {there}, but config.json says {here}: they are cast to it; dtype={there} keeps them"
+            )
             return cls(said, kept, said, note)
         note = (
-            f"the weights are {there}, and config.json says {here}: they stay so, and config.json of the output says so"
+            f"the weights are {there}, but config.json says {here}: they stay {there}, as the output's config.json says"
         )
         return cls(None, kept, held, note)
 
