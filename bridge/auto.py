@@ -68,11 +68,11 @@ class AutoBridge:
         """A bridge for the architecture of a Hugging Face directory or hub name. No weights are read.
 
         Args:
-            ranks: whom to talk to; default is Megatron's parallel state, or nobody where there is none.
+            ranks: the ranks to communicate with; default: those of Megatron's parallel state, or none without it.
 
         Raises:
             UsageError: not a model directory.
-            UnknownArchitectureError: no family for its architecture.
+            UnknownArchitectureError: no family has its architecture.
         """
         return cls(read_hf_model(path), ranks)
 
@@ -85,15 +85,15 @@ class AutoBridge:
         vocab_size: int | None = None,
         ranks: Ranks | None = None,
     ) -> Self:
-        """A bridge for the model in a Megatron checkpoint, as the arguments that training saved in it describe it.
+        """A bridge for the model of a Megatron checkpoint, as described by the arguments that training saved in it.
 
         Args:
-            architecture: Hugging Face's, where the arguments fit several.
-            vocab_size: of the tokenizer, where Megatron padded it and did not save what it was.
+            architecture: the Hugging Face architecture, if the arguments fit several.
+            vocab_size: the tokenizer's vocabulary size, if Megatron only saved the padded one.
             ranks: as in `from_hf_pretrained`.
 
         Raises:
-            UsageError: the arguments are not there, or fit no family, or several.
+            UsageError: the arguments are missing, or fit no family, or fit several.
             CheckpointError: not a distributed checkpoint.
         """
         return cls(model_of_arguments(Path(checkpoint), architecture=architecture, vocab_size=vocab_size), ranks)
@@ -115,16 +115,15 @@ class AutoBridge:
     def export_hf_weights(
         self, model: Model, *, scheme: str | Recipe | None = None, missing_amax: str = "error"
     ) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors that this rank owns, as it makes them: together the ranks yield each tensor once.
+        """Yields the Hugging Face tensors that this rank owns; together the ranks yield each tensor once.
 
-        With a scheme these are the tensors of the checkpoint that `save_hf_pretrained` would write, bit for bit,
-        without the disk: a serving engine can be given new weights after every step of a training. No more of the
-        model is held than the bundles in exchange. A rank that stops taking holds up the others. Experts come one by
-        one, also those of a family whose files pack them; what such files hold beside the language model is not among
-        them. `examples/refit.py` shows the use.
+        With a scheme these are, bit for bit, the tensors of the checkpoint that `save_hf_pretrained` would write,
+        without the disk: a serving engine can get new weights after every training step. Memory holds only the bundles
+        in exchange. A rank that stops iterating blocks the others. Experts come one by one, even for a family whose
+        files pack them; tensors beside the language model are not included. `examples/refit.py` shows the use.
 
         Args:
-            scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights as they are.
+            scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights are unquantized.
         """
         chunks = unwrap(model)
         recipe, missing = find_scheme(scheme), missing_policy(missing_amax)
@@ -138,14 +137,14 @@ class AutoBridge:
             yield from finalizer.finalize(casting.bundle(bundle))
 
     def load_hf_weights(self, model: Model) -> None:
-        """Fills the model's parameters, this rank's shards, from the safetensors of the Hugging Face directory.
+        """Fills this rank's shards of the model's parameters from the safetensors of the Hugging Face directory.
 
         A compressed-tensors checkpoint is dequantized on the way. `import_hf` restores its amax too.
 
         Raises:
             UsageError: Megatron does not compute the model that config.json describes.
-            UnmappedParameterError: parameters without a mapping.
-            CheckpointError: a file or a tensor is missing, or the model is another.
+            UnmappedParameterError: parameters have no mapping; all of them are named.
+            CheckpointError: a file or a tensor is missing, or `model` is another model.
             MappingError: a tensor does not have the shape that the model needs.
         """
         with self.open_weights() as weights:
@@ -153,12 +152,12 @@ class AutoBridge:
 
     @contextlib.contextmanager
     def open_weights(self) -> Iterator[DequantizedCheckpoint]:
-        """The tensors of the Hugging Face directory."""
+        """Opens the tensors of the Hugging Face directory."""
         with SafetensorsCheckpoint(self.hf.weights_directory, self.hf.family.packed_experts) as checkpoint:
             yield DequantizedCheckpoint(checkpoint, self.hf.written.get("quantization_config"))
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
-        """As `load_hf_weights`, from tensors that are open."""
+        """As `load_hf_weights`, from opened tensors."""
         chunks = unwrap(model)
         self._check_computes(chunks)
         parameters = [
@@ -168,7 +167,7 @@ class AutoBridge:
         fill_parameters(parameters, weights.read, self.hf.registry, self._model_config(chunks), self._ranks())
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
-        """Sets the amax of the model's enabled quantizers, the mirror of `collect_quant_state`.
+        """Sets the amax of the model's enabled quantizers: the inverse of `collect_quant_state`.
 
         Raises:
             AmaxError: the state has no value for an enabled static quantizer.
@@ -180,16 +179,16 @@ class AutoBridge:
     def save_hf_pretrained(self, model: Model, path: str | Path, **options: Unpack[SaveKeywords]) -> ExportReport:
         """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
 
-        All ranks must see `path` on one file system. Every rank writes the tensors it owns; nothing appears at
-        `path` before all of it is written.
+        All ranks must see `path` on one file system. Every rank writes the tensors that it owns; nothing appears
+        at `path` before everything is written.
 
         Args:
             options: see `SaveOptions`.
 
         Raises:
-            UsageError: unknown scheme, no quantizers for it, or an output that is not empty.
-            MappingError: parameters that have no mapping or do not fit; all are named.
-            AmaxError: amax that are missing, zero, negative or not finite; all are named.
+            UsageError: the scheme is unknown, the model has no quantizers for it, or the output is not empty.
+            MappingError: parameters have no mapping or do not fit; all are named.
+            AmaxError: amax are missing, zero, negative or not finite; all are named.
         """
         saver = Saver(self.hf, Together(self._ranks()), Path(path), SaveOptions(**options))
         chunks = unwrap(model)
@@ -202,15 +201,15 @@ class AutoBridge:
     ) -> ExportReport:
         """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
 
-        Processes that share the bundles need not know of one another, nor run at the same time: each reads what it
-        writes, straight from the files, and returns; the last one puts all into place. At any time a process holds one
-        bundle. An export that was interrupted goes on where it stopped when it is called again.
+        Processes that share the bundles need not run at the same time: each reads the tensors of its bundles from the
+        files, writes them, and returns; the last one moves everything into place. A process holds one bundle at a
+        time. Calling an interrupted export again continues it.
 
         Args:
-            share: which of the processes this is. They must see checkpoint and output on one file system.
+            share: the share of this process. All must see checkpoint and output on one file system.
 
         Raises:
-            CheckpointError: not a distributed checkpoint, one that is damaged, or not of the model of config.json.
+            CheckpointError: not a distributed checkpoint, a damaged one, or not the model of config.json.
         """
         checkpoint, path = Path(checkpoint).expanduser(), Path(path).expanduser()
         check_spared(checkpoint, path)
@@ -238,10 +237,10 @@ class AutoBridge:
         return walk_quantizers(chunks, self.hf.family.spelling(layer_pattern(chunks)))
 
     def _held(self, chunks: Sequence[nn.Module], recipe: Recipe | None) -> list[Parameter]:
-        """Everything of this rank that the plan moves: parameters, and quantizer state that follows them.
+        """This rank's tensors that the plan moves: parameters, and quantizer state that follows them.
 
         Raises:
-            UsageError: the recipe keeps FP8 parameters as they are, and no scheme writes some of them; all are named.
+            UsageError: the recipe keeps FP8 parameters, but no scheme writes some of them; all are named.
         """
         parameters, quantizers = list(self._parameters(chunks)), list(self._quantizers(chunks))
         if recipe is not None and recipe.adopts_codes:
@@ -250,7 +249,7 @@ class AutoBridge:
             of_all = [each for rank in self._ranks().all_gather_object(Axis.WORLD, problems) for each in rank]
             if of_all:
                 raise UsageError(
-                    f"scheme=auto: {len(of_all)} parameters are stored as no scheme writes them:{listing(of_all)}\n"
+                    f"scheme=auto: {len(of_all)} parameters have forms that no scheme writes:{listing(of_all)}\n"
                     "scheme=none writes them dequantized"
                 )
         return [*parameters, *state_parameters(quantizers)]
@@ -267,7 +266,7 @@ class AutoBridge:
         return collect_scalars(self._quantizers(chunks), self.hf.registry, self._ranks())
 
     def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
-        """With the formats of weights that the plan moves as codes and scales."""
+        """The per-tensor state, with the formats of weights that the plan moves as codes and scales."""
         state = self._collect_scalars(chunks)
         return replace(state, formats={**state.formats, **stored_formats(plan)})
 
@@ -288,7 +287,7 @@ class AutoBridge:
         )
 
     def _check_computes(self, chunks: Sequence[nn.Module]) -> None:
-        """Refuses a model that computes something else than the weights that it is to be filled with are for."""
+        """Refuses a model that does not compute what config.json describes."""
         self.hf.family.check_buildable(self.hf.config)
         self._refuse(_differences(chunks[0].config, self.hf.family.computed.read(self.hf.config)))
 
@@ -312,7 +311,7 @@ def _differences(config: Any, expected: Mapping[str, Any]) -> list[str]:
 
 
 def _setting(config: Any, name: str) -> Any:
-    """A field of Megatron's configuration; `moe_layer_freq`, which may be a number N for every Nth layer, as a list."""
+    """A field of Megatron's configuration; `moe_layer_freq` always as a list; a number N means every Nth layer."""
     value = getattr(config, name)
     if name == "moe_layer_freq" and isinstance(value, int):
         return [int(layer % value == 0) for layer in range(config.num_layers)]

@@ -1,7 +1,7 @@
-"""A Hugging Face model: its configuration with every default filled in, and what its files hold.
+"""A Hugging Face model: its configuration with every default filled in, and the tensors of its files.
 
-The only user of transformers, whose import takes seconds; so it is imported where it is needed, and a wrong path fails
-before. Where it is not installed, `hf_defaults` completes the configuration, and nothing tells what the files hold.
+The only user of transformers, whose import takes seconds: it is imported late, so that a wrong path fails first.
+Without transformers, `hf_defaults` completes the configuration, and the tensors of the files are unknown.
 """
 
 import json
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("amaxbridge")
 
 OUTPUT_LAYER = "output_layer.weight"
-"""Megatron's name."""
+"""Megatron's name of the output layer."""
 
 NOT_COMPARED = (
     "transformers is not installed, so names and shapes were not compared with its own model: "
     "pip install 'amaxbridge[megatron]'"
 )
-"""What a user has to know who exports or verifies without it."""
+"""Note for users who export or verify without transformers."""
 
 _TRANSFORMERS = "transformers"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -51,11 +51,11 @@ class HFModel:
     """A Hugging Face model. Its directory need not hold weights, and there may be none.
 
     Args:
-        directory: where its files are; None where the model is known from a Megatron checkpoint alone.
+        directory: directory of its files; None if the model is only known from a Megatron checkpoint.
         written: config.json as it is on the disk; the output's config.json is made from it.
         filled: the same with the defaults of the architecture filled in.
         family: the model family that `architectures` names.
-        notes: what users of an output have to know of the configuration.
+        notes: what users of the output must know about the configuration.
     """
 
     directory: Path | None
@@ -66,7 +66,7 @@ class HFModel:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """`filled`; of a model with other parts, that of its language model."""
+        """`filled`, or the language model's part of it in a multimodal model."""
         return self.family.language_config(self.filled)
 
     @property
@@ -76,28 +76,28 @@ class HFModel:
 
     @property
     def weights_directory(self) -> Path:
-        """Where its weights are.
+        """The directory of its weights.
 
         Raises:
-            UsageError: the model is known from a Megatron checkpoint alone.
+            UsageError: the model is only known from a Megatron checkpoint.
         """
         if self.directory is None:
-            raise UsageError("a model that saved arguments describe has no Hugging Face weights: give hf=")
+            raise UsageError("a model described by saved arguments has no Hugging Face weights: give hf=")
         return self.directory
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding; a pipeline's last stage has a copy of it all the same."""
+        """True if the output layer is the embedding; the last pipeline stage has a copy of it nevertheless."""
         return bool(self.config.get("tie_word_embeddings"))
 
     @property
     def without_tensor(self) -> frozenset[str]:
-        """Megatron parameters that are another's on the Hugging Face side."""
+        """Megatron parameters without a Hugging Face tensor of their own."""
         return frozenset({OUTPUT_LAYER}) if self.tied else frozenset()
 
     @property
     def tied_head(self) -> tuple[str, ...]:
-        """The names of an output layer that files do not hold, because it is the embedding."""
+        """The names of a tied output layer, which files do not hold."""
         head = self.registry.megatron_to_hf_lookup(OUTPUT_LAYER) if self.tied else None
         return head.targets if head else ()
 
@@ -113,7 +113,7 @@ class HFModel:
 
     @cached_property
     def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
-        """As `expected_tensors`, on the meta device, of the language model alone, a tied head left out; built once."""
+        """The language model's `expected_tensors` on the meta device, without a tied head; built once."""
         if not installed(_TRANSFORMERS):
             return None
         from transformers import AutoConfig
@@ -127,9 +127,9 @@ def read_hf_model(path: str | Path) -> HFModel:
     """Reads a local directory, or fetches everything but the weights of a model on the Hub.
 
     Raises:
-        UsageError: no such directory or no config.json in it.
+        UsageError: the directory or its config.json is missing.
         UnknownArchitectureError: no family claims the model.
-        MissingExtraError: config.json leaves out what only transformers, not installed, fills in.
+        MissingExtraError: config.json lacks fields that only transformers fills in, which is not installed.
     """
     directory = model_directory(path, weights=False)
     if not (directory / CONFIG_FILE).is_file() and is_training_output(directory):
@@ -145,24 +145,24 @@ def read_hf_model(path: str | Path) -> HFModel:
 
 
 def _auto_config(directory: Path) -> Any:
-    """transformers' configuration of a directory that has a config.json.
+    """transformers' configuration of a directory with a config.json.
 
     Raises:
         UsageError: its values contradict one another.
     """
-    from transformers import AutoConfig  # here, because it takes seconds and a wrong path should not
+    from transformers import AutoConfig  # late, because it takes seconds
 
     try:
         return AutoConfig.from_pretrained(directory)
-    except (StrictDataclassError, KeyError) as error:  # KeyError: a rotary embedding without the numbers it needs
+    except (StrictDataclassError, KeyError) as error:  # KeyError: a rotary embedding lacks a number
         why = str(error).partition("\n")[2].strip() or (error.args[0] if error.args else error)
         raise UsageError(f"{directory / CONFIG_FILE} is refused by transformers: {why}; correct it") from error
 
 
 def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
-    """A model that no directory describes, from the fields of its config.json. Special tokens are left unset.
+    """A model without a directory, from the fields of its config.json. Special tokens stay unset.
 
-    Other fields have the defaults of transformers; a note tells which.
+    Other fields have the defaults of transformers; a note lists them.
 
     Raises:
         UsageError: transformers refuses a field.
@@ -186,10 +186,10 @@ def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dty
 def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of all tensors of a model as transformers saves it unquantized; None if it has no such model.
 
-    None, with a warning, where transformers is not installed.
+    None, with a warning, if transformers is not installed.
 
     The model is built without data. transformers keeps experts packed in memory and saves them one by one; the names
-    are those on the disk. Layers for multi-token prediction are not among them: transformers does not build them.
+    are those on the disk. Layers for multi-token prediction are missing: transformers does not build them.
 
     Raises:
         UsageError: values of config.json contradict one another.
@@ -214,20 +214,20 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
         _leave_rope_unscaled(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules remain
+    except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules still apply
         return None
     return dict(revert_weight_conversion(model, model.state_dict()))
 
 
 def _leave_rope_unscaled(config: "PreTrainedConfig") -> None:
-    """No weight depends on how a rotary embedding is scaled, and transformers does not build every scaling."""
+    """Removes rotary scaling: no weight depends on it, and transformers does not build every kind."""
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if rope := getattr(part, "rope_parameters", None):
             part.rope_parameters = _unscaled(rope)
 
 
 def _unscaled(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters, of all layers or of each kind of layer, as those of the plain embedding."""
+    """Rotary parameters, of all layers or of each kind of layer, without scaling."""
     if all(isinstance(value, Mapping) for value in rope.values()):
         return {kind: _unscaled(value) for kind, value in rope.items()}
     kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
@@ -237,11 +237,11 @@ def _unscaled(rope: Mapping[str, Any]) -> dict[str, Any]:
 def check_parallel_sizes(
     hf: HFModel, *, world: int, tp: int, pp: int, ep: int = 1, etp: int | None = None, even: bool = True
 ) -> None:
-    """Raises UsageError when the model cannot be built at these sizes; names every reason.
+    """Raises UsageError if the model cannot be built at these sizes. The message lists every reason.
 
     Args:
         etp: tensor-parallel size of the experts; None for `tp`.
-        even: whether all pipeline stages must have as many layers, as those that are built here.
+        even: True if all pipeline stages must have the same number of layers, as models built here.
     """
     sizes = hf.family.weight_settings(hf.config)
     heads, groups, layers = (sizes[name] for name in ("num_attention_heads", "num_query_groups", "num_layers"))
@@ -265,7 +265,7 @@ def check_parallel_sizes(
         biased = sizes.get("add_bias_linear") and (etp or tp) > 1
         reasons.append((biased, f"ETP={etp or tp} and experts with biases, which Megatron has at ETP=1 only"))
     else:
-        reasons.append((ep > 1, f"EP={ep} needs experts, and the model has none"))
+        reasons.append((ep > 1, f"EP={ep} needs experts, but the model has none"))
     found = [reason for wrong, reason in reasons if wrong]
     if found:
         raise UsageError(

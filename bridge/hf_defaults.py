@@ -1,12 +1,12 @@
-"""config.json completed where transformers is not installed, from a table of the defaults that it has.
+"""Completes config.json without transformers, from a table of transformers' defaults.
 
-The table, `hf_defaults.json`, holds for each architecture what an export from the disk reads of a config.json:
+The table, `hf_defaults.json`, holds the fields of config.json that an export from the disk reads, by architecture:
 
-    defaults   a field that is off, on or empty where config.json leaves it out → its value then
+    defaults   a field that is off, on or empty if config.json lacks it → its default
     same       a field → another name that config.json may have for it
-    required   fields that have to be there: sizes, numbers and lists are never filled in
+    required   fields that must be present: sizes, numbers and lists are never filled in
 
-`tests/support/hf_defaults_table.py` makes it of transformers' own classes, and a test compares both.
+`tests/support/hf_defaults_table.py` makes it from transformers' own classes, and a test compares both.
 """
 
 import json
@@ -20,10 +20,10 @@ from amaxbridge.mappings.family import ModelFamily
 
 
 def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
-    """A config.json with everything that an export from the disk reads.
+    """A config.json with every field that an export from the disk reads.
 
     Raises:
-        MissingExtraError: it leaves out what only transformers fills in; names the fields.
+        MissingExtraError: it lacks fields that only transformers fills in. The message names them.
     """
     known = _table()
     entry = next(known[name] for name in written["architectures"] if name in known)

@@ -1,6 +1,6 @@
 """From a Hugging Face directory to a Megatron checkpoint: weights, quantizers that match its format, and their amax.
 
-Training can go on from it: the quantizers compute what a serving engine computed with the directory.
+Training can continue from it: the quantizers compute what a serving engine computed with the directory.
 """
 
 import logging
@@ -38,11 +38,11 @@ class ImportReport:
     """What an import did: the same on every rank.
 
     Args:
-        schemes: scheme → how many Hugging Face modules have it.
-        quantizers: enabled in Megatron, over all ranks that hold different parts.
-        left: quantized modules of the directory for which Megatron has no quantizer: they are in 16 bits now.
-        changed: modules whose bytes would not come back, and what of them.
-        cache_scales: of a key-value cache, which stay behind: Megatron has no quantizers for them.
+        schemes: scheme → number of its Hugging Face modules.
+        quantizers: number of quantized modules and key-value cache amax in Megatron, over all ranks.
+        left: quantized modules of the directory that are unquantized now: ModelOpt has no quantizers for them.
+        changed: module whose original bytes re-quantizing will not reproduce → the difference.
+        cache_scales: key-value cache scales that are dropped: Megatron has no quantizers for them.
     """
 
     schemes: Mapping[str, int]
@@ -53,10 +53,10 @@ class ImportReport:
 
 
 def parameter_dtype(name: str) -> torch.dtype:
-    """What users call a dtype of parameters.
+    """The dtype of parameters with this name.
 
     Raises:
-        UsageError: there is none such.
+        UsageError: unknown name. The message lists the known ones.
     """
     if name not in _DTYPES:
         raise UsageError(f"unknown model.dtype={name}; known: {', '.join(_DTYPES)}")
@@ -73,13 +73,13 @@ def import_hf(
 ) -> ImportReport:
     """Writes a Megatron checkpoint of the model at the parallel sizes of Megatron's parallel state. Collective.
 
-    Nothing appears at `target` before all of it is written.
+    Nothing appears at `target` before everything is written.
 
     Raises:
-        UsageError: an output that is not empty, a model that Megatron does not compute, or quantizers that ModelOpt
-            does not have at these sizes.
-        CheckpointError: the directory is not whole, or not what its config.json says.
-        MappingError: one Megatron weight is made of modules that are not quantized alike.
+        UsageError: the output is not empty, Megatron does not compute the model, or ModelOpt lacks quantizers for it
+            at these sizes.
+        CheckpointError: the directory is incomplete, or not what its config.json says.
+        MappingError: modules that form one Megatron weight are quantized differently.
     """
     target = target.absolute()
     check_output(target, overwrite=overwrite)
@@ -88,7 +88,7 @@ def import_hf(
     bridge = AutoBridge(hf, ranks)
     with bridge.open_weights() as weights:
         if weights.schemes and dtype == torch.float16:
-            raise UsageError("model.dtype=float16 has too few exponents for weights that were quantized: use bfloat16")
+            raise UsageError("model.dtype=float16 has too small a range for dequantized weights: use bfloat16")
         chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
         any_quantized = bool(weights.schemes or weights.cache_scales)
         quantized = _insert(chunks, hf, weights) if any_quantized else set[str]()
@@ -107,10 +107,10 @@ def _model_class(name: str | None) -> ModelClass | None:
 
 
 def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckpoint) -> set[str]:
-    """Inserts quantizers and enables those that the directory has state for.
+    """Inserts quantizers, and enables those with state in the directory.
 
     Returns:
-        The modules that are quantized, and the amax of key-value caches.
+        The quantized modules, and the amax names of key-value caches.
     """
     with megatron.cache_quantizers(wanted=bool(weights.cache_scales)):
         megatron.insert_quantizers(chunks)
@@ -134,18 +134,18 @@ def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckp
                     megatron.enable_quantizer(quantizer.module, settings)
                 found |= schemes.keys()
     if problems:
-        raise MappingError(f"Megatron has one weight for modules that are not quantized alike:{listing(problems)}")
+        raise MappingError(f"Megatron fuses modules that are quantized differently:{listing(problems)}")
     return found
 
 
 def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedCheckpoint) -> dict[str, Scheme | None]:
-    """The scheme of each module whose weights or inputs a quantizer is for."""
+    """The scheme of each module whose weights or inputs the quantizer covers."""
     modules = [name.removesuffix(suffix) for name in mapping.targets if name.endswith(suffix)]
     return {module: weights.schemes.get(module) for module in modules}
 
 
 def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -> ImportReport:
-    """What all ranks found together; the first one warns of it."""
+    """The report of all ranks; the first rank logs its warnings."""
     gathered = ranks.all_gather_object(Axis.WORLD, (quantized, weights.changed))
     found = {module for modules, _ in gathered for module in modules}
     changed = {module: what for _, changes in gathered for module, what in sorted(changes.items())}
@@ -164,28 +164,27 @@ def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -
 def _warn(report: ImportReport) -> None:
     if report.left:
         _log.warning(
-            "%d quantized modules are in 16 bits now, without quantizers, which ModelOpt does not have for them:%s",
+            "%d quantized modules are now unquantized, because ModelOpt has no quantizers for them:%s",
             len(report.left),
             listing(report.left),
         )
     if report.cache_scales:
         _log.warning(
-            "%d scales of a key-value cache stay behind: there are no quantizers for it, or it is not FP8:%s",
+            "%d scales of a key-value cache stay behind: the model has no quantizers for them, or they are not FP8:%s",
             len(report.cache_scales),
             listing(report.cache_scales),
         )
     if report.changed:
         rows = [f"{module}: {what}" for module, what in report.changed.items()]
         _log.warning(
-            "%d weights will not quantize to all the bytes that they came from, which ModelOpt's arithmetic does not "
-            "make:%s",
+            "Re-quantizing %d weights will not reproduce the original bytes: no ModelOpt amax yields these scales:%s",
             len(rows),
             listing(rows),
         )
 
 
 def _save(chunks: Sequence[nn.Module], hf: HFModel, target: Path, ranks: Ranks) -> None:
-    """Saves beside the target, and moves it into place when all ranks are done."""
+    """Saves beside the target; moves the checkpoint into place when all ranks are done."""
     staged, first = target.with_name(target.name + ".partial"), ranks.rank(Axis.WORLD) == 0
     if first:
         shutil.rmtree(staged, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Saving: what every export does once it has a plan, whether its bundles come from a live model or from files."""
+"""Saving: everything that an export does once it has a plan, for bundles of a live model or of files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did, or with `dry_run` would do: the same in every process, but for `ended`.
+    """What an export did, or with `dry_run` would do; the same in every process, except for `ended`.
 
     Args:
-        scheme: as users gave it.
-        written: every tensor, experts one by one even where the files pack them.
-        quantized: module → the name of its scheme.
-        ignored: the linear modules that are left as they are.
-        filled: amax that were missing or unusable: quantizer → what filled it.
-        ended: whether this process put the output into place, or for a dry run is the first.
+        scheme: name of the scheme or recipe.
+        written: every tensor, with experts one by one even if the files pack them.
+        quantized: module → name of its scheme.
+        ignored: the unquantized linear modules.
+        filled: missing or unusable amax: quantizer → what filled it.
+        ended: True if this process moved the output into place; in a dry run, if it is the first.
     """
 
     scheme: str
@@ -54,15 +54,15 @@ class ExportReport:
 
     @property
     def sources(self) -> dict[str, TensorSpec]:
-        """Every Hugging Face tensor that goes in, quantizer state included."""
+        """Every Hugging Face tensor before quantizing, quantizer state included."""
         return specs_of(self.bundles)
 
 
 class Saver:
-    """Saves one checkpoint, with the other writers.
+    """Saves one checkpoint, together with the other writers.
 
     Raises:
-        UsageError: an unknown scheme or policy, or an output that is not empty.
+        UsageError: the scheme or policy is unknown, or the output is not empty.
     """
 
     def __init__(self, hf: HFModel, writers: Writers, target: Path, options: SaveOptions) -> None:
@@ -82,13 +82,13 @@ class Saver:
         *,
         source: str | None = None,
     ) -> ExportReport:
-        """Writes the bundles of a plan: collective where the writers are ranks of a live model.
+        """Writes the bundles of a plan. Collective if the writers are ranks of a live model.
 
         Args:
-            stream: gives those of some planned bundles that this process owns.
-            collect: gives the per-tensor state; called when it is needed.
-            source: names what the bundles are made from; with it, an interrupted export can go on. None for a live
-                model, whose weights may be others the next time.
+            stream: planned bundles → those that this process owns.
+            collect: returns the per-tensor state; called if needed.
+            source: fingerprint of the source, with which an interrupted export can continue. None for a live model,
+                whose weights may have changed.
         """
         options, specs = self._options, specs_of(plan)
         state = collect() if self.recipe or options.quant_state else QuantState()
@@ -144,11 +144,11 @@ class Saver:
 
     def _state_shards(self, state: QuantState, specs: Mapping[str, TensorSpec]) -> tuple[Shard]:
         if any(name.endswith(STORED_SCALES) for name in specs):
-            raise UsageError("quant_state=true: FP8 parameters that are written as they are leave no amax to keep")
+            raise UsageError("quant_state=true: FP8 parameters that are written unchanged have no amax to keep")
         folded = [name for name in {*specs, *state.amax} if name.endswith(PRE_QUANT_SCALE)]
         if folded:
             raise UsageError(
-                f"quant_state=true: the state would not fit weights that {len(folded)} input scales are folded into:"
+                f"quant_state=true: the state would not fit weights with {len(folded)} input scales folded into them:"
                 f"{listing(sorted(folded))}\nExport without it, or disable AWQ and SmoothQuant and calibrate again"
             )
         return (plan_quant_state(state, specs, ModelIdentity.of(self._hf.written, specs)),)
@@ -156,7 +156,7 @@ class Saver:
     def _expected(
         self, planned: Mapping[str, TensorSpec], carried: Mapping[str, TensorSpec]
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes that transformers expects, or where it has no such model, those planned; and what is carried."""
+        """The shapes that transformers expects (if unknown, the planned ones), and those of carried tensors."""
         known = {name: TensorSpec.of(each) for name, each in (self._hf.file_tensors or {}).items()}
         expected = {**(known or planned), **carried}
         return {name: spec.shape for name, spec in expected.items()}

@@ -3,12 +3,12 @@
 An amax comes in three granularities. A per-tensor amax (one number) is replicated: the maximum over the ranks
 that share the module goes to every Hugging Face name made from the parameter. Upstream synchronization is never
 trusted: after training the ranks may differ. A per-channel (`[out, 1]`) or per-block (`[out, blocks]`) amax
-follows its weight, with the weight's own join and split; a dim that the reduction collapsed to 1 is not cut by
-the ranks, so there the maximum is taken.
+follows its weight, with the weight's own join and split; a dim that the reduction collapsed to 1 is not
+sharded, so the maximum over the ranks is taken.
 
 `convert_to_amax_map` derives amax mappings from weight mappings; the families never spell them out. A derived
-mapping remembers the weight mapping that it `follows`; one made by hand from names alone handles per-tensor amax.
-Import is the mirror: several Hugging Face values for one Megatron quantizer become their maximum.
+mapping remembers the weight mapping that it `follows`; a mapping made by hand only handles per-tensor amax.
+On import, several Hugging Face values for one Megatron quantizer become their maximum.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ INPUT_QUANTIZER = ".input_quantizer._amax"
 PRE_QUANT_SCALE = ".input_quantizer._pre_quant_scale"
 OUTPUT_QUANTIZER = ".output_quantizer._amax"
 STORED_SCALES = ".weight_quantizer.stored_scales"
-"""Of a weight that training keeps as codes and scales; no buffer of ModelOpt's."""
+"""The scales of a weight that training keeps as codes and scales; not a ModelOpt buffer."""
 
 
 @dataclass(frozen=True)
 class QuantizerMapping(MegatronParamMapping):
-    """What the amax mappings share: granularity. Not for direct use.
+    """Base of the amax mappings: handles the three granularities. Not for direct use.
 
     Args:
         follows: the mapping of the weight, whose join and split a per-channel or per-block amax uses.
@@ -75,7 +75,7 @@ class QuantizerMapping(MegatronParamMapping):
 
     @property
     def _follows_columns(self) -> bool:
-        """An input quantizer's vector, `[in]` (`_pre_quant_scale`), goes with the columns of the weight."""
+        """An input quantizer's vector, `[in]` (`_pre_quant_scale`), follows the columns of the weight."""
         return ".input_quantizer." in self.megatron_param
 
     def _weight_mapping(self) -> MegatronParamMapping:
@@ -134,8 +134,8 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
     Args:
         megatron_param: e.g. `decoder.layers.*.mlp.experts.linear_fc1.weight_quantizer._amax`.
         hf_patterns: names with one `*` more than `megatron_param`, the expert.
-        num_experts: of the whole model; default is the config's or module's `num_moe_experts`, `num_experts` or
-            `n_routed_experts`.
+        num_experts: number of experts over all EP ranks; default: `num_moe_experts`, `num_experts` or
+            `n_routed_experts` of the config or module.
     """
 
     hf_patterns: list[str] = hf_name()
@@ -165,7 +165,7 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         return self.for_experts(self.block(rank, size, ModelConfig.of(config))).split(tensors, config, 0, 1)
 
     def for_experts(self, experts: Iterable[int]) -> "AmaxFanoutMapping":
-        """The fan-out of one such quantizer to the names of given experts, wherever expert parallelism placed them."""
+        """The fan-out of one such quantizer to the names of these experts, wherever expert parallelism placed them."""
         names = [pattern(target).resolve([str(expert)]) for expert in experts for target in self.hf_patterns]
         return AmaxFanoutMapping(self.megatron_param, names)
 
@@ -177,11 +177,11 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
         """
         experts = self.num_experts or config.num_moe_experts
         if not experts:
-            raise MappingError(f"{self.megatron_param}: unknown number of experts: give num_experts")
+            raise MappingError(f"{self.megatron_param}: unknown number of experts; give num_experts=")
         if experts % size:
             raise MappingError(
                 f"{self.megatron_param}: {experts} experts do not divide into {size} equal blocks of EP; "
-                "a shared quantizer has no known experts there: give each expert its own"
+                "nothing says which experts share a quantizer then: give each expert its own"
             )
         return range(rank * experts // size, (rank + 1) * experts // size)
 
@@ -197,10 +197,10 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
 
 @dataclass(frozen=True)
 class StoredScalesMapping(MegatronParamMapping):
-    """The scales of a weight that is stored as codes, a row of scales for each row of codes: exactly as the weight.
+    """The scales of a weight stored as codes, one row of scales for each row of codes; mapped exactly as the weight.
 
     Args:
-        hf_params: for each Hugging Face weight the name of its scales, `….q_proj.weight_quantizer.stored_scales`.
+        hf_params: the name of the scales of each Hugging Face weight, `….q_proj.weight_quantizer.stored_scales`.
         follows: the mapping of the weight.
     """
 
@@ -227,7 +227,7 @@ class StoredScalesMapping(MegatronParamMapping):
 
 
 def stored_scales_name(weight: str) -> str:
-    """The name of a weight's scales, of Megatron's canonical name for the weight: `….weight`, or `….weight3`."""
+    """The name of a weight's scales. `weight` is its canonical Megatron name, `….weight` or `….weight3`."""
     stem, _, ending = weight.rpartition(".")
     quantizer, _, scales = STORED_SCALES.rpartition(".")
     expert = ending.removeprefix("weight")
@@ -235,7 +235,7 @@ def stored_scales_name(weight: str) -> str:
 
 
 def stored_scales_map(mappings: Iterable[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
-    """The mappings of scales that follow from weight mappings; an expert's name ends as its own quantizer's does."""
+    """The scale mappings that follow from weight mappings. An expert's scales are named like its own quantizer."""
     for mapping in mappings:
         names = _quantizer_names(mapping, STORED_SCALES)
         if names and mapping.megatron_param.endswith((".weight", ".weight*")):
@@ -255,7 +255,7 @@ def convert_to_amax_map(
       fused from several Hugging Face tensors.
     - A Megatron name that ends in `.weight*` (grouped experts) gives a `MoeAmaxFanoutMapping`: one quantizer for
       the local block of experts.
-    - Others (biases, norms spelled otherwise, buffers) have no quantizer and are skipped by this rule.
+    - All other mappings (biases, fused norms, buffers) have no quantizer and are skipped.
 
     Args:
         mapped_name: what replaces `.weight`, with its leading dot.
@@ -274,10 +274,10 @@ def convert_to_amax_map(
 def per_expert_amax_map(
     mappings: Iterable[MegatronParamMapping], mapped_name: str = WEIGHT_QUANTIZER
 ) -> list[MegatronParamMapping]:
-    """The amax mappings of experts that have a quantizer each: `weight*` → `weight_quantizer.*._amax`.
+    """The amax mappings of experts with a quantizer each: `weight*` → `weight_quantizer.*._amax`.
 
-    The other layout that ModelOpt has for grouped experts, beside the shared one of `convert_to_amax_map`; sequential
-    experts are spelled so too (`mappings.canonical`).
+    ModelOpt's other layout for grouped experts, beside the shared quantizer of `convert_to_amax_map`. Sequential
+    experts have the same canonical names (`mappings.canonical`).
     """
     quantizer, _, buffer = mapped_name.rpartition(".")
     return [

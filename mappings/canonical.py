@@ -2,7 +2,7 @@
 
 Megatron keeps the same tensor under different names, depending on the layer implementation: a norm beside its
 linear or fused into it, an expert as a module of its own or as one weight of a grouped linear. Mappings are
-written in one spelling, the one on the right; `canonical` brings the others to it.
+written in one spelling, the one on the right; `canonical` converts the others to it.
 
     …self_attention.linear_qkv.layer_norm_weight      …input_layernorm.weight
     …mlp.linear_fc1.layer_norm_weight                 …pre_mlp_layernorm.weight

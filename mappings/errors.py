@@ -8,10 +8,10 @@
     │   ├── UnmappedParameterError  a Megatron parameter that no mapping takes
     │   └── AmbiguousMappingError   two mappings claim one name
     ├── AmaxError                   a missing, zero, negative or non-finite amax
-    ├── CheckpointError             files on disk that are not what they should be
-    └── WriteError                  the disk takes no more; what is written is kept, a second run goes on
+    ├── CheckpointError             files on disk that are damaged, missing or of another kind
+    └── WriteError                  the disk is full; what is written is kept, and a second run continues
 
-They live in the lowest room because every room above raises them. A message says what, where and what next;
+They live in the lowest package because every other one raises them. A message says what, where and what next;
 problems of one kind are collected and raised together (`listing` formats them).
 """
 
@@ -22,8 +22,8 @@ class AmaxbridgeError(Exception):
     """Base of every error that the user can act on.
 
     Args:
-        exit_status: what a command line exits with.
-        rank: the one that met it alone; None where all ranks do.
+        exit_status: exit status of the command line.
+        rank: the rank that alone met the error; None if all ranks raise it.
     """
 
     exit_status = 1
@@ -65,7 +65,7 @@ class CheckpointError(AmaxbridgeError):
 
 
 class WriteError(AmaxbridgeError):
-    """The output cannot be written, for want of space. What is there is kept: the same command goes on from it."""
+    """The disk has no room for the output. What is written is kept, and the same command continues from it."""
 
 
 def listing(items: Iterable[object], most: int = 8) -> str:

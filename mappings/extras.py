@@ -1,4 +1,4 @@
-"""Packages that only some commands need, the extra that installs each, and the one error where it is absent."""
+"""Packages that only some commands need, the extra that installs each, and the error if one is missing."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,25 +13,25 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {  # extra, as in pyproject.toml → the
 
 
 class MissingExtraError(UsageError, ImportError):
-    """A package that an extra installs is not there."""
+    """A package that an extra installs is missing."""
 
 
 def installed(module: str) -> bool:
-    """True if a module can be imported. It is not, nor are the frameworks above it: they take seconds."""
+    """True if a module can be imported. Nothing is imported to find out, because frameworks take seconds."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def need(what: str, *modules: str) -> None:
-    """Checks that what is about to be imported is installed. Call it before an import of any module in `EXTRAS`.
+    """Checks that modules are installed. Call it before importing any module in `EXTRAS`.
 
     Args:
-        what: what the modules are needed for, to begin a sentence with.
+        what: what needs the modules, as the beginning of a sentence.
 
     Raises:
-        MissingExtraError: some are not; names them and their extras.
+        MissingExtraError: some are missing. The message names them and their extras.
     """
     absent = [module for module in modules if not installed(module)]
     if absent:

@@ -2,7 +2,7 @@
 
 Two questions are kept apart. Which weights a model has, and how mappings take them apart, decides what can be exported:
 `weight_settings`, `requires`. What its layers compute decides what can be built, filled and trained in Megatron:
-`transformer_config`, `computes`, `check`. A rotary embedding that Megatron does not have never stops an export.
+`transformer_config`, `computes`, `check`. A rotary embedding that Megatron lacks never stops an export.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +34,8 @@ class Translation:
 
     Args:
         read: Hugging Face config → the setting.
-        write: all settings → the fields of the Hugging Face config that say it; a dot goes into a sub-dictionary.
-            None where other settings say them.
+        write: all settings → the fields of the Hugging Face config that express this one; a dot leads into a
+            sub-dictionary. No fields if other settings express it.
     """
 
     read: Callable[[HFConfig], Any]
@@ -43,7 +43,7 @@ class Translation:
 
 
 type Source = str | Translation
-"""What a setting is in a Hugging Face config: a field (see `look_up`), or something to read and to write."""
+"""How a Hugging Face config holds a setting: in a field (see `look_up`), or through a translation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class PackedExperts:
 
     Args:
         transposed: weights have their inputs first, `[experts, hidden, 2 · ffn]` and `[experts, ffn, hidden]`.
-        interleaved: gate and up take turns (gate 0, up 0, gate 1, …), in place of all of gate, then all of up.
+        interleaved: gate and up rows alternate (gate 0, up 0, gate 1, …), instead of all gate rows before all up rows.
     """
 
     transposed: bool = False
@@ -67,31 +67,31 @@ class ModelFamily:
     """Everything the program knows of a family of models.
 
     Args:
-        architectures: entries of `architectures` in config.json that belong to it.
-        mappings: the weights. Amax mappings and fused groups are derived.
-        transformer: Megatron `TransformerConfig` field → what it is in the Hugging Face config. All that mappings read
-            is here, in `derived` or in `constants`.
-        model: Megatron `GPTModel` or `HybridModel` argument → what it is in the Hugging Face config.
+        architectures: entries of `architectures` in config.json that belong to the family.
+        mappings: the weight mappings. Amax mappings and fused groups are derived.
+        transformer: Megatron `TransformerConfig` field → its source in the Hugging Face config. Every field that
+            mappings read is here, in `derived` or in `constants`.
+        model: Megatron `GPTModel` or `HybridModel` argument → its source in the Hugging Face config.
         constants: `TransformerConfig` fields that are the same for every member of the family.
-        derived: further `TransformerConfig` fields, by name, where it depends on the model which ones.
-        requires: fields of the Hugging Face config, where it has them, that must have one value because the names, the
-            shapes or the row order of weights depend on them.
-        computed: further `TransformerConfig` fields, by name, that change what is computed and no weight.
-        computes: fields of the Hugging Face config, where it has them, that must be what Megatron's layers compute.
-            No weight depends on them.
-        check: raises UsageError for what else Megatron's layers do not compute.
-        exceptions: Hugging Face config → mappings that need a number from it. They win over `mappings`.
-        norm_over_all_heads: the query and key norms see all heads of a token together; Megatron's see one.
-        layers: further settings of Megatron's configuration, of what the layers compute. A model is built with them
-            and never compared with them: training frameworks keep these each in its own place.
-        activation: of the MLP, as Hugging Face configs name it.
-        model_class: `gpt`, or a name of one in `bridge.megatron` where Megatron-Core has no such model.
-        packed_experts: how files that are not quantized hold the experts of a layer; None for tensors of each expert.
-        language_part: the field of config.json that has the language model's configuration, None where all is its own.
-        carried: how names of tensors begin that files have beside the language model: exports copy them from there.
-        hybrid_pattern: `hybrid_layer_pattern`, for a family that only HybridModel has and whose layers are
-            HybridModel's. None for transformers: GPTModel, or HybridModel with two layers for each.
-        kept_in_fp32: how names of tensors end that files have in fp32, whatever the model's dtype.
+        derived: further `TransformerConfig` fields, if the model decides which ones there are.
+        requires: fields of the Hugging Face config that must have this value if present, because the names, shapes or
+            row order of weights depend on them.
+        computed: further `TransformerConfig` fields that change what is computed but no weight.
+        computes: fields of the Hugging Face config that must have this value if present, because Megatron's layers
+            compute nothing else. No weight depends on them.
+        check: raises UsageError for anything else that Megatron's layers do not compute.
+        exceptions: Hugging Face config → mappings that depend on a number in it. They win over `mappings`.
+        norm_over_all_heads: the query and key norms cover all heads of a token together; Megatron's cover one.
+        layers: further settings of Megatron's configuration that change what layers compute. A model is built with them
+            but never compared with them: each training framework keeps them in another place.
+        activation: the activation of the MLP, as Hugging Face configs name it.
+        model_class: `gpt`, or the name of a class in `bridge.megatron` if Megatron-Core lacks the model.
+        packed_experts: how unquantized files pack the experts of a layer; None if each expert has its own tensors.
+        language_part: the field of config.json that holds the language model's configuration; None for all of it.
+        carried: name prefixes of the tensors beside the language model, which exports copy from the Hugging Face files.
+        hybrid_pattern: source of `hybrid_layer_pattern`, for a family that exists only as a HybridModel, with the same
+            layers. None for transformers: a GPTModel, or a HybridModel with two layers for each.
+        kept_in_fp32: name suffixes of the tensors that files hold in fp32, whatever the model's dtype.
     """
 
     architectures: tuple[str, ...]
@@ -117,25 +117,25 @@ class ModelFamily:
 
     @cached_property
     def registry(self) -> MappingRegistry:
-        """The weight mappings and the amax mappings derived from them: what all members of the family share."""
+        """The weight mappings and the amax mappings derived from them, shared by all members of the family."""
         return _registry(self.mappings)
 
     def registry_for(self, hf_config: HFConfig) -> MappingRegistry:
-        """The registry of one model, with the mappings that only its configuration tells."""
+        """The registry of one model, including the mappings that depend on its configuration."""
         exceptions = tuple(self.exceptions(hf_config))
         return self.registry.with_exceptions(_registry(exceptions)) if exceptions else self.registry
 
     def language_config(self, hf_config: HFConfig) -> HFConfig:
-        """The configuration of the language model, in the configuration of a model that may have other parts."""
+        """The configuration of the language model inside that of a model that may be multimodal."""
         if self.language_part is None:
             return hf_config
         return {**hf_config[self.language_part], "architectures": hf_config.get("architectures")}
 
     def weight_settings(self, hf_config: HFConfig) -> dict[str, Any]:
-        """The fields of Megatron's TransformerConfig that say which weights there are, and more: what mappings read.
+        """The fields of Megatron's TransformerConfig that mappings read: they decide names and shapes of weights.
 
         Raises:
-            UsageError: the model has weights that the family's mappings do not take, or has them otherwise.
+            UsageError: the model has weights that the family's mappings do not take, or in another form.
         """
         require(hf_config, self.requires, "has weights that the mappings of its family do not take")
         return {**read_table(self.transformer, hf_config), **self.derived.read(hf_config), **self.constants}
@@ -151,15 +151,15 @@ class ModelFamily:
         return {**self.weight_settings(hf_config), **self.computed.read(hf_config)}
 
     def check_buildable(self, hf_config: HFConfig) -> None:
-        """Raises UsageError where Megatron's layers do not compute what the model does: it can be exported only."""
+        """Raises UsageError if Megatron's layers do not compute what the model does: it can only be exported."""
         self.settings(hf_config)
 
     def model_config(self, hf_config: HFConfig) -> ModelConfig:
-        """The sizes that mappings read, with a vocabulary that is not padded."""
+        """The sizes that mappings read, without padding of the vocabulary."""
         return ModelConfig.of({**self.weight_settings(hf_config), "vocab_size": hf_config["vocab_size"]})
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
-        """Attributes of Megatron's TransformerConfig beyond `transformer_config`, some of which it has no field for."""
+        """Attributes of Megatron's TransformerConfig beyond `transformer_config`; some are not fields of it."""
         return read_table(self.layers, hf_config)
 
     def layer_pattern(self, hf_config: HFConfig) -> str:
@@ -173,7 +173,7 @@ class ModelFamily:
         return self._of_hybrid(self.transformer_config(hf_config), hf_config)
 
     def module_config(self, hf_config: HFConfig, pattern: str | None) -> dict[str, Any]:
-        """`weight_settings` of a HybridModel, which has a `hybrid_layer_pattern`, or of a GPTModel, which has none."""
+        """`weight_settings` of a HybridModel with this `hybrid_layer_pattern`, or of a GPTModel (None)."""
         settings = self.weight_settings(hf_config)
         return settings if pattern is None else self._of_hybrid(settings, hf_config)
 
@@ -182,7 +182,7 @@ class ModelFamily:
         return {**{name: value for name, value in fields.items() if name != "moe_layer_freq"}, "num_layers": layers}
 
     def spelling(self, pattern: str | None) -> Callable[[str], str]:
-        """Global Megatron name, of a parameter or quantizer → the name that this family's mappings have for it.
+        """The function from the global Megatron name of a parameter or quantizer to its name in the mappings.
 
         Args:
             pattern: the `hybrid_layer_pattern` of a HybridModel, None for a GPTModel.
@@ -196,7 +196,7 @@ class ModelFamily:
         return read_table(self.model, hf_config)
 
     def settings(self, hf_config: HFConfig) -> dict[str, Any]:
-        """All that the family says of a model in Megatron's words.
+        """All settings of a model, in Megatron's names.
 
         Raises:
             UsageError: as `transformer_config`.
@@ -210,7 +210,7 @@ class ModelFamily:
         }
 
     def settings_of(self, found: Settings) -> Settings:
-        """Settings of a GPTModel or HybridModel as `settings` has them.
+        """Settings of a GPTModel or HybridModel in the form of `settings`.
 
         Raises:
             MappingError: a HybridModel whose layers are not those of the family.
@@ -221,10 +221,10 @@ class ModelFamily:
         return {**found, **transformer_settings(pattern), "hybrid_layer_pattern": None} if pattern else found
 
     def hf_config(self, settings: Settings) -> dict[str, Any]:
-        """The fields of a Hugging Face config that say these settings: all tables, read the other way.
+        """The fields of a Hugging Face config that express these settings: all tables, read backwards.
 
         Raises:
-            KeyError: a setting that the family needs is not there.
+            KeyError: a setting that the family needs is missing.
         """
         fields = write_table({**self.transformer, **self.model, **self.layers}, settings)
         fields |= {**self.derived.write(settings), **self.computed.write(settings)}
@@ -239,12 +239,12 @@ def _registry(weights: Sequence[MegatronParamMapping]) -> MappingRegistry:
 
 
 def fixed(value: Any, **fields: Any) -> Translation:
-    """A setting with one value for the whole family; `fields` say so in a Hugging Face config, where something must."""
+    """A setting with one value for the whole family; `fields` express it in a Hugging Face config, if necessary."""
     return Translation(lambda hf_config: value, lambda settings: fields)
 
 
 def read_table(table: Mapping[str, Source], hf_config: HFConfig) -> dict[str, Any]:
-    """The settings of a table in a Hugging Face config."""
+    """Reads the settings of a table from a Hugging Face config."""
     return {
         name: look_up(hf_config, source) if isinstance(source, str) else source.read(hf_config)
         for name, source in table.items()
@@ -252,7 +252,7 @@ def read_table(table: Mapping[str, Source], hf_config: HFConfig) -> dict[str, An
 
 
 def write_table(table: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
-    """The fields of a Hugging Face config, by path, that say the settings of a table."""
+    """The fields of a Hugging Face config, by path, that express the settings of a table."""
     fields: dict[str, Any] = {}
     for name, source in table.items():
         fields |= {source: settings[name]} if isinstance(source, str) else source.write(settings)
@@ -260,7 +260,7 @@ def write_table(table: Mapping[str, Source], settings: Settings) -> dict[str, An
 
 
 def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by path as dictionaries in dictionaries."""
+    """Nests fields given by path: `a.b` becomes `b` inside `a`."""
     nested: dict[str, Any] = {}
     for path, value in fields.items():
         *above, last = path.split(".")
@@ -272,10 +272,10 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look_up(hf_config: HFConfig, path: str) -> Any:
-    """A field of a Hugging Face config; a dot goes into a sub-dictionary.
+    """A field of a Hugging Face config; a dot leads into a sub-dictionary.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the field is missing.
     """
     value: Any = hf_config
     for key in path.split("."):
@@ -286,13 +286,13 @@ def look_up(hf_config: HFConfig, path: str) -> Any:
 
 
 def require(hf_config: HFConfig, values: Mapping[str, Any], otherwise: str) -> None:
-    """Checks that each field, where the config has it, has its one value.
+    """Checks that each of these fields has its required value, if the config has the field.
 
     Args:
-        otherwise: what is true of a model that has another.
+        otherwise: end of the message: what is true of a model with another value.
 
     Raises:
-        UsageError: some have another; names them.
+        UsageError: some fields have another value. The message names them.
     """
     wrong = [f"{name}={hf_config[name]!r}" for name, value in values.items() if hf_config.get(name, value) != value]
     if wrong:

@@ -22,7 +22,7 @@ _GROUP_OF = {projection: group for group in FUSED_PROJECTIONS for projection in 
 
 @dataclass(frozen=True, slots=True)
 class FusedGroup:
-    """Modules that share global scales. `members` are all names the table gives, whether the model has them or not."""
+    """Modules that share global scales. `members` are all names in the table, even those that the model lacks."""
 
     members: tuple[str, ...]
 
@@ -33,13 +33,13 @@ class FusedGroup:
 
 
 def group_of(module: str) -> FusedGroup:
-    """The group that a Hugging Face module belongs to; a module that is fused with no other is alone in its group."""
+    """The group that a Hugging Face module belongs to; a module that is not fused is alone in its group."""
     parent, dot, projection = module.rpartition(".")
     return FusedGroup(tuple(parent + dot + member for member in _GROUP_OF.get(projection, (projection,))))
 
 
 def groups_among(modules: Iterable[str]) -> list[FusedGroup]:
-    """The groups that `modules` form, cut down to the modules that are there, in the order of their first member."""
+    """The groups that `modules` form, reduced to the modules given, in the order of their first member."""
     present = dict.fromkeys(modules)
     groups = dict.fromkeys(group_of(module) for module in present)
     return [FusedGroup(tuple(member for member in group.members if member in present)) for group in groups]

@@ -4,15 +4,15 @@
 multi-token prediction (MTP), which is a pattern again. `*-*E/*E` is a dense layer, a sparse one and an MTP layer.
 Letters and layout: megatron.core.models.hybrid.hybrid_layer_allocation.
 
-Mappings are written for layers as Hugging Face numbers them, so names are brought there, one of two ways:
+Mappings use Hugging Face's layer numbers, so names are converted to them, in one of two ways:
 
-- `transformer_name`: a decoder layer of Hugging Face is two of HybridModel's, the names are those of a GPTModel.
+- `transformer_name`: each Hugging Face decoder layer is two HybridModel layers; names become those of a GPTModel.
 
       decoder.layers.2.self_attention.linear_qkv.weight               decoder.layers.1.self_attention.linear_qkv.weight
       decoder.layers.3.mlp.linear_fc1.weight                          decoder.layers.1.mlp.linear_fc1.weight
       mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc1.weight     mtp.layers.0.mtp_model_layer.mlp.linear_fc1.weight
 
-- `hybrid_name`: layers are the same on both sides (Nemotron-H) and have one norm each; MTP layers are counted through.
+- `hybrid_name`: layers are the same on both sides (Nemotron-H), with one norm each; MTP layers are renumbered.
 
       decoder.layers.3.pre_mlp_layernorm.weight                       decoder.layers.3.norm.weight
       mtp.layers.1.mtp_model_layer.layers.0.input_layernorm.weight    mtp.layers.2.norm.weight
@@ -46,8 +46,8 @@ class HybridPattern(NamedTuple):
     """The letters of a `hybrid_layer_pattern`.
 
     Args:
-        decoder: a letter for each decoder layer, pipeline stages left out.
-        mtp: a letter for each layer inside an MTP layer, "" where there are none.
+        decoder: a letter for each decoder layer, without the marks of pipeline stages.
+        mtp: a letter for each layer inside an MTP layer, "" without MTP.
         depths: the number of MTP layers.
     """
 
@@ -58,7 +58,7 @@ class HybridPattern(NamedTuple):
 
 @cache
 def read_pattern(text: str) -> HybridPattern:
-    """Takes a `hybrid_layer_pattern` apart.
+    """Parses a `hybrid_layer_pattern`.
 
     Raises:
         MappingError: an unknown letter, or MTP layers that differ.
@@ -67,15 +67,15 @@ def read_pattern(text: str) -> HybridPattern:
     if not _LAYERS.fullmatch(decoder + "".join(mtp)):
         raise MappingError(f"hybrid_layer_pattern {text!r}: layers are the letters {MIXERS}{FEED_FORWARD}")
     if len(set(mtp)) > 1:
-        raise MappingError(f"hybrid_layer_pattern {text!r}: MTP layers must be the same")
+        raise MappingError(f"hybrid_layer_pattern {text!r}: all MTP layers must be the same")
     return HybridPattern(decoder, mtp[0] if mtp else "", len(mtp))
 
 
 def transformer_pattern(config: Mapping[str, Any]) -> str:
-    """The pattern of a transformer: attention and MLP or experts in turn.
+    """The pattern of a transformer: attention, alternating with MLP or experts.
 
     Args:
-        config: fields of Megatron's TransformerConfig; `moe_layer_freq` as a list, or left out where layers are alike.
+        config: fields of Megatron's TransformerConfig; `moe_layer_freq` as a list, or absent if all layers are alike.
     """
     attention = "+" if config.get("multi_latent_attention") else "*"
     alike = [bool(config.get("num_moe_experts"))] * config["num_layers"]
@@ -84,14 +84,14 @@ def transformer_pattern(config: Mapping[str, Any]) -> str:
 
 
 def transformer_settings(text: str) -> dict[str, Any]:
-    """What `transformer_pattern` makes a pattern of: fields of Megatron's TransformerConfig.
+    """The inverse of `transformer_pattern`: fields of Megatron's TransformerConfig.
 
     Raises:
         MappingError: the pattern is not that of a transformer.
     """
     layers = read_pattern(text)
     if not _IN_TURN.fullmatch(layers.decoder):
-        raise MappingError(f"hybrid_layer_pattern {text!r}: not attention and MLP or experts in turn")
+        raise MappingError(f"hybrid_layer_pattern {text!r}: attention must alternate with MLP or experts")
     return {
         "num_layers": len(layers.decoder) // 2,
         "moe_layer_freq": [int(letter == "E") for letter in layers.decoder[1::2]],
@@ -101,14 +101,14 @@ def transformer_settings(text: str) -> dict[str, Any]:
 
 
 def with_stages(text: str, stages: int) -> str:
-    """The pattern with its decoder layers divided as evenly as can be between pipeline stages, by `|`."""
+    """The pattern with its decoder layers divided by `|` between pipeline stages, as evenly as possible."""
     decoder, *mtp = text.replace("|", "").split("/")
     ends = [len(decoder) * stage // stages for stage in range(stages + 1)]
     return "/".join(["|".join(decoder[start:end] for start, end in pairwise(ends)), *mtp])
 
 
 def transformer_name(megatron_name: str, pattern: str) -> str:
-    """The canonical name of a HybridModel's parameter or quantizer where a decoder layer is a mixer and what follows.
+    """The canonical name of a HybridModel's parameter or quantizer, for layers that pair up into decoder layers.
 
     Args:
         megatron_name: global, in any spelling.
@@ -124,14 +124,14 @@ def transformer_name(megatron_name: str, pattern: str) -> str:
     )
     inner = _MTP_INNER_LAYER.match(name)
     if inner and _decoder_layer(int(inner[2]), layers.mtp, megatron_name):
-        raise MappingError(f"{megatron_name}: an MTP layer {layers.mtp!r} is more than one layer of a transformer")
+        raise MappingError(f"{megatron_name}: the MTP layer {layers.mtp!r} is more than one layer of a transformer")
     return _MTP_INNER_LAYER.sub(r"mtp.layers.\1.mtp_model_layer.", name)
 
 
 def hybrid_name(megatron_name: str, pattern: str) -> str:
-    """The canonical name of a HybridModel's parameter or quantizer where Hugging Face has the same layers.
+    """The canonical name of a HybridModel's parameter or quantizer, for layers that Hugging Face has too.
 
-    What stands around the layers of an MTP layer goes to the first of them, its final norm to the last.
+    The modules around the layers inside an MTP layer belong to the first of them, its final norm to the last.
 
     Args:
         megatron_name: global, in any spelling.
@@ -158,7 +158,7 @@ def _decoder_layer(layer: int, letters: str, name: str) -> int:
 
 @cache
 def _decoder_layers(letters: str) -> tuple[int, ...]:
-    """The decoder layer of each of HybridModel's layers: a mixer begins one, a feed-forward layer ends it."""
+    """The decoder layer of each HybridModel layer: a mixer begins one, a feed-forward layer ends it."""
     if not _TRANSFORMER.fullmatch(letters):
-        raise MappingError(f"hybrid_layer_pattern {letters!r}: an MLP or experts must follow attention or Mamba")
+        raise MappingError(f"hybrid_layer_pattern {letters!r}: MLP or experts must follow attention or Mamba")
     return tuple(mixers - 1 for mixers in accumulate(letter in MIXERS for letter in letters))

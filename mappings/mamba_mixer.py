@@ -1,6 +1,6 @@
-"""Mamba-2: the fused projection and the convolution of its mixer, several pieces that are spread over the ranks each.
+"""Mamba-2: the fused projection and the convolution of its mixer, whose sections are sharded one by one.
 
-A rank has its share of every piece, one after another: `[z x B C dt]` of its heads and groups. z and x have `head_dim`
+A rank has its share of every section, in order: `[z x B C dt]` of its heads and groups. z and x have `head_dim`
 rows for each head, B and C `state` rows for each group, dt one for each head.
 Layout: megatron.core.ssm.mamba_mixer.MambaMixer.
 """
@@ -19,7 +19,7 @@ from amaxbridge.mappings.weights import ColumnParallelMapping
 
 @dataclass(frozen=True)
 class MambaProjectionMapping(ColumnParallelMapping):
-    """`in_proj`: `[(2 · heads · head_dim + 2 · groups · state + heads)/tp, …]`, the pieces z, x, B, C and dt."""
+    """`in_proj`: `[(2 · heads · head_dim + 2 · groups · state + heads)/tp, …]`, the sections z, x, B, C and dt."""
 
     pieces: ClassVar[Sequence[str]] = ("z", "x", "B", "C", "dt")
 
@@ -43,6 +43,6 @@ class MambaProjectionMapping(ColumnParallelMapping):
 
 @dataclass(frozen=True)
 class MambaConvolutionMapping(MambaProjectionMapping):
-    """`conv1d`: `[(heads · head_dim + 2 · groups · state)/tp, 1, width]`, the pieces x, B and C."""
+    """`conv1d`: `[(heads · head_dim + 2 · groups · state)/tp, 1, width]`, the sections x, B and C."""
 
     pieces: ClassVar[Sequence[str]] = ("x", "B", "C")

@@ -1,8 +1,8 @@
-"""What a mapping is: one Megatron pattern, its Hugging Face patterns, and a pure pair of join and split.
+"""A mapping: one Megatron pattern, its Hugging Face patterns, and a pure pair of join and split.
 
-A subclass says only how tensors are taken apart (`_join`, `_split`) and along which dim the Megatron side is
-sharded (`shard_dim`). Names, communication and error messages are here, once: `megatron_to_hf` gathers the shards
-through `Ranks` and joins them, `hf_to_megatron` splits. Programs that move many tensors call `join` and `split`
+A subclass only defines how tensors are joined and split (`_join`, `_split`) and along which dim the Megatron side is
+sharded (`shard_dim`). Names, communication and error messages are handled here, once: `megatron_to_hf` gathers the
+shards through `Ranks` and joins them, `hf_to_megatron` splits. Programs that move many tensors call `join` and `split`
 themselves and gather as they see fit (`bridge.live.bundle_stream`).
 
 A mapping with wildcards is a declaration; `resolve(captures)` makes the mapping of one parameter from it.
@@ -27,7 +27,7 @@ class MegatronParamMapping(ABC):
 
     Args:
         megatron_param: global Megatron name, `*` for one number, `**` for any path.
-        ranks: whom `megatron_to_hf` and `hf_to_megatron` talk to; see `on`.
+        ranks: the ranks that `megatron_to_hf` and `hf_to_megatron` communicate with; see `on`.
 
     Raises:
         MappingError: the Hugging Face patterns have other wildcards than the Megatron pattern.
@@ -45,16 +45,16 @@ class MegatronParamMapping(ABC):
                     + (f" and one '{self._extra_wildcards[0]}' more" if self._extra_wildcards else "")
                 )
 
-    # What a subclass says.
+    # Defined by subclasses.
 
     @property
     @abstractmethod
     def roles(self) -> Mapping[str, str]:
-        """Role → Hugging Face name or pattern: `{"q": …, "k": …, "v": …}`; the role is "" where there is only one."""
+        """Role → Hugging Face name or pattern: `{"q": …, "k": …, "v": …}`; a single target has the role ""."""
 
     @property
     def shard_dim(self) -> int | None:
-        """The dim of the Megatron tensor that `axis` cuts, None when every rank holds all of it."""
+        """The dim of the Megatron tensor that is sharded over `axis`; None if every rank holds all of it."""
         return None
 
     @abstractmethod
@@ -78,7 +78,7 @@ class MegatronParamMapping(ABC):
         return tuple(self.roles.values())
 
     def resolve(self, captures: Sequence[str]) -> Self:
-        """The mapping of one parameter: `captures`, in the order of the Megatron wildcards, in every name."""
+        """The mapping of one parameter. `captures` are in the order of the Megatron wildcards."""
         return self.rename(self.pattern.resolve(captures), lambda text: self.pattern.translate(captures, pattern(text)))
 
     def rename(self, megatron_param: str, hf_name: Callable[[str], str]) -> Self:
@@ -91,7 +91,7 @@ class MegatronParamMapping(ABC):
         return replace(self, **changes)
 
     def on(self, ranks: Ranks) -> Self:
-        """A copy that talks to `ranks`."""
+        """A copy that communicates with `ranks`."""
         return replace(self, ranks=ranks)
 
     # Communication.
@@ -120,7 +120,7 @@ class MegatronParamMapping(ABC):
         """Hugging Face tensors → the shard of this rank. No communication.
 
         Args:
-            hf_weights: by role or by Hugging Face name; the tensor itself where there is one.
+            hf_weights: tensors by role or by Hugging Face name, or the tensor itself if there is only one.
             megatron_module: the module that owns the parameter; its `config` is read.
         """
         if isinstance(hf_weights, Tensor):
@@ -136,7 +136,7 @@ class MegatronParamMapping(ABC):
         """All shards in rank order → {Hugging Face name: tensor}. Pure; works on meta tensors.
 
         Args:
-            config: what `ModelConfig.of` takes: a ModelConfig, or Megatron's own configuration of the model.
+            config: a ModelConfig, or anything that `ModelConfig.of` takes, such as Megatron's own configuration.
 
         Raises:
             MappingError: the shards do not fit the mapping or the configuration.

@@ -1,14 +1,13 @@
-"""Megatron's settings: the names that its training gives them on the command line, what each is where nothing is said,
-and which of them make a difference.
+"""Megatron's settings: their command-line names, their defaults, and which of them change what a model computes.
 
-A setting has the name that `TransformerConfig` or the model class has for it. The arguments that training saves in a
-checkpoint have other names for some, and older releases had others again; a few settings are there in another form:
+A setting is named as in `TransformerConfig` or in the model class. Among the arguments that training saves in a
+checkpoint, some settings have other names, which change between releases, and a few have another form:
 
     activation, gated_linear_unit           --swiglu, --quick-geglu, --squared-relu
     share_embeddings_and_output_weights     --untie-embeddings-and-output-weights
     num_query_groups                        --group-query-attention, --num-query-groups
-    moe_layer_freq, a list                  the same, or every how many layers there are experts
-    window_attn_skip_freq, a list           the same, or every how many layers there is no window
+    moe_layer_freq, a list                  the same, or the distance between layers with experts
+    window_attn_skip_freq, a list           the same, or the distance between layers without a window
 
 Source: megatron.training.arguments, and core_transformer_config_from_args beside it.
 """
@@ -18,7 +17,7 @@ from typing import Any
 
 type Settings = Mapping[str, Any]
 
-_ARGUMENTS: Mapping[str, tuple[str, ...]] = {  # setting → arguments: as it is written now, then other spellings
+_ARGUMENTS: Mapping[str, tuple[str, ...]] = {  # setting → names of its argument: the current one, then older ones
     "num_moe_experts": ("num_experts",),
     "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
     "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
@@ -103,12 +102,12 @@ DEFAULTS: Settings = {
     "heterogeneous_layers_config_encoded_json": None,
     "share_embeddings_and_output_weights": True,
 }
-"""Megatron's own default of every setting that changes what a model computes, but for sizes, which have none."""
+"""Megatron's default of every setting that changes what a model computes. Sizes have no default."""
 
 _YARN_OF_LATENT_ATTENTION = {
     "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 }  # fmt: skip
-_USED_IF: tuple[tuple[Callable[[Settings], Any], Callable[[str], bool]], ...] = (  # condition, the settings it is for
+_USED_IF: tuple[tuple[Callable[[Settings], Any], Callable[[str], bool]], ...] = (  # condition → settings
     (lambda all_: all_["num_moe_experts"], lambda name: name.startswith("moe_")),
     (lambda all_: all_["moe_router_score_function"] == "softmax", lambda name: name == "moe_router_pre_softmax"),
     (lambda all_: _has_dense_layers(all_), lambda name: name == "ffn_hidden_size"),
@@ -133,12 +132,12 @@ def _has_yarn(settings: Settings, *, latent: bool) -> bool:
 
 
 def argument(setting: str) -> str:
-    """The name that training's arguments have for a setting now."""
+    """The current name of a setting among the arguments of training."""
     return _ARGUMENTS.get(setting, (setting,))[0]
 
 
 def to_arguments(settings: Settings) -> dict[str, Any]:
-    """What training would save of a model with these settings."""
+    """The arguments that training would save for a model with these settings."""
     rest = {name: value for name, value in settings.items() if name != "share_embeddings_and_output_weights"}
     tied = settings.get("share_embeddings_and_output_weights", True)
     kind = rest.get("activation"), rest.get("gated_linear_unit")
@@ -154,13 +153,13 @@ def to_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that saved arguments tell, and what Megatron makes of them; without defaults."""
+    """The settings among saved arguments, and those that Megatron derives from them; without defaults."""
     settings = told(arguments)
     return settings | dict(_made_of_others(settings))
 
 
 def told(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are among the arguments. One that is None says nothing."""
+    """The settings among the arguments. None counts as absent."""
     said = {name: value for name, value in arguments.items() if value is not None}
     settings = dict(said)
     for name, spellings in _ARGUMENTS.items():
@@ -178,7 +177,7 @@ def told(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """What Megatron makes of other settings where it is not given."""
+    """The settings that Megatron derives from others if they are absent."""
     heads, layers, experts = (settings.get(name) for name in ("num_attention_heads", "num_layers", "num_moe_experts"))
     if heads and not (settings.get("group_query_attention", True) and settings.get("num_query_groups")):
         yield "num_query_groups", heads
@@ -195,15 +194,15 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 
 def in_use(settings: Settings) -> dict[str, Any]:
-    """With defaults, and without settings that change nothing because of others."""
+    """The settings with defaults filled in, without those that have no effect beside the others."""
     filled = {**DEFAULTS, **settings}
-    filled["moe_router_topk_scaling_factor"] = filled["moe_router_topk_scaling_factor"] or 1.0  # as None
+    filled["moe_router_topk_scaling_factor"] = filled["moe_router_topk_scaling_factor"] or 1.0  # None means 1
     idle = [takes for condition, takes in _USED_IF if not condition(filled)]
     return {name: value for name, value in filled.items() if not any(takes(name) for takes in idle)}
 
 
 def differences(found: Settings, expected: Settings) -> list[str]:
-    """Names of the settings in which two models differ, those that `expected` has and those that have a default."""
+    """Names of the settings in which two models differ, among those in `expected` and those with a default."""
     ours, theirs = in_use(found), in_use(expected)
     return [
         name
@@ -213,7 +212,7 @@ def differences(found: Settings, expected: Settings) -> list[str]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Nothing, 0 and no are the same, and so are a list and a tuple."""
+    """True if two values are equal. None, 0 and False are the same, and so are a list and a tuple."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return list(one) == list(other)
     return bool(one == other) or not (one or other)

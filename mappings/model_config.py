@@ -1,30 +1,29 @@
-"""What mappings read of a model: the sizes that decide how Megatron fuses and shards its parameters."""
+"""The sizes of a model that mappings read: they decide how Megatron fuses and shards its parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 EXPERT_COUNTS = ("num_moe_experts", "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-"""The names that Megatron, modules and the Hugging Face configurations have for the number of routed experts."""
+"""The names of the number of routed experts in Megatron, its modules and Hugging Face configurations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The sizes of a model, each under the name that Megatron's `TransformerConfig` or model class has for it.
+    """The sizes of a model, each named as in Megatron's `TransformerConfig` or model class.
 
-    A size is None where the model has no such part, or where its configuration does not say. A mapping that needs it
-    refuses then.
+    A size is None if the model has no such module or its configuration does not say; mappings that need it then fail.
 
     Args:
         num_attention_heads: query heads.
-        num_query_groups: key and value heads; None for as many as query heads.
+        num_query_groups: key and value heads; None if as many as query heads.
         attention_output_gate: each query head has an output gate beside it.
         q_lora_rank, kv_lora_rank, qk_pos_emb_head_dim: widths of multi-head latent attention.
-        mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim: of a Mamba-2 mixer.
-        num_moe_experts: routed experts of a layer.
+        mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim: sizes of a Mamba-2 mixer.
+        num_moe_experts: routed experts in a layer.
         vocab_size: rows of the embedding on the Hugging Face side.
         padded_vocab_size: rows of Megatron's embedding; None for no padding.
-        transformer_impl: whose layers the model has: `local` for Megatron-Core's, `transformer_engine`, …
+        transformer_impl: the implementation of its layers: `local` for Megatron-Core's, `transformer_engine`, …
     """
 
     num_attention_heads: int | None = None
@@ -44,12 +43,12 @@ class ModelConfig:
 
     @classmethod
     def of(cls, source: object) -> Self:
-        """The sizes that a configuration says.
+        """The sizes in a configuration.
 
         Args:
-            source: attributes or items by these names: a `TransformerConfig`, a family's table of
-                config.json, what `megatron_settings.from_arguments` makes of saved arguments. Or a ModelConfig, or
-                None where nothing is known.
+            source: an object with attributes or items of these names: a `TransformerConfig`, a family's table of
+                config.json, the settings of `megatron_settings.from_arguments`; a ModelConfig; or None if nothing is
+                known.
         """
         if isinstance(source, cls):
             return source
@@ -59,20 +58,20 @@ class ModelConfig:
 
     @classmethod
     def of_module(cls, module: object) -> Self:
-        """What the `config` of a live module says. The number of experts may be an attribute of the module itself."""
+        """The sizes in the `config` of a live module. The module itself may have the number of experts."""
         config = cls.of(getattr(module, "config", None))
         return config if config.num_moe_experts else replace(config, num_moe_experts=number_of_experts(module))
 
     def padded_to(self, multiple: int) -> Self:
-        """With a vocabulary that is padded to a multiple, as Megatron pads it to spread it over ranks."""
+        """A copy whose vocabulary is padded to a multiple, as Megatron pads it to shard it over ranks."""
         (rows,) = self.sizes("vocab_size")
         return replace(self, padded_vocab_size=rows + -rows % multiple)
 
     def sizes(self, *names: str) -> list[int]:
-        """The sizes of these names.
+        """The sizes with these names.
 
         Raises:
-            ValueError: some are not known; names them.
+            ValueError: some sizes are unknown. The message names them.
         """
         found = {name: getattr(self, name) for name in names}
         unknown = [name for name, size in found.items() if size is None]
@@ -82,7 +81,7 @@ class ModelConfig:
 
 
 def number_of_experts(config: object) -> int | None:
-    """The number of routed experts that a configuration says, Megatron's or Hugging Face's; None where it says none."""
+    """The number of routed experts in Megatron's or Hugging Face's configuration, None without experts."""
     counts = (_look_up(config, name) for name in EXPERT_COUNTS)
     return next((count for count in counts if isinstance(count, int) and count), None)
 

@@ -1,11 +1,11 @@
 """Parameter names with wildcards: the only place that knows about wildcards or regular expressions.
 
-A pattern is a name as the field writes it, `model.layers.*.mlp.experts.*.up_proj.weight`, where `*` stands for
+A pattern is a name as the field writes it: `model.layers.*.mlp.experts.*.up_proj.weight`. `*` stands for
 one number and `**` for any path. `match` gives the captured text in the order of the wildcards, `resolve` puts
 captures back, so `match(resolve(captures)) == captures`.
 
-Two patterns of one mapping may hold the same wildcards in another order (`**.layers.*` against `layers.*.**`).
-`translate` therefore hands captures over by kind, numbers to numbers and paths to paths, never by bare position.
+Two patterns of one mapping may hold the same wildcards in different orders (`**.layers.*` against `layers.*.**`).
+`translate` therefore assigns captures by kind, numbers to numbers and paths to paths, never by position.
 """
 
 import re
@@ -16,8 +16,8 @@ from functools import cache, cached_property
 _WILDCARD = re.compile(r"\*\*|\*")
 _REGEX = {"*": r"(\d+)", "**": r"(.+)"}
 _DIGITS = re.compile(r"(\d+)")
-_NUMBER_INSIDE = re.compile(r"(?<=\.)(\d+)(?=\.)")  # of a layer or expert, not that of w1
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")  # not that of fc1
+_NUMBER_INSIDE = re.compile(r"(?<=\.)(\d+)(?=\.)")  # number of a layer or expert, but not the 1 of w1
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")  # but not the 1 of fc1
 
 Captures = tuple[str, ...]
 
@@ -42,7 +42,7 @@ class NamePattern:
         return re.compile("".join(parts))
 
     def match(self, name: str) -> Captures | None:
-        """The text under each wildcard when the whole `name` matches, else None."""
+        """The text under each wildcard if the whole `name` matches, else None."""
         found = self._regex.fullmatch(name)
         return found.groups() if found else None
 
@@ -90,17 +90,17 @@ def module_of(tensor_name: str) -> str:
 
 
 def is_quantizer_state(name: str) -> bool:
-    """Whether a Megatron or HF name is a quantizer, or a buffer of one."""
+    """True if a Megatron or HF name is that of a quantizer, or of a quantizer's buffer."""
     return "_quantizer" in name
 
 
 def is_routed_expert(name: str) -> bool:
-    """Whether a Megatron or HF name lies inside the routed experts of a mixture-of-experts layer."""
+    """True if a Megatron or HF name lies inside the routed experts of a mixture-of-experts layer."""
     return ".experts." in f".{name}"
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether some name matches both patterns.
+    """True if some name matches both patterns.
 
     Each pattern is read as a row of atoms, a literal character or a wildcard that repeats, and both rows are walked
     together: from a pair of positions every step consumes one character that suits both atoms.

@@ -1,8 +1,8 @@
-"""All quantizer state of a model in Hugging Face names, derived from its weight mappings; nobody writes these twice.
+"""All quantizer state of a model in Hugging Face names, derived from its weight mappings.
 
 linear_fc1.weight_quantizer._amax                  gate_proj.weight_quantizer._amax, up_proj.…
 linear_fc1.input_quantizer._amax                   the same for the input
-linear_fc1.input_quantizer._pre_quant_scale        what the input is multiplied by first (AWQ, SmoothQuant)
+linear_fc1.input_quantizer._pre_quant_scale        multiplies the input first (AWQ, SmoothQuant)
 linear_fc1.output_quantizer._amax                  the same for the output
 core_attention.k_bmm_quantizer._amax               self_attn.k_bmm_quantizer._amax, the key-value cache
 experts.linear_fc1.weight_quantizer._amax          each local expert, one shared quantizer
@@ -30,7 +30,7 @@ _SUFFIXES = (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZE
 
 
 def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
-    """The mappings of every quantizer buffer that ModelOpt may put beside these weights; experts share theirs."""
+    """The mappings of every quantizer buffer that ModelOpt may put beside these weights; experts share one."""
     for suffix in _SUFFIXES:
         yield from convert_to_amax_map(weights, suffix)
     yield from stored_scales_map(weights)
@@ -38,7 +38,7 @@ def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[Mega
 
 
 def per_expert_quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
-    """The form that a model may have in place of the shared one: a quantizer for each expert. The same HF names."""
+    """The alternative to shared quantizers: one quantizer for each expert, with the same HF names."""
     for suffix in _SUFFIXES:
         yield from per_expert_amax_map(weights, suffix)
 

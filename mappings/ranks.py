@@ -26,7 +26,7 @@ class Axis(StrEnum):
 
 
 class Ranks(Protocol):
-    """What one rank may ask of the others along an axis. Every call is collective over that axis' group."""
+    """What one rank may ask of the others along an axis. Calls are collective unless they say otherwise."""
 
     def members(self, axis: Axis) -> tuple[int, ...]:
         """World ranks of this rank's group along `axis`, in rank order. Not collective."""
@@ -38,19 +38,19 @@ class Ranks(Protocol):
         """Number of ranks in this rank's group along `axis`. Not collective."""
 
     def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
-        """Sends a piece of `data` to each position of the group and gives what each sent here, in rank order.
+        """Sends a slice of `data` to each rank of the group; returns the slices received, in rank order.
 
         Args:
-            data: one-dimensional uint8, the pieces one after the other.
-            sent: length of the piece for each position.
-            received: length of what comes from each position; the ranks must agree on this beforehand.
+            data: one-dimensional uint8: the slices, one after the other.
+            sent: length of the slice for each rank.
+            received: length of the slice from each rank; the ranks must agree on it beforehand.
         """
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         """The group's tensors in rank order, on every rank of the group. Shapes are equal."""
 
     def all_reduce_max(self, axis: Axis, tensor: Tensor) -> Tensor:
-        """The element-wise maximum over the group. `tensor` is left alone."""
+        """The element-wise maximum over the group. `tensor` is unchanged."""
 
     def all_gather_object(self, axis: Axis, value: Any) -> list[Any]:
         """The group's picklable objects in rank order, on every rank of the group."""
@@ -89,7 +89,7 @@ class ThreadRanks:
 
     Args:
         rank: this thread's world rank.
-        groups: for each axis the groups of world ranks, each in rank order. Axes left out have size 1.
+        groups: for each axis the groups of world ranks, each in rank order. Other axes have size 1.
         exchange: shared by all threads of the run; see `run_threads`.
     """
 
@@ -120,7 +120,7 @@ class ThreadRanks:
         tensors: list[Tensor] = self.all_gather_object(axis, tensor)
         shapes = {(tuple(t.shape), t.dtype) for t in tensors}
         if len(shapes) != 1:
-            raise ValueError(f"ranks {self.members(axis)} gather tensors that differ: {shapes}")
+            raise ValueError(f"ranks {self.members(axis)} gather tensors of different shapes or dtypes: {shapes}")
         return tensors
 
     def all_reduce_max(self, axis: Axis, tensor: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class ThreadRanks:
 
 
 class _Exchange:
-    """Where the threads of one run meet: a barrier and a board for each group."""
+    """The meeting point of one run's threads: a barrier and a board for each group."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout

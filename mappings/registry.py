@@ -4,7 +4,7 @@ A look-up is one dictionary access: the name with every number replaced by `*` i
 few and tried one by one. Overlapping patterns are refused when the registry is built, so the order of mappings
 never decides.
 
-A model may have exceptions: names that a wildcard would take and that mean something else in this model (an MTP layer,
+A model may have exceptions: names that a wildcard would match but that mean something else in this model (an MTP layer,
 which Hugging Face numbers like a decoder layer). They are a registry of their own, asked first.
 """
 
@@ -24,8 +24,8 @@ class MappingRegistry:
     """Mappings by Megatron and by Hugging Face name.
 
     Args:
-        alternatives: mappings of Megatron names that a model has in place of others, for the same Hugging Face names
-            (an expert's own quantizer, in place of one that several share). Found by Megatron name only.
+        alternatives: mappings for Megatron names that some models have in place of other names, with the same Hugging
+            Face names (an expert's own quantizer in place of a shared one). Found by Megatron name only.
 
     Raises:
         AmbiguousMappingError: two mappings could claim the same Megatron name, or write the same Hugging Face name.
@@ -77,7 +77,7 @@ class MappingRegistry:
 class _Index:
     """Patterns of one side, each with its mapping.
 
-    A name and a pattern without `**` can only match when they have the same shape: every run of digits and `*` replaced
+    A name and a pattern without `**` can only match if they have the same shape: every run of digits and `*` replaced
     by one `*`.
     """
 

@@ -1,4 +1,4 @@
-"""The few tensor operations that mappings are made of: join shards, cut a shard, fold rows.
+"""The few tensor operations that mappings are made of: join shards, cut a shard, take a maximum.
 
 They work on any device, on meta tensors too: the plan runs a mapping on meta tensors to learn the shapes of the
 Hugging Face side before a byte is read, so there is no second shape logic that could disagree.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype: what a plan knows of a tensor before it is read."""
+    """Shape and dtype of a tensor, known to a plan before the tensor is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,14 +36,14 @@ class TensorSpec:
 
 
 def join_dim(shards: Sequence[Tensor], dim: int | None) -> Tensor:
-    """The tensor whose equal shards along `dim` are `shards`, in rank order; the first one where dim is None."""
+    """The tensor whose equal shards along `dim` are `shards`, in rank order; the first one if dim is None."""
     if dim is None or len(shards) == 1:
         return shards[0]
     return torch.cat(tuple(shards), dim=dim)
 
 
 def shard_of(tensor: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
-    """Shard `rank` of `size` equal shards of `tensor` along `dim`, a view; all of it where dim is None.
+    """Shard `rank` of `size` equal shards of `tensor` along `dim`, a view; all of it if dim is None.
 
     Raises:
         ValueError: the dimension does not divide by `size`.

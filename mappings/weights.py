@@ -59,8 +59,8 @@ class RowParallelMapping(DirectMapping):
 class VocabParallelMapping(ColumnParallelMapping):
     """Embedding or output layer, rows spread over the ranks and padded at the end: `[padded_vocab/tp, hidden]`.
 
-    Join drops the rows past `vocab_size`, split pads with zero rows up to `padded_vocab_size`. Where these are not
-    known, nothing is padded.
+    Join drops the rows past `vocab_size`, split pads with zero rows up to `padded_vocab_size`. If these are
+    unknown, nothing is padded.
     """
 
     def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class CopiedVocabMapping(VocabParallelMapping):
     """As `VocabParallelMapping`, for a tensor that the Hugging Face files hold several times.
 
     Args:
-        copies: the further names. Join writes all of them, split reads the first.
+        copies: the other names. Join writes the tensor under every name, split reads `hf_param`.
     """
 
     copies: list[str] = hf_name(default_factory=list)
@@ -100,8 +100,8 @@ class CopiedVocabMapping(VocabParallelMapping):
 class LatentDownMapping(DirectMapping):
     """A down projection of multi-head latent attention: whole on every rank, or rows spread over the ranks.
 
-    Megatron has it in both forms: `[rank, in]` in Transformer Engine's layers, `[rank/tp, in]` in its own, which gather
-    what they compute. Join tells them apart by the rows of a shard, split by `transformer_impl`.
+    Megatron has both forms: `[rank, in]` in Transformer Engine's layers, `[rank/tp, in]` in its own, which gather their
+    outputs. Join tells them apart by the number of rows in a shard, split by `transformer_impl`.
     Layout: megatron.core.transformer.multi_latent_attention.MLASelfAttention.
 
     Args:
@@ -146,7 +146,7 @@ _SHARD_DIMS = {
 
 @dataclass(frozen=True)
 class AutoMapping(DirectMapping):
-    """One to one; how it is sharded follows from the Megatron name, as Megatron-Core's own layers shard it."""
+    """One to one; the sharding follows from the Megatron name, as Megatron-Core's own layers shard it."""
 
     @property
     def shard_dim(self) -> int | None:
@@ -156,7 +156,7 @@ class AutoMapping(DirectMapping):
 
 @dataclass(frozen=True)
 class QKVMapping(MegatronParamMapping):
-    """Fused attention input, query heads interleaved with their key and value head, group after group.
+    """Fused attention input: group after group, the query heads with their key and value head.
 
     Megatron: `[groups · (heads/groups + 2) · head_dim, …]`, each group `q q … k v`, rows spread over TP. With
     `attention_output_gate` a group is `q q … g g … k v`, and the Hugging Face q_proj holds each head's query rows
@@ -194,7 +194,7 @@ class QKVMapping(MegatronParamMapping):
 
 
 def _attention_layout(config: ModelConfig) -> tuple[int, int, int]:
-    """Query groups, query heads of a group, and 2 where each head has an output gate beside its query, else 1."""
+    """Query groups, query heads of a group, and 2 if each head has an output gate beside its query, else 1."""
     (heads,) = config.sizes("num_attention_heads")
     groups = config.num_query_groups or heads
     if heads % groups:

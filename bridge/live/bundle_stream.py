@@ -1,9 +1,9 @@
 """The stream of bundles: shards go to their owners, the owners join them.
 
 Bundles are exchanged in buckets, one collective each: every rank of a tensor-parallel group sends each owner the
-shards it needs and receives those of its own bundles, so no byte goes to a rank that does not use it. Every rank walks
+shards it needs and receives those of its own bundles, so no rank receives a byte that it does not use. Every rank walks
 the same plan in the same order and takes part in exactly the buckets of its own groups, so the order of collectives
-agrees by construction. What is in flight is one bucket per group.
+agrees by construction. One bucket per group is in flight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, Ranks
 
 BUCKET_BYTES = 16 * 2**20
-_ALIGNMENT = 16  # bytes; every dtype can be viewed at such an offset
+_ALIGNMENT = 16  # bytes; a view of any dtype may start at a multiple of it
 
 
 def stream_bundles(
@@ -31,8 +31,8 @@ def stream_bundles(
     """The bundles that this rank owns. Collective: exhaust it on every rank.
 
     Args:
-        tensors: this rank's shards by global Megatron name; each is asked for when its bundle's turn comes.
-        bucket_bytes: how much one rank contributes to one exchange, or one bundle.
+        tensors: this rank's shards by global Megatron name; each is read when its bundle's turn comes.
+        bucket_bytes: bytes that one rank contributes to one exchange, at least one bundle.
     """
     me = ranks.members(Axis.WORLD)[ranks.rank(Axis.WORLD)]
     buckets: dict[Axis, list[BundlePlan]] = {}
@@ -57,7 +57,7 @@ def join_bundle(
     config: ModelConfig,
     shards: Mapping[str, list[Tensor]] | None = None,
 ) -> Bundle:
-    """A bundle from its Megatron tensors, each as `shards` of the ranks, or whole in `tensors`."""
+    """A bundle from its Megatron tensors: each from the ranks' `shards`, or whole from `tensors`."""
     moved = shards or {}
     joined: dict[str, Tensor] = {}
     for part in bundle.parts:
@@ -68,7 +68,7 @@ def join_bundle(
 def _exchange(
     bucket: Sequence[BundlePlan], tensors: Mapping[str, Tensor], config: ModelConfig, ranks: Ranks, me: int
 ) -> Iterator[Bundle]:
-    """One collective for all bundles of a bucket, then the join of those that this rank owns."""
+    """One collective for all bundles of a bucket; then this rank joins those that it owns."""
     if not bucket:
         return
     axis, group = bucket[0].axis, bucket[0].group

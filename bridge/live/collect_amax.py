@@ -1,11 +1,12 @@
 """Collecting the quantizer state of a live model in Hugging Face names.
 
 Per-tensor state (one number) is fanned out to its Hugging Face names on its own rank, without communication. Then one
-collective takes the maximum by name over all ranks: tensor and data parallel replicas that drifted apart, experts and
-pipeline stages all fall into place, because a rank that has no value for a name contributes minus infinity.
+collective takes the maximum by name over all ranks: this
+covers tensor and data parallel replicas that drifted apart, experts and pipeline stages alike, because a rank without a
+value for a name contributes minus infinity.
 
-Per-channel and per-block state follows the weights, as parts of their bundles: `state_parameters` gives it in the
-shape that the weight's join takes.
+Per-channel and per-block state follows the weights, in their bundles: `state_parameters` brings it into the shape that
+the weight's join takes.
 """
 
 import math
@@ -32,19 +33,19 @@ _CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
 
 
 class _Local(NamedTuple):
-    """What one rank's quantizers say, in Hugging Face names."""
+    """The quantizer state of one rank, in Hugging Face names."""
 
-    values: dict[str, float]  # per-tensor; minus infinity where a static quantizer was never calibrated
+    values: dict[str, float]  # per-tensor; minus infinity for a static quantizer that was never calibrated
     formats: dict[str, str]  # by module, or quantizer of the key-value cache
     unmapped: list[str]
-    of_parts: set[str]  # names whose value is the largest of what follows a weight: ranks differ as their shards do
+    of_parts: set[str]  # names whose value is the maximum of per-channel or per-block state: it differs as shards do
 
 
 def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
     """Per-channel and per-block state as tensors that the plan moves with the weights.
 
     A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
-    blocks along a row flat, `[out · blocks, 1]`, and that of square blocks as `[rows, 1, columns, 1]`.
+    blocks along a row as `[out · blocks, 1]`, and the amax of square blocks as `[rows, 1, columns, 1]`.
     """
     for quantizer in quantizers:
         for buffer, tensor in _buffers(quantizer):
@@ -56,7 +57,7 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
 def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, ranks: Ranks) -> QuantState:
     """The per-tensor state and the formats of all enabled quantizers. Collective; every rank gets the same.
 
-    The largest of a per-block amax counts as per-tensor state too, as `_global_amax`, where ModelOpt keeps none.
+    The maximum of a per-block amax is per-tensor state too: `_global_amax`, unless ModelOpt keeps one itself.
 
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
@@ -107,7 +108,7 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
 
 
 def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> MegatronParamMapping | None:
-    """The mapping of a quantizer's amax; of one that serves several experts, to the names of just those."""
+    """The mapping of a quantizer's amax; one shared by several experts is mapped to their names only."""
     mapping = registry.megatron_to_hf_lookup(f"{quantizer.name}._amax")
     return mapping.for_experts(quantizer.experts) if isinstance(mapping, MoeAmaxFanoutMapping) else mapping
 
@@ -120,7 +121,7 @@ def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
-    """Per-tensor state by buffer; NaN as infinity, which survives a maximum on every backend and is refused as well."""
+    """Per-tensor state by buffer. NaN becomes infinity, which survives any backend's maximum and is refused too."""
     found = dict(_buffers(quantizer))
     if "_amax" not in found and not is_dynamic(quantizer.module):
         yield "_amax", _NO_VALUE
@@ -150,7 +151,7 @@ def amax_shape(block_sizes: Mapping[Any, Any], shape: Sequence[int]) -> tuple[in
 
 
 def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
-    """Least and greatest value of each name over all ranks that have one, in one collective."""
+    """Least and greatest value of each name over all ranks with a value, in one collective."""
     values = torch.tensor([local.get(name, _NO_VALUE) for name in names], dtype=torch.float32)
     negated = torch.where(values == _NO_VALUE, values, -values)
     greatest, least = ranks.all_reduce_max(Axis.WORLD, torch.stack([values, negated]))
@@ -158,13 +159,13 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
 
 
 def is_dynamic(quantizer: Any) -> bool:
-    """Whether a quantizer computes its amax anew for each tensor, or block (MX), so that there is none to collect."""
+    """True if a quantizer computes its amax from each tensor or block (MX): there is none to collect."""
     blocks = getattr(quantizer, "block_sizes", None) or {}
     powers_of_two = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
     return bool(getattr(quantizer, "_dynamic", False)) or powers_of_two
 
 
 def format_name(quantizer: Any) -> str:
-    """What a ModelOpt TensorQuantizer quantizes to, in the words the schemes use: `nvfp4`, or a description."""
+    """The format of a ModelOpt TensorQuantizer, as schemes name it (`nvfp4`), or a description."""
     bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or None
     return quantizer_format(bits, axis, blocks) or f"num_bits={bits} axis={axis} block_sizes={blocks}"

@@ -1,4 +1,4 @@
-"""Filling a live Megatron model from Hugging Face tensors and amax: each rank takes what its own shards need."""
+"""Filling a live Megatron model from Hugging Face tensors and amax: each rank reads what its own shards need."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,10 +18,10 @@ from amaxbridge.mappings.registry import MappingRegistry
 def fill_quantizers(
     quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, config: ModelConfig, ranks: Ranks
 ) -> None:
-    """Sets the amax of each enabled quantizer from Hugging Face names: the mirror of collecting. No communication.
+    """Sets the amax of each enabled quantizer from Hugging Face names: the inverse of collecting. No communication.
 
-    Several Hugging Face values for one Megatron quantizer become their maximum; a per-channel or per-block amax is cut
-    as its weight is.
+    Several Hugging Face values for one Megatron quantizer become their maximum; a per-channel or per-block amax is
+    sharded like its weight.
 
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
@@ -31,7 +31,7 @@ def fill_quantizers(
     for quantizer in quantizers:
         mapping = quantizer_mapping(quantizer, registry)
         if mapping is None:
-            raise UnmappedParameterError(f"{quantizer.name}: an enabled quantizer without a mapping; disable it first")
+            raise UnmappedParameterError(f"{quantizer.name}: this enabled quantizer has no mapping; disable it first")
         values = {name: state.amax[name] for name in mapping.targets if name in state.amax}
         if len(values) == len(mapping.targets):
             amax = mapping.split(values, config, ranks.rank(mapping.axis), ranks.size(mapping.axis))
@@ -43,7 +43,7 @@ def fill_quantizers(
 
 
 def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
-    """In the shape that the quantizer keeps, as a new fp32 buffer: an existing one may be bf16, and would round."""
+    """Sets the amax in the quantizer's own shape, in a new fp32 buffer: an existing bf16 buffer would round it."""
     held = getattr(quantizer.module, "_amax", None)
     if held is not None and held.numel() == amax.numel():
         amax = amax.reshape(held.shape).to(held.device)
@@ -67,8 +67,8 @@ def fill_parameters(
         read: Hugging Face name → tensor.
 
     Raises:
-        UnmappedParameterError: parameters without a mapping.
-        MappingError: shards that do not have the parameter's shape; all of them are named.
+        UnmappedParameterError: parameters have no mapping; all of them are named.
+        MappingError: shards do not have their parameter's shape; all of them are named.
     """
     parameters = list(parameters)
     mappings = find_mappings([parameter.name for parameter in parameters], registry)

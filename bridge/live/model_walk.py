@@ -2,9 +2,9 @@
 
 A rank's own names are local: layers count from the start of the pipeline (or virtual pipeline) stage, experts from
 the start of the expert-parallel block. Megatron writes the global numbers on its modules, `layer_number` on a layer
-and `local_expert_indices` on a mixture-of-experts layer, so they are read there rather than computed again.
+and `local_expert_indices` on a mixture-of-experts layer, so they are read there instead of being computed again.
 
-Nothing here imports Megatron or ModelOpt: modules are known by these attributes.
+Nothing here imports Megatron or ModelOpt: modules are recognized by these attributes.
 """
 
 import re
@@ -34,10 +34,10 @@ class Quantizer:
     """A ModelOpt TensorQuantizer of this rank.
 
     Args:
-        name: global, in canonical spelling.
+        name: global name, in canonical spelling.
         module: the quantizer itself.
-        rows: output rows of the weight shard beside it, None where there is no weight.
-        experts: global numbers of the experts that lie on this rank beside it, empty outside experts.
+        rows: output rows of the weight shard beside it, None without a weight.
+        experts: global numbers of this rank's experts in the same layer, empty outside experts.
     """
 
     name: str
@@ -66,7 +66,7 @@ def layer_pattern(chunks: Sequence[nn.Module]) -> str | None:
 
 
 def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Parameter]:
-    """All parameters and persistent buffers of this rank, quantizer buffers left out.
+    """All parameters and persistent buffers of this rank except quantizer buffers.
 
     Args:
         spelling: global Megatron name → the mappings' name; see `ModelFamily.spelling`.
@@ -79,12 +79,12 @@ def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] 
 
 
 def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
-    """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) is none itself."""
+    """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) does not count."""
     return (each for each in walk_all_quantizers(chunks, spelling) if each.module.is_enabled)
 
 
 def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
-    """As `walk_quantizers`, disabled ones too."""
+    """As `walk_quantizers`, including disabled quantizers."""
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, module in chunk.named_modules():
@@ -98,7 +98,7 @@ def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], s
 
 
 def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
-    """The parameter; of legacy grouped experts a view for each expert, `[out, in]` as everywhere else.
+    """Yields the parameter, or for legacy grouped experts a view of each expert, `[out, in]` as everywhere else.
 
     Megatron's GroupedMLP kept the local experts of a layer in two parameters, read as `[experts, hidden, 2 · ffn]` and
     `[experts, ffn, hidden]`: inputs first.
@@ -139,7 +139,7 @@ class _GlobalNames:
             elif part.isdigit() and parent == "local_experts":
                 part = str(self.local_experts(local_name)[int(part)])
             elif part.isdigit() and isinstance(self.modules.get(".".join(parts[:index])), nn.Sequential):
-                part = f"[{part}]"  # a stage of a chain of quantizers (W4A8), which must not look like an expert
+                part = f"[{part}]"  # a stage of sequential quantizers (W4A8), which must not look like an expert
             path.append(part)
         name = ".".join(path)
         grouped = _GROUPED_EXPERT.fullmatch(name)
@@ -148,6 +148,6 @@ class _GlobalNames:
         return name
 
     def local_experts(self, local_name: str) -> tuple[int, ...]:
-        """Global numbers of the local experts of the layer that a name lies in; Megatron keeps them on the layer."""
+        """Global numbers of the local experts in the layer of this name; Megatron keeps them on the layer."""
         layer = self.modules.get(local_name.partition(".experts.")[0])
         return tuple(getattr(layer, "local_expert_indices", ()))

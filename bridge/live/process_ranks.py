@@ -1,6 +1,6 @@
 """`Ranks` over torch.distributed process groups. No other file of the program calls torch.distributed.
 
-Tensors travel as bytes where they are gathered, so every dtype passes through every backend.
+Gathered tensors travel as bytes, so every dtype passes through every backend.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ class ProcessRanks:
     """This process among the others.
 
     Args:
-        groups: the process group of each axis. WORLD is added; an axis left out has size 1.
+        groups: the process group of each axis. WORLD is added; other axes have size 1.
     """
 
     def __init__(self, groups: Mapping[Axis, dist.ProcessGroup]) -> None:
@@ -68,7 +68,7 @@ class ProcessRanks:
         try:
             dist.all_gather_object(values, value, group=self._groups[axis])
         except RuntimeError as error:
-            error.add_note("Another rank failed, see there, or did not make the call: all ranks of the mesh must")
+            error.add_note("Another rank failed (see its message), or did not make this call, as all ranks must")
             raise
         return values
 
@@ -77,20 +77,20 @@ class ProcessRanks:
 
 
 def world_size() -> int:
-    """Number of processes that share the work, as `torchrun` says, 1 without it."""
+    """Number of processes that share the work, as set by `torchrun`; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def world_rank() -> int:
-    """This process's number among them, 0 without it."""
+    """Rank of this process, as set by `torchrun`; 0 without it."""
     return int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The default process group, under `torchrun` or of this process alone: NCCL with CUDA, else gloo.
+    """Opens the default process group, of `torchrun` or of this process alone: NCCL with CUDA, else gloo.
 
-    The one that there is already, inside another `process_group`.
+    Does nothing if there is one already.
     """
     if dist.is_initialized():
         yield
@@ -110,7 +110,7 @@ def process_group() -> Iterator[None]:
 
 
 def current_ranks() -> Ranks:
-    """The ranks of Megatron's parallel state where torch.distributed is initialized, else this process alone."""
+    """The ranks of Megatron's parallel state if torch.distributed is initialized, else this process alone."""
     if not dist.is_initialized():
         return LOCAL
     from amaxbridge.bridge.megatron.process_groups import (

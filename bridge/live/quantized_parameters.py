@@ -1,8 +1,8 @@
-"""How a parameter is stored: plain, or as codes and scales in a tensor of Transformer Engine's.
+"""How a parameter is stored: plain, or as codes and scales in a Transformer Engine tensor.
 
 Training with FP8 parameters (`--fp8-param-gather`, `fp8_model_init`) keeps weights as `Float8Tensor`,
-`Float8BlockwiseQTensor`, `MXFP8Tensor` or `NVFP4Tensor`. They have the shape and dtype of the model's weights, and hold
-codes and scales. They are known here by their attributes, and nowhere else; nothing imports Transformer Engine.
+`Float8BlockwiseQTensor`, `MXFP8Tensor` or `NVFP4Tensor`. They have the shape and dtype of the model's weights, but hold
+codes and scales. Only this file knows them, by their attributes; nothing imports Transformer Engine.
 
 Attributes and layouts: transformer_engine.pytorch.tensor.storage, 2.20.2.
 """
@@ -26,13 +26,13 @@ _MX_BLOCK = 32  # columns that share a scale in MXFP8Tensor
 
 @dataclass(frozen=True, slots=True)
 class StoredCodes:
-    """The codes and scales of a parameter, of which a scheme can write both as they are.
+    """The codes and scales of a parameter that a scheme can write unchanged.
 
     Args:
-        format: as quantizers are named: `fp8_block` or `mxfp8`.
+        format: a quantizer format, `fp8_block` or `mxfp8`.
         codes: E4M3, `[out, in]`.
-        scales: what each code is multiplied by, for each row of codes: fp32 `[out, in/128]` rounded up, the same in
-            all rows of a block, or uint8 exponents (E8M0) `[out, in/32]`.
+        scales: factors of the codes, one row for each row of codes: fp32 `[out, ⌈in/128⌉]`, the same in all rows of a
+            block, or uint8 exponents (E8M0) `[out, in/32]`.
     """
 
     format: str
@@ -41,7 +41,7 @@ class StoredCodes:
 
 
 def is_quantized(tensor: Any) -> bool:
-    """True if a parameter is codes and scales."""
+    """True if a parameter is stored as codes and scales."""
     return hasattr(tensor, "_quantizer") and callable(getattr(tensor, "dequantize", None))
 
 
@@ -52,10 +52,10 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def fill(parameter: Any, values: Tensor) -> None:
-    """Copies values into a parameter, which quantizes them if it is quantized.
+    """Copies values into a parameter; a quantized parameter quantizes them.
 
-    Transformer Engine keeps the values that such a parameter began with in high precision, and Megatron's distributed
-    optimizer makes its main parameters of those (`get_high_precision_init_val`): they are replaced, too.
+    Transformer Engine keeps the initial values of a quantized parameter in high precision, and Megatron's distributed
+    optimizer makes its main parameters from them (`get_high_precision_init_val`): they are replaced too.
     """
     with torch.no_grad():
         parameter.copy_(values)
@@ -66,7 +66,7 @@ def fill(parameter: Any, values: Tensor) -> None:
 
 
 class PlainTensors(Mapping[str, Tensor]):
-    """Parameters by name, each dequantized when it is asked for."""
+    """Parameters by name, each dequantized when it is read."""
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
@@ -84,14 +84,14 @@ class PlainTensors(Mapping[str, Tensor]):
 def as_stored(
     parameters: Iterable[Parameter], registry: MappingRegistry, ignore: Collection[str], quantizers: Collection[str]
 ) -> tuple[list[Parameter], list[str]]:
-    """The parameters of a rank; in place of a quantized one its codes, and its scales under their own name.
+    """The parameters of a rank, with codes, and scales under a name of their own, in place of a quantized parameter.
 
     Args:
-        ignore: Hugging Face modules whose weights are to be dequantized.
-        quantizers: names of enabled quantizers: a weight that one of them quantizes is to be dequantized, too.
+        ignore: Hugging Face modules whose weights are dequantized.
+        quantizers: names of enabled quantizers; a weight that one of them quantizes is dequantized too.
 
     Returns:
-        The parameters, and one line for each that no scheme writes as it is.
+        The parameters, and one line for each that no scheme can write unchanged.
     """
     held, problems = list[Parameter](), list[str]()
     for parameter in parameters:
@@ -111,11 +111,11 @@ def as_stored(
 
 
 def stored_codes(tensor: Any) -> StoredCodes | str:
-    """The codes and scales of a quantized parameter, or why no scheme writes them as they are."""
+    """The codes and scales of a quantized parameter, or the reason why no scheme can write them unchanged."""
     codes, scales = getattr(tensor, "_rowwise_data", None), getattr(tensor, "_rowwise_scale_inv", None)
     kind = getattr(getattr(tensor, "_fp8_dtype", None), "name", "")
     if codes is None or scales is None:
-        return f"{type(tensor).__name__} has one scale for the whole tensor, or its columns are quantized alone"
+        return f"{type(tensor).__name__} has one scale for the whole tensor, or only its columns are quantized"
     if kind != "kFloat8E4M3":
         return f"{type(tensor).__name__} has codes other than E4M3"
     codes = codes.detach().view(torch.float8_e4m3fn)

@@ -1,7 +1,7 @@
 """Megatron-Core and ModelOpt: process groups, building a model, its checkpoints. The only user of both.
 
 Megatron's model classes and module paths move between releases (GPTModel is announced as deprecated in favour of
-HybridModel); what has to follow is here.
+HybridModel); all code that must follow is here.
 """
 
 from amaxbridge.mappings.extras import EXTRAS, need

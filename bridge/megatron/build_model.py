@@ -48,12 +48,12 @@ def build_model(
 ) -> LanguageModule:
     """A new Megatron model of a Hugging Face configuration: this rank's shards.
 
-    Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does. Experts are a module
-    each (SequentialMLP) and their tokens travel by all-gather, for the same reason.
+    Uses Megatron-Core's own layers (no Transformer Engine), so that it runs wherever torch does. For the same reason,
+    each expert is a module (SequentialMLP), and tokens travel by all-gather.
 
     Args:
-        initialize: give the weights random values; without it they are whatever their memory holds.
-        model_class: GPTModel or HybridModel; None for GPTModel where the family has it.
+        initialize: give the weights random values; otherwise they are uninitialized memory.
+        model_class: GPTModel or HybridModel; None for GPTModel if the family has one.
 
     Raises:
         UsageError: Megatron does not have the model in this class.
@@ -69,12 +69,12 @@ def build_chunks(
     initialize: bool = True,
     model_class: ModelClass | None = None,
 ) -> list[LanguageModule]:
-    """As `build_model`: the chunks of this rank in the order of the virtual pipeline, one where there is none."""
+    """As `build_model`: this rank's chunks in the order of the virtual pipeline; one chunk without it."""
     only_hybrid = hf.family.hybrid_pattern is not None
     if model_class == "gpt" and only_hybrid:
         raise UsageError(f"{', '.join(hf.family.architectures)} is a HybridModel in Megatron, not a GPTModel")
     if model_class == "hybrid" and hf.family.model_class != "gpt":
-        raise UsageError(f"{', '.join(hf.family.architectures)} has no form as a HybridModel")
+        raise UsageError(f"{', '.join(hf.family.architectures)} cannot be built as a HybridModel")
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     hybrid = only_hybrid or model_class == "hybrid"
     config = _transformer_config(hf, dtype, initialize=initialize, hybrid=hybrid)
@@ -84,7 +84,7 @@ def build_chunks(
 
 
 def _keep_biases(chunk: LanguageModule) -> LanguageModule:
-    """The router biases of experts in fp32, as Megatron's router itself keeps them whenever it runs."""
+    """Converts router biases of experts to fp32, as Megatron's router itself does whenever it runs."""
     for module in chunk.modules():
         if getattr(module, "expert_bias", None) is not None:
             module.expert_bias = module.expert_bias.float()
@@ -92,7 +92,7 @@ def _keep_biases(chunk: LanguageModule) -> LanguageModule:
 
 
 class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # Megatron is not typed
-    """Megatron-Core's own attention for latent attention, whose values have other channels than its keys."""
+    """Megatron-Core's own attention for latent attention, where values and keys differ in width."""
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,10 +100,10 @@ class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # M
 
 
 class DirectQueryAttention(MLASelfAttention):  # type: ignore[misc]  # Megatron is not typed
-    """Latent attention whose queries are projected at once: the layers of the spec, without the norm of queries.
+    """Latent attention with uncompressed queries: the layers of the spec, without the norm of queries.
 
-    Megatron 0.19.2 knows this only with a fused norm before the query projection, which no Hugging Face model has, or
-    without the norm of the latent keys and values, which all have.
+    Megatron 0.19.2 only supports this with a fused norm before the query projection, which no Hugging Face model has,
+    or without the norm of latent keys and values, which all have.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
@@ -173,14 +173,14 @@ def _build_hybrid_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | 
 
 
 def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig) -> ModuleSpec:
-    """Megatron's local spec of a layer, with the attention that it lacks."""
+    """Megatron's local spec of a layer, with the attention that the spec lacks."""
     if config.multi_latent_attention:
         layer = _with_latent_attention(layer, config)
     return with_norms_over_all_heads(layer) if hf.family.norm_over_all_heads else layer
 
 
 def _with_latent_attention(layer: ModuleSpec, config: MLATransformerConfig) -> ModuleSpec:
-    """Megatron's local spec has the wrong core, and a norm of compressed queries even where none are compressed."""
+    """Corrects Megatron's local spec: the attention core, and the norm of compressed queries if there are none."""
     layer = copy.deepcopy(layer)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = LatentDotProductAttention

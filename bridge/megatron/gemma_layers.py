@@ -1,8 +1,8 @@
-"""Gemma 2 and 3 on Megatron-Core's own layers: what these models have and Megatron-Core does not.
+"""Gemma 2 and 3 on Megatron-Core's own layers: the layers that Megatron-Core lacks.
 
-Parameters have the names that NVIDIA's Megatron-Bridge gives them, so that both have the same mappings; the layers are
-written for tests and small runs, without fused kernels. A configuration says what a model has, as attributes, some of
-which Megatron's has no fields for: `attn_logit_softcapping`, `final_logit_softcapping` (None for none) and
+Parameters have the names that NVIDIA's Megatron-Bridge gives them, so that both have the same mappings. The layers are
+written for tests and small runs, without fused kernels. Some settings are attributes of the configuration that
+Megatron's has no fields for: `attn_logit_softcapping`, `final_logit_softcapping` (None for none) and
 `rotary_base_local` (absent in Gemma 2).
 """
 
@@ -31,7 +31,7 @@ class GemmaModel(GPTModel):  # type: ignore[misc]  # Megatron is not typed
     """A GPTModel of Gemma layers, with scaled embeddings and capped logits.
 
     Args:
-        layers: a spec of as many layers; what is in them is replaced.
+        layers: a spec with as many layers; their content is replaced.
     """
 
     def __init__(self, config: TransformerConfig, layers: TransformerBlockSubmodules, **arguments: Any) -> None:
@@ -44,7 +44,7 @@ class GemmaModel(GPTModel):  # type: ignore[misc]  # Megatron is not typed
 
 
 class ZeroCentredRMSNorm(nn.Module):
-    """RMSNorm times `1 + weight`, computed in fp32. Megatron-Core leaves it to Transformer Engine."""
+    """RMSNorm times `1 + weight`, computed in fp32. Megatron-Core only has it through Transformer Engine."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ZeroCentredRMSNorm(nn.Module):
 
 
 class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
-    """A linear whose output is normalized. A hook does it, because ModelOpt knows a linear by its `forward`."""
+    """A linear whose output is normalized. A hook normalizes, because ModelOpt recognizes a linear by its `forward`."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **arguments: Any) -> None:
         super().__init__(input_size, output_size, config=config, **arguments)
@@ -66,7 +66,7 @@ class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
 
 
 class CappedDotProductAttention(DotProductAttention):  # type: ignore[misc]
-    """Attention whose scores are capped before they are masked, where the model caps them."""
+    """Attention whose scores are capped before masking, if the model caps them."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -75,7 +75,7 @@ class CappedDotProductAttention(DotProductAttention):  # type: ignore[misc]
 
 
 class LocalRotaryAttention(SelfAttention):  # type: ignore[misc]
-    """Attention with a rotary base of its own in the layers of a sliding window."""
+    """Attention with a rotary base of its own in sliding-window layers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -119,7 +119,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=NormedRowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={  # as Megatron's checkpoints name norms, whoever computes them
+            sharded_state_dict_keys_map={  # Megatron's names for norms in checkpoints
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
             },
@@ -128,7 +128,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def _scale(embedding: Any, args: Any, embedded: Tensor) -> Tensor:
-    """By the root of the hidden size, rounded to the embedding's dtype as transformers does."""
+    """Scales by the root of the hidden size, rounded to the embedding's dtype as in transformers."""
     return embedded * torch.tensor(embedded.shape[-1] ** 0.5, dtype=embedded.dtype)
 
 

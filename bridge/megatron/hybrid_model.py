@@ -1,7 +1,7 @@
-"""Building a HybridModel from Megatron-Core's own layers, which ships specifications for Transformer Engine only.
+"""Building a HybridModel from Megatron-Core's own layers; Megatron ships layer specs for Transformer Engine only.
 
-Attention and MLP layers are the two halves of GPTModel's layer. Norms get the names in checkpoints that Transformer
-Engine's layers give them, so that checkpoints of both load into either.
+Attention and MLP layers are the two halves of GPTModel's layer. In checkpoints, norms have the names that
+Transformer Engine's layers give them, so that checkpoints of either load into both.
 """
 
 from dataclasses import replace
@@ -53,7 +53,7 @@ def build_hybrid_chunk(
         sparse: the same with experts.
 
     Raises:
-        UsageError: a rotary embedding that HybridModel does not have.
+        UsageError: HybridModel lacks the model's rotary scaling.
     """
     pattern = hf.family.layer_pattern(hf.config)
     mixer = mixer_class(config) if "M" in pattern else MambaMixer
@@ -77,7 +77,7 @@ def build_hybrid_chunk(
 def _layers(
     dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodules, mixer: type[MambaMixer]
 ) -> HybridStackSubmodules:
-    """The specification of every kind of layer. Where Transformer Engine fuses a norm, its name on the disk says so."""
+    """The spec of every kind of layer. Norms that Transformer Engine fuses get the fused name on the disk."""
     attention = TransformerLayerSubmodules(
         input_layernorm=dense.input_layernorm,
         self_attention=dense.self_attention,

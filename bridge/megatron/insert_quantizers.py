@@ -1,7 +1,7 @@
-"""ModelOpt's quantizers in a model that training has not calibrated: inserted all disabled, then enabled one by one.
+"""ModelOpt's quantizers in an uncalibrated model: all are inserted disabled, then enabled one by one.
 
-Those of a key-value cache lie in the attention's core. ModelOpt has them in Transformer Engine's only, which needs a
-GPU; `cache_quantizers` gives them to Megatron's own, under the same names.
+Quantizers of a key-value cache lie in the attention core. ModelOpt only has them in Transformer Engine's core, which
+needs a GPU; `cache_quantizers` adds them to Megatron's own core, under the same names.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
 from amaxbridge.mappings.errors import UsageError
 
 _CACHE = QuantizerSettings((4, 3))
-"""Of keys and values, which are FP8: the cache quantizers of ModelOpt's `FP8_KV_CFG`."""
+"""FP8 settings for keys and values: the cache quantizers of ModelOpt's `FP8_KV_CFG`."""
 
 
 def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
-    """Makes every module that ModelOpt can quantize one with quantizers, all of them disabled.
+    """Adds quantizers, all disabled, to every module that ModelOpt can quantize.
 
     Raises:
         UsageError: ModelOpt has no quantizers for the model at these parallel sizes.
@@ -40,17 +40,17 @@ def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
 
 
 def enable_quantizer(quantizer: Any, settings: QuantizerSettings) -> None:
-    """Makes a disabled quantizer of weights or inputs what a scheme asks for."""
+    """Enables a disabled weight or input quantizer with a scheme's settings."""
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**settings.attributes, enable=True))
 
 
 def enable_cache(quantizer: Any) -> None:
-    """The same of keys or values of a cache, which is FP8."""
+    """Enables a quantizer of cached keys or values, in FP8."""
     enable_quantizer(quantizer, _CACHE)
 
 
 class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not typed
-    """What `DotProductAttention` becomes: queries, keys and values are quantized as they come, with their positions."""
+    """`DotProductAttention` with quantized queries, keys and values, which already include their positions."""
 
     def _setup(self) -> None:
         self.q_bmm_quantizer = TensorQuantizer()
@@ -63,17 +63,17 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not
         return attended
 
     def get_extra_state(self) -> None:
-        """Nothing of its own. torch asks only classes that have the method; ModelOpt then answers for the object."""
+        """No state of its own. torch only asks classes with this method; ModelOpt then answers for the object."""
 
     def set_extra_state(self, state: Any) -> None:
         del state
 
     def modelopt_post_restore(self, prefix: str = "") -> None:
-        """There is no weight whose device the amax would have to be on; ModelOpt notes that of the attention here."""
+        """Moves the amax to the device that ModelOpt noted: attention has no weight to follow."""
         self.to(device=self.device)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Megatron's own, which leaves all but sinks out, and the state of the quantizers: the same on all ranks."""
+        """Megatron's own state, which only has sinks, and that of the quantizers, the same on all ranks."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = self.state_dict(prefix="", keep_vars=True)
         more = {name: value for name, value in state.items() if prefix + name not in own}
@@ -83,9 +83,9 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not
 
 @contextlib.contextmanager
 def cache_quantizers(*, wanted: bool = True) -> Iterator[None]:
-    """What ModelOpt makes of a model inside has quantizers for keys and values in Megatron's own attention.
+    """Inside, ModelOpt also inserts quantizers for keys and values into Megatron's own attention.
 
-    Where ModelOpt knows that attention already, from a context around this one or by itself, nothing changes.
+    If ModelOpt already knows that attention, from an outer context or by itself, nothing changes.
     """
     if not wanted or DotProductAttention in QuantModuleRegistry:
         yield

@@ -1,7 +1,7 @@
-"""Megatron's Mamba layers where mamba_ssm, whose kernels need CUDA, is not installed: the same in plain torch.
+"""Megatron's Mamba layers in plain torch, for machines without mamba_ssm, whose kernels need CUDA.
 
-Megatron's mixer takes two things from mamba_ssm, the scan over the sequence and the gated norm. Here the scan is the
-recurrence itself, a step for each token: for tests and the demo, never for a training run.
+Megatron's mixer uses two functions of mamba_ssm: the scan over the sequence and the gated norm. Here the scan is the
+recurrence itself, one step per token: for tests and the demo, never for a training run.
 """
 
 import logging
@@ -19,23 +19,23 @@ from amaxbridge.bridge.megatron.patches import Patch, announce, patched
 
 
 def mixer_class(config: TransformerConfig) -> type[MambaMixer]:
-    """Megatron's mixer for models of `config`; where mamba_ssm is not installed, `TorchMambaMixer`, which is slow.
+    """Megatron's mixer for models of `config`, or without mamba_ssm the slow `TorchMambaMixer`.
 
-    That is announced, and on a machine with a GPU, where nobody would expect it, warned of.
+    The slow mixer is announced; on a machine with a GPU, where nobody would expect it, this is a warning.
     """
     if mamba_mixer.HAVE_MAMBA_SSM:
         return cast(type[MambaMixer], MambaMixer)
-    config.use_mamba_mem_eff_path = False  # which is one kernel for the whole mixer
+    config.use_mamba_mem_eff_path = False  # that path is one kernel for the whole mixer
     announce(
-        "mamba_ssm is not installed: the Mamba layers of this model run in plain torch, token by token. An import is "
-        "no slower for it; install mamba_ssm where the model is trained or calibrated",
+        "mamba_ssm is not installed: the Mamba layers of this model run in plain torch, token by token. This "
+        "does not slow an import; install mamba_ssm where the model is trained or calibrated",
         logging.WARNING if torch.cuda.is_available() else logging.INFO,
     )
     return TorchMambaMixer
 
 
 class TorchMambaMixer(MambaMixer):  # type: ignore[misc]  # Megatron is not typed
-    """Megatron's mixer with `GatedRMSNorm` and `scan` in place of what it takes from mamba_ssm."""
+    """Megatron's mixer with `GatedRMSNorm` and `scan` in place of those of mamba_ssm."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with patched(Patch(mamba_mixer, "HAVE_MAMBA_SSM", True), Patch(mamba_mixer, "ExtendedRMSNorm", GatedRMSNorm)):
@@ -56,7 +56,7 @@ def scan(
         dt: `[batch, length, heads]`, before its bias and softplus.
         A: `[heads]`, negative.
         B, C: `[batch, length, groups, state]`; a group serves consecutive heads.
-        chunk_size: of mamba_ssm's kernel; not used.
+        chunk_size: argument of mamba_ssm's kernel; not used.
         D, dt_bias: `[heads]`.
     """
     heads_per_group = x.shape[2] // B.shape[2]

@@ -1,4 +1,4 @@
-"""Saving and loading a live model as Megatron's training does."""
+"""Saves and loads a live model as Megatron's training does."""
 
 import contextlib
 import inspect
@@ -35,7 +35,7 @@ from amaxbridge.mappings.ranks import Axis
 _PICKLES_ALLOWED = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _PICKLE_REFUSED = (
     "{} holds scaling factors of FP8 training with the delayed recipe. Transformer Engine keeps them as pickles, which "
-    f"may run code, and loads them only where {_PICKLES_ALLOWED}=1 is set in the environment: set it if the checkpoint "
+    f"may run code, and only loads them if {_PICKLES_ALLOWED}=1 is set in the environment: set it if the checkpoint "
     "is your own. An export of the checkpoint does not need them"
 )
 
@@ -50,8 +50,8 @@ def save_checkpoint(model: Model, path: Path, *, iteration: int | None, argument
     the main program again, for many seconds; a plain queue does the same within the process.
 
     Args:
-        iteration: None for weights that training starts from: Megatron's `release`.
-        arguments: what Megatron's training keeps as `args`.
+        iteration: None for the initial weights of a training: Megatron's `release`.
+        arguments: arguments of training, saved as `args`.
     """
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
     directory = path / name
@@ -73,14 +73,14 @@ def load_checkpoint(model: Model, path: Path) -> None:
     """Loads weights and ModelOpt state of a Megatron distributed checkpoint into a freshly built model.
 
     Raises:
-        CheckpointError: no checkpoint, one that does not fit the model, or quantizers that did not get all their state.
+        CheckpointError: there is no checkpoint, it does not fit the model, or a quantizer did not get all of its state.
     """
     directory, chunks = checkpoint_iteration(path), _chunks(model)
     stored = StoredModel(DistCheckpoint(directory))
     try:
         if (directory / "modelopt_state").is_dir():
             cache = any("_bmm_quantizer." in name for name in stored.tensors)
-            printed = contextlib.redirect_stdout(io.StringIO())  # by ModelOpt
+            printed = contextlib.redirect_stdout(io.StringIO())  # ModelOpt prints
             with printed, cache_quantizers(wanted=cache), metadata_without_strides():
                 restore_sharded_modelopt_state(chunks, directory)
     except ValueError as error:
@@ -101,7 +101,7 @@ def load_checkpoint(model: Model, path: Path) -> None:
         for name, chunk in zip(wanted, chunks, strict=True):
             state[name] |= empty[name]
             chunk.load_state_dict(state[name])
-            if any(map(is_quantized, chunk.parameters())):  # codes of delayed scaling need its scale, which came last
+            if any(map(is_quantized, chunk.parameters())):  # delayed scaling: codes need the scale, which came last
                 chunk.load_state_dict(state[name])
     except Exception as error:
         if _PICKLES_ALLOWED in str(error):
@@ -112,9 +112,9 @@ def load_checkpoint(model: Model, path: Path) -> None:
 
 @contextlib.contextmanager
 def metadata_without_strides() -> Iterator[None]:
-    """Inside, Megatron reads the metadata of tensors that torch 2.15 and later write.
+    """Inside, Megatron can read tensor metadata of torch 2.15 and later.
 
-    They have strides. Megatron 0.19 gives all that is known of a tensor to `torch.empty`, which takes none.
+    It includes strides, and Megatron 0.19 passes all metadata to `torch.empty`, which takes no strides.
     """
     original = TorchDistLoadShardedStrategy.load_tensors_metadata
 
@@ -122,7 +122,7 @@ def metadata_without_strides() -> Iterator[None]:
         found = _get_filesystem_reader(checkpoint_dir).read_metadata() if metadata is None else metadata
         for entry in found.state_dict_metadata.values():
             if (properties := getattr(entry, "properties", None)) is not None:
-                vars(properties).pop("strides", None)  # then the default of the class, None
+                vars(properties).pop("strides", None)  # the class default, None, remains
         return original(strategy, checkpoint_dir, found)
 
     TorchDistLoadShardedStrategy.load_tensors_metadata = load
@@ -133,15 +133,15 @@ def metadata_without_strides() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of PyTorch's says, without its advice to load pickles that may run code."""
+    """The text of a PyTorch error, without its advice to load pickles that may run code."""
     return "a pickle in it names objects that may run code" if "weights_only" in str(error) else str(error)
 
 
 def _strategy() -> Any:
-    """Reads a parameter whole before it is quantized.
+    """A strategy that reads a parameter whole before it is quantized.
 
-    Megatron 0.19 would read gate and up of a fused linear one after the other into one FP8 tensor, and the scale that
-    comes with the second would be that of the first, too.
+    Megatron 0.19 would read gate and up of a fused linear into one FP8 tensor in turn; the second's scale would also
+    apply to the first.
     """
     known = inspect.signature(TorchDistLoadShardedStrategy).parameters
     return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False) if "stream_ckpt_dequant" in known else None
@@ -159,10 +159,10 @@ def _spell_as_stored(wanted: dict[str, Any], stored: StoredModel) -> None:
 
 
 def _without_absent_states(wanted: dict[str, Any], stored: StoredModel) -> dict[str, Tensor]:
-    """Takes out the states of modules that the checkpoint does not have, and gives empty ones for them.
+    """Removes the module states that the checkpoint lacks from `wanted`; returns empty ones.
 
-    Each module of Transformer Engine asks for its state, which is empty outside of FP8 training. A checkpoint of
-    Megatron's own layers (`import_hf`) has none. No quantizer is lost here: `_check_buffers` asks for all they hold.
+    Each Transformer Engine module asks for its state, which is empty outside FP8 training. A checkpoint of Megatron's
+    own layers (`import_hf`) has none. No quantizer state is lost: `_check_buffers` checks all of it.
     """
     saved = set(stored.checkpoint.states)
     absent = [
@@ -176,10 +176,10 @@ def _without_absent_states(wanted: dict[str, Any], stored: StoredModel) -> dict[
 
 
 def _prepare_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> None:
-    """Gives each quantizer all buffers that the checkpoint has for it, amax in fp32, NaN until they are loaded.
+    """Gives each quantizer all of its buffers in the checkpoint, amax in fp32, filled with NaN until they are loaded.
 
-    ModelOpt makes them in the model's dtype, and would round. Of the experts of a grouped linear (`TEGroupedMLP`),
-    ModelOpt 0.47 leaves an amax to the first alone: `modelopt_post_restore` resets all and calibrates one again.
+    ModelOpt makes amax buffers in the model's dtype, which would round. In a grouped linear (`TEGroupedMLP`), ModelOpt
+    0.47 leaves an amax only to the first expert: `modelopt_post_restore` resets all and calibrates one again.
     """
     known, quantizers = _stored_buffers(stored), _quantizers(chunks)
     held = {name for names in process_ranks().all_gather_object(Axis.WORLD, list(quantizers)) for name in names}
@@ -199,8 +199,8 @@ def _prepare_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> N
             quantizer.register_buffer(buffer, torch.full_like(like, torch.nan, dtype=dtype))
     if nowhere:
         raise CheckpointError(
-            f"{stored.checkpoint.directory}: the model has no place for {len(nowhere)} values of quantizers, after "
-            f"ModelOpt restored it:{listing(nowhere)}\nExport the checkpoint itself (convert_checkpoint)"
+            f"{stored.checkpoint.directory}: after ModelOpt restored the model, it has no place for "
+            f"{len(nowhere)} values of quantizers:{listing(nowhere)}\nExport the checkpoint itself (convert_checkpoint)"
         )
 
 
@@ -220,7 +220,7 @@ def _check_buffers(chunks: Sequence[LanguageModule], stored: StoredModel) -> Non
 
 
 def _stored_buffers(stored: StoredModel) -> dict[str, list[str]]:
-    """Quantizer, by its global name → the buffers that the checkpoint has."""
+    """Global name of a quantizer → its buffers in the checkpoint."""
     buffers: dict[str, list[str]] = {}
     for name in stored.tensors:
         if is_quantizer_state(name):
@@ -229,7 +229,7 @@ def _stored_buffers(stored: StoredModel) -> dict[str, list[str]]:
 
 
 def _quantizers(chunks: Sequence[LanguageModule]) -> dict[str, Any]:
-    """This rank's quantizers by global name; a stage of a chain as checkpoints name it."""
+    """This rank's quantizers by global name; stages of sequential quantizers are named as in checkpoints."""
     return {re.sub(r"\[(\d+)\]", r"\1", each.name): each.module for each in walk_all_quantizers(chunks)}
 
 
@@ -238,6 +238,6 @@ def _chunks(model: Model) -> list[LanguageModule]:
 
 
 def _sharded_state(chunks: Sequence[LanguageModule]) -> dict[str, Any]:
-    """Under the names that Megatron's training gives them."""
+    """The sharded state of the chunks, under the names of Megatron's training."""
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     return {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}

@@ -1,7 +1,7 @@
-"""Attributes of Megatron, ModelOpt and torch that are replaced for as long as a context lasts, and announced once.
+"""Replaces attributes of Megatron, ModelOpt and torch while a context lasts, and announces it once.
 
-Nothing outside `patched` assigns to a module or class that is not ours: whoever lives in the same process finds it as
-it was once the context has ended, by an exception or not.
+Nothing outside `patched` assigns to a foreign module or class. When the context ends, even by an exception, other code
+in the process finds the original.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _log = logging.getLogger("amaxbridge")
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """An attribute of a module or class, and what it is inside the context."""
+    """An attribute of a module or class, and its value inside the context."""
 
     owner: Any
     name: str
@@ -25,11 +25,10 @@ class Patch:
 
 @contextlib.contextmanager
 def patched(*patches: Patch, why: str | None = None) -> Iterator[None]:
-    """Puts patches in place, and takes them back at the end. Contexts may be nested.
+    """Applies patches, and undoes them at the end. Contexts may be nested.
 
     Args:
-        why: what is replaced, and for what reason: logged when it happens first in this process. None where nobody
-            need know.
+        why: what is replaced and why, logged the first time in this process. None to log nothing.
     """
     if why is not None:
         announce(why)

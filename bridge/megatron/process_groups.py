@@ -28,14 +28,14 @@ def process_ranks() -> ProcessRanks:
 def distributed(
     *, tp: int, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None, seed: int = 1234
 ) -> Iterator[None]:
-    """Megatron's process groups and random seeds for the `torchrun` (or single) process this runs in.
+    """Opens Megatron's process groups and sets random seeds, in a process of `torchrun` or a single one.
 
-    Where there is no CUDA, Megatron and ModelOpt are patched to run on the CPU meanwhile: see `without_cuda`.
+    Without CUDA, Megatron and ModelOpt are patched inside to run on the CPU: see `without_cuda`.
 
     Args:
         vpp: model chunks of each pipeline rank; None for one chunk, without a virtual pipeline.
         ep: expert-parallel size. Experts are spread over the ranks that tensor and data parallelism leave or share.
-        etp: tensor-parallel size of the experts; None for that of the rest of the model, `tp`.
+        etp: tensor-parallel size of the experts; None for `tp`.
     """
     with without_cuda(), process_group():
         parallel_state.initialize_model_parallel(

@@ -1,4 +1,4 @@
-"""A norm that Megatron-Core does not have."""
+"""The query and key norm over all heads, which Megatron-Core lacks."""
 
 import copy
 from functools import partial
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 
 class AllHeadsNorm(nn.Module):
-    """RMS norm of queries or keys over all heads of a token; Megatron's own sees one head.
+    """RMS norm of queries or keys over all heads of a token; Megatron's own covers one head.
 
-    `weight` `[heads · head_dim]` is whole on every tensor-parallel rank, and so is the gradient it gets.
+    `weight` `[heads · head_dim]` and its gradient are whole on every tensor-parallel rank.
 
     Args:
-        field: the configuration's number of heads.
-        hidden_size: of one head, as Megatron's attention passes it.
+        field: name of the number of heads in the configuration.
+        hidden_size: width of one head, as Megatron's attention passes it.
     """
 
     def __init__(self, *, field: str, hidden_size: int, config: TransformerConfig, eps: float) -> None:
@@ -29,7 +29,7 @@ class AllHeadsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, heads: Tensor) -> Tensor:
-        """`[sequence, batch, heads/tp, head_dim]`, the shape it gives back."""
+        """Normalizes `[sequence, batch, heads/tp, head_dim]`; the result has the same shape."""
         token: Tensor = gather_from_tensor_model_parallel_region(heads.flatten(-2))
         normed = nn.functional.rms_norm(token, self.weight.shape, self.weight, self.eps)
         shard: Tensor = scatter_to_tensor_model_parallel_region(normed)
@@ -37,7 +37,7 @@ class AllHeadsNorm(nn.Module):
 
 
 def with_norms_over_all_heads(layer: ModuleSpec) -> ModuleSpec:
-    """A layer's spec with these norms."""
+    """The spec of a layer, with these norms."""
     layer = copy.deepcopy(layer)
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm = partial(AllHeadsNorm, field="num_attention_heads")

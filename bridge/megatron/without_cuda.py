@@ -1,6 +1,6 @@
 """Megatron-Core and ModelOpt on a machine without CUDA: for tests and the demo, never for a training run.
 
-Both frameworks run on gloo and a CPU but for five calls:
+Both frameworks run on gloo and a CPU, except for five calls:
 
 - Megatron asks `torch.cuda.current_device` where to put rotary frequencies and gathered tensors; here the answer
   is the CPU device.
@@ -13,9 +13,9 @@ Both frameworks run on gloo and a CPU but for five calls:
   makes them zero, as engines do with inputs; `NVFP4QTensor`, which exporters use for weights, takes the smallest scale.
   ModelOpt's autograd function stays around it: gradients pass straight through.
 
-`without_cuda` patches these as long as it lasts, and does nothing where CUDA is available. Megatron also needs
-`TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels are CUDA's. Transformer Engine layers and static-block NVFP4
-calibration stay impossible.
+`without_cuda` patches these calls while it lasts, and does nothing if CUDA is available. Megatron also needs
+`TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels need CUDA. Transformer Engine layers and static-block NVFP4
+calibration remain impossible.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ TRANSFORMER_CONFIG_FOR_CPU = MappingProxyType(
         "gradient_accumulation_fusion": False,
     }
 )
-"""The `TransformerConfig` arguments that a CPU needs."""
+"""The `TransformerConfig` arguments that Megatron needs on a CPU."""
 
 _NVFP4_BITS = (4, 2, 8, 4)  # e2m1 values with e4m3 block scales, as ModelOpt spells them: bits, exponent bits, twice
 _E2M1_MAX = 6.0
@@ -57,24 +57,24 @@ def without_cuda() -> Iterator[None]:
     from modelopt.torch.quantization import tensor_quant
 
     with patched(
-        Patch(torch.cuda, "current_device", _current_device),  # Megatron takes it for a device
+        Patch(torch.cuda, "current_device", _current_device),  # Megatron uses the result as a device
         Patch(torch.cuda, "synchronize", _synchronize),
         Patch(torch.Tensor, "cuda", _stay),
         Patch(fused_softmax, "get_sliding_window_causal_mask", _sliding_window_mask),
         Patch(tensor_quant, "dynamic_block_quantize_op", _dynamic_block_quantize),
-        why="No CUDA here: Megatron and ModelOpt run on the CPU. Until they have ended, torch.cuda.current_device, "
+        why="No CUDA here: Megatron and ModelOpt run on the CPU. Meanwhile torch.cuda.current_device, "
         "torch.cuda.synchronize, Tensor.cuda and two functions of theirs are replaced",
     ):
         yield
 
 
 def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
-    """Round `values` `[..., in]` to NVFP4 and back, in the dtype they have.
+    """Rounds `values` `[..., in]` to NVFP4 and back, in their own dtype.
 
     `amax` is the quantizer's per-tensor amax, of any shape with one element. Computes what `fp4_fake_quant_block` does,
     but for the -0.0 of small negative values, which are +0.0 as in `NVFP4QTensor`.
 
-    Raises ValueError when `in` is no multiple of `block_size`.
+    Raises ValueError if `in` is not a multiple of `block_size`.
     """
     if values.shape[-1] % block_size:
         raise ValueError(f"NVFP4 needs rows in blocks of {block_size}; got a tensor of shape {tuple(values.shape)}")
@@ -90,9 +90,9 @@ def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: in
 
 
 def _round_to_e2m1(scaled: torch.Tensor) -> torch.Tensor:
-    """Round fp32 to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, half to even; in place.
+    """Rounds fp32 to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, half to even; in place.
 
-    Between powers of two the grid is even, so `round` does it: steps of 0.5 up to 2, of 1 up to 4, then of 2.
+    Between powers of two the steps are equal, so `round` suffices: steps of 0.5 up to 2, of 1 up to 4, then of 2.
     """
     scaled.clamp_(-_E2M1_MAX, _E2M1_MAX)
     power_of_two = (scaled.view(torch.int32) & _FP32_EXPONENT).view(torch.float32)
@@ -110,7 +110,7 @@ def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
-    """`[queries, keys]`, True where a key is hidden."""
+    """The mask `[queries, keys]`, True where a key is hidden."""
     distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
     return (distance < -window[0]) | (distance > window[1])
 

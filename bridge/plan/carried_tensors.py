@@ -1,6 +1,6 @@
-"""What a model's files hold beside the language model that Megatron trains: a vision tower, and what joins it.
+"""Tensors of a model's files beside the language model that Megatron trains: a vision tower and its projector.
 
-It goes into an export unchanged, from the Hugging Face directory, which must have weights then.
+They go into an export unchanged, from the Hugging Face directory, which must then have weights.
 """
 
 import logging
@@ -19,13 +19,13 @@ _log = logging.getLogger("amaxbridge")
 
 
 def carried_specs(hf: HFModel, *, required: bool) -> dict[str, TensorSpec]:
-    """The tensors that are carried over, by name; none for a model that is a language model.
+    """The tensors that are carried over, by name; none for a pure language model.
 
     Args:
-        required: raise where the directory does not have them; else warn, and give none.
+        required: raise if the directory lacks them; otherwise warn, and return none.
 
     Raises:
-        UsageError: the directory does not have them, or has them quantized.
+        UsageError: the directory lacks these tensors, or they are quantized.
     """
     prefixes = hf.family.carried
     if not prefixes:
@@ -51,7 +51,7 @@ def carried_specs(hf: HFModel, *, required: bool) -> dict[str, TensorSpec]:
 
 
 def carried_tensors(hf: HFModel) -> Iterator[tuple[str, Tensor]]:
-    """The same, read one by one."""
+    """Reads the tensors of `carried_specs`, one by one."""
     if hf.family.carried:
         with SafetensorsCheckpoint(hf.weights_directory) as checkpoint:
             for name in [name for name in checkpoint.tensors if name.startswith(hf.family.carried)]:
@@ -59,7 +59,7 @@ def carried_tensors(hf: HFModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def ignored(hf: HFModel) -> list[str]:
-    """For `ignore`: what is carried over, and a tied head. Engines have them under other names than files, so patterns.
+    """Entries of `ignore` for carried tensors and a tied head: patterns, because names in engines and files differ.
 
     transformers: `model.vision_tower.…`, `lm_head`; files: `vision_tower.…`, `language_model.lm_head`.
     """

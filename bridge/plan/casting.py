@@ -1,8 +1,8 @@
-"""The dtype that an export is written in: that of the checkpoint, of config.json, or one that was asked for.
+"""The dtype that an export is written in: that of the checkpoint, of config.json, or the requested one.
 
-Training keeps weights in fp32 often, and what serves is 16 bits. So fp32 weights become what config.json says. Nothing
-else is cast unasked: between two formats of 16 bits a cast would lose range or bits, and to fp32 it would only double
-the size. config.json of the output says what was written.
+Training often keeps weights in fp32, but engines serve 16 bits. So fp32 weights are cast to the dtype in config.json.
+Nothing else is cast unless requested: a cast between 16-bit formats would lose range or bits, and a cast to fp32 would
+only double the size. config.json of the output names the dtype that was written.
 """
 
 import logging
@@ -29,13 +29,13 @@ _FIELDS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True, slots=True)
 class Casting:
-    """What becomes of the weights' dtype.
+    """The casts of an export.
 
     Args:
-        target: what weights are cast to; None to leave each as it is.
-        kept: how names of tensors end that stay in fp32.
-        written: the dtype of most weights in the output; None where there are none.
-        note: what users must know of it, "" for nothing.
+        target: dtype that weights are cast to; None for no cast.
+        kept: name suffixes of the tensors that stay in fp32.
+        written: the dtype of most weights in the output; None without weights.
+        note: message for users, "" for none.
     """
 
     target: torch.dtype | None
@@ -49,10 +49,10 @@ class Casting:
 
         Args:
             specs: every Hugging Face tensor.
-            wanted: `bfloat16`, `float16` or `float32`; None for what config.json says of fp32 weights.
+            wanted: `bfloat16`, `float16` or `float32`; None to cast only fp32 weights, to the dtype in config.json.
 
         Raises:
-            UsageError: an unknown dtype.
+            UsageError: the dtype is unknown.
         """
         if wanted is not None and wanted not in _DTYPES:
             raise UsageError(f"unknown dtype={wanted}; known: {', '.join(_DTYPES)}")
@@ -64,29 +64,31 @@ class Casting:
             return cls(None, kept, held)
         there, here = _NAMES[held], _NAMES[said]
         if held == torch.float32:
-            note = f"the weights are {there}, and config.json says {here}, which is written; dtype={there} keeps them"
+            note = (
+                f"the weights are {there}, but config.json says {here}: they are cast to it; dtype={there} keeps them"
+            )
             return cls(said, kept, said, note)
         note = (
-            f"the weights are {there}, and config.json says {here}: they stay so, and config.json of the output says so"
+            f"the weights are {there}, but config.json says {here}: they stay {there}, as the output's config.json says"
         )
         return cls(None, kept, held, note)
 
     def specs(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """The tensors of a model as they are written when nothing is quantized."""
+        """The tensors of a model as written unquantized."""
         return {name: replace(spec, dtype=self._dtype(name, spec.dtype)) for name, spec in specs.items()}
 
     def bundle(self, bundle: Bundle) -> Bundle:
-        """A bundle in these dtypes.
+        """The bundle, cast.
 
         Raises:
-            MappingError: a weight is too large for the dtype; names it.
+            MappingError: a weight is too large for the dtype. The message names it.
         """
         if self.target is None:
             return bundle
         return replace(bundle, tensors={name: self._cast(name, rows) for name, rows in bundle.tensors.items()})
 
     def described(self, hf: HFModel) -> HFModel:
-        """The model with a config.json that says what is written, in the fields that it has for it."""
+        """The model with a config.json that names the written dtype, in the fields it already has."""
         if self.written is None:
             return hf
         name, part = _NAMES[self.written], hf.family.language_part
@@ -96,7 +98,7 @@ class Casting:
         return replace(hf, written=fields)
 
     def announce(self) -> None:
-        """Says what users must know."""
+        """Logs the message for users."""
         if self.note:
             _log.warning("%s", self.note)
 
@@ -128,7 +130,7 @@ def _held(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
 
 
 def _said(hf: HFModel) -> torch.dtype | None:
-    """What config.json says, of the language model first; None where it says nothing, or no dtype of weights."""
+    """The dtype in config.json, first that of the language model; None if missing or not a dtype of weights."""
     parts = [hf.written.get(hf.family.language_part, {})] if hf.family.language_part else []
     for fields in (*parts, hf.written):
         for field in _FIELDS:

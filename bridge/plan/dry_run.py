@@ -1,7 +1,7 @@
-"""The plan of an export from a mesh that does not exist: a dry run for a model of any size, on a laptop.
+"""The plan of an export on a mesh that need not exist: a dry run for a model of any size, on a laptop.
 
-What each rank would hold follows from config.json alone, so neither a checkpoint nor Megatron is needed. It is then the
-plan of a live export, made by the code that makes those, with an amax supposed for every quantizer.
+The shards of each rank follow from config.json alone, so neither a checkpoint nor Megatron is needed. The plan is made
+by the code of a live export, with an assumed amax for every quantizer.
 """
 
 from collections import Counter
@@ -36,14 +36,14 @@ _NEVER_QUANTIZED = ("embedding.", "output_layer.", ".router.", "eh_proj.")  # by
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What falls to one rank in an export.
+    """The share of one rank in an export.
 
     Args:
-        held: bytes of its shards of the model, which are there before; 0 where a checkpoint is read from files.
-        bundles: how many it joins, quantizes and writes.
-        received: bytes of shards that come from other ranks.
+        held: bytes of its shards of the live model; 0 if a checkpoint is read from files.
+        bundles: number of bundles that it joins, quantizes and writes.
+        received: bytes of shards from other ranks.
         written: bytes of tensors that it writes.
-        peak: bytes of memory at most, beside its shards: the largest bundle in both forms, and buckets in flight.
+        peak: peak bytes of memory beside its shards: the largest bundle in both forms, and buckets in flight.
     """
 
     held: int
@@ -55,12 +55,12 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class MeshPlan:
-    """A dry run.
+    """A dry run of an export.
 
     Args:
-        mesh: the ranks that were supposed.
-        export: as an export would report it.
-        shares: of each rank, in rank order.
+        mesh: the assumed mesh.
+        export: the report of such an export.
+        shares: the share of each rank, in rank order.
         needed_amax: quantizers whose amax the checkpoint must have.
     """
 
@@ -75,8 +75,8 @@ class ImportPlan:
     """A dry run of an import.
 
     Args:
-        mesh: the ranks that it needs.
-        schemes: scheme → how many Hugging Face modules have it.
+        mesh: the mesh that the import needs.
+        schemes: scheme → number of its Hugging Face modules.
         held: bytes of the bf16 shards of each rank, in rank order.
     """
 
@@ -105,7 +105,7 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveKe
 
 
 def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
-    """The plan of an import at the given sizes: the directory is opened and checked, and nothing is built.
+    """The plan of an import at the given sizes: the directory is checked, and no model is built.
 
     Raises:
         UsageError: Megatron does not compute this model, or it cannot be built at these sizes.
@@ -129,7 +129,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
 
 
 def rank_shares(report: ExportReport, held: Sequence[int]) -> list[RankShare]:
-    """What falls to each rank.
+    """The share of each rank.
 
     Args:
         held: bytes of the shards of each rank.
@@ -155,7 +155,7 @@ def rank_shares(report: ExportReport, held: Sequence[int]) -> list[RankShare]:
 
 
 def _reports(specs: MegatronSpecs, mesh: Mesh) -> Iterator[RankReport]:
-    """What each rank would report; ranks of one place share theirs."""
+    """The report of each rank; ranks of one place share it."""
     held = {
         place: {name: specs.shard(name, mesh.size(specs.mappings[name])) for name in names}
         for place, names in mesh.held(list(specs.mappings)).items()
@@ -167,7 +167,7 @@ def _reports(specs: MegatronSpecs, mesh: Mesh) -> Iterator[RankReport]:
 
 
 def _supposed_state(bundles: Sequence[BundlePlan], recipe: Recipe | None) -> QuantState:
-    """What a calibrated model would have, where ModelOpt's presets put quantizers: an amax of 1 everywhere."""
+    """The state of a model calibrated with ModelOpt's presets, with an amax of 1 everywhere."""
     amax, formats = dict[str, torch.Tensor](), dict[str, str]()
     parts = (part for bundle in bundles for part in bundle.parts) if recipe is not None else ()
     for part in parts:

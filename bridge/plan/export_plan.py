@@ -1,9 +1,8 @@
 """The plan of an export: which bundle is made from what, by whom. Made on specs, before a byte moves.
 
-A bundle is everything that belongs to one fused group of Hugging Face modules: the weights and biases, and the
-per-channel or per-block quantizer state that follows them. Every rank reports what it holds; from the same reports
-every rank computes the same plan, so problems are found everywhere at once and raised together, and no rank is left
-waiting in a collective.
+A bundle holds all tensors of one fused group of Hugging Face modules: the weights and biases, and the per-channel or
+per-block quantizer state that follows them. Every rank reports its tensors, and computes the same plan from the same
+reports. So all ranks find the same problems and raise them together, and none is left waiting in a collective.
 
 Each bundle has one owner among the ranks that hold it (tensor-parallel peers and data-parallel replicas alike); owners
 are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves shards.
@@ -29,9 +28,9 @@ class Part:
     """One Megatron tensor of a bundle.
 
     Args:
-        mapping: resolved; its `megatron_param` is the tensor's global name.
+        mapping: resolved mapping; its `megatron_param` is the tensor's global name.
         shard: shape and dtype of each rank's shard.
-        tensors: the Hugging Face tensors it becomes.
+        tensors: the Hugging Face tensors made from it.
     """
 
     mapping: MegatronParamMapping
@@ -45,12 +44,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BundlePlan:
-    """A bundle on its way.
+    """The plan of one bundle.
 
     Args:
         parts: the Megatron tensors it is made from.
         owner: the world rank that joins, quantizes and writes it.
-        axis: the mesh axis that shards its parts, None when the owner has all of every part.
+        axis: the mesh axis that shards its parts, None if the owner has every part whole.
         group: world ranks that hold the shards, in shard order; the owner is one of them.
     """
 
@@ -71,17 +70,17 @@ class BundlePlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all its Hugging Face tensors."""
+        """Bytes of all its Hugging Face tensors."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
     def moved_parts(self) -> list[Part]:
-        """The parts whose shards must come together at the owner."""
+        """The parts whose shards move to the owner."""
         return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]
 
 
 class RankReport(NamedTuple):
-    """What one rank holds, and its group on each axis that shards parameters."""
+    """The tensors of one rank, and its group on each axis that shards parameters."""
 
     specs: Mapping[str, TensorSpec]
     groups: Mapping[Axis, tuple[int, ...]]
@@ -95,16 +94,16 @@ def plan_export(
     *,
     skip: frozenset[str],
 ) -> list[BundlePlan]:
-    """The bundles of a live model in an order all ranks agree on. Collective over all ranks.
+    """The bundles of a live model, in an order that all ranks agree on. Collective over all ranks.
 
     Args:
-        parameters: of this rank, with the quantizer state that follows them.
+        parameters: this rank's parameters, and the quantizer state that follows them.
         config: the sizes of the model.
         skip: Megatron names that have no tensor of their own on the Hugging Face side (a tied output layer).
 
     Raises:
-        UnmappedParameterError: parameters without a mapping.
-        MappingError: shapes that do not fit, on any rank, or a Hugging Face name that would be written twice.
+        UnmappedParameterError: parameters have no mapping, on any rank.
+        MappingError: shapes do not fit, on any rank, or a Hugging Face name would be written twice.
     """
     specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
     report = RankReport(specs, {axis: ranks.members(axis) for axis in (Axis.TP, Axis.ETP)})
@@ -119,7 +118,7 @@ def plan_stored(
     *,
     skip: frozenset[str],
 ) -> list[BundlePlan]:
-    """As `plan_export`, of a model that each of some processes can read all of: the same in all, without a word."""
+    """As `plan_export`, for processes that each read the whole model: all compute one plan without communication."""
     specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
     reports = [RankReport(specs, dict.fromkeys((Axis.TP, Axis.ETP), (rank,))) for rank in range(processes)]
     return plan_reports(reports, registry, config, skip=skip)
@@ -128,7 +127,7 @@ def plan_stored(
 def plan_reports(
     reports: Sequence[RankReport], registry: MappingRegistry, config: ModelConfig, *, skip: frozenset[str]
 ) -> list[BundlePlan]:
-    """As `plan_export`, from the reports of all ranks, which need not exist."""
+    """As `plan_export`, from the reports of all ranks. The ranks need not exist."""
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
     return _Planner(reports, config).plan(find_mappings(names, registry).values())
 
@@ -137,7 +136,7 @@ def find_mappings(names: Sequence[str], registry: MappingRegistry) -> dict[str, 
     """The resolved mapping of each Megatron name.
 
     Raises:
-        UnmappedParameterError: some have none; all of them are named.
+        UnmappedParameterError: some names have no mapping; all of them are named.
     """
     mappings = {name: found for name in names if (found := registry.megatron_to_hf_lookup(name)) is not None}
     unmapped = [name for name in names if name not in mappings]
@@ -175,7 +174,7 @@ class _Planner:
         bundles: dict[str, list[MegatronParamMapping]] = {}
         for mapping in mappings:
             bundles.setdefault(_bundle_key(mapping), []).append(mapping)
-        largest_first = sorted(bundles, key=lambda key: -self._nbytes(bundles[key]))  # balances the owners better
+        largest_first = sorted(bundles, key=lambda key: -self._nbytes(bundles[key]))  # balances owners better
         planned = {key: self._bundle(bundles[key]) for key in largest_first}
         if self._problems:
             raise MappingError(f"{len(self._problems)} parameters do not fit:{listing(self._problems)}")
@@ -189,7 +188,7 @@ class _Planner:
         names = [mapping.megatron_param for mapping in mappings]
         holders = set(self._holders[names[0]]).intersection(*(self._holders[name] for name in names[1:]))
         if not holders:
-            self._problems.append(f"{', '.join(names)} are fused, and no rank holds all of them")
+            self._problems.append(f"{', '.join(names)} are fused, but no rank holds all of them")
             return BundlePlan((), 0, None, (0,))
         owner = min(holders, key=lambda rank: (self._load[rank], rank))
         sharded = next((mapping for mapping in mappings if mapping.shard_dim is not None), None)
@@ -220,7 +219,7 @@ class _Planner:
         return Part(mapping, shard, tensors)
 
     def _join(self, mapping: MegatronParamMapping, shard: TensorSpec, count: int) -> dict[str, TensorSpec]:
-        """What a mapping joins from equal shards: computed once for all layers and experts, which are alike."""
+        """The specs that a mapping joins from equal shards; computed once for all like layers and experts."""
         kind = type(mapping), kind_of(mapping.megatron_param), *map(kind_of, mapping.targets), shard, count
         if kind not in self._joined:
             joined = mapping.join([shard.meta()] * count, self._config)

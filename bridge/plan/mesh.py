@@ -1,4 +1,4 @@
-"""A Megatron mesh that need not exist: which ranks form a group, and which part of a model each of them holds."""
+"""A Megatron mesh that need not exist: which ranks form a group, and which parameters each rank holds."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _EXPERT = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias)(\d+)$")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of a mesh. Ranks are numbered as Megatron does: TP fastest, then DP, then PP; experts ETP, EP, DP, PP.
+    """Sizes of a mesh. Ranks are numbered as in Megatron: TP fastest, then DP, then PP; experts ETP, EP, DP, PP.
 
     Args:
         vpp: model chunks of each pipeline stage.
@@ -37,13 +37,13 @@ class Mesh:
     def smallest(
         cls, *, tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None
     ) -> "Mesh":
-        """The mesh of the fewest ranks that has these sizes. `etp`: None for `tp`."""
+        """The mesh with these sizes and the fewest ranks. `etp`: None for `tp`."""
         etp = etp or tp
         return cls(tp=tp, pp=pp, dp=math.lcm(tp, ep * etp) // tp, ep=ep, etp=etp, vpp=vpp or 1)
 
     @property
     def world(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return self.tp * self.pp * self.dp
 
     def groups(self) -> dict[Axis, list[list[int]]]:
@@ -64,17 +64,17 @@ class Mesh:
         return {axis: list(groups.values()) for axis, groups in grouped.items()}
 
     def place(self, rank: int) -> tuple[int, int]:
-        """The pipeline stage and the expert-parallel position of a rank: ranks of one place hold the same names."""
+        """The pipeline stage and expert-parallel position of a rank. Ranks of one place hold the same names."""
         return rank // (self.tp * self.dp), rank // self.etp % self.ep
 
     def size(self, mapping: MegatronParamMapping) -> int:
-        """Over how many ranks a parameter's shards are spread."""
+        """Number of ranks that a parameter is sharded over."""
         return self.etp if mapping.axis == Axis.ETP else self.tp
 
     def held(self, names: Sequence[str]) -> Mapping[tuple[int, int], list[str]]:
-        """Which of a model's parameters the ranks of each place hold.
+        """The parameters that the ranks of each place hold.
 
-        Layers are dealt to the stages evenly, the embedding comes first, everything after the layers last.
+        Layers are divided evenly between stages. The first stage has the embedding, the last has the rest.
         """
         layers = [int(found[1]) for name in names if (found := _LAYER.match(name))]
         chunks, count = self.pp * self.vpp, max(layers, default=0) + 1

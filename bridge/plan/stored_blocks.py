@@ -1,7 +1,7 @@
 """Weights that training keeps as codes and scales, in a plan: their formats, and whether their blocks survive the join.
 
-A square block has one scale for 128 rows and columns. A Hugging Face weight has the same blocks if each of its own lies
-in one of Megatron's: cuts between q, k and v, between gate and up, and between ranks must fall on a bound.
+A square block has one scale for 128 rows and columns. A Hugging Face weight has the same blocks if each of its blocks
+lies inside one of Megatron's: cuts between q, k and v, gate and up, and ranks must fall on block boundaries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ BLOCK = 128
 
 
 def stored_formats(plan: Iterable[BundlePlan]) -> dict[str, str]:
-    """Hugging Face module → the format in which its weight is stored, of all that are codes and scales in a plan."""
+    """Hugging Face module → the format of its weight, for all weights that are codes and scales in a plan."""
     return {
         target.removesuffix(STORED_SCALES): "fp8_block" if part.shard.dtype == torch.float32 else "mxfp8"
         for bundle in plan
@@ -32,10 +32,10 @@ def stored_formats(plan: Iterable[BundlePlan]) -> dict[str, str]:
 
 
 def check_blocks(plan: Iterable[BundlePlan], config: ModelConfig) -> None:
-    """Refuses a plan in which a square block of a Hugging Face weight would be put together from several of Megatron's.
+    """Refuses a plan in which a square block of a Hugging Face weight would be made from several Megatron blocks.
 
     Raises:
-        MappingError: names every such weight.
+        MappingError: there are such weights; all of them are named.
     """
     problems, known = list[str](), dict[tuple[object, ...], list[int]]()
     for bundle in plan:
@@ -53,14 +53,14 @@ def check_blocks(plan: Iterable[BundlePlan], config: ModelConfig) -> None:
             problems += [f"{name}, of {weight.megatron_param} {list(shape)} on each of {count} ranks" for name in cut]
     if problems:
         raise MappingError(
-            f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that come from several of Megatron's blocks, "
-            f"with a scale each:{listing(problems)}\n"
-            "scheme=fp8_block makes new blocks of the dequantized weights, scheme=none writes those"
+            f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that come from several Megatron blocks, "
+            f"each with its own scale:{listing(problems)}\n"
+            "scheme=fp8_block quantizes the dequantized weights to new blocks; scheme=none writes them in 16 bits"
         )
 
 
 def _cut_blocks(weight: MegatronParamMapping, shape: Sequence[int], count: int, config: ModelConfig) -> list[int]:
-    """The positions of those Hugging Face weights that have a block of several of the blocks of equal shards."""
+    """The positions of the Hugging Face weights with a block that spans several blocks of the shards."""
     rows, columns = shape
     if count > 1 and weight.shard_dim == 1 and columns % BLOCK:
         return list(range(len(weight.targets)))

@@ -1,4 +1,4 @@
-"""What is made of every tensor of a plan, and what users must know of it."""
+"""Decides what is made of every tensor of a plan, and warns of what users must know."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,30 +32,30 @@ def decide(
     *,
     warn: bool,
 ) -> Finalizer:
-    """What is made of every tensor of a plan, with a warning of amax that differ or had to be filled.
+    """Decides what is made of every tensor of a plan; warns of amax that differ between ranks or had to be filled.
 
-    A model without quantizers is quantized without data, from its weights alone: the tensors are, bit for bit, those
-    that `model_free_ptq` makes of its plain export.
+    A model without quantizers is quantized without data, from its weights alone: the tensors are bit for bit those that
+    `model_free_ptq` makes from its plain export.
 
     Raises:
-        UsageError: there are no quantizers, and the recipe needs what they know.
+        UsageError: the recipe needs calibration, but the model has no quantizers.
     """
     specs = casting.specs(specs_of(plan))
     data_free = recipe is not None and _has_no_quantizers(state, specs)
     if recipe is not None and data_free:
         _check_needs_no_data(recipe)
     finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing)
-    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every consumer, though it has no tensor of its own
+    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every engine, though it has no tensor of its own
     if warn:
         casting.announce()
         _warn(state, finalizer.filled)
     if warn and recipe is not None and data_free:
-        _log.info("the model has no quantizers: scheme=%s is made without data, from the weights alone", recipe.name)
+        _log.info("the model has no quantizers: scheme=%s quantizes the weights alone, without data", recipe.name)
     return finalizer
 
 
 def _has_no_quantizers(state: QuantState, specs: Iterable[str]) -> bool:
-    """True if nothing was calibrated, nor meant to be."""
+    """True if the model has no quantizer state at all."""
     return not (state.formats or state.amax or state.missing or any(map(is_quantizer_state, specs)))
 
 

@@ -1,8 +1,8 @@
-"""What a model is made of, without weights: Hugging Face tensors by name, and the Megatron tensors they become.
+"""The tensors of a model without its weights: Hugging Face tensors by name, and the Megatron tensors made from them.
 
-Names and shapes come from transformers' own model, built on the meta device, and from the conversion that it publishes
-of its names to those of files; layers for multi-token prediction (MTP), which it does not build, are added. There is no
-second table of shapes here that could disagree.
+Names and shapes come from transformers' own model, built on the meta device, and from transformers' conversion of names
+to those in files. Layers for multi-token prediction (MTP), which transformers does not build, are added. There is no
+second table of shapes that could disagree.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 
 def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
-    """Every tensor of the language model in the files, on the meta device, experts one by one.
+    """Every tensor of the language model in its files, on the meta device, with experts one by one.
 
     Raises:
         UsageError: transformers cannot build the model.
@@ -30,21 +30,21 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
     """
     need("The list of a model's tensors", "transformers")
     if hf.file_tensors is None:
-        raise UsageError(f"transformers has no causal language model for what {hf.source} describes: correct it")
+        raise UsageError(f"transformers has no causal language model that {hf.source} describes: correct it")
     tensors = hf.file_tensors
     return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
 
 
 class MegatronSpecs:
-    """The Megatron tensors of a model, and the shape of a shard of each.
+    """The Megatron tensors of a model, and the shapes of their shards.
 
     Args:
         hf: the model.
         config: its sizes; `hf.model_config` unless the vocabulary is padded.
 
     Raises:
-        UsageError: transformers cannot build the model, or it has tensors that no mapping takes, which an export would
-            leave out; all are named.
+        UsageError: transformers cannot build the model, or the model has tensors that no mapping takes, which an
+            export would drop; all are named.
     """
 
     def __init__(self, hf: HFModel, config: ModelConfig) -> None:
@@ -67,7 +67,7 @@ class MegatronSpecs:
             )
 
     def shard(self, name: str, size: int) -> TensorSpec:
-        """Of a parameter that is spread over `size` ranks; computed once for each kind."""
+        """Shape and dtype of a parameter's shard, if sharded over `size` ranks; computed once for each kind."""
         key = kind_of(name), size
         if key not in self._known:
             mapping = self.mappings[name]
@@ -76,9 +76,9 @@ class MegatronSpecs:
         return self._known[key]
 
     def disagreements(self, found: Mapping[str, TensorSpec]) -> list[str]:
-        """One line for each kind of tensor that `found`, by global Megatron name, has in another shape, or lacks.
+        """One line for each kind of tensor that `found` (by global Megatron name) lacks, adds, or has in another shape.
 
-        A vocabulary may be padded. Names that no mapping takes are left to the plan.
+        A vocabulary may be padded. The plan refuses names that no mapping takes.
         """
         missing = [name for name in self.mappings if name not in found]
         more = [name for name in found if name not in self.mappings and self._registry.megatron_to_hf_lookup(name)]
@@ -97,7 +97,7 @@ def _fits(found: TensorSpec, expected: TensorSpec, name: str) -> bool:
 
 
 def _by_kind(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each kind with how many there are, and one of its names."""
+    """Each kind with its count, and one of its names."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(kind_of(name), []).append(name)
@@ -106,7 +106,7 @@ def _by_kind(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Packed experts as the tensors of each expert."""
+    """Unpacks experts: the tensors of each expert in place of the packed ones."""
     layout = hf.family.packed_experts
     for name, tensor in tensors.items():
         experts, packed, kind = name.rpartition(".experts.")
@@ -122,7 +122,7 @@ def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
 
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DeepSeek's, after the last layer: each like that, and what joins them."""
+    """DeepSeek's MTP layers: each like the last decoder layer, with the tensors around it."""
     count = hf.config.get("num_nextn_predict_layers", 0)
     first = hf.config.get("num_hidden_layers", 0)
     last = f"model.layers.{first - 1}."
@@ -137,7 +137,7 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _hybrid_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Nemotron-H's, beside the decoder: each like the first decoder layer of its kind, and what joins them."""
+    """Nemotron-H's MTP layers: each like the first decoder layer of its kind, with the tensors around it."""
     if hf.family.hybrid_pattern is None:
         return {}
     decoder, kinds, depths = read_pattern(hf.family.layer_pattern(hf.config))

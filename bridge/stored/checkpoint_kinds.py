@@ -1,7 +1,7 @@
-"""What a directory or a checkpoint is when it is not a Megatron checkpoint that can be exported as it lies: one table.
+"""The kinds of directories and checkpoints that cannot be exported as they are: one table.
 
-Files and tensors are known by their names, tensors by their shapes too where a name says nothing. Each kind says what
-it is called and what to do next. The first kind that fits is the one.
+Files and tensors are recognized by their names, and tensors also by their shapes if a name says nothing. Each kind has
+a name and a next step. The first kind that fits applies.
 
 Sources: `megatron.training.checkpointing` (formats, names of directories), Megatron-FSDP, Megatron-Bridge's PEFT, NeMo,
 DeepSpeed, PEFT and torchtitan for the names that each of them writes.
@@ -18,7 +18,7 @@ from amaxbridge.mappings.tensors import TensorSpec
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
 _ITERATION = re.compile(r"iter_\d{7}|release")
-_MOST_FILES = 4096  # of a directory, that are looked at
+_MOST_FILES = 4096  # files of a directory that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Kind:
     """A kind of directory or checkpoint.
 
     Args:
-        sign: matches a line of it from its beginning: the path of a file, or a tensor's name and shape, `name [8, 4]`.
+        sign: pattern for the start of a line: the path of a file, or a tensor's name and shape, `name [8, 4]`.
         what: completes "this is …".
-        next_step: what its user can do, a sentence.
-        every: the sign must match all lines, and not any.
+        next_step: what the user can do, as a sentence.
+        every: the sign must match all lines instead of any line.
     """
 
     sign: str
@@ -38,7 +38,7 @@ class Kind:
     every: bool = False
 
     def fits(self, lines: Collection[str]) -> bool:
-        """True if these are the files, or the tensors, of this kind."""
+        """True if these files or tensors are of this kind."""
         found = (re.match(self.sign, line) is not None for line in lines)
         return bool(lines) and (all(found) if self.every else any(found))
 
@@ -65,7 +65,7 @@ DIRECTORIES: tuple[Kind, ...] = (
     Kind(
         r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_|layer_\d+-model_)|global_step\d+(/|$)",
         "a DeepSpeed checkpoint",
-        "DeepSpeed's zero_to_fp32.py makes a Hugging Face checkpoint of it: amaxbridge quantize takes that",
+        "Make a Hugging Face checkpoint of it with DeepSpeed's zero_to_fp32.py, then use amaxbridge quantize",
     ),
     Kind(
         r".*/\.z(array|group|attrs)$",
@@ -90,19 +90,17 @@ DIRECTORIES: tuple[Kind, ...] = (
     Kind(
         r"[^/]*\.distcp$|\.metadata\.tmp$",
         "the beginning of a distributed checkpoint: tensors without .metadata, which is written last. Its save was "
-        "interrupted, or goes on still (--async-save)",
+        "interrupted, or is still running (--async-save)",
         "Wait for the save, or give an earlier iteration",
     ),
-    Kind(
-        r".*\.gguf$", "a GGUF file of llama.cpp", "transformers reads it (gguf_file=): save that model, and quantize it"
-    ),
+    Kind(r".*\.gguf$", "a GGUF file of llama.cpp", "Load it in transformers (gguf_file=), save it, and quantize that"),
     Kind(
         r"[^/]*\.(ckpt|pt|pth|bin)$",
-        "a checkpoint of PyTorch pickles, of another training framework",
+        "a checkpoint of PyTorch pickles, from another training framework",
         "Save it from that framework in Megatron's torch_dist, or in Hugging Face's format for amaxbridge quantize",
     ),
 )
-"""Of a directory without `.metadata`, by its files."""
+"""Kinds of a directory without `.metadata`, by its files."""
 
 _LAYER = r"layers\.(\d+\.)?"
 _ADAPTER = r"(.*\.(adapter\w*|lora_[abAB]\w*|magnitude|weight_magnitude)(\.|\s)|.*\blora_[AB]\b)"
@@ -127,12 +125,12 @@ TENSORS: tuple[Kind, ...] = (
     Kind(
         r"(.*\.)?_?teacher_model\.",
         "a model under distillation, with its teacher",
-        "Export the student: mtd.export in ModelOpt, then save again",
+        "Export the student with ModelOpt's mtd.export, then save it again",
     ),
     Kind(
         r"(.*\.)?(eagle_module|eagle_\w+|medusa_heads?)\.",
         "a model with a draft model for speculative decoding (EAGLE, Medusa)",
-        "Save the model without it; ModelOpt exports drafts",
+        "Save the model without the draft; ModelOpt exports drafts",
     ),
     Kind(
         r"language_model\.(encoder|transformer)\.",
@@ -147,7 +145,7 @@ TENSORS: tuple[Kind, ...] = (
     Kind(
         r"encoder\.layers\.|(binary_head|pooler|lm_head)\.(?!.*\[1, )|.*\.(inter|cross)_attention\.\w",
         "an encoder, or an encoder with a decoder (BERT, T5)",
-        "Decoders are exported only",
+        "Only decoders can be exported",
     ),
     Kind(
         rf"(model\.)?(embed_tokens|tok_embeddings)\.|(\w+\.)*{_LAYER}(self_attn|attention|feed_forward)\.",
@@ -157,29 +155,29 @@ TENSORS: tuple[Kind, ...] = (
     Kind(
         r"\w*(head|reward|value|score|critic|classifier)\w*(\.|\s)|output_layer\.\w+ \[[1-9](,|\])",
         "a model with a head in place of an output layer (a reward model, a critic or a classifier)",
-        "Models of language are exported only: give the checkpoint of the policy",
+        "Only language models can be exported: give the checkpoint of the policy",
     ),
     Kind(
         r"(?!decoder\.|embedding\.|output_layer\.|mtp\.)(\w+\.)+(decoder\.layers|embedding\.word_embeddings)\.",
-        "a Megatron model inside another module, which is before every name",
+        "a Megatron model inside another module, whose name precedes every tensor name",
         "Save the model itself, without the wrapper of the training framework, and give that",
     ),
 )
-"""Of a distributed checkpoint, by its tensors, the optimizer's left out."""
+"""Kinds of a distributed checkpoint, by its tensors, without those of the optimizer."""
 
 OPTIMIZER = Kind(
     "",
     "the state of an optimizer without a model",
-    "Give a checkpoint with the model: one of a training without --no-save-model, say",
+    "Give a checkpoint that holds the model, saved without --no-save-model",
 )
 
 
 def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kind | None:
-    """The kind of a distributed checkpoint, None where nothing speaks against a plain model.
+    """The kind of a distributed checkpoint, None for a plain model.
 
     Args:
         model: the tensors that belong to no optimizer.
-        any_others: there are others.
+        any_others: True if the checkpoint has other tensors.
     """
     if not model and any_others:
         return OPTIMIZER
@@ -188,24 +186,24 @@ def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kin
 
 
 def kind_of_directory(path: Path) -> Kind | None:
-    """The kind of a directory that is no distributed checkpoint."""
+    """The kind of a directory without a distributed checkpoint, None if unknown."""
     lines = files_in(path)
     return next((kind for kind in DIRECTORIES if kind.fits(lines)), None)
 
 
 def why_not(path: Path) -> str:
-    """What is at a path that is no distributed checkpoint, and what to do next: completes "is no …:"."""
+    """What is at a path without a distributed checkpoint, and what to do next: completes "is not a …: …"."""
     if not path.exists():
         return "there is nothing at this path"
     if path.is_file():
-        return "it is a file; give the directory that it lies in"
+        return "it is a file; give the directory that contains it"
     found = iterations(path)
     if (path / LATEST).is_file():
         text = (path / LATEST).read_text(errors="replace").strip()
-        there = f"there are {', '.join(found)}: give one of them" if found else "there is no iteration at all"
+        there = f"there are {', '.join(found)}: give one of them" if found else "there is no iteration either"
         return f"{LATEST} says {text[:40]!r}, whose checkpoint is not there; {there}"
     if found:
-        return f"it has iterations, and no {LATEST}: give one of {', '.join(found)} in it"
+        return f"it has iterations but no {LATEST}: give one of {', '.join(found)} in it"
     kind = kind_of_directory(path)
     if kind is not None:
         return f"it is {kind.what}. {kind.next_step}"
@@ -216,18 +214,18 @@ def why_not(path: Path) -> str:
 
 
 def is_training_output(path: Path) -> bool:
-    """True if a directory is what Megatron's training saves, or one iteration of it, whatever the format."""
+    """True if a directory is Megatron's save directory, or one iteration in it, in any format."""
     ranks = any(path.glob("mp_rank_*")) or any(path.glob("*.distcp"))
     return ranks or (path / LATEST).is_file() or (path / METADATA).is_file() or bool(iterations(path))
 
 
 def iterations(path: Path) -> list[str]:
-    """The iteration directories in a training's save directory, in order."""
+    """The iteration directories in a save directory of training, in order."""
     return sorted(each.name for each in path.iterdir() if each.is_dir() and _ITERATION.fullmatch(each.name))
 
 
 def files_in(path: Path) -> list[str]:
-    """Files of a directory and of the directories in it, by relative path; the beginning of a large one."""
+    """The files in a directory and two levels below, by relative path; the first ones of a large directory."""
 
     def below(directory: Path, prefix: str, depth: int) -> Iterable[str]:
         for each in sorted(directory.iterdir()):

@@ -1,8 +1,8 @@
-"""The model that the arguments saved in a Megatron checkpoint describe, where no Hugging Face directory does.
+"""The model described by the arguments saved in a Megatron checkpoint, if no Hugging Face directory is given.
 
-Every family is asked: its tables are read from Megatron to Hugging Face, transformers fills in its defaults, and the
-result is read back. The family is the model's where that gives every setting that was saved, and Megatron's default of
-every other: nothing is exported as something else. Where several fit, the tensors decide.
+Every family is tried: its tables turn the arguments into a Hugging Face config, transformers fills in its defaults, and
+the result is read back. The family fits if this gives every saved setting, and Megatron's default of every other
+setting, so that nothing is exported as another model. If several families fit, the tensors decide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A family that was asked: the model, or what speaks against it."""
+    """A family that was tried: the model, or why it does not fit."""
 
     family: ModelFamily
     hf: HFModel | None
@@ -33,7 +33,7 @@ class _Attempt:
 
 
 def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, vocab_size: int | None = None) -> HFModel:
-    """The model of a checkpoint; `AutoBridge.from_megatron_checkpoint` documents arguments and errors."""
+    """The model of a checkpoint. Arguments and errors: see `AutoBridge.from_megatron_checkpoint`."""
     opened = DistCheckpoint(checkpoint)
     check_kind(opened)
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
@@ -45,7 +45,7 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     families = FAMILIES if architecture is None else [family_of({"architectures": [architecture]})]
     families = [family for family in families if not family.carried]
     if not families:
-        raise UsageError(f"{architecture} has parts that are not in a Megatron checkpoint: give its hf= with weights")
+        raise UsageError(f"{architecture} has modules beside Megatron's model: give hf= a directory with their weights")
     attempts = [_attempt(family, settings, embedding.dtype, padded=size is None) for family in families]
     fitting = [attempt.hf for attempt in attempts if attempt.hf is not None]
     if len(_kinds(fitting)) > 1:
@@ -59,7 +59,7 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
 
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:
-    """An architecture for each kind: models of equal settings and the same mappings compute the same."""
+    """One architecture for each set of mappings: models with equal settings and the same mappings are alike."""
     return list({id(hf.family.mappings): hf.family.architectures[0] for hf in models}.values())
 
 
@@ -72,14 +72,14 @@ def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded
         tables = {**family.transformer, **family.model, **family.layers}
         missing = [name for name in tables if filled.get(name) is None and DEFAULTS.get(name, "none") is not None]
         if missing:
-            return _Attempt(family, None, [*(f"{argument(name)} is not among them" for name in missing), *unlike])
+            return _Attempt(family, None, [*(f"{argument(name)} was not saved" for name in missing), *unlike])
         hf = make_hf_model(family.architectures[0], family.hf_config(filled), dtype)
         expected = family.settings(hf.config)
     except AmaxbridgeError as error:
         return _Attempt(family, None, [str(error), *unlike])
     ours, theirs = in_use(filled), in_use(expected)
     problems = [
-        f"{argument(name)}: {ours.get(name)}, and the family has {theirs.get(name)}"
+        f"{argument(name)}: {ours.get(name)}, but the family has {theirs.get(name)}"
         for name in differences(filled, expected)
     ]
     if problems:
@@ -90,21 +90,21 @@ def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded
 def _nothing_fits(directory: Path, attempts: Sequence[_Attempt]) -> str:
     nearest = min(attempts, key=lambda attempt: len(attempt.problems))
     return (
-        f"the arguments saved in {directory} are of no family that is known; the nearest is "
+        f"the arguments saved in {directory} are of no known family; the nearest is "
         f"{', '.join(nearest.family.architectures)}, but for:{listing(nearest.problems)}\n"
         "Give the hf= of the model that was trained"
     )
 
 
 def _notes(hf: HFModel, settings: Settings, *, padded: bool) -> Iterator[str]:
-    """What users of an output have to know."""
+    """What users of the output must know."""
     tokenizer = settings.get("tokenizer_model")
     name = f": {tokenizer}" if isinstance(tokenizer, str) and not Path(tokenizer).is_absolute() else ""
-    yield "there is no tokenizer here: copy the files of the one that training used" + name
-    yield f"config.json, of {hf.family.architectures[0]}, is made of the arguments that training saved"
+    yield "the output has no tokenizer: copy the files of the one that training used" + name
+    yield f"config.json, of {hf.family.architectures[0]}, was made from the arguments that training saved"
     if padded:
         yield f"vocab_size is {settings['vocab_size']:,}, which Megatron padded; vocab_size= gives the tokenizer's own"
     used = in_use(hf.family.settings(hf.config)).keys() & hf.family.settings(hf.config).keys()
     unsaid = [name for name in DEFAULTS if name in used and name not in settings and DEFAULTS[name] is not None]
     if unsaid:
-        yield f"the saved arguments have no {', '.join(map(argument, unsaid))}: Megatron's defaults are taken"
+        yield f"the saved arguments have no {', '.join(map(argument, unsaid))}: Megatron's defaults were used"

@@ -1,15 +1,14 @@
 """`.metadata` of a distributed checkpoint, read as data.
 
-It is a pickle, and PyTorch would import whatever it names. Here the unpickler gets stand-ins: empty classes, made anew
-for each load, that keep what a pickle gives them. Nothing that a pickle does to them outlives the load. PyTorch's own
+It is a pickle, and PyTorch would import whatever it names. Here the unpickler gets stand-ins: empty classes, made for
+each load, that keep what a pickle gives them. Nothing that a pickle does to them outlives the load. PyTorch's own
 dataclasses are then built from checked values.
 
-`inert_pickle` reads pickles without an unpickler, which is safer still, but ten times slower: the metadata of a large
-    model is tens
-of megabytes.
+`inert_pickle` reads pickles without an unpickler, which is safer still but ten times slower, and the metadata of a
+large model is tens of megabytes.
 
-Source: torch.distributed.checkpoint.metadata and .filesystem; megatron.core.dist_checkpointing.strategies.torch,
-    `MCoreMetadata`.
+Source: torch.distributed.checkpoint.metadata and .filesystem; `MCoreMetadata` of
+megatron.core.dist_checkpointing.strategies.torch.
 """
 
 import pickle
@@ -38,7 +37,7 @@ _KNOWN = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
-    *((f"{_OF_TORCH}.planner", name) for name in (  # the plans of saving ranks, which Megatron keeps here
+    *((f"{_OF_TORCH}.planner", name) for name in (  # the plans of saving ranks, which Megatron keeps in .metadata
         "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
     )),
     (f"{_OF_TORCH}.filesystem", "_StorageInfo"),
@@ -48,15 +47,15 @@ _KNOWN = {
     ("pathlib", "PosixPath"),
 }  # fmt: skip
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_MOST = 1 << 62  # of bytes or of elements: no file is larger
+_MOST = 1 << 62  # bytes or elements: no file is larger
 
 
 def read_metadata(file: Path) -> Metadata:
     """Reads `.metadata`.
 
     Raises:
-        CheckpointError: the file is damaged, names other classes or functions than those that describe a checkpoint, or
-            names files outside of its directory.
+        CheckpointError: the file is damaged, names classes or functions that do not describe a checkpoint, or names
+            files outside its directory.
     """
     try:
         with file.open("rb") as stream:
@@ -69,7 +68,7 @@ def read_metadata(file: Path) -> Metadata:
 
 
 class _StandIn:
-    """What a pickle would have constructed: the arguments, and the state that it would have been given."""
+    """An object that a pickle would have constructed: its arguments and its state."""
 
     arguments: tuple[Any, ...]
     state: Any
@@ -84,7 +83,7 @@ class _StandIn:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives stand-ins for known names, and refuses all others."""
+    """Gives stand-ins for known names and refuses all other names."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)

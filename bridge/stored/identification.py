@@ -1,7 +1,7 @@
-"""What a checkpoint is, and all in which it disagrees with config.json, at once, before anything else.
+"""What a checkpoint is, and everything in which it disagrees with config.json: checked at once, before anything else.
 
-A mapping notices a shape that it cannot take apart, and no more: half the layers, or other widths that divide as well,
-would be exported in silence.
+A mapping only notices a shape that it cannot split: half the layers, or another width that divides as well, would be
+exported silently.
 """
 
 import re
@@ -33,8 +33,8 @@ def check_described(stored: StoredModel, hf: HFModel) -> None:
     """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
 
     Raises:
-        CheckpointError: the checkpoint is of a kind that is not exported (see `checkpoint_kinds`), or they disagree.
-        MissingExtraError: there is nothing to compare with: no arguments, and transformers is not installed.
+        CheckpointError: the checkpoint is of a kind that cannot be exported (see `checkpoint_kinds`), or disagrees.
+        MissingExtraError: nothing can be compared: no arguments are saved, and transformers is not installed.
     """
     check_kind(stored.checkpoint)
     found = _disagreements(stored, hf)
@@ -46,7 +46,7 @@ def check_described(stored: StoredModel, hf: HFModel) -> None:
 
 
 def check_kind(checkpoint: DistCheckpoint) -> None:
-    """Raises CheckpointError for a checkpoint that is not a plain model of language; says what it is."""
+    """Raises CheckpointError for a checkpoint that is not a plain language model. The message says what it is."""
     if kind := _kind_of(checkpoint):
         raise CheckpointError(f"{checkpoint.directory} is {kind.what}. {kind.next_step}")
 
@@ -71,7 +71,7 @@ def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
 
 
 def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
-    """One line for each kind of tensor that is not what the model has; none where transformers is not installed.
+    """One line for each kind of tensor that differs from the model's; empty if transformers is not installed.
 
     Raises:
         UsageError: as `MegatronSpecs`.
@@ -88,18 +88,18 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
 
 
 def _other_sizes(held: Mapping[str, TensorSpec], specs: MegatronSpecs) -> Iterator[str]:
-    """What most often makes two models different, in a user's words: layers, hidden size, vocabulary, experts."""
+    """The most frequent differences, in a user's words: layers, experts, hidden size, vocabulary."""
     expected = {name: specs.shard(name, 1) for name in specs.mappings}
     for what, there, wanted in zip(_SIZES, _sizes(held), _sizes(expected), strict=True):
         padded = what == _ROWS and there > wanted
         if there != wanted and not padded:
-            yield f"the checkpoint has {there} {what}, and config.json says {wanted}"
+            yield f"the checkpoint has {there} {what}, but config.json says {wanted}"
     if _OUTPUT_LAYER in expected and _OUTPUT_LAYER not in held and _EMBEDDING in held:
         yield "the checkpoint has no output layer: it is of a model with tied embeddings (tie_word_embeddings), or cut"
 
 
 def _sizes(tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
-    """As `_SIZES` names them; 0 for what is not there."""
+    """The sizes that `_SIZES` names; 0 for those that are missing."""
     layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
     experts = {found[1] for name in tensors if (found := _EXPERT.search(name))}
     embedding = tensors.get(_EMBEDDING)
@@ -107,7 +107,7 @@ def _sizes(tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
 
 
 def identify(checkpoint: Path) -> str:
-    """What a checkpoint is of, as far as its tensors and saved arguments tell, for a person who has to find its config.
+    """What its tensors and saved arguments tell of a checkpoint's model, for a person who has to find its config.
 
     Raises:
         CheckpointError: not a distributed checkpoint.
@@ -127,6 +127,6 @@ def identify(checkpoint: Path) -> str:
         if all(found):
             used = {(type(mapping), kind_of(mapping.megatron_param)) for mapping in found if mapping}
             unused[family.architectures[0]] = len(family.mappings) - len(used)
-    likely = sorted(unused, key=lambda name: unused[name])  # those that would have the fewest others first
+    likely = sorted(unused, key=lambda name: unused[name])  # the families with the fewest unused mappings first
     what = f"may be of {', '.join(likely)}" if likely else "has the tensors of no family that is known"
     return f"{opened.directory} {what}; {said}"

@@ -1,9 +1,9 @@
-"""Pickles of others, read as data: nothing is imported, called or constructed.
+"""Untrusted pickles, read as data: nothing is imported, called or constructed.
 
 Megatron, ModelOpt and Transformer Engine pickle what is not a tensor, and a pickle may name any function to be called.
-`read_pickle` walks the opcodes itself. Containers, numbers, strings and torch dtypes become what they are; a global
-becomes a `Named`, and what the pickle would have constructed becomes a `Made`. A caller looks for what it knows in the
-result, and ignores or refuses the rest. Sizes are bounded, so that a small file cannot grow without end.
+`read_pickle` walks the opcodes itself. Containers, numbers, strings and torch dtypes keep their types; a global
+becomes a `Named`, and an object that the pickle would have constructed becomes a `Made`. A caller looks for what it
+knows in the result, and ignores or refuses the rest. Sizes are bounded, so that a small file cannot grow without end.
 
 Opcodes: pickletools of the standard library. Archive layout: torch.save since 1.6, a zip file with one `data.pkl`.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 _MOST_BYTES = 64 << 20
-_MOST_VALUES = 1 << 21  # with a container counted at each of its places
+_MOST_VALUES = 1 << 21  # a container counts at each of its places
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _LITERALS = (
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -31,12 +31,12 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 
 class NotReadable(ValueError):
-    """Bytes that are no pickle, damaged ones, or a pickle beyond the limits."""
+    """The bytes are not a pickle, are damaged, or exceed the limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A class or function that a pickle names; never looked up."""
+    """A class or function that a pickle names. It is never looked up."""
 
     module: str
     name: str
@@ -47,13 +47,13 @@ class Named:
 
 @dataclass(eq=False, slots=True)
 class Made:
-    """What a pickle would have constructed.
+    """An object that a pickle would have constructed.
 
     Args:
         by: the class or function.
-        arguments: what it would have been called with.
-        state: what the object would have been given then, None for nothing.
-        items: what would have been put into it: a dict's, or a list's by position.
+        arguments: the arguments of its call.
+        state: the state set afterwards, None for none.
+        items: the items added: those of a dict, or those of a list by position.
     """
 
     by: Any
@@ -64,17 +64,17 @@ class Made:
 
 _ORDERED_DICT, _SIZE = Named("collections", "OrderedDict"), Named("torch", "Size")
 _PERSISTENT = Named("", "persistent_load")
-_HASHED = (str, bytes, int, float, bool, type(None), torch.dtype, Named, Made)  # by what they are, or by identity
+_HASHED = (str, bytes, int, float, bool, type(None), torch.dtype, Named, Made)  # by value, or by identity
 
 
 def read_pickle(data: bytes) -> Any:
     """The value of a pickle; see the module.
 
     Raises:
-        NotReadable: no whole pickle, or beyond the limits.
+        NotReadable: the pickle is incomplete or exceeds the limits.
     """
     if len(data) > _MOST_BYTES:
-        raise NotReadable(f"{len(data):,} bytes, more than a state has")
+        raise NotReadable(f"{len(data):,} bytes, more than any state has")
     try:
         value = _Machine().run(data)
     except NotReadable:
@@ -86,10 +86,10 @@ def read_pickle(data: bytes) -> Any:
 
 
 def read_archive(data: bytes) -> Any:
-    """As `read_pickle`, of what `torch.save` wrote. A byte tensor of which a state consists becomes its bytes.
+    """As `read_pickle`, for a file of `torch.save`. A state that is one byte tensor becomes its bytes.
 
     Raises:
-        NotReadable: not such a file, or beyond the limits.
+        NotReadable: the file is of another kind, or exceeds the limits.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -100,7 +100,7 @@ def read_archive(data: bytes) -> Any:
 
             def read(path: PurePosixPath) -> bytes:
                 if path not in paths or paths[path].file_size > _MOST_BYTES:
-                    raise NotReadable(f"{path} is missing, or larger than a state is")
+                    raise NotReadable(f"{path} is missing, or larger than any state")
                 return archive.read(paths[path])
 
             value = read_pickle(read(root / "data.pkl"))
@@ -114,17 +114,17 @@ def read_archive(data: bytes) -> Any:
 
 
 def is_archive(data: bytes) -> bool:
-    """True of what `torch.save` wrote, in contrast to a bare pickle."""
+    """True if `torch.save` wrote the data, False for a bare pickle."""
     return data.startswith(b"PK\x03\x04")
 
 
 def names_in(value: Any) -> Iterator[str]:
-    """What a value that was read would have imported, by full name, each once."""
+    """The full names of everything that a value would have imported, each once."""
     yield from dict.fromkeys(str(each) for each in _walk(value) if isinstance(each, Named))
 
 
 def _byte_tensor(value: Any) -> str | None:
-    """The key of the storage of a one-dimensional uint8 tensor that is all of its storage, None of anything else."""
+    """The key of the storage of a one-dimensional uint8 tensor that is all of its storage; None for anything else."""
     match value:
         case Made(by=Named("torch._utils", "_rebuild_tensor_v2"), arguments=(Made() as stored, 0, (size,), (1,), *_)):
             match stored.arguments:
@@ -147,14 +147,14 @@ def _walk(value: Any) -> Iterator[Any]:
 
 
 def _check_expanded(value: Any) -> None:
-    """Refuses a value that contains itself, or would grow beyond all measure where it is compared or printed."""
+    """Refuses a value that contains itself, or that would grow without bound when compared or printed."""
     for count, _ in enumerate(_walk(value)):
         if count > _MOST_VALUES:
             raise NotReadable(f"more than {_MOST_VALUES:,} values, or a container that contains itself")
 
 
 class _Machine:
-    """The stack machine that pickles are programs for. A set becomes a list, an OrderedDict a dict."""
+    """The stack machine that runs pickles. A set becomes a list, an OrderedDict a dict."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -166,7 +166,7 @@ class _Machine:
             if opcode.name == "STOP":
                 return self._stack.pop()
             if count > 2 * _MOST_VALUES:
-                raise NotReadable("it never seems to end")
+                raise NotReadable("it has too many opcodes")
             self._step(opcode.name, argument)
         raise NotReadable("it has no end")
 
@@ -262,7 +262,7 @@ def _make(by: Any, arguments: Any) -> Any:
     if by == _SIZE and isinstance(arguments, tuple) and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
         return tuple(arguments[0])
     match by, arguments:
-        case Named("_codecs", "encode"), (str(text), "latin1"):  # bytes, in protocols that have none
+        case Named("_codecs", "encode"), (str(text), "latin1"):  # bytes, in protocols without an opcode for them
             return text.encode("latin1")
     return Made(by, arguments)
 
@@ -281,7 +281,7 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _set_items(target: Any, flat: list[Any]) -> None:
-    """Keys and values by turns. A key must be hashed without walking through what it holds."""
+    """Adds items from alternating keys and values. Hashing a key must not walk through its content."""
     items = target.items if isinstance(target, Made) else target
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         parts = key if isinstance(key, tuple) else (key,)

@@ -1,11 +1,11 @@
-"""What modules save beside their tensors, `_extra_state`: told apart by kind, and only ModelOpt's is used.
+"""The state that modules save beside their tensors, `_extra_state`: told apart by kind; only ModelOpt's is used.
 
     nothing             None, or no bytes   a Transformer Engine module without FP8 state: every norm, most linears
     Transformer Engine  a pickle            recipe, scaling factors and amax history of FP8 training (delayed scaling)
     ModelOpt            a torch.save file   the configuration of the module's quantizers
 
-Transformer Engine's state steers the kernels of training. It says nothing of the weights, which Megatron stores
-dequantized, so an export has no use for it. Keys: transformer_engine.pytorch.module.base, `get_extra_state`, and
+Transformer Engine's state steers the kernels of training. It says nothing about the weights, which Megatron stores
+dequantized, so an export ignores it. Keys: transformer_engine.pytorch.module.base, `get_extra_state`, and
 `ops.op`; modelopt.torch.quantization.plugins.megatron, `quant_module_get_extra_state`.
 """
 
@@ -25,13 +25,13 @@ from amaxbridge.bridge.stored.inert_pickle import (
 from amaxbridge.mappings.errors import CheckpointError, listing
 
 type Settings = Mapping[str, Mapping[str, Any]]
-"""Quantizer, by its name in the module → its configuration."""
+"""Name of a quantizer in its module → the quantizer's configuration."""
 
 _NONE: Settings = MappingProxyType({})
 _QUANTIZERS = "modelopt_quantizer_state"
 _PACKED = "modelopt_q_tensor_state"
 _MODELOPT = (_QUANTIZERS, _PACKED, "modelopt_real_quantizer_state")
-_OWN = "extra_state"  # of the module itself, in what ModelOpt saves
+_OWN = "extra_state"  # key of the module's own state in ModelOpt's
 _TRANSFORMER_ENGINE = {
     "recipe", "scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd", "extra_fp8_variables",
     "scale_inv_fwd", "scale_inv_bwd", "global_fp8_buffer", "global_fp8_state",  # version 1
@@ -41,14 +41,14 @@ _NEEDED = ("_num_bits", "_axis", "_block_sizes")
 
 
 def quantizer_settings(data: bytes, what: str) -> Settings:
-    """The configuration of a module's quantizers; empty where it has none.
+    """The configuration of a module's quantizers; empty if it has none.
 
     Args:
-        data: the state as the checkpoint has it.
-        what: names it in messages.
+        data: the bytes of the state in the checkpoint.
+        what: name of the state in messages.
 
     Raises:
-        CheckpointError: it is damaged, or neither ModelOpt's nor Transformer Engine's.
+        CheckpointError: the state is damaged, or neither ModelOpt's nor Transformer Engine's.
     """
     try:
         state = _unpacked(read_archive(data))
@@ -58,7 +58,7 @@ def quantizer_settings(data: bytes, what: str) -> Settings:
         return _NONE
     if isinstance(state, dict) and not state.keys().isdisjoint(_MODELOPT):
         return _of_modelopt(state, what)
-    if isinstance(state, dict) and state.keys() == {_OWN}:  # ModelOpt was there, and has nothing to say
+    if isinstance(state, dict) and state.keys() == {_OWN}:  # saved by ModelOpt, without quantizers
         return _NONE
     raise CheckpointError(
         f"{what} is the state of neither ModelOpt nor Transformer Engine: it has {_described(state)}\n"
@@ -68,7 +68,7 @@ def quantizer_settings(data: bytes, what: str) -> Settings:
 
 
 def _unpacked(state: Any) -> Any:
-    """What was serialized into bytes: a byte tensor, or the `BytesIO` of Transformer Engine 1."""
+    """Reads state that was serialized into bytes: a byte tensor, or the `BytesIO` of Transformer Engine 1."""
     state = state[0] if isinstance(state, list) and len(state) == 1 else state
     match state:
         case Made(by=Named("_io", "BytesIO"), state=(bytes() as data, *_)):
@@ -83,7 +83,7 @@ def _is_nothing(state: Any) -> bool:
 
 
 def _is_transformer_engine(state: Any) -> bool:
-    """True of the FP8 state of a module, or of the two passes of an operation."""
+    """True for the FP8 state of a module, or of an operation's two passes."""
     if not isinstance(state, dict) or not state:
         return False
     if state.keys() <= _PASSES:
@@ -94,15 +94,15 @@ def _is_transformer_engine(state: Any) -> bool:
 def _of_modelopt(state: Mapping[str, Any], what: str) -> Settings:
     more = [key for key in state if key not in (*_MODELOPT, _OWN)]
     if more:
-        raise CheckpointError(f"{what}: ModelOpt saved {', '.join(map(str, more))} here, which is not known")
+        raise CheckpointError(f"{what}: ModelOpt saved {', '.join(map(str, more))} here, which is unknown")
     if state.get(_PACKED):
         raise CheckpointError(
-            f"{what}: the weight was packed by ModelOpt (mtq.compress); export from a checkpoint that was saved before"
+            f"{what}: the weight was packed by ModelOpt (mtq.compress): export a checkpoint that was saved before"
         )
     settings = state.get(_QUANTIZERS) or {}
     foreign = list(names_in(settings))
     if foreign or not isinstance(settings, dict):
-        raise CheckpointError(f"{what}: a quantizer configuration is no plain data: it has {_described(settings)}")
+        raise CheckpointError(f"{what}: a quantizer configuration is not plain data: it has {_described(settings)}")
     incomplete = [name for name, setting in settings.items() if not _is_complete(name, setting)]
     if incomplete:
         raise CheckpointError(f"{what}: quantizers without a complete configuration:{listing(incomplete)}")
@@ -116,7 +116,7 @@ def _is_complete(name: Any, setting: Any) -> bool:
 
 
 def _described(state: Any) -> str:
-    """What a state looks like, in a few words of bounded length."""
+    """A description of a state, of bounded length."""
     keys = ", ".join(str(key)[:80] for key in list(state)[:8]) if isinstance(state, dict) else type(state).__name__
     names = list(names_in(state))
     return f"{keys or 'nothing'}" + (f", and objects of {', '.join(name[:80] for name in names[:8])}" if names else "")

@@ -1,6 +1,6 @@
-"""The arguments of Megatron's training, which it saves with every checkpoint as `args`: written, read and compared.
+"""The arguments that Megatron's training saves with every checkpoint as `args`: written, read and compared.
 
-They come from elsewhere and are a pickle, which could run code, so they are read as data (`inert_pickle`).
+They are an untrusted pickle, which could run code, so they are read as data (`inert_pickle`).
 """
 
 from argparse import Namespace
@@ -15,7 +15,7 @@ from amaxbridge.mappings.megatron_settings import argument, differences, from_ar
 
 _COMMON = "common_state/"
 _COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
-_SHAPES = (  # what decides the shapes of tensors
+_SHAPES = (  # settings that decide the shapes of tensors
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -50,7 +50,7 @@ _PARALLEL = (
 
 
 def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> Namespace:
-    """What Megatron's training reads of a checkpoint's arguments: the model and how it is cut.
+    """The arguments that Megatron's training reads from a checkpoint: the model and its parallel sizes.
 
     Args:
         config: Megatron's configuration of the model.
@@ -62,7 +62,7 @@ def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> 
 
 
 def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
-    """The saved arguments by name, None where the checkpoint has none.
+    """The saved arguments by name, None if the checkpoint has none.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -83,7 +83,7 @@ def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
 
 
 def saved_sizes(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The sizes of the model among saved arguments, by the names of training."""
+    """The sizes of the model among saved arguments, as training names them."""
     settings = told(arguments)
     for name in (*_SHAPES, "padded_vocab_size"):
         if settings.get(name):
@@ -103,4 +103,4 @@ def disagreements(arguments: Mapping[str, Any], hf: HFModel) -> Iterator[str]:
     differ = differences(found, expected)
     for name in _SHAPES:
         if name in said and name in expected and name in differ:
-            yield f"--{argument(name).replace('_', '-')} {found[name]}, and config.json gives {expected[name]}"
+            yield f"--{argument(name).replace('_', '-')} {found[name]}, but config.json gives {expected[name]}"

@@ -1,6 +1,6 @@
 """The Megatron tensors and quantizers of a distributed checkpoint, under the global names that mappings use.
 
-Megatron stores the same parameter in several forms, depending on its version and on whether ModelOpt was at work:
+Megatron stores the same parameter in several forms, depending on its version and on the use of ModelOpt:
 
     decoder.layers.self_attention.linear_qkv.weight      [layers, …]            all layers in one tensor
     decoder.layers.3.self_attention.linear_qkv.weight    […]                    one layer
@@ -8,12 +8,12 @@ Megatron stores the same parameter in several forms, depending on its version an
     …mlp.experts.experts.7.linear_fc1.weight             […]                    one expert
     …mlp.linear_fc1.weight                               [2 · ffn, hidden]      gate rows, then up rows
     …mlp.linear_fc1.weight_w, …weight_v                  [ffn, hidden]          gate, up
-    …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            pieces of a Mamba mixer
+    …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            sections of a Mamba mixer
     …mlp.linear_fc1.weight_quantizer._amax               [2 · ffn, blocks]      see `_halves_alternate`
 
-A stored tensor is global: what one rank would hold without parallelism. How ranks cut it makes no difference here.
+A stored tensor is global: one rank would hold it so without parallelism. How ranks sharded it makes no difference.
 
-Quantizer configurations are in `_extra_state` of the module that owns them (`module_state`). Where Transformer Engine
+Quantizer configurations are in the `_extra_state` of their modules (`module_state`). Where Transformer Engine
 runs the experts of a rank as one grouped linear, each expert has the state of all of it: `input_quantizer`, which the
 experts share, and `weight_quantizer.0`, `.1`, … of the experts of that rank. ModelOpt before 0.47 has one
 `weight_quantizer`, which they share, too.
@@ -39,10 +39,10 @@ from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 FINAL_NORM_OF_HYBRID = "decoder.final_norm.weight"
-"""In checkpoints of HybridModel only; GPTModel's is `final_layernorm`."""
+"""Only HybridModel's checkpoints have it; GPTModel's have `final_layernorm`."""
 _NOT_THE_MODEL = re.compile(
     r"(chained_\d+\.)*optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler|ema\."
-)  # chained: of experts and of the rest, by ChainedOptimizer.sharded_state_dict of megatron-core
+)  # chained: one optimizer for experts, one for the rest (ChainedOptimizer.sharded_state_dict of megatron-core)
 _ALL_LAYERS = re.compile(r"\blayers\.(?!\d)")
 _ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 _ONE_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
@@ -51,7 +51,7 @@ _PIECE = re.compile(
     r"(.*\.linear_fc1\.(?:weight|bias))_([wv])"  # gate, up: MLP.sharded_state_dict of megatron-core
     r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
 )
-_PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order that mappings have them
+_PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order of the mappings
 _MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax")
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
@@ -65,7 +65,7 @@ class StoredTensor:
     Args:
         name: canonical global name.
         spec: global shape and dtype.
-        regions: where it lies: joined along the first dim.
+        regions: its regions in the checkpoint, joined along the first dim.
         alternating: the number of ranks whose gate and up rows alternate, `[gate0 up0 gate1 up1 …]`; 1 for none.
     """
 
@@ -75,7 +75,7 @@ class StoredTensor:
     alternating: int = 1
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The tensor, from those of its regions."""
+        """The tensor, from the tensors of its regions."""
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.alternating > 1:
             tensor = tensor.unflatten(0, (self.alternating, 2, -1)).transpose(0, 1).flatten(0, 2)
@@ -83,18 +83,18 @@ class StoredTensor:
 
 
 def is_of_model(key: str) -> bool:
-    """True if a tensor of a checkpoint is the model's, and not of the training around it."""
+    """True if a tensor of a checkpoint belongs to the model, not to the training around it."""
     return _NOT_THE_MODEL.match(key) is None
 
 
 class StoredModel(Mapping[str, Tensor]):
     """The model in a checkpoint: `parameters` and `quantizers` as a live model would have them.
 
-    As a mapping, every tensor by canonical global name, whole, and read when asked for.
+    As a mapping: every whole tensor by canonical global name, read on access.
 
     Args:
         checkpoint: open for reading.
-        spelling: from Megatron's global names to those of the mappings; a HybridModel has its own.
+        spelling: global Megatron name → the mappings' name; see `ModelFamily.spelling`.
     """
 
     def __init__(self, checkpoint: DistCheckpoint, spelling: Callable[[str], str] = canonical) -> None:
@@ -113,7 +113,7 @@ class StoredModel(Mapping[str, Tensor]):
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Where every tensor of the model lies, quantizer buffers included."""
+        """Every tensor of the model with its place, quantizer buffers included."""
         regions: dict[str, dict[str, Region]] = {}
         for key, spec in self.checkpoint.tensors.items():
             if is_of_model(key):
@@ -127,16 +127,16 @@ class StoredModel(Mapping[str, Tensor]):
         }
 
     def parameters(self) -> Iterator[Parameter]:
-        """All parameters and buffers but those of quantizers, as tensors without data."""
+        """All parameters and buffers except quantizer buffers, as tensors without data."""
         for name, stored in self.tensors.items():
             if not is_quantizer_state(name):
                 yield Parameter(name, stored.spec.meta())
 
     def quantizers(self) -> list[Quantizer]:
-        """All enabled quantizers. State of one number is read; larger state is there as a shape and its maximum.
+        """All enabled quantizers. State of one number is read; larger state is given by its shape and its maximum.
 
         Raises:
-            CheckpointError: state of a quantizer whose configuration the checkpoint does not have.
+            CheckpointError: the checkpoint has state of a quantizer without its configuration.
         """
         settings, experts = dict(self._settings()), self._experts()
         buffers: dict[str, dict[str, Tensor]] = {}
@@ -168,10 +168,10 @@ class StoredModel(Mapping[str, Tensor]):
         return TensorSpec((sum(spec.shape[0] for spec in specs), *first.shape[1:]), first.dtype)
 
     def _halves_alternate(self, name: str, regions: Mapping[str, Mapping[str, Region]]) -> int:
-        """Over how many ranks gate and up rows alternate.
+        """The number of ranks whose gate and up rows alternate.
 
-        ModelOpt 0.47 stores the per-channel amax of a gated `linear_fc1` as the ranks had it, `[gate0 up0 gate1 …]`,
-        and the weight beside it as gate, then up. The cuts tell: the amax is cut once a rank, the weight twice.
+        ModelOpt 0.47 stores the per-channel amax of a gated `linear_fc1` in rank order, `[gate0 up0 gate1 …]`, but the
+        weight as gate, then up. The cuts tell the difference: one for each rank in the amax, two in the weight.
         """
         if _MAMBA_AMAX.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
             raise CheckpointError(
@@ -199,11 +199,11 @@ class StoredModel(Mapping[str, Tensor]):
     def _named_settings(
         self, module: str, index: list[int], settings: Settings
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The quantizers of one module's state.
+        """The quantizers in the state of one module.
 
         Args:
-            module: its name in the checkpoint.
-            index: counts the layers and experts that the name leaves out.
+            module: name of the module in the checkpoint.
+            index: numbers of the layer and expert, if the name lacks them.
         """
         layer = index.pop(0) if _ALL_LAYERS.search(module) else None
         numbered = _ONE_EXPERT.search(f"{module}.")
@@ -213,7 +213,7 @@ class StoredModel(Mapping[str, Tensor]):
         for quantizer, setting in settings.items():
             of_expert = _GROUPED.fullmatch(quantizer) if expert is not None else None
             if of_expert is not None and expert is not None and int(of_expert[1]) != expert % grouped:
-                continue  # of another expert of the same rank, which has a state of its own
+                continue  # belongs to another expert of the same rank, which has a state of its own
             kind = of_expert[0].partition(".")[0] if of_expert else quantizer
             shared = self._spelling(_named(f"{linear}.{kind}", layer, None))
             if expert is None or (of_expert is None and (grouped or shared in self._with_buffers)):
@@ -223,11 +223,11 @@ class StoredModel(Mapping[str, Tensor]):
 
     @cached_property
     def _with_buffers(self) -> frozenset[str]:
-        """The quantizers of which the checkpoint has state."""
+        """The quantizers with state in the checkpoint."""
         return frozenset(module_of(name) for name in self.tensors if is_quantizer_state(name))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """All quantizer buffers: small ones read at once, of larger ones a shape, and of an amax its maximum."""
+        """All quantizer buffers: small ones are read at once; larger ones give their shape, and an amax its maximum."""
         small, large = list[StoredTensor](), list[StoredTensor]()
         for name, each in self.tensors.items():
             if is_quantizer_state(name):
@@ -241,7 +241,7 @@ class StoredModel(Mapping[str, Tensor]):
                 yield whole, self[each.name].max()
 
     def _experts(self) -> dict[str, tuple[int, ...]]:
-        """The experts beside a quantizer that several share: module (`….experts.linear_fc1`) → their numbers."""
+        """The experts that may share a quantizer: module (`….experts.linear_fc1`) → numbers of its experts."""
         experts: dict[str, list[int]] = {}
         for name in self.tensors:
             found = _EXPERT.fullmatch(name)
@@ -251,7 +251,7 @@ class StoredModel(Mapping[str, Tensor]):
 
 
 def _one_by_one(key: str, spec: TensorSpec) -> Iterator[tuple[str, Region]]:
-    """The tensors of single layers and experts that a stored tensor holds."""
+    """The tensors of single layers and experts inside a stored tensor."""
     layers: Iterable[int | None] = range(spec.shape[0]) if _ALL_LAYERS.search(key) else [None]
     depth = 0 if layers == [None] else 1
     experts: Iterable[int | None] = [None]
@@ -278,5 +278,5 @@ def _in_order(parts: Mapping[str, Region]) -> tuple[Region, ...]:
 
 
 def _attributes(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """A pickled configuration, `_num_bits` and so on, as the attributes and properties of a live quantizer."""
+    """A saved configuration (`_num_bits`, …) as the attributes and properties of a live quantizer."""
     return {**setting, **{name.removeprefix("_"): value for name, value in setting.items()}}

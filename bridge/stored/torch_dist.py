@@ -1,11 +1,10 @@
-"""Megatron's distributed checkpoints (`torch_dist`) on the disk: global tensors, read in parts, in any process.
+"""Megatron's distributed checkpoints (`torch_dist`) on the disk: global tensors, read region by region, in any process.
 
-A checkpoint is a directory of `.distcp` files and one `.metadata`, which says for every global tensor in which file
-each of its chunks lies. PyTorch's own reader does the reading; no process group, no Megatron and no model is needed.
+A checkpoint is a directory of `.distcp` files and one `.metadata`, which gives the file of each chunk of each global
+tensor. PyTorch's own reader reads it; no process group, Megatron or model is needed.
 
-Checkpoints come from elsewhere, so no pickle in them may run code: PyTorch loads tensors with `weights_only`, states
-    stay
-bytes here (`inert_pickle` reads them), and `dist_metadata` reads `.metadata`.
+Checkpoints are untrusted, so no pickle in them may run code: PyTorch loads tensors with `weights_only`, states are
+returned as bytes (`inert_pickle` reads them), and `dist_metadata` reads `.metadata`.
 """
 
 import hashlib
@@ -37,14 +36,14 @@ from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
 RELEASE = "release"
-"""Megatron's name, in place of an iteration, for weights that training starts from."""
+"""Megatron's name, in place of an iteration, for the initial weights of a training."""
 
 
 def checkpoint_iteration(path: Path) -> Path:
     """The iteration directory of a Megatron checkpoint: `path` itself, or the latest one inside it.
 
     Raises:
-        CheckpointError: there is no distributed checkpoint.
+        CheckpointError: `path` has no distributed checkpoint.
     """
     latest = path / LATEST
     directory = path
@@ -66,7 +65,7 @@ class Region:
 
     Args:
         key: the tensor's name in the checkpoint.
-        index: taken from its first dims, one number each: a layer, an expert. Empty for all of it.
+        index: numbers along its first dims: a layer, an expert. Empty for the whole tensor.
     """
 
     key: str
@@ -80,7 +79,7 @@ class DistCheckpoint:
         path: the training's save directory, or one `iter_NNNNNNN` in it.
 
     Raises:
-        CheckpointError: not a distributed checkpoint, or files that are missing or too short; all are named.
+        CheckpointError: not a distributed checkpoint, or files are missing or too short; all are named.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +92,7 @@ class DistCheckpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names this checkpoint: another one, or one that was written anew, has another."""
+        """Identifies this checkpoint: another checkpoint, or a rewritten one, has another fingerprint."""
         digest = hashlib.sha256((self.directory / METADATA).read_bytes())
         for file in sorted(self.directory.iterdir()):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
@@ -110,7 +109,7 @@ class DistCheckpoint:
 
     @cached_property
     def states(self) -> list[str]:
-        """The names of everything else: pickled state, `…/shard_0_1`."""
+        """The names of all other entries: pickled state, `…/shard_0_1`."""
         entries = self._metadata.state_dict_metadata
         return [key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
 
@@ -120,14 +119,14 @@ class DistCheckpoint:
         return TensorSpec(whole.shape[len(region.index) :], whole.dtype)
 
     def cuts(self, region: Region) -> list[int]:
-        """Where along its first dim the ranks that saved it cut a region: the first row of each piece, from 0."""
+        """The first row of each chunk of a region, along its first dim: where the saving ranks cut it."""
         return sorted({chunk.offsets[len(region.index)] for chunk in self._entry(region).chunks})
 
     def read(self, regions: Sequence[Region]) -> list[Tensor]:
         """The tensors of some regions, on the CPU.
 
         Raises:
-            CheckpointError: what the files hold is not what the metadata says.
+            CheckpointError: the files do not hold what the metadata says.
         """
         targets: dict[str, Tensor] = {}
         items: list[ReadItem] = []
@@ -143,9 +142,9 @@ class DistCheckpoint:
             items += [_renamed(item, str(number)) for item in found]
         try:
             self._reader.read_data(LoadPlan(items), _Into(targets))
-        except Exception as error:  # whatever a damaged file makes torch raise
+        except Exception as error:  # a damaged file makes torch raise anything
             keys = sorted({region.key for region in regions})
-            # torch would advise to load such bytes with weights_only=False, which may run code
+            # torch would advise weights_only=False, which may run code
             damaged = isinstance(error, pickle.UnpicklingError)
             why = "the bytes of a tensor are damaged, copy the files again" if damaged else error
             raise CheckpointError(f"{self.directory} cannot be read: {why}; while reading{listing(keys)}") from error
@@ -155,20 +154,20 @@ class DistCheckpoint:
         ]
 
     def state_bytes(self, key: str) -> bytes:
-        """One state as it was pickled; `inert_pickle` reads it without running code."""
+        """The bytes of one pickled state; `inert_pickle` reads them without running code."""
         place = self._metadata.storage_data[MetadataIndex(key)]
         with open(self.directory / place.relative_path, "rb") as file:
             file.seek(place.offset)
             return file.read(place.length)
 
     def _entry(self, region: Region) -> TensorStorageMetadata:
-        """What the metadata says of a tensor, cut down to the chunks that hold the region's index."""
+        """The metadata of a tensor, reduced to the chunks that hold the region's index."""
         entry = self._metadata.state_dict_metadata[region.key]
         assert isinstance(entry, TensorStorageMetadata)
         if not region.index:
             return entry
         depth = len(region.index)
-        if (region.key, depth) not in self._chunks:  # a tensor of all experts has tens of thousands: sorted once
+        if (region.key, depth) not in self._chunks:  # sorted once: there may be tens of thousands
             chunks = self._chunks[region.key, depth] = defaultdict(list)
             for chunk in entry.chunks:
                 spans = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
@@ -193,7 +192,7 @@ class DistCheckpoint:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into given tensors."""
+    """Reads into given tensors."""
 
     def __init__(self, targets: Mapping[str, Tensor]) -> None:
         super().__init__()

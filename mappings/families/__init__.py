@@ -46,7 +46,7 @@ def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
     """The family that claims the `architectures` of a Hugging Face config.
 
     Raises:
-        UnknownArchitectureError: none does; the message names the nearest that are known.
+        UnknownArchitectureError: no family does. The message names the nearest known architectures.
     """
     names = hf_config.get("architectures") or []
     for name in names:
@@ -61,7 +61,7 @@ def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
 
 
 def packed_experts_of(hf_config: Mapping[str, Any]) -> PackedExperts:
-    """How files of a Hugging Face config pack experts; of an unknown family, as transformers mostly does."""
+    """How the files of a model pack experts; for an unknown family, as transformers mostly does."""
     try:
         return family_of(hf_config).packed_experts or PackedExperts()
     except UnknownArchitectureError:

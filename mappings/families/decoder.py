@@ -1,7 +1,7 @@
-"""What the families share: the pieces of a decoder that most of them name alike, in Megatron and in Hugging Face.
+"""The modules of a decoder that most families name alike, in Megatron and in Hugging Face.
 
-A family lists the pieces it has and adds its own. The tables below the mappings give the same sizes their names in
-Megatron's configuration, and say which of a config's features Megatron computes as transformers does.
+A family lists the modules it has and adds its own. The tables below the mappings translate sizes into Megatron's
+configuration, and state which features of a config Megatron computes as transformers does.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight")
 
 
 def head_dim(hf_config: HFConfig) -> int:
-    """As transformers' attention layers have it: the hidden size is divided among the heads where nothing is said."""
+    """Columns of a head, as in transformers: by default the hidden size divided by the number of heads."""
     return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
 
 
@@ -87,7 +87,7 @@ ONLY_EXPERTS: dict[str, Source] = {
     "moe_ffn_hidden_size": "intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
 }
-"""Every layer has experts, as wide as `intermediate_size` says."""
+"""Every layer has experts, of width `intermediate_size`."""
 
 MODEL_ARGUMENTS: dict[str, Source] = {
     "vocab_size": "vocab_size",
@@ -107,7 +107,7 @@ def _llama3_factor(hf_config: HFConfig) -> float | None:
     megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.
 
     Raises:
-        UsageError: another scaling, or other fixed numbers.
+        UsageError: the scaling is of another type, or has other constants.
     """
     rope = look_up(hf_config, "rope_parameters")
     kind = rope.get("rope_type", "default")
@@ -143,7 +143,7 @@ SOFTMAX_OVER_ALL = Translation(
 )
 """Megatron's `moe_router_pre_softmax` for a router that takes the top k of the softmax over all experts.
 
-`norm_topk_prob` divides those by their sum, which is the softmax over the chosen logits alone: Megatron's default.
+`norm_topk_prob` divides these k by their sum, which is the softmax over the chosen logits alone: Megatron's default.
 """
 
 SOFTMAX_ROUTER = {
@@ -152,14 +152,14 @@ SOFTMAX_ROUTER = {
 }
 
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
-"""No weights beside those of the mappings above."""
+"""The mappings above have no biases."""
 
 PLAIN_DECODER = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "clip_qkv": None,
 }
-"""What `GATED_RMSNORM_DECODER` computes, and families could have otherwise."""
+"""What `GATED_RMSNORM_DECODER` computes; a config could ask for something else."""
 
 
 def _sliding_layers(hf_config: HFConfig) -> list[int]:
@@ -176,7 +176,7 @@ WINDOW = Translation(
     lambda hf_config: (hf_config["sliding_window"] - 1, 0) if hf_config.get("sliding_window") else None,
     lambda settings: {"sliding_window": settings["window_size"] and settings["window_size"][0] + 1},
 )
-"""Keys to the left and right of a query that it sees; Hugging Face's `sliding_window` counts its own, too."""
+"""The number of keys that a query sees to its left and right; Hugging Face's `sliding_window` also counts its own."""
 
 SLIDING_LAYERS: dict[str, Source] = {
     "window_size": WINDOW,

@@ -32,12 +32,12 @@ _LAYER: tuple[MegatronParamMapping, ...] = (
 
 
 def _rope(hf_config: HFConfig) -> dict[str, Any]:
-    """Multi-head latent attention keeps its rotary embedding in the configuration.
+    """The rotary settings, which multi-head latent attention has in its TransformerConfig.
 
-    Both sides turn pairs (0, 1), (2, 3), … of the rotary dims and leave them as two halves, so no row moves.
+    Both sides rotate the pairs (0, 1), (2, 3), … of the rotary dims and return them as two halves, so no row moves.
 
     Raises:
-        UsageError: a rotary embedding that Megatron does not have.
+        UsageError: Megatron lacks this rotary embedding.
     """
     rope = look_up(hf_config, "rope_parameters")
     kind = rope.get("rope_type", "default")
@@ -53,13 +53,13 @@ def _rope(hf_config: HFConfig) -> dict[str, Any]:
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
         "beta_fast": rope.get("beta_fast") or 32,
         "beta_slow": rope.get("beta_slow") or 1,
-        "mscale": scales[0] if all(scales) else 1.0,  # as transformers does: one of them alone says nothing
+        "mscale": scales[0] if all(scales) else 1.0,  # as in transformers: one of the two alone has no effect
         "mscale_all_dim": scales[1] or 0.0,
     }
 
 
 def _rope_parameters(settings: Settings) -> dict[str, Any]:
-    """Mscales are written both or none, which is how transformers reads them. The base is in the model's arguments."""
+    """Writes both mscales or neither, as transformers reads them. The rotary base is an argument of the model."""
     if settings["rope_type"] == "rope":
         return {"rope_parameters.rope_type": "default"}
     scales = ("mscale", "mscale_all_dim") if settings["mscale_all_dim"] else ()

@@ -1,10 +1,10 @@
 """Gemma 2 and Gemma 3: norms before and after attention and MLP, all of them times `1 + weight`.
 
-Of a Gemma 3 that sees images Megatron has the language model; the rest goes into an export as it is.
+Megatron has the language model of a multimodal Gemma 3; exports copy the rest unchanged.
 
-Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear is a
-part of it in Megatron's names, as NVIDIA's Megatron-Bridge trains these models: `linear_proj.post_layernorm`.
-Megatron-Core itself has no such layers; `bridge/megatron/gemma_layers.py` has what it takes to build them on its own.
+Megatron stores the weight of a zero-centred norm as Hugging Face does, so no value changes. A norm after a linear
+belongs to that linear in Megatron's names, as in NVIDIA's Megatron-Bridge: `linear_proj.post_layernorm`. Megatron-Core
+itself has no such layers; `bridge/megatron/gemma_layers.py` builds them.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _LAYER = (
 
 
 def _scalar(settings: Settings) -> dict[str, Any]:
-    """The whole number that a scale of attention was made from, if there is one."""
+    """`query_pre_attn_scalar` of the softmax scale: the integer that gives this scale, if one does."""
     scale = settings["softmax_scale"] or settings["kv_channels"] ** -0.5
     whole = round(scale**-2)
     return {"query_pre_attn_scalar": whole if whole**-0.5 == scale else scale**-2}
@@ -53,20 +53,20 @@ _COMPUTES = {"hidden_activation": _ACTIVATION}
 
 def _check(hf_config: HFConfig) -> None:
     if hf_config.get("use_bidirectional_attention"):
-        raise UsageError("use_bidirectional_attention: Megatron's layers attend to earlier tokens only")
+        raise UsageError("use_bidirectional_attention is set, but Megatron's layers attend to earlier tokens only")
 
 
 def _interpolation(hf_config: HFConfig) -> float | None:
-    """The factor by which positions are divided in layers of full attention, None where they are not.
+    """The factor that divides positions in full-attention layers; None without scaling.
 
     Raises:
-        UsageError: a rotary embedding that Megatron does not have.
+        UsageError: Megatron lacks this rotary embedding.
     """
     rope, local = (look_up(hf_config, f"rope_parameters.{kind}_attention") for kind in ("full", "sliding"))
     if rope.get("type", rope["rope_type"]) != rope["rope_type"]:  # as transformers reads the older spelling
         raise UsageError(f"rope_scaling says type={rope['type']!r}, which transformers ignores: write rope_type=")
     if rope["rope_type"] not in ("default", "linear") or local["rope_type"] != "default":
-        raise UsageError(f"the Gemma layers scale full attention only, and linearly; found {rope} and {local}")
+        raise UsageError(f"Gemma layers scale full attention only, and linearly; found {rope} and {local}")
     return rope["factor"] if rope["rope_type"] == "linear" else None
 
 

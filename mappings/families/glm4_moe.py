@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: grouped-query attention that turns half of each head, and the experts of `sigmoid_experts`."""
+"""GLM-4.5 and 4.6: grouped-query attention that rotates half of each head, and the experts of `sigmoid_experts`."""
 
 from amaxbridge.mappings.families import decoder, sigmoid_experts
 from amaxbridge.mappings.family import ModelFamily

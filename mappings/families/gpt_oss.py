@@ -1,10 +1,10 @@
 """GPT-OSS: every layer has experts, everything has biases, and every head has an attention sink.
 
-A sink is a logit that takes part in the softmax and belongs to no key: Megatron's learnable softmax offset. Experts
-compute `(up + 1) · gate · sigmoid(1.702 · gate)` of a gate and an up that are clamped first.
+A sink is a logit in the softmax that belongs to no key: Megatron's learnable softmax offset. Experts
+compute `(up + 1) · gate · sigmoid(1.702 · gate)` of clamped gate and up.
 
-Plain files hold the experts of a layer as one tensor, inputs first, gate and up taking turns. The published files hold
-them in MXFP4 (`…_blocks`, `…_scales`), which is read too, and never written in that form.
+Plain files hold the experts of a layer as one tensor, inputs first, gate and up interleaved. The published files hold
+them in MXFP4 (`…_blocks`, `…_scales`), which is read but never written.
 """
 
 from amaxbridge.mappings.families import decoder
@@ -16,7 +16,7 @@ _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
 
 def _check(hf_config: HFConfig) -> None:
-    """Raises UsageError for a rotary embedding that Megatron does not have."""
+    """Raises UsageError for a rotary embedding that Megatron lacks."""
     rope = {"rope_type": "yarn", "attention_factor": None, "mscale": None, "mscale_all_dim": None}
     require({**hf_config, **hf_config["rope_parameters"]}, rope, "has no equal in Megatron's layers")
 

@@ -2,7 +2,7 @@
 
 Attention without a rotary embedding, squared ReLU without a gate, and experts that may work on a smaller latent vector
 (Nemotron 3 Super). The names are those of the published files, which transformers renames when it loads them. MTP
-layers lie outside `backbone`, counted through; transformers does not build them.
+layers lie outside `backbone`, numbered consecutively; transformers does not build them.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ _LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "atten
 
 
 def _layers(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
-    """The mappings of all that a layer may be."""
+    """The mappings of every kind of layer."""
     attention, mlp, mixer = f"{megatron}.self_attention", f"{megatron}.mlp", f"{hf}.mixer"
     yield ReplicatedMapping(f"{megatron}.norm.weight", f"{hf}.norm.weight")
     yield QKVMapping(
@@ -76,7 +76,7 @@ def _pattern(hf_config: HFConfig) -> str:
 
 
 def _layer_kinds(settings: Settings) -> dict[str, Any]:
-    """As transformers reads them, and under the older names that other programs still read."""
+    """The layers as transformers reads them, and under older names that other programs still read."""
     decoder, mtp, count = read_pattern(settings["hybrid_layer_pattern"])
     more = {"mtp_layers_block_type": [_KINDS[letter] for letter in mtp]} if count else {}
     return {
@@ -84,7 +84,7 @@ def _layer_kinds(settings: Settings) -> dict[str, Any]:
         "hybrid_override_pattern": decoder,
         "num_hidden_layers": len(decoder),
         "num_nextn_predict_layers": count,
-        "time_step_min": 1e-30,  # where transformers cuts steps off; Megatron does not
+        "time_step_min": 1e-30,  # lower bound of steps in transformers; Megatron has none
         **more,
     }
 
@@ -102,7 +102,7 @@ _EXPERTS: dict[str, Source] = {
 
 
 def _experts(hf_config: HFConfig) -> dict[str, Any]:
-    """The router and the experts, where there are any."""
+    """The settings of router and experts, if the model has experts."""
     return {**read_table(_EXPERTS, hf_config), **sigmoid_experts.ROUTER} if "E" in _pattern(hf_config) else {}
 
 

@@ -8,7 +8,7 @@ from amaxbridge.mappings.megatron_settings import Settings
 
 
 def _experts(hf_config: HFConfig) -> Any:
-    """Transformers 5.23 names it `num_local_experts`; releases before it, and most checkpoints, `num_experts`."""
+    """The number of experts: `num_local_experts` in transformers 5.23, `num_experts` before and in most checkpoints."""
     return look_up(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
 
 

@@ -1,13 +1,13 @@
 """The mixture of experts of DeepSeek-V3, which GLM-4.5 has too: dense layers first, then routed and shared experts.
 
 The router takes the top k of sigmoid scores plus a bias for each expert, within the best groups of experts. Megatron
-ranks a group by its best `top k / chosen groups` experts, transformers by its best two: the same where that is two,
-as in every released model.
+ranks a group by its best `top k / chosen groups` experts, transformers by its best two: the same if that number is
+two, as in every released model.
 
 Megatron numbers the layers for multi-token prediction (MTP) from 0, Hugging Face from `num_hidden_layers` on, a shift
-that wildcards cannot say. So these mappings are made for a configuration, from the decoder layer's own, and are
-exceptions in the registry: `model.layers.61.…` is also a name that `model.layers.*.…` would take. An MTP layer
-brings copies of the embedding and of the output layer in Hugging Face's files, which Megatron shares with the decoder.
+that wildcards cannot express. So these mappings are made for one configuration, from the decoder layer's own, and are
+exceptions in the registry: `model.layers.*.…` would also match `model.layers.61.…`. In Hugging Face's files an MTP
+layer has copies of the embedding and the output layer; Megatron shares these with the decoder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ EXPERTS: tuple[MegatronParamMapping, ...] = (
 
 
 def mtp_layers(hf_config: HFConfig, decoder_layer: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
-    """The mappings of all MTP layers of a model, and of the two tensors that they share with the decoder."""
+    """The mappings of all MTP layers of a model, and of the two tensors that these share with the decoder."""
     first, count = hf_config["num_hidden_layers"], MTP_COUNT.read(hf_config) or 0
     hf_layers = [f"model.layers.{first + index}" for index in range(count)]
     for index, hf_layer in enumerate(hf_layers):
@@ -59,19 +59,19 @@ def mtp_layers(hf_config: HFConfig, decoder_layer: Sequence[MegatronParamMapping
 
 
 def _moved(mapping: MegatronParamMapping, layer: str, hf_layer: str) -> MegatronParamMapping:
-    """A decoder layer's mapping for one layer elsewhere."""
+    """A decoder layer's mapping, moved to another layer."""
     megatron_param = mapping.megatron_param.replace(decoder.MEGATRON, layer)
     return mapping.rename(megatron_param, lambda name: name.replace(decoder.HF, hf_layer))
 
 
 MTP_COUNT = Translation(
-    lambda hf_config: hf_config.get("num_nextn_predict_layers") or None,  # Megatron says None where there are none
+    lambda hf_config: hf_config.get("num_nextn_predict_layers") or None,  # Megatron has None in place of 0
     lambda settings: {"num_nextn_predict_layers": settings["mtp_num_layers"] or 0},
 )
 
 
 def _moe_layers(hf_config: HFConfig) -> list[int]:
-    """0 for each of the dense layers at the start, then 1."""
+    """0 for each dense layer at the start, then 1."""
     dense = look_up(hf_config, "first_k_dense_replace")
     return [int(layer >= dense) for layer in range(hf_config["num_hidden_layers"])]
 
@@ -82,7 +82,7 @@ def _shared_experts(settings: Settings) -> dict[str, Any]:
 
 
 def groups(setting: str, field: str) -> Translation:
-    """A setting of group-limited routing, None where all experts are one group."""
+    """A setting of group-limited routing, None if all experts are one group."""
     return Translation(
         lambda hf_config: hf_config[field] if (hf_config.get("n_group") or 1) > 1 else None,
         lambda settings: {field: settings[setting] or 1},
@@ -113,4 +113,4 @@ SIZES: dict[str, Source] = {
 ROUTER = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
 KEPT_IN_FP32 = ("e_score_correction_bias",)
-"""As published; transformers names it in `_keep_in_fp32_modules_strict`."""
+"""fp32 as published; transformers lists it in `_keep_in_fp32_modules_strict`."""

@@ -53,7 +53,7 @@ def road(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_the_bytes_of_quantize(road: Road, scheme: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "amaxbridge"):
         road.export(tmp_path / "once", recipe_of(scheme))
-    assert f"the model has no quantizers: scheme={scheme} is made without data, from the weights" in caplog.text
+    assert f"the model has no quantizers: scheme={scheme} quantizes the weights alone" in caplog.text
     model_free_ptq(road.plain, tmp_path / "twice", recipe_of(scheme), device="cpu")
     once, twice = tensors_in(tmp_path / "once"), tensors_in(tmp_path / "twice")
     assert once.keys() == twice.keys()

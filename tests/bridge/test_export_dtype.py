@@ -45,7 +45,7 @@ def test_fp32_becomes_what_config_json_says(field: str, tmp_path: Path, caplog: 
     case = Case(tmp_path, torch.float32, **{field: "bfloat16"})
     with caplog.at_level(logging.WARNING, "amaxbridge"):
         tensors, config = case.export()
-    assert "the weights are float32, and config.json says bfloat16" in caplog.text
+    assert "the weights are float32, but config.json says bfloat16" in caplog.text
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert config[field] == "bfloat16"
     assert torch.equal(tensors["model.norm.weight"], case.state["decoder.final_layernorm.weight"].bfloat16())
@@ -56,7 +56,7 @@ def test_nothing_else_is_cast_unasked(held: str, said: str, tmp_path: Path, capl
     case = Case(tmp_path, getattr(torch, held), dtype=said)
     with caplog.at_level(logging.WARNING, "amaxbridge"):
         tensors, config = case.export()
-    assert f"the weights are {held}, and config.json says {said}: they stay so" in caplog.text
+    assert f"the weights are {held}, but config.json says {said}: they stay {held}" in caplog.text
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, held)}
     assert config["dtype"] == held
 

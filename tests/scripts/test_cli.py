@@ -215,7 +215,7 @@ def test_without_hf(
     assert all((out / name).read_bytes() == (trained / "nvfp4" / name).read_bytes() for name in names)
     written, source = (json.loads((directory / "config.json").read_text()) for directory in (out, trained / "nvfp4"))
     assert all(source[name] == value for name, value in written.items() if name not in ("initializer_range", "dtype"))
-    assert "there is no tokenizer here" in (out / "README.md").read_text()
+    assert "the output has no tokenizer" in (out / "README.md").read_text()
     assert json.loads((out / "amaxbridge.json").read_text())["notes"]
 
 

@@ -166,7 +166,7 @@ def test_blocks_that_a_cut_divides_are_refused(cut: dict[str, str]) -> None:
     assert said.startswith("MappingError")
     assert "model.layers.0.self_attn.q_proj.weight" in said
     assert "decoder.layers.0.self_attention.linear_qkv.weight" in said
-    assert "scheme=fp8_block makes new blocks of the dequantized weights" in said
+    assert "scheme=fp8_block quantizes the dequantized weights to new blocks" in said
     assert cut["MX"] == ""  # blocks of one row are never divided
 
 

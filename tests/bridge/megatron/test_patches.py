@@ -86,7 +86,7 @@ def test_what_is_replaced_is_announced_once(caplog: pytest.LogCaptureFixture) ->
         with without_cuda():
             pass
     assert [record.message for record in caplog.records] == [
-        "No CUDA here: Megatron and ModelOpt run on the CPU. Until they have ended, torch.cuda.current_device, "
+        "No CUDA here: Megatron and ModelOpt run on the CPU. Meanwhile torch.cuda.current_device, "
         "torch.cuda.synchronize, Tensor.cuda and two functions of theirs are replaced"
     ]
 

@@ -151,9 +151,9 @@ def test_other_sizes_are_said_first(hf: Path, state: State, tmp_path: Path) -> N
     with pytest.raises(CheckpointError) as error:
         AutoBridge.from_hf_pretrained(hf).convert_checkpoint(checkpoint, tmp_path / "out")
     lines = str(error.value).splitlines()[1:]
-    assert lines[0].strip() == "the checkpoint has 1 layers, and config.json says 2"
-    assert lines[1].strip() == "the checkpoint has 32 columns of hidden size, and config.json says 64"
-    assert lines[2].strip() == "the checkpoint has 100 rows of vocabulary, and config.json says 131"
+    assert lines[0].strip() == "the checkpoint has 1 layers, but config.json says 2"
+    assert lines[1].strip() == "the checkpoint has 32 columns of hidden size, but config.json says 64"
+    assert lines[2].strip() == "the checkpoint has 100 rows of vocabulary, but config.json says 131"
     assert "has no output layer: it is of a model with tied embeddings" in lines[3]
 
 

@@ -184,7 +184,7 @@ class TestOptionsAndErrors:
         del arguments["rotary_base"]
         notes = "\n".join(model_of_arguments(save_with(tmp_path, {**arguments, "tokenizer_model": "a/b"})).notes)
         assert "the saved arguments have no rotary_base: Megatron's defaults" in notes
-        assert "there is no tokenizer here: copy the files of the one that training used: a/b" in notes
+        assert "the output has no tokenizer: copy the files of the one that training used: a/b" in notes
         assert "the defaults of transformers in attention_bias, " in notes
         assert "no bos_token_id, eos_token_id, pad_token_id" in notes
 
@@ -202,14 +202,14 @@ class TestOptionsAndErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"rotary_percent": 0.5}, "nearest is LlamaForCausalLM, but for:\n  rotary_percent: 0.5, and the family"),
-            ({"attention_output_gate": True}, "attention_output_gate: True, and the family has False"),
+            ({"rotary_percent": 0.5}, "nearest is LlamaForCausalLM, but for:\n  rotary_percent: 0.5, but the family"),
+            ({"attention_output_gate": True}, "attention_output_gate: True, but the family has False"),
             ({"position_embedding_type": "learned_absolute"}, "position_embedding_type: learned_absolute"),
             (
                 {"num_layers": None, "hidden_size": None},
-                "num_layers is not among them\n  hidden_size is not among them",
+                "num_layers was not saved\n  hidden_size was not saved",
             ),
-            ({"hybrid_layer_pattern": "M-*-"}, "hybrid_layer_pattern 'M-\\*-': not attention and MLP"),
+            ({"hybrid_layer_pattern": "M-*-"}, "hybrid_layer_pattern 'M-\\*-': attention must alternate with MLP"),
         ],
     )
     def test_what_no_family_computes_is_refused(

@@ -69,7 +69,7 @@ class TestSavedArguments:
         arguments = read_arguments(checkpoint)
         assert arguments is not None
         assert list(disagreements(arguments, read_hf_model(qwen3))) == [
-            "--hidden-size 96, and config.json gives 64",
+            "--hidden-size 96, but config.json gives 64",
         ]
 
     def test_classes_are_not_imported_and_functions_not_called(self, tmp_path: Path) -> None:
