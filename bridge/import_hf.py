@@ -35,7 +35,7 @@ _log = logging.getLogger("amaxbridge")
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import did: the same on every rank.
+    """The result of an import, the same on every rank.
 
     Args:
         schemes: scheme → number of its Hugging Face modules.

@@ -31,7 +31,7 @@ type Stream = Callable[[Sequence[BundlePlan]], Iterator[Bundle]]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did, or with `dry_run` would do; the same in every process, except for `ended`.
+    """The result of an export (planned, with `dry_run`), the same in every process except for `ended`.
 
     Args:
         scheme: name of the scheme or recipe.

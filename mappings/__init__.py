@@ -1,4 +1,4 @@
-"""What a Megatron parameter or quantizer buffer is in Hugging Face names, in both directions. Pure.
+"""Maps Megatron parameters and quantizer buffers to Hugging Face names, and back. Pure.
 
 Imports torch and the standard library only; see README.md for the reading order.
 """

@@ -194,7 +194,7 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 
 def in_use(settings: Settings) -> dict[str, Any]:
-    """The settings with defaults filled in, without those that have no effect beside the others."""
+    """The settings with defaults filled in, without those that have no effect."""
     filled = {**DEFAULTS, **settings}
     filled["moe_router_topk_scaling_factor"] = filled["moe_router_topk_scaling_factor"] or 1.0  # None means 1
     idle = [takes for condition, takes in _USED_IF if not condition(filled)]

@@ -16,7 +16,7 @@ from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 
 
 class ProcessRanks:
-    """This process among the others.
+    """This process in its groups.
 
     Args:
         groups: the process group of each axis. WORLD is added; other axes have size 1.

@@ -12,7 +12,7 @@ from amaxbridge.mappings.ranks import Axis
 
 
 def process_ranks() -> ProcessRanks:
-    """This process among the others, in the groups that Megatron's parallel state holds."""
+    """This process in the groups of Megatron's parallel state."""
     return ProcessRanks(
         {
             Axis.TP: parallel_state.get_tensor_model_parallel_group(),

@@ -97,7 +97,7 @@ def _nothing_fits(directory: Path, attempts: Sequence[_Attempt]) -> str:
 
 
 def _notes(hf: HFModel, settings: Settings, *, padded: bool) -> Iterator[str]:
-    """What users of the output must know."""
+    """Notes for users of the output."""
     tokenizer = settings.get("tokenizer_model")
     name = f": {tokenizer}" if isinstance(tokenizer, str) and not Path(tokenizer).is_absolute() else ""
     yield "the output has no tokenizer: copy the files of the one that training used" + name

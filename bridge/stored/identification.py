@@ -1,4 +1,4 @@
-"""What a checkpoint is, and everything in which it disagrees with config.json: checked at once, before anything else.
+"""Identifies a checkpoint, and finds all disagreements with config.json at once, before anything else.
 
 A mapping only notices a shape that it cannot split: half the layers, or another width that divides as well, would be
 exported silently.
@@ -107,7 +107,7 @@ def _sizes(tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
 
 
 def identify(checkpoint: Path) -> str:
-    """What its tensors and saved arguments tell of a checkpoint's model, for a person who has to find its config.
+    """Describes a checkpoint's model from tensors and saved arguments, for a person who must find its config.
 
     Raises:
         CheckpointError: not a distributed checkpoint.

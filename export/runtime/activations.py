@@ -100,7 +100,8 @@ def _nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
     rounded = nvfp4.dequantize(nvfp4.quantize(x, amax, arithmetic=Arithmetic.MODELOPT), x.dtype)
     blocks = x.unflatten(-1, (-1, nvfp4.BLOCK)).abs().amax(-1, keepdim=True).float()
     scales = (blocks / torch.full_like(blocks, nvfp4.FP4_MAX) * divisor).to(torch.float8_e4m3fn)
-    return rounded.unflatten(-1, (-1, nvfp4.BLOCK)).masked_fill(scales.float() == 0, 0.0).flatten(-2)
+    flushed: Tensor = rounded.unflatten(-1, (-1, nvfp4.BLOCK)).masked_fill(scales.float() == 0, 0.0).flatten(-2)
+    return flushed
 
 
 def _mxfp4(x: Tensor, _: Tensor) -> Tensor:
