@@ -34,22 +34,35 @@ class Scores:
 
 
 @torch.no_grad()
-def score(directory: Path, windows: Tensor, *, in_runtime: bool = False, quantize_inputs: bool = True) -> Scores:
+def score(
+    directory: Path,
+    windows: Tensor,
+    *,
+    in_runtime: bool = False,
+    quantize_inputs: bool = True,
+    move_weights: bool = False,
+) -> Scores:
     """Scores a checkpoint with fp32 activations and the weights that its bytes stand for.
 
     Args:
         windows: token ids, `[windows, length]`.
         in_runtime: load it with `amaxbridge.export.runtime`, for a format that transformers does not load.
-        quantize_inputs: as the checkpoint says; False leaves inputs as they are, and weights dequantized.
+        quantize_inputs: False to leave inputs unquantized.
+        move_weights: True to move every quantized weight at random by up to 2^-9 of itself, half a unit in the last
+            place of bf16.
 
     Raises:
         CheckpointError: transformers misses keys, or does not know some.
     """
     model = _in_runtime(directory) if in_runtime else _in_transformers(directory, windows)
-    if not quantize_inputs:
-        for module in model.modules():
-            if hasattr(module, "quantization_enabled"):  # of compressed-tensors
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):  # compressed-tensors' mark of a quantized module
+            if not quantize_inputs:
                 setattr(module, "quantization_enabled", False)  # noqa: B010
+            if move_weights:
+                weight = module.get_parameter("weight")
+                weight.mul_(1 + (torch.rand_like(weight) * 2 - 1) * 2**-9)
     losses = torch.cat([_losses(model, batch) for batch in windows.split(BATCH)])
     return Scores(losses, sum(file.stat().st_size for file in directory.glob("*.safetensors")))
 
