@@ -18,7 +18,7 @@ from tests.support.checkpoints import dense_model, tensors_of, write_checkpoint
 from tests.support.paths import ROOT
 
 ROOMS = ("bridge", "configs", "export", "mappings", "scripts")
-DATA = {".json", ".yaml", ".css", ".jinja", ".typed"}
+DATA = {".json", ".yaml", ".css", ".jinja", ".txt", ".typed"}
 HEAVY = {"torch", "hydra", "omegaconf", "numpy", "numba", "transformers", "megatron", "modelopt"}
 
 

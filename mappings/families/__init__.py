@@ -19,7 +19,7 @@ from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
 from amaxbridge.mappings.family import ModelFamily, PackedExperts
 
-__all__ = ["FAMILIES", "family_of"]
+__all__ = ["FAMILIES", "family_of", "packed_experts_of"]
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,

@@ -241,7 +241,7 @@ def test_quantizers_that_no_group_targets_are_named() -> None:
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(UsageError, match="finds no linear module"):
         finalizer_of(Groups((SchemeGroup(SCHEMES["w8a8"]),), ignore=("re:.*",)), None)
-    with pytest.raises(UsageError, match="from a quantizer state"):
+    with pytest.raises(UsageError, match="reads the formats from quantizers"):
         finalizer_of(find_scheme("auto"), None)
 
 
