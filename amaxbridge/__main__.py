@@ -17,7 +17,7 @@ def main() -> None:
     """Runs the command that the first argument names; exits with its status, or with 2 where there is none."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if words else sys.stderr)
         sys.exit(0 if words else 2)
     if words[0] == "--version":
         from amaxbridge import __version__
