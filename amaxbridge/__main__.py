@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from amaxbridge.closed_pipe import quiet_on_closed_pipe
+
 COMMANDS = {
     "export": ("export", "a Megatron checkpoint to a Hugging Face checkpoint in the compressed-tensors format"),
     "import": ("import_hf", "a Hugging Face checkpoint to a Megatron checkpoint"),
@@ -13,6 +15,7 @@ COMMANDS = {
 """The name of each command: its module in `amaxbridge.scripts`, and what it does."""
 
 
+@quiet_on_closed_pipe()
 def main() -> None:
     """Runs the command that the first argument names; exits with its status, or with 2 where there is none."""
     words = sys.argv[1:]

@@ -1,12 +1,10 @@
 """How every command starts, logs, fails and exits.
 
 Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard error,
-    from one
-rank, without a traceback unless `debug=true`.
+from one rank, without a traceback unless `debug=true`.
 
 torch, and so the rest of the package, is imported only when a command runs: that takes seconds, and `--help` and a
-    misspelled
-option need none of it.
+misspelled option need none of it.
 """
 
 import contextlib
@@ -26,6 +24,7 @@ import hydra
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 import amaxbridge.configs
+from amaxbridge.closed_pipe import quiet_on_closed_pipe
 from amaxbridge.configs.schema import register
 
 INTERRUPTED = 130
@@ -34,6 +33,7 @@ INTERRUPTED = 130
 CONFIGS = Path(amaxbridge.configs.__file__).parent
 
 
+@quiet_on_closed_pipe()
 def run(name: str, command: Callable[[Any], None]) -> None:
     """Runs `command` with the Hydra configuration `name`, then exits.
 

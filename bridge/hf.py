@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
+from amaxbridge.bridge.weight_dtypes import check_known_to_torch
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.errors import UsageError, listing
@@ -148,10 +149,11 @@ def _auto_config(directory: Path) -> Any:
     """transformers' configuration of a directory with a config.json.
 
     Raises:
-        UsageError: its values contradict one another.
+        UsageError: its values contradict one another, or it names an unknown dtype.
     """
     from transformers import AutoConfig  # late, because it takes seconds
 
+    check_known_to_torch(read_config_json(directory), str(directory / CONFIG_FILE))
     try:
         return AutoConfig.from_pretrained(directory)
     except (StrictDataclassError, KeyError) as error:  # KeyError: a rotary embedding lacks a number

@@ -28,7 +28,6 @@ from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.ranks import Axis, Ranks
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CACHE_SCALES = (".k_scale", ".v_scale")
 _log = logging.getLogger("amaxbridge")
 
@@ -50,17 +49,6 @@ class ImportReport:
     left: Sequence[str]
     changed: Mapping[str, Changed]
     cache_scales: Sequence[str]
-
-
-def parameter_dtype(name: str) -> torch.dtype:
-    """The dtype of parameters with this name.
-
-    Raises:
-        UsageError: unknown name. The message lists the known ones.
-    """
-    if name not in _DTYPES:
-        raise UsageError(f"unknown model.dtype={name}; known: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def import_hf(

@@ -112,8 +112,8 @@ class ThreadRanks:
     def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
         pieces = self.all_gather_object(axis, data.split(list(sent)))
         mine = [piece[self.rank(axis)].clone() for piece in pieces]
-        if [piece.numel() for piece in mine] != list(received):
-            raise ValueError(f"rank {self._world_rank} expects {list(received)} bytes and is sent {mine}")
+        if (lengths := [piece.numel() for piece in mine]) != list(received):
+            raise ValueError(f"rank {self._world_rank} expects {list(received)} bytes and is sent {lengths}")
         return mine
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:

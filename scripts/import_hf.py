@@ -16,6 +16,7 @@ def import_hf(options: ImportConfig) -> None:
     from amaxbridge.bridge.live.process_ranks import process_group, world_rank, world_size
     from amaxbridge.bridge.plan.dry_run import plan_import
     from amaxbridge.bridge.plan.mesh import Mesh
+    from amaxbridge.bridge.weight_dtypes import dtype_option
     from amaxbridge.export.disk.staging import check_output
     from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
@@ -34,7 +35,7 @@ def import_hf(options: ImportConfig) -> None:
         report = importing.import_hf(
             hf,
             Path(options.output),
-            dtype=importing.parameter_dtype(options.model.dtype),
+            dtype=dtype_option("model.dtype", options.model.dtype),
             model_class=options.model.model_class,
             overwrite=options.io.overwrite,
         )

@@ -241,6 +241,35 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded("export", "--help") <= {"hydra", "omegaconf"}
 
 
+def unread(*words: str) -> tuple[int, str]:
+    """Exit status and standard error of Python whose standard output is a pipe that was closed at the other end."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run([sys.executable, *words], stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("export", "--help")], ids=" ".join)
+def test_a_command_whose_output_is_not_read(words: tuple[str, ...]) -> None:
+    """`amaxbridge --help | head -1` ended with a traceback."""
+    assert unread("-m", "amaxbridge", *words) == (1, "")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_is_not_read(lines: int) -> None:
+    """Few lines meet the closed pipe when they are flushed, many when they are printed. Errors of other pipes stay."""
+    code = (
+        "from amaxbridge.closed_pipe import quiet_on_closed_pipe\n"
+        "with quiet_on_closed_pipe():\n"
+        f"    for line in range({lines}): print(line)\n"
+    )
+    assert unread("-c", code) == (1, "")
+    code += "    raise BrokenPipeError('of a worker')"
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (read.returncode, read.stderr.splitlines()[-1]) == (1, "BrokenPipeError: of a worker")
+
+
 ASSIGNS = (ast.Assign, ast.AnnAssign)
 PACKAGES = sorted(
     str(path.parent.relative_to(ROOT)).replace("/", ".")

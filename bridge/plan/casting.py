@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.weight_dtypes import DTYPE_FIELDS, DTYPES, dtype_option, stated_dtype
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor
 from amaxbridge.export.output.finalizer import Bundle
-from amaxbridge.mappings.errors import MappingError, UsageError
+from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.names import is_quantizer_state
 from amaxbridge.mappings.tensors import TensorSpec
 
 _log = logging.getLogger("amaxbridge")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_FIELDS = ("dtype", "torch_dtype")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,13 @@ class Casting:
             wanted: `bfloat16`, `float16` or `float32`; None to cast only fp32 weights, to the dtype in config.json.
 
         Raises:
-            UsageError: the dtype is unknown.
+            UsageError: the dtype is unknown, or without `wanted` that in config.json is.
         """
-        if wanted is not None and wanted not in _DTYPES:
-            raise UsageError(f"unknown dtype={wanted}; known: {', '.join(_DTYPES)}")
-        held, said = _held(specs), _said(hf)
         kept = hf.family.kept_in_fp32
         if wanted is not None:
-            return cls(_DTYPES[wanted], kept, _DTYPES[wanted])
+            target = dtype_option("dtype", wanted)
+            return cls(target, kept, target)
+        held, said = _held(specs), stated_dtype(hf.written, hf.family.language_part)
         if held is None or said is None or held == said:
             return cls(None, kept, held)
         there, here = _NAMES[held], _NAMES[said]
@@ -93,7 +91,7 @@ class Casting:
             return hf
         name, part = _NAMES[self.written], hf.family.language_part
         fields = _with_dtype(hf.written, name)
-        if part is not None and any(field in hf.written[part] for field in _FIELDS):
+        if part is not None and any(field in hf.written[part] for field in DTYPE_FIELDS):
             fields[part] = _with_dtype(hf.written[part], name)
         return replace(hf, written=fields)
 
@@ -129,17 +127,6 @@ def _held(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
     return count.most_common(1)[0][0] if count else None
 
 
-def _said(hf: HFModel) -> torch.dtype | None:
-    """The dtype in config.json, first that of the language model; None if missing or not a dtype of weights."""
-    parts = [hf.written.get(hf.family.language_part, {})] if hf.family.language_part else []
-    for fields in (*parts, hf.written):
-        for field in _FIELDS:
-            name = str(fields.get(field)).removeprefix("torch.")
-            if name in _DTYPES:
-                return _DTYPES[name]
-    return None
-
-
 def _with_dtype(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    spelled = [field for field in _FIELDS if field in fields] or [_FIELDS[0]]
+    spelled = [field for field in DTYPE_FIELDS if field in fields] or [DTYPE_FIELDS[0]]
     return {**fields, **dict.fromkeys(spelled, name)}

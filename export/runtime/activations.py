@@ -96,12 +96,13 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
-    amax = torch.full_like(divisor, nvfp4.SCALE_RANGE) / divisor
-    rounded = nvfp4.dequantize(nvfp4.quantize(x, amax, arithmetic=Arithmetic.MODELOPT), x.dtype)
-    blocks = x.unflatten(-1, (-1, nvfp4.BLOCK)).abs().amax(-1, keepdim=True).float()
-    scales = (blocks / torch.full_like(blocks, nvfp4.FP4_MAX) * divisor).to(torch.float8_e4m3fn)
-    flushed: Tensor = rounded.unflatten(-1, (-1, nvfp4.BLOCK)).masked_fill(scales.float() == 0, 0.0).flatten(-2)
-    return flushed
+    codes = nvfp4.quantize(x, torch.full_like(divisor, nvfp4.SCALE_RANGE) / divisor, arithmetic=Arithmetic.MODELOPT)
+    rounded: Tensor = nvfp4.dequantize(codes, x.dtype).unflatten(-1, (-1, nvfp4.BLOCK))
+    smallest = codes.block_scale.view(torch.uint8) == 1  # only among these are blocks whose own scale rounds to zero
+    largest = x.unflatten(-1, (-1, nvfp4.BLOCK))[smallest].abs().amax(-1, keepdim=True).float()
+    scale = (largest / torch.full_like(largest, nvfp4.FP4_MAX) * divisor).to(torch.float8_e4m3fn)
+    rounded[smallest] = rounded[smallest].masked_fill(scale.float() == 0, 0.0)
+    return rounded.flatten(-2)
 
 
 def _mxfp4(x: Tensor, _: Tensor) -> Tensor:

@@ -2,15 +2,20 @@
 
 import json
 import logging
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from amaxbridge.bridge.auto import AutoBridge
-from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.bridge.hf import HFModel, expected_tensors, read_hf_model
+from amaxbridge.bridge.plan.casting import Casting
+from amaxbridge.bridge.weight_dtypes import stated_dtype
 from amaxbridge.mappings.errors import MappingError, UsageError
+from amaxbridge.mappings.families import family_of
 from tests.support.checkpoints import tensors_in
 from tests.support.stored_checkpoints import megatron_state, write_state
 from tests.support.tiny_models import TINY_MODELS
@@ -96,6 +101,61 @@ def test_a_scheme_sees_the_weights_as_they_are_written(tmp_path: Path) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+UNKNOWN = ["bf16", "bflot16", "torch.bfloat16", "auto", "float8_e4m3fn", "float64", "nn", "", 16, {"": "bfloat16"}]
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("said", UNKNOWN, ids=repr)
+def test_a_dtype_in_config_json_that_is_unknown(said: object, field: str, tmp_path: Path) -> None:
+    """It was taken for none. transformers is not asked, which refuses some of these with an AttributeError."""
+    hf = HFModel(tmp_path, {field: said}, {}, family_of({"architectures": ["Qwen3ForCausalLM"]}))
+    message = re.escape(f"config.json says {field}={said}, which is no dtype of weights; known: bfloat16, float16,")
+    with pytest.raises(UsageError, match=message):
+        Casting.of(hf, {}, None)
+    assert Casting.of(hf, {}, "float16").target == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, None),
+        ({"dtype": None, "torch_dtype": None}, None),
+        ({"dtype": "float32", "text_config": {"dtype": None}}, torch.float32),
+        ({"dtype": "float32", "text_config": {"torch_dtype": "bfloat16"}}, torch.bfloat16),
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "bf16", "text_config": {"dtype": "float16"}}, torch.float16),
+        ({"text_config": {"dtype": "bf16"}}, "config.json says text_config.dtype=bf16, which is no dtype"),
+        ({"dtype": "bfloat16", "text_config": {"torch_dtype": "half"}}, "says text_config.torch_dtype=half, which"),
+        (
+            {"dtype": "bfloat16", "torch_dtype": "float16"},
+            "says dtype=bfloat16 and torch_dtype=float16: correct it",
+        ),
+        (
+            {"text_config": {"dtype": "float32", "torch_dtype": "float16"}},
+            "config.json says text_config.dtype=float32 and text_config.torch_dtype=float16",
+        ),
+    ],
+    ids=str,
+)
+def test_where_config_json_states_it(written: dict[str, Any], expected: torch.dtype | str | None) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(UsageError, match=expected):
+            stated_dtype(written, "text_config")
+    else:
+        assert stated_dtype(written, "text_config") == expected
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("said", ["bflot16", "torch.bfloat16", "nn", "auto"])
+def test_a_dtype_that_transformers_cannot_read(part: str, said: str, tmp_path: Path, transformers: ModuleType) -> None:
+    fields = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    stated: dict[str, Any] = {part: {"torch_dtype": said}} if part else {"torch_dtype": said}
+    (tmp_path / "config.json").write_text(json.dumps(fields | stated))
+    for read in (read_hf_model, expected_tensors):
+        with pytest.raises(UsageError, match=rf"config\.json: ({part}: )?torch_dtype={said} is no dtype; known: b"):
+            read(tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -91,3 +91,14 @@ def test_tensors_that_differ_in_shape_are_refused() -> None:
 
     with pytest.raises(ValueError, match="differ"):
         run_threads(2, mismatched, {})
+
+
+def test_slices_of_unexpected_lengths_are_refused() -> None:
+    """The message has the lengths, not the bytes."""
+
+    def mismatched(ranks: Ranks) -> None:
+        ranks.all_to_all(Axis.WORLD, torch.zeros(100_000, dtype=torch.uint8), [60_000, 40_000], [60_000, 50_000])
+
+    message = r"^rank (0|1) expects \[60000, 50000\] bytes and is sent (\[60000, 60000\]|\[40000, 40000\])$"
+    with pytest.raises(ValueError, match=message):
+        run_threads(2, mismatched, {})
