@@ -14,7 +14,7 @@ FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity sweep lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -94,6 +94,10 @@ bench-kernels: peer
 # From directory to directory, beside llm-compressor and beside the disk.
 bench: peer
 	$(BIN)/python benchmarks/model_free.py --peer $(PEER)/bin/python
+
+# Every architecture of transformers, tiny and random: the table of docs/architectures.md. TYPES=qwen3,llama runs a few.
+sweep: setup
+	$(BIN)/python -m tests.sweep.run $(if $(TYPES),--types $(TYPES))
 
 lint: setup
 	$(BIN)/ruff check .

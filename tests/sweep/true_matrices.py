@@ -1,0 +1,188 @@
+"""The matrices that a model multiplies with, `[out, in]`, taken from its modules and the code that runs them.
+
+These are the oracle's truth. They come from transformers' modules: `nn.Linear` holds `[out, in]`, `Conv1D` `[in, out]`,
+experts classes declare their layout to `use_experts_implementation` (`is_transposed`, `is_concatenated`, `has_gate`),
+and the few experts classes that do not are in `UNDECLARED_EXPERTS`, read from their `forward`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Class → (inputs first, gate and up in one parameter).
+UNDECLARED_EXPERTS = {
+    "Llama4TextExperts": (True, True),
+    "LongcatFlashExperts": (False, True),
+    "Step3p7Experts": (False, True),
+    "InklingSharedExperts": (False, False),
+}
+# Modules that vLLM builds without a quantization config: what the file holds must be what the engine loads.
+UNQUANTIZED_CLASSES = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+_ROUTER_CLASS = re.compile(r"\w*(TopK|Topk|Router|Gating)\w*")
+_ROUTER_NAME = re.compile(r"(.*\.)?(gate|router|wg|classifier|router_proj|modality_router)")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of the model.
+
+    Args:
+        module: path of the module in transformers' tree.
+        part: `weight`, `gate`, `up`, `down`, or the name of a bare parameter.
+        expert: number of the expert; None outside of experts.
+        kind: linear, conv1d, expert, embedding, or raw (a parameter that is none of these).
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+        stays: why it must not be quantized; empty if it may be.
+    """
+
+    module: str
+    part: str
+    expert: int | None
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    stays: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}[{self.expert}].{self.part}" if self.expert is not None else self.module
+
+
+def matrices(model: nn.Module, experts: int, vocabulary: int) -> list[Matrix]:
+    """Every matrix of a model, once; tied ones under their first name."""
+    towers = _Towers(model)
+    heads = _heads(model)
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    found = []
+    for name, module in model.named_modules():
+        for part, expert, kind, weight, bias in _of(module):
+            if weight.is_meta or weight.dim() != 2:
+                continue
+            stays = ""
+            if kind in ("embedding", "raw"):
+                stays = kind
+            elif module in heads or weight.shape[0] == vocabulary:
+                stays = "head"
+            elif kind == "linear" and (reason := _kept(name, module, classes, experts)):
+                stays = reason
+            elif towers.holds(name):
+                stays = "tower or projector"
+            found.append(Matrix(name, part, expert, kind, weight.detach(), bias, stays))
+    return found
+
+
+def _of(module: nn.Module) -> Iterator[tuple[str, int | None, str, Tensor, Tensor | None]]:
+    name = type(module).__name__
+    if isinstance(module, nn.Linear):
+        yield "weight", None, "linear", module.weight, module.bias
+    elif isinstance(module, nn.Embedding):
+        yield "weight", None, "embedding", module.weight, None
+    elif name == "Conv1D":
+        yield "weight", None, "conv1d", module.weight.t(), module.bias
+    elif hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj"):
+        yield from _experts(module, module.is_transposed, module.has_gate, module.is_concatenated)
+    elif name in UNDECLARED_EXPERTS:
+        transposed, packed = UNDECLARED_EXPERTS[name]
+        yield from _experts(module, transposed, packed, True)
+    elif name == "JetMoeParallelExperts":
+        for expert, weight in enumerate(module.weight):
+            yield "weight", expert, "expert", weight, None
+    elif name == "DbrxExpertGLU":
+        for part, parameter in (("gate", module.w1), ("up", module.v1), ("down", module.w2)):
+            for expert, weight in enumerate(parameter.view(module.moe_num_experts, -1, parameter.shape[-1])):
+                yield part, expert, "expert", weight.t() if part == "down" else weight, None
+    else:
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 2 and min(parameter.shape) > 1:
+                yield part, None, "raw", parameter, None
+
+
+def _experts(
+    module: nn.Module, transposed: bool, gated: bool, concatenated: bool
+) -> Iterator[tuple[str, int | None, str, Tensor, Tensor | None]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() != 3:
+            continue
+        biases = getattr(module, f"{name}_bias", None)
+        for expert, part in enumerate(parameter):
+            weight = part.t() if transposed else part
+            bias = None if biases is None or expert >= len(biases) else biases[expert]
+            if name == "gate_up_proj":
+                for which, rows in (("gate", 0), ("up", 1)):
+                    cut = _half(rows, len(weight), concatenated)
+                    yield which, expert, "expert", weight[cut], None if bias is None else bias[cut]
+            else:
+                yield name.removesuffix("_proj"), expert, "expert", weight, bias
+
+
+def _half(which: int, rows: int, concatenated: bool) -> slice:
+    return slice(which * rows // 2, (which + 1) * rows // 2) if concatenated else slice(which, rows, 2)
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    try:
+        head = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return []
+    return [head] if isinstance(head, nn.Module) else []
+
+
+def _kept(name: str, module: nn.Linear, classes: dict[str, str], experts: int) -> str:
+    ancestors = [classes[name[:end]] for end in range(len(name) + 1) if end == len(name) or name[end : end + 1] == "."]
+    above = ancestors[:-1]
+    if any("Indexer" in each for each in above) and not name.endswith(("wq_b", "q_b_proj")):
+        return "indexer"  # vLLM quantizes the queries' projection alone
+    if any(_ROUTER_CLASS.fullmatch(each) for each in above):
+        return "router"
+    if module.out_features <= 2 * experts and _ROUTER_NAME.fullmatch(name):
+        return "router"
+    if module.out_features == 1:
+        return "gate of one output"
+    if any(each in UNQUANTIZED_CLASSES for each in above):
+        return "mixer that vLLM builds unquantized"
+    return ""
+
+
+class _Towers:
+    """What of a composite model is not its language model: towers and projectors.
+
+    Where the configuration is the language model's own, towers are the parts with a configuration of another kind.
+    Where the language model is a part, everything outside of such parts is a tower or a projector.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers import PreTrainedModel
+
+        config = model.config
+        parts = [
+            (name, is_language(module.config))
+            for name, module in model.named_modules()
+            if name and isinstance(module, PreTrainedModel) and module.config is not config
+        ]
+        self._language = [name for name, language in parts if language]
+        self._others = [name for name, language in parts if not language]
+        self._inside = not hasattr(config, "vocab_size") or "text_config" in config.sub_configs
+        self._composite = bool(config.sub_configs) and bool(parts)
+
+    def holds(self, name: str) -> bool:
+        """True if a module is a part of a tower, or a projector."""
+        if not self._composite:
+            return False
+        if self._inside:
+            return bool(self._language) and not _under(name, self._language)
+        return _under(name, self._others) and not _under(name, self._language)
+
+
+def _under(name: str, roots: list[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def is_language(config: Any) -> bool:
+    """True if a configuration is a language model's."""
+    if re.search(r"vision|audio|image|speech|qformer|codec|vq|protein|saprot", (config.model_type or "").lower()):
+        return False
+    return hasattr(config, "vocab_size") and not config.sub_configs
