@@ -132,11 +132,24 @@ def summary(verdicts: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
     return counts
 
 
+def kinds(verdicts: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Kind of fault of what is wrong → the model types that have it, the commonest kind first."""
+    found: dict[str, dict[str, None]] = {}
+    for each in verdicts:
+        for why in each["why"] if each["verdict"] == WRONG else ():
+            if not why.startswith(("transformers: ", "no logits: ")):
+                found.setdefault(why.partition(" (")[0], {})[each["model_type"]] = None
+    return {kind: sorted(types) for kind, types in sorted(found.items(), key=lambda item: -len(item[1]))}
+
+
 def markdown(verdicts: Sequence[dict[str, Any]]) -> str:
     """A readable account, the faults first."""
     lines = ["# Sweep", "", "| | " + " | ".join(ORDER) + " |", "|---" * (1 + len(ORDER)) + "|"]
     for label, counts in summary(verdicts).items():
         lines.append(f"| {label} ({sum(counts.values())}) | " + " | ".join(str(counts[each]) for each in ORDER) + " |")
+    lines += ["", "## Kinds", ""]
+    for kind, types in kinds(verdicts).items():
+        lines.append(f"- **{kind}**, {len(types)} types: {', '.join(types)}")
     for kind in (WRONG, CRASHED, REFUSED, LIMIT, NOT_BUILT, RIGHT):
         lines += ["", f"## {kind}", ""]
         for each in verdicts:

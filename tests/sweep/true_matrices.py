@@ -21,7 +21,7 @@ UNDECLARED_EXPERTS = {
 }
 # Modules that vLLM builds without a quantization config: what the file holds must be what the engine loads.
 UNQUANTIZED_CLASSES = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
-_ROUTER_CLASS = re.compile(r"\w*(TopK|Topk|Router|Gating)\w*")
+_ROUTER_CLASS = re.compile(r"\w*(TopK|Topk|Router)\w*")
 _ROUTER_NAME = re.compile(r"(.*\.)?(gate|router|wg|classifier|router_proj|modality_router)")
 
 
@@ -140,7 +140,7 @@ def _kept(name: str, module: nn.Linear, classes: dict[str, str], experts: int) -
         return "router"
     if module.out_features <= 2 * experts and _ROUTER_NAME.fullmatch(name):
         return "router"
-    if module.out_features == 1:
+    if module.out_features == 1 and "gate" in name:
         return "gate of one output"
     if any(each in UNQUANTIZED_CLASSES for each in above):
         return "mixer that vLLM builds unquantized"
@@ -185,4 +185,4 @@ def is_language(config: Any) -> bool:
     """True if a configuration is a language model's."""
     if re.search(r"vision|audio|image|speech|qformer|codec|vq|protein|saprot", (config.model_type or "").lower()):
         return False
-    return hasattr(config, "vocab_size") and not config.sub_configs
+    return hasattr(config, "vocab_size") and not hasattr(config, "num_mel_bins") and not config.sub_configs
