@@ -65,6 +65,10 @@ class RowIndex:
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         self.matrices = matrices
+        by_values: dict[tuple[Any, bytes], list[int]] = defaultdict(list)
+        for index, matrix in enumerate(matrices):
+            by_values[matrix.weight.shape, _bytes(matrix.weight).tobytes()].append(index)
+        self.tied = {index: tied for tied in by_values.values() for index in tied}
         groups: dict[int, list[int]] = defaultdict(list)
         for index, matrix in enumerate(matrices):
             groups[matrix.weight.shape[1]].append(index)
@@ -88,7 +92,7 @@ class RowIndex:
         if first + len(rows) <= len(units):
             span = torch.arange(first, first + len(rows))
             errors = self._errors(rows, owners[span], numbers[span])
-            if errors.median() < 0.5:
+            if errors.max() < 0.5:
                 best = span
                 return owners[best], numbers[best], errors
         best = self._best(rows, units)
@@ -173,7 +177,8 @@ def _judge_module(
     for owner in dict.fromkeys(owners.tolist()):
         matrix = index.matrices[owner]
         at = owners == owner
-        findings.quantized[owner].update(numbers[at].tolist())
+        for tied in index.tied[owner]:
+            findings.quantized[tied].update(numbers[at].tolist())
         names.append(matrix)
         if bias is not None and matrix.bias is not None and not torch.equal(bias[at], matrix.bias[numbers[at]]):
             findings.add("bias of other rows", module)

@@ -12,15 +12,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.sweep.account import counts_table, faults, fewer_than_committed, write_page
 from tests.sweep.architectures import PUBLISHED, Row, rows
-from tests.sweep.judge_row import CRASHED, LIMIT, NOT_BUILT, REFUSED, RIGHT, SCHEMES, WRONG, judge, main_json
-
-ORDER = (RIGHT, LIMIT, REFUSED, WRONG, CRASHED, NOT_BUILT)
+from tests.sweep.judge_row import CRASHED, SCHEMES, WRONG, judge, main_json
 
 
 def sweep(
@@ -108,65 +106,14 @@ def _say(verdicts: list[dict[str, Any]], done: int, total: int) -> None:
     print(f"[{done}/{total}] {first['model_type']} {first['architecture']} {line} {seconds:.0f}s", flush=True)
 
 
-def worst(verdicts: Sequence[dict[str, Any]]) -> str:
-    """The verdict on a type: wrong if any layout is, else the worst of the published ones."""
-    rank = (NOT_BUILT, RIGHT, LIMIT, REFUSED, CRASHED, WRONG)
-    considered = [
-        each["verdict"] for each in verdicts if each["layout"] == PUBLISHED or each["verdict"] in (WRONG, CRASHED)
-    ]
-    return max(considered or [NOT_BUILT], key=rank.index)
-
-
-def summary(verdicts: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Scheme → verdict → number of model types (the counted ones), each type by its worst."""
-    counts: dict[str, Counter[str]] = {}
-    for scheme in SCHEMES:
-        for label, counted in (("counted", True), ("further", False)):
-            types: dict[str, list[dict[str, Any]]] = {}
-            for each in verdicts:
-                if each["scheme"] == scheme and each["counted"] is counted:
-                    types.setdefault(
-                        each["model_type"] if counted else f"{each['model_type']} {each['architecture']}", []
-                    ).append(each)
-            counts[f"{scheme}, {label}"] = Counter(worst(several) for several in types.values())
-    return counts
-
-
-def kinds(verdicts: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Kind of fault of what is wrong → the model types that have it, the commonest kind first."""
-    found: dict[str, dict[str, None]] = {}
-    for each in verdicts:
-        for why in each["why"] if each["verdict"] == WRONG else ():
-            if not why.startswith(("transformers: ", "no logits: ")):
-                found.setdefault(why.partition(" (")[0], {})[each["model_type"]] = None
-    return {kind: sorted(types) for kind, types in sorted(found.items(), key=lambda item: -len(item[1]))}
-
-
-def markdown(verdicts: Sequence[dict[str, Any]]) -> str:
-    """A readable account, the faults first."""
-    lines = ["# Sweep", "", "| | " + " | ".join(ORDER) + " |", "|---" * (1 + len(ORDER)) + "|"]
-    for label, counts in summary(verdicts).items():
-        lines.append(f"| {label} ({sum(counts.values())}) | " + " | ".join(str(counts[each]) for each in ORDER) + " |")
-    lines += ["", "## Kinds", ""]
-    for kind, types in kinds(verdicts).items():
-        lines.append(f"- **{kind}**, {len(types)} types: {', '.join(types)}")
-    for kind in (WRONG, CRASHED, REFUSED, LIMIT, NOT_BUILT, RIGHT):
-        lines += ["", f"## {kind}", ""]
-        for each in verdicts:
-            if each["verdict"] == kind and not (kind == RIGHT and not each["why"] and (each["coverage"] or 0) > 0.5):
-                where = f"**{each['model_type']}** {each['architecture']} {each['scheme']} {each['layout']}"
-                share = "" if each["coverage"] is None else f" (quantized {each['coverage']:.0%})"
-                lines.append(f"- {where}{share}: " + " · ".join(why.replace("\n", " ")[:300] for why in each["why"]))
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default="", help="model types, with commas between; all by default")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--json", type=Path, help="where the verdicts go")
+    parser.add_argument("--markdown", type=Path, help="where an account of the faults goes")
+    parser.add_argument("--page", action="store_true", help="write the table of docs/architectures.md")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seconds", type=float, default=300, help="for one row")
     options = parser.parse_args()
     started = time.monotonic()
 
@@ -174,26 +121,20 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps(so_far, indent=1))
         if options.markdown:
-            options.markdown.write_text(markdown(so_far))
+            options.markdown.write_text(faults(so_far))
 
     chosen = rows(filter(None, options.types.split(",")))
     verdicts = sweep(chosen, processes=options.processes, seconds=options.seconds, report=report)
     for each in verdicts:
-        if options.types and each["why"]:
-            print(
-                each["model_type"],
-                each["scheme"],
-                each["layout"],
-                each["verdict"],
-                each["coverage"],
-                *each["why"],
-                sep="\n    ",
-            )
-    for label, counts in summary(verdicts).items():
-        print(f"{label}: " + ", ".join(f"{kind} {counts[kind]}" for kind in ORDER))
-    print(f"{time.monotonic() - started:.0f} s")
-    bad = sum(each["verdict"] in (WRONG, CRASHED) for each in verdicts)
-    return int(bad > 0)
+        if each["why"] and (options.types or each["verdict"] in (WRONG, CRASHED)):
+            where = (each[name] for name in ("model_type", "architecture", "scheme", "layout", "verdict"))
+            print(*where, *(f"\n    {why}" for why in each["why"]))
+    print(*counts_table(verdicts), f"{time.monotonic() - started:.0f} s", sep="\n")
+    fewer = [] if options.types else fewer_than_committed(verdicts)
+    print(*fewer, sep="\n")
+    if options.page:
+        write_page(verdicts)
+    return int(bool(fewer) or any(each["verdict"] in (WRONG, CRASHED) for each in verdicts))
 
 
 if __name__ == "__main__":

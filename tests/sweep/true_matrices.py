@@ -7,7 +7,7 @@ and the few experts classes that do not are in `UNDECLARED_EXPERTS`, read from t
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ UNDECLARED_EXPERTS = {
     "Step3p7Experts": (False, True),
     "InklingSharedExperts": (False, False),
 }
+TOWER = "tower or projector"
 # Modules that vLLM builds without a quantization config: what the file holds must be what the engine loads.
 UNQUANTIZED_CLASSES = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 _ROUTER_CLASS = re.compile(r"\w*(TopK|Topk|Router)\w*")
@@ -65,14 +66,17 @@ def matrices(model: nn.Module, experts: int, vocabulary: int) -> list[Matrix]:
             stays = ""
             if kind in ("embedding", "raw"):
                 stays = kind
-            elif module in heads or weight.shape[0] == vocabulary:
+            elif module in heads or weight.shape[0] % vocabulary == 0:
                 stays = "head"
             elif kind == "linear" and (reason := _kept(name, module, classes, experts)):
                 stays = reason
             elif towers.holds(name):
-                stays = "tower or projector"
+                stays = TOWER
             found.append(Matrix(name, part, expert, kind, weight.detach(), bias, stays))
-    return found
+    inside = {each.weight.data_ptr() for each in found if each.stays != TOWER}
+    return [
+        replace(each, stays="") if each.stays == TOWER and each.weight.data_ptr() in inside else each for each in found
+    ]
 
 
 def _of(module: nn.Module) -> Iterator[tuple[str, int | None, str, Tensor, Tensor | None]]:
@@ -150,39 +154,50 @@ def _kept(name: str, module: nn.Linear, classes: dict[str, str], experts: int) -
 class _Towers:
     """What of a composite model is not its language model: towers and projectors.
 
-    Where the configuration is the language model's own, towers are the parts with a configuration of another kind.
-    Where the language model is a part, everything outside of such parts is a tower or a projector.
+    Where the configuration is the language model's own, towers are the parts with a configuration of vision or sound.
+    Where the language model is a part and there are such towers, everything outside of it is a tower or a projector.
     """
 
     def __init__(self, model: Any) -> None:
         from transformers import PreTrainedModel
 
         config = model.config
-        parts = [
-            (name, is_language(module.config))
+        parts = {
+            name: module.config
             for name, module in model.named_modules()
             if name and isinstance(module, PreTrainedModel) and module.config is not config
-        ]
-        self._language = [name for name, language in parts if language]
-        self._others = [name for name, language in parts if not language]
+        }
+        self._towers = [name for name, part in parts.items() if is_tower(part)]
+        self._language = [name for name, part in parts.items() if is_language(part) and not _under(name, self._towers)]
         self._inside = not hasattr(config, "vocab_size") or "text_config" in config.sub_configs
-        self._composite = bool(config.sub_configs) and bool(parts)
 
     def holds(self, name: str) -> bool:
         """True if a module is a part of a tower, or a projector."""
-        if not self._composite:
-            return False
-        if self._inside:
-            return bool(self._language) and not _under(name, self._language)
-        return _under(name, self._others) and not _under(name, self._language)
+        if self._towers and self._language and self._inside:
+            return not _under(name, self._language)
+        return _under(name, self._towers)
 
 
 def _under(name: str, roots: list[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
+_TOWER = re.compile(
+    r"vision|audio|image|speech|qformer|codec|vq|protein|saprot|vit|siglip|clip|sam|mimi|encodec|dac|dit"
+)
+_TOWER_FIELDS = ("image_size", "num_mel_bins")
+_TOWER_FIELDS_WITHOUT_TOKENS = ("num_channels", "in_channels", "sampling_rate")
+
+
+def is_tower(config: Any) -> bool:
+    """True if a configuration is one of images, sound or proteins, and of no language model."""
+    if "text_config" in config.sub_configs:
+        return False
+    name = (config.model_type or type(config).__name__).lower()
+    fields = _TOWER_FIELDS if hasattr(config, "vocab_size") else _TOWER_FIELDS + _TOWER_FIELDS_WITHOUT_TOKENS
+    return _TOWER.search(name) is not None or any(hasattr(config, each) for each in fields)
+
+
 def is_language(config: Any) -> bool:
     """True if a configuration is a language model's."""
-    if re.search(r"vision|audio|image|speech|qformer|codec|vq|protein|saprot", (config.model_type or "").lower()):
-        return False
-    return hasattr(config, "vocab_size") and not hasattr(config, "num_mel_bins") and not config.sub_configs
+    return hasattr(config, "vocab_size") and not config.sub_configs and not is_tower(config)
