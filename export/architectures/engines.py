@@ -1,33 +1,34 @@
 """What each engine makes of a layer: its config group, by `targets` and `ignore`.
 
-Engines read one config by different rules. The differences are the fields of `Engine`; reading is one function.
+Engines read one config by different rules. The differences are the fields of `Engine`; what an engine knows of an
+architecture is in its table (`engine_tables`). Adding an engine: an entry here, and a table.
 
-An engine runs q, k and v as one layer, `qkv_proj`, which no checkpoint names. Such a layer is asked about by its
-members, who must agree: if some are ignored, or in another group, one GEMM would need two formats. An engine's own name
-counts in `ignore` if it stands there literally (vLLM's `should_ignore_layer`); a pattern does not count, so
-`re:.*up_proj` does not ignore half of `gate_up_proj` unseen.
+An engine runs q, k and v as one layer, `qkv_proj`, which no checkpoint names. vLLM and SGLang ask about such a layer by
+its own name first; of what they ask about its members, they know the members only where their model class says so.
+tests/golden/engine_matchers.json holds the answers of the engines' own matchers, which a test compares with ours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 
+from amaxbridge.export.architectures.engine_tables import GENERIC, Build, EngineTable, table_of
 from amaxbridge.export.quant_config import QuantConfig
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_pattern, means
 from amaxbridge.mappings.fused_groups import group_of
 
 LINEAR = (EVERY_LINEAR,)
-_PRIMARY_OF: Mapping[str, str] = MappingProxyType(
-    {
-        "qkv_proj": "q_proj",
-        "gate_up_proj": "gate_proj",
-        "w13": "w1",
-        "fused_qkv_a_proj": "q_a_proj",
-        "in_proj_qkvz": "in_proj_qkv",
-        "in_proj_ba": "in_proj_b",
-    }
-)
+_PRIMARY_OF: Mapping[str, str] = MappingProxyType({name: members[0] for name, members in GENERIC.packed.items()})
 """What engines call a fused layer → its first member. The members are those of `mappings.fused_groups`."""
+
+
+class Step(StrEnum):
+    """A place where an engine looks for a target."""
+
+    NAME = "name"  # the layer's own
+    MEMBERS = "members"  # all of them must be targeted; the first one's target decides
+    CLASS = "class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,48 +36,75 @@ class Engine:
     """How an engine reads targets and `ignore`.
 
     Args:
+        key: the name that users choose.
+        name: the name in reports.
+        table: name of its table; "" for one that shares no knowledge of architectures.
+        steps: where it looks for a target, in this order; () for an engine that does not fuse.
         fuses: runs fused groups as one layer.
-        targets_fused_names: tries targets on the fused layer's own name, then on its class, and only then on its
-            members; so `re:.*up_proj` hits `gate_up_proj` and decides for the gate, too.
-        ignores_parts: an entry of `ignore` counts if a name contains it: `model.layers.0.mlp.gate`, a router, also
-            means `model.layers.0.mlp.gate_proj`.
+        patterns_ignore_fused: a pattern in `ignore` that hits the fused layer's own name ignores it; else only a
+            literal entry does.
+        reads_suffixes: an entry of `ignore`, or a target of the head, counts if a name ends in it, after a dot.
         ignores_classes: `Linear` in `ignore` means every linear module.
+        renames_everything: renames patterns and classes, too; else only entries that are names with a dot.
+        alphabetical: of several targets that name a layer, the first by the alphabet decides, names before patterns;
+            else the first in config.json.
         head_is_linear: `Linear` targets the head.
         asks_first_expert: what the projections of the first expert get, all experts get.
         refuses_untargeted: raises for a layer that is neither targeted nor ignored; older vLLM too.
     """
 
+    key: str
     name: str
+    table: str = ""
+    steps: tuple[Step, ...] = ()
     fuses: bool = True
-    targets_fused_names: bool = False
-    ignores_parts: bool = False
+    patterns_ignore_fused: bool = False
+    reads_suffixes: bool = False
     ignores_classes: bool = False
+    renames_everything: bool = False
+    alphabetical: bool = False
     head_is_linear: bool = False
     asks_first_expert: bool = False
     refuses_untargeted: bool = False
 
+    @property
+    def facts(self) -> EngineTable | None:
+        """The engine's table; None for our runtime, whose schemes are those of this package."""
+        return table_of(self.table) if self.table else None
 
-VLLM = Engine("vLLM", targets_fused_names=True, asks_first_expert=True, refuses_untargeted=True)
-SGLANG = Engine(
-    "SGLang", targets_fused_names=True, ignores_parts=True, asks_first_expert=True, refuses_untargeted=True
+    @property
+    def label(self) -> str:
+        """Name and version."""
+        return f"{self.name} {self.facts.version}" if self.facts else self.name
+
+
+VLLM = Engine(
+    "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True
 )  # fmt: skip
-TRANSFORMERS = Engine("transformers", fuses=False, ignores_classes=True, head_is_linear=True)
-RUNTIME = Engine("amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
+SGLANG = Engine(
+    "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,
+    asks_first_expert=True, refuses_untargeted=True,
+)  # fmt: skip
+TRANSFORMERS = Engine(
+    "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
+    head_is_linear=True,
+)  # fmt: skip
+RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
 """Our own, which loads models of transformers."""
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
-"""The engines that serve checkpoints: vLLM 0.33, SGLang 0.5.23, transformers 5.24."""
+"""The engines that serve checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer as an engine has it: its name there, and the modules of the checkpoint that it is made of."""
+    """A layer as an engine has it: its name there, and the members of it that the engine's matcher knows."""
 
     name: str
     members: tuple[str, ...]
 
     @classmethod
     def named(cls, name: str) -> "Layer":
-        """The layer of an engine, fused or not."""
+        """The layer of an engine, fused or not, under the usual names."""
         return cls(name, members_of(name))
 
 
@@ -109,6 +137,19 @@ def fused_name(module: str) -> str:
     return next((parent + dot + name for name, first in _PRIMARY_OF.items() if parent + dot + first == primary), module)
 
 
+def as_named_by(engine: Engine, build: Build, config: QuantConfig) -> QuantConfig:
+    """The config with the names of targets and `ignore` as an engine renames them for an architecture."""
+    if not build.renames:
+        return config
+
+    def renamed(entry: str) -> str:
+        is_name = "." in entry and not is_pattern(entry)
+        return build.renamed(entry) if is_name or engine.renames_everything else entry
+
+    groups = tuple(replace(group, targets=tuple(map(renamed, group.targets))) for group in config.groups)
+    return replace(config, ignore=tuple(map(renamed, config.ignore)), groups=groups)
+
+
 def read_layer(engine: Engine, layer: Layer, config: QuantConfig, classes: tuple[str, ...] = LINEAR) -> Reading:
     """What the engine makes of the layer.
 
@@ -119,15 +160,12 @@ def read_layer(engine: Engine, layer: Layer, config: QuantConfig, classes: tuple
     if layer.name.endswith(HEAD) and not engine.head_is_linear:
         classes = tuple(name for name in classes if name != EVERY_LINEAR)
     ignored = {each: entry for each in layer.members if (entry := _ignored(engine, each, config, classes)) is not None}
-    if layer.name in config.ignore or len(ignored) == len(layer.members):
-        return Reading(why=f"ignored by {next(iter(ignored.values()), layer.name)!r}")
-    by_class, is_fused = config.of_class(classes), len(layer.members) > 1
-    if engine.targets_fused_names and is_fused and not ignored:
-        if (group := config.named_by(layer.name)) is not None:
-            return Reading(group, f"{_target(config, group, layer.name)!r} hits {layer.name}")
-        if by_class is not None:
-            return Reading(by_class)
-    named = {member: config.named_by(member) for member in layer.members}
+    if (entry := _ignores_whole(engine, layer, config)) is not None or len(ignored) == len(layer.members):
+        return Reading(why=f"ignored by {entry or next(iter(ignored.values()))!r}")
+    by_class = config.of_class(classes)
+    if engine.steps and not ignored:
+        return _by_steps(engine, layer, config, by_class)
+    named = {member: _named_by(engine, config, member) for member in layer.members}
     groups = {member: by_class if group is None else group for member, group in named.items()}
     groups |= dict.fromkeys(ignored)
     if ignored:
@@ -137,7 +175,34 @@ def read_layer(engine: Engine, layer: Layer, config: QuantConfig, classes: tuple
     if len(set(groups.values())) > 1:
         found = ", ".join(f"{name}: {label(config, group)}" for name, group in groups.items())
         return Reading(conflict=f"targeted differently: {found}", members=groups)
-    return Reading(first, "" if first is not None else "neither targeted nor ignored")
+    return Reading(first, "" if first is not None else _NEITHER)
+
+
+_NEITHER = "neither targeted nor ignored"
+
+
+def _by_steps(engine: Engine, layer: Layer, config: QuantConfig, by_class: int | None) -> Reading:
+    is_fused = layer.members != (layer.name,)
+    if engine.reads_suffixes and layer.name.endswith(HEAD):
+        return _by_suffix(layer, config)
+    for step in engine.steps:
+        if step is Step.NAME and (group := config.named_by(layer.name)) is not None:
+            why = f"{_target(config, group, layer.name)!r} hits {layer.name}" if is_fused else ""
+            return Reading(group, why)
+        if step is Step.CLASS and by_class is not None:
+            return Reading(by_class)
+        if step is Step.MEMBERS and is_fused:
+            groups = [config.named_by(member) for member in layer.members]
+            if None not in groups:
+                return Reading(groups[0], f"as {layer.members[0]}")
+    return Reading(why=_NEITHER)
+
+
+def _by_suffix(layer: Layer, config: QuantConfig) -> Reading:
+    for number, group in enumerate(config.groups):
+        if any(means(target, layer.name) or layer.name.endswith(f".{target}") for target in group.targets):
+            return Reading(number)
+    return Reading(why=_NEITHER)
 
 
 def label(config: QuantConfig, group: int | None) -> str:
@@ -145,13 +210,33 @@ def label(config: QuantConfig, group: int | None) -> str:
     return "no group" if group is None else config.groups[group].name
 
 
+def _named_by(engine: Engine, config: QuantConfig, module: str) -> int | None:
+    """The group that targets a module by its name."""
+    if not engine.alphabetical:
+        return config.named_by(module)
+    hits = [
+        (is_pattern(target), target, number)
+        for number, group in enumerate(config.groups)
+        for target in group.targets
+        if means(target, module)
+    ]
+    return min(hits)[2] if hits else None
+
+
+def _ignores_whole(engine: Engine, layer: Layer, config: QuantConfig) -> str | None:
+    """The entry of `ignore` that means a fused layer by its own name."""
+    if engine.patterns_ignore_fused:
+        return config.ignored_by(layer.name)
+    return layer.name if layer.name in config.ignore else None
+
+
 def _ignored(engine: Engine, module: str, config: QuantConfig, classes: tuple[str, ...]) -> str | None:
     """The entry of `ignore` that means a module."""
     if (entry := config.ignored_by(module)) is not None:
         return entry
-    if engine.ignores_parts:
-        parts = (entry for entry in config.ignore if not is_pattern(entry) and entry.lower() in module.lower())
-        return next(parts, None)
+    if engine.reads_suffixes:
+        suffixes = (entry for entry in config.ignore if not is_pattern(entry) and module.endswith(f".{entry}"))
+        return next(suffixes, None)
     return next((name for name in classes if engine.ignores_classes and name in config.ignore), None)
 
 

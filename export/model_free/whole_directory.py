@@ -34,6 +34,7 @@ from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
 from amaxbridge.export.output.finished_directory import DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
+from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
 from amaxbridge.export.output.writing_processes import Apart
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.mappings.errors import CheckpointError, listing
@@ -95,7 +96,7 @@ def model_free_ptq(
         device: device to quantize on; by default all GPUs, or the CPU. Several GPUs share the work.
         converter: applied first, for example from another format.
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
-        options: `missing_amax`, `overwrite`, `dry_run`, `verify`, `progress`, `record`; see `OutputOptions`.
+        options: `missing_amax`, `nonfinite`, `overwrite`, `dry_run`, `verify`, `progress`, `record`: `OutputOptions`.
 
     Raises:
         UsageError: the arguments cannot work.
@@ -106,6 +107,7 @@ def model_free_ptq(
     """
     asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
     recipe, missing = find_scheme(scheme, asked.ignore), missing_policy(asked.missing_amax)
+    finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
     source = model_directory(model_stub, weights=True).absolute()
     target = Path(save_directory).expanduser().absolute()
     check_apart(source, target)
@@ -117,6 +119,7 @@ def model_free_ptq(
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
         plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
+        plan.finalizer.finite = finite
         check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))

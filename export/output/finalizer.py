@@ -19,6 +19,7 @@ from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
 from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.export.schemes.scheme import naming, quantize_group
 from amaxbridge.export.schemes.targets import EMBEDDINGS, is_targeted
@@ -79,6 +80,7 @@ class Finalizer:
         self._amax: dict[str, GroupAmax] = {}
         self._cache_scales: dict[str, tuple[str, Tensor]] = {}
         self.filled: dict[str, str] = {}
+        self.finite = FiniteCheck(NonFinite.WARN)
         self.data_free = recipe is not None and state is None
         if recipe is not None:
             self._schemes = _choose(recipe, linears, state)
@@ -129,7 +131,7 @@ class Finalizer:
         """Yields what is written for a bundle.
 
         Raises:
-            MappingError: a weight to be quantized holds NaN or Inf.
+            MappingError: a weight to be quantized holds NaN or Inf; or an unquantized one, if `finite` says so.
         """
         quantized = dict[str, Rows]()
         for name, tensor in bundle.tensors.items():
@@ -139,6 +141,7 @@ class Finalizer:
                 yield from self._adopted(module, tensor, stored)
             elif module is None:
                 for first, rows in tensor.parts():
+                    self.finite.look_at(name, rows)
                     yield Written(name, first, _folded(name, rows, bundle.state))
             else:
                 quantized[module] = tensor

@@ -1,18 +1,28 @@
 """`verify`: all rules on one checkpoint."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from amaxbridge.export.architectures.engines import ENGINES, Engine
 from amaxbridge.export.progress import NoProgress, Progress
-from amaxbridge.export.verify import config_rules, file_rules, fused_group_rules, name_rules, scale_rules, target_rules
+from amaxbridge.export.verify import (
+    config_rules,
+    engine_rules,
+    file_rules,
+    fused_group_rules,
+    name_rules,
+    scale_rules,
+    target_rules,
+)
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
+from amaxbridge.export.verify.engine_readings import build_of
 from amaxbridge.export.verify.finding import Problem, Rule
 from amaxbridge.export.verify.parallel_sizes import parallel_sizes
 from amaxbridge.export.verify.reference_weights import Reference, WeightError, error_rules, one_by_one
 from amaxbridge.export.verify.state_rules import state_rules
-from amaxbridge.export.verify.verify_report import VerifyReport
+from amaxbridge.export.verify.verify_report import EVERY, NAMES, VerifyReport
 from amaxbridge.mappings.errors import UsageError
 
 RULES: tuple[Rule, ...] = (
@@ -20,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     *config_rules.RULES,
     *name_rules.RULES,
     *target_rules.RULES,
+    *engine_rules.RULES,
     *fused_group_rules.RULES,
     *scale_rules.RULES,
 )
@@ -31,7 +42,9 @@ def verify(
     *,
     reference: str | Path | None = None,
     expected: Mapping[str, tuple[int, ...]] | None = None,
+    engine: str = EVERY,
     tp: int = 1,
+    ep: int = 1,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Checks a checkpoint, quantized or not. Reads headers and scales; weights only with a reference.
@@ -42,12 +55,16 @@ def verify(
             quantizer state, to compare scales with amax.
         expected: names and shapes of everything the unquantized model has, experts packed or not; by default those of
             the reference.
+        engine: the engine that must serve it: `vllm`, `sglang`, `transformers` or `runtime`. `all`: at least one.
         tp: tensor-parallel size that it must serve at.
+        ep: expert-parallel size that it must serve at.
         progress: is told how far the weights of a reference are.
 
     Raises:
-        UsageError: there is no such directory or reference.
+        UsageError: there is no such directory, reference or engine.
     """
+    if engine not in (EVERY, *NAMES):
+        raise UsageError(f"Unknown engine {engine!r}. Use {', '.join(NAMES)} or {EVERY}")
     directory, reference = Path(directory), reference and Path(reference)
     for path in (directory, reference):
         if path and not path.exists():
@@ -62,8 +79,8 @@ def verify(
             rules += error_rules(errors)
         elif reference:
             rules += state_rules(reference)
-        if tp > 1:
-            rules.append(_tensor_parallel(tp))
+        if tp > 1 or ep > 1:
+            rules.append(_parallel(tp, ep))
         if expected is not None:
             view.expected = one_by_one(expected, view.tensors, view.config)
         findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
@@ -76,17 +93,28 @@ def verify(
             findings=tuple(findings),
             parallel=parallel_sizes(view),
             errors=tuple(errors),
+            engine=engine,
+            unknown=tuple(each.key for each in ENGINES if _is_unknown(view, each)),
         )
 
 
-def _tensor_parallel(tp: int) -> Rule:
-    def misfits(view: CheckpointView) -> tuple[Problem, ...]:
-        return parallel_sizes(view, (tp,))[0].problems
+def _is_unknown(view: CheckpointView, engine: Engine) -> bool:
+    """True if an engine that reads config.json by architecture has no model class of its own for this one."""
+    has_classes = engine.facts is not None and bool(engine.facts.builds)
+    return has_classes and bool(view.config.get("architectures")) and build_of(view, engine) is None
+
+
+def _parallel(tp: int, ep: int) -> Rule:
+    def misfits(view: CheckpointView) -> Iterator[Problem]:
+        found = [*parallel_sizes(view, (tp,), whole_experts=ep > 1)[:1], *parallel_sizes(view, (ep,))[1:]]
+        for each in found:
+            for problem in each.problems:
+                yield Problem(problem.subject, f"{each.axis}={each.size}: {problem.what}")
 
     return Rule(
-        "tensor-parallel",
-        "it serves at the wanted tensor-parallel size",
+        "parallel",
+        "it serves at the wanted sizes of tensor and expert parallelism",
         "does not load, or loads and is wrong (NVFP4 with blocks that are cut)",
-        "Serve at a size that the table has, or leave these modules unquantized",
+        "Serve at sizes that the table has, or leave these modules unquantized",
         misfits,
     )

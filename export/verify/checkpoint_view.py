@@ -29,6 +29,7 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
+_STATED = TensorSpec((2,), torch.int64)
 _CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
 
 INPUT_SCALES: Mapping[str, SharedScale] = MappingProxyType(
@@ -239,8 +240,19 @@ def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[
     weight = tensors.get("weight")
     if weight is not None and len(weight.spec.shape) == 2:
         return weight.spec.shape[0], weight.spec.shape[1]
+    if scheme is None:
+        return None
     specs = {suffix: stored.spec for suffix, stored in tensors.items()}
-    return None if scheme is None else scheme.weight_shape(specs)
+    found = scheme.weight_shape(specs)
+    stated = tensors.get("weight_shape")
+    is_open = scheme.blocks.width is None and stated is not None and stated.spec == _STATED
+    if found is None or stated is None or not is_open:
+        return found
+    rows, columns = stated.read().tolist()  # whole rows of packed codes may end within a word
+    if rows <= 0 or columns <= 0:
+        return found
+    right = scheme.tensor_specs(TensorSpec((rows, columns), torch.bfloat16), Arithmetic.MODELOPT)
+    return (rows, columns) if right[scheme.codes] == specs[scheme.codes] else found
 
 
 def _tensor_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:

@@ -1,53 +1,118 @@
 """Every layer of a checkpoint as each engine has it, and what the engine makes of it; see `architectures.engines`."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from amaxbridge.export.architectures.engines import ENGINES, RUNTIME, Engine, Layer, Reading, fused_name, read_layer
+from amaxbridge.export.architectures.engine_tables import GENERIC, Build
+from amaxbridge.export.architectures.engines import (
+    ENGINES,
+    RUNTIME,
+    Engine,
+    Layer,
+    Reading,
+    as_named_by,
+    read_layer,
+)
 from amaxbridge.export.schemes.targets import HEAD
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
-from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import is_routed_expert
 
-EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")
+EVERY_ENGINE = (*ENGINES, RUNTIME)
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
+_ROLES: Mapping[str, int] = MappingProxyType({"gate_proj": 0, "w1": 0, "down_proj": 1, "w2": 1, "up_proj": 2, "w3": 2})
+"""Projections of an expert → their place in `Build.experts`."""
+_ASKED = ("gate_proj", "down_proj", "up_proj")
 
 
-def readings(view: CheckpointView) -> list[tuple[Engine, Layer, Reading, list[str]]]:
-    """What every engine makes of every layer, and the modules that it is for."""
-    config = view.quantization
-    if not config.raw:
+@dataclass(frozen=True, slots=True)
+class EngineLayer:
+    """A layer of an engine.
+
+    Args:
+        path: where it lies in the engine's tree.
+        layer: what the engine's matcher is asked.
+        modules: the modules of the files that it is made of.
+    """
+
+    path: str
+    layer: Layer
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReading:
+    """What an engine makes of one of its layers.
+
+    Args:
+        unquantized: True if the engine builds the layer in 16 bits whatever config.json says.
+    """
+
+    engine: Engine
+    at: EngineLayer
+    reading: Reading
+    unquantized: bool
+
+
+def build_of(view: CheckpointView, engine: Engine) -> Build | None:
+    """What the engine makes of the architecture; None if it has no model class of its own for it."""
+    return None if engine.facts is None else engine.facts.build_of(view.config)
+
+
+def readings(view: CheckpointView) -> list[EngineReading]:
+    """What every engine makes of every layer."""
+    if not view.quantization.raw:
         return []
-    return [
-        (engine, layer, read_layer(engine, layer, config), modules)
-        for engine in (*ENGINES, RUNTIME)
-        for layer, modules in layers_of(view, engine)
-    ]
+    found = list[EngineReading]()
+    for engine in EVERY_ENGINE:
+        build = build_of(view, engine) or GENERIC
+        config = as_named_by(engine, build, view.quantization)
+        found += [
+            EngineReading(engine, at, read_layer(engine, at.layer, config), _in_16_bits(build, at.path))
+            for at in layers_of(view, engine, build)
+        ]
+    return found
 
 
-def layers_of(view: CheckpointView, engine: Engine) -> Iterator[tuple[Layer, list[str]]]:
+def _in_16_bits(build: Build, path: str) -> bool:
+    """True if a layer, or the fused layer that it would be part of, is built without quantization."""
+    return build.builds_unquantized(path) or build.builds_unquantized(build.fused(path))
+
+
+def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[EngineLayer]:
     """The layers that an engine asks about, each with the modules of the files that its answer is for."""
     experts: dict[str, list[str]] = {}
-    others = []
+    layers: dict[str, list[str]] = {}
     for name in view.modules:
-        found = EXPERT.fullmatch(name) if engine.asks_first_expert else None
-        if found:
+        path = build.path_of(name)
+        if engine.asks_first_expert and (found := EXPERT.fullmatch(path)):
             experts.setdefault(found[1], []).append(name)
+        elif engine.fuses and not is_routed_expert(f"{name}."):
+            layers.setdefault(build.fused(path), []).append(name)
         else:
-            others.append(name)
+            layers[path] = [name]
     if view.tied and engine.head_is_linear:
-        others.append(HEAD)
-    for members in _fused(others) if engine.fuses else [(name,) for name in others]:
-        yield Layer(fused_name(members[0]) if len(members) > 1 else members[0], members), list(members)
-    for layer, modules in experts.items():
-        first = min(int(name[len(layer) + 1 :].partition(".")[0]) for name in modules)
-        asked = [name for name in modules if name.startswith(f"{layer}.{first}.")]
-        for name in asked:
-            projection = name.removeprefix(f"{layer}.{first}")
-            yield Layer(name, (name,)), [module for module in modules if module.endswith(projection)]
+        layers[HEAD] = [HEAD]
+    for path, modules in layers.items():
+        # a member alone is no fused layer: queries that are projected at once, a tower's `fc1`
+        own = path if len(modules) > 1 else build.path_of(modules[0])
+        asked = build.asked(own)
+        members = build.members_of(asked) if engine.fuses else (asked,)
+        yield EngineLayer(own, Layer(asked, members), tuple(modules))
+    for path, modules in experts.items():
+        yield from _expert_layers(path, modules, engine, build)
 
 
-def _fused(modules: Sequence[str]) -> list[tuple[str, ...]]:
-    """Fused groups; experts that are asked about one by one are not fused by name."""
-    experts = dict.fromkeys(name for name in modules if is_routed_expert(f"{name}."))
-    others = groups_among(name for name in modules if name not in experts)
-    return [(name,) for name in experts] + [group.members for group in others]
+def _expert_layers(path: str, modules: list[str], engine: Engine, build: Build) -> Iterator[EngineLayer]:
+    """The projections of the first expert, each with the same projection of all experts."""
+    projections: dict[str, list[str]] = {}
+    for name in modules:
+        projections.setdefault(name.rpartition(".")[2], []).append(name)
+    for projection, names in projections.items():
+        role = _ROLES.get(projection)
+        leaf = build.path_of(names[0]).rpartition(".")[2]
+        if role is not None:
+            leaf = (_ASKED if engine.reads_suffixes else build.experts)[role]
+        asked = f"{path}.0.{leaf}"
+        yield EngineLayer(path, Layer(asked, (asked,)), tuple(names))

@@ -21,10 +21,15 @@ class Severity(StrEnum):
 
 
 class Problem(NamedTuple):
-    """A tensor, module, file or key, and what is wrong with it."""
+    """A tensor, module, file or key, and what is wrong with it.
+
+    Args:
+        engine: key of the engine that has the problem; "" for all.
+    """
 
     subject: str
     what: str
+    engine: str = ""
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.what}"
@@ -47,6 +52,15 @@ class Finding:
     problems: tuple[Problem, ...]
     effect: str
     next_step: str
+
+    def of(self, engine: str) -> tuple[Problem, ...]:
+        """The problems that an engine has: those of all engines, and its own."""
+        return tuple(each for each in self.problems if each.engine in ("", engine))
+
+    @property
+    def of_all(self) -> bool:
+        """True if a problem is one of every engine."""
+        return any(not each.engine for each in self.problems)
 
     @property
     def tensors(self) -> list[str]:

@@ -114,13 +114,6 @@ def _stacked(view: CheckpointView) -> Iterator[Problem]:
             yield Problem(name, f"{stored.spec} for all experts of the layer")
 
 
-def _unread(view: CheckpointView) -> Iterator[Problem]:
-    if "GptOssForCausalLM" in (view.config.get("architectures") or ()):
-        for module in view.quantized:
-            if is_expert(module.name):
-                yield Problem(module.name, f"is {_named(module)}")
-
-
 def _suffixes(view: CheckpointView) -> Iterator[Problem]:
     """A quantized module has every tensor of its scheme; input scales have a rule of their own."""
     for module in view.quantized:
@@ -226,15 +219,6 @@ RULES = (
         "engines look for names with an expert's number and skip the stacked tensor",
         "Write a tensor for each expert",
         _stacked,
-    ),
-    Rule(
-        "experts-unread",
-        "no engine's loader passes over the quantized experts of this architecture",
-        "vLLM's loader of GPT-OSS (read in 0.32, not run) takes packed experts in bf16 or MXFP4 and skips other names "
-        "without an error: tokens get nonsense",
-        "For vLLM leave the experts in 16 bits (ignore them, or disable their quantizers)",
-        _unread,
-        Severity.WARNING,
     ),
     Rule(
         "suffixes",

@@ -39,9 +39,15 @@ class ParallelSize:
         return not self.problems
 
 
-def parallel_sizes(view: CheckpointView, sizes: tuple[int, ...] = SIZES) -> tuple[ParallelSize, ...]:
-    """Every size of TP, and of EP if there are experts, with one problem for each kind of module."""
-    tensor = [ParallelSize("TP", size, tuple(_tensor_parallel(view, size))) for size in sizes]
+def parallel_sizes(
+    view: CheckpointView, sizes: tuple[int, ...] = SIZES, *, whole_experts: bool = False
+) -> tuple[ParallelSize, ...]:
+    """Every size of TP, and of EP if there are experts, with one problem for each kind of module.
+
+    Args:
+        whole_experts: experts are spread over ranks (EP) and not cut.
+    """
+    tensor = [ParallelSize("TP", size, tuple(_tensor_parallel(view, size, whole_experts))) for size in sizes]
     experts = number_of_experts(view.text_config)
     if experts is None:
         return tuple(tensor)
@@ -49,7 +55,7 @@ def parallel_sizes(view: CheckpointView, sizes: tuple[int, ...] = SIZES) -> tupl
     return (*tensor, *(ParallelSize("EP", size, (uneven[size],) if size in uneven else ()) for size in sizes))
 
 
-def _tensor_parallel(view: CheckpointView, size: int) -> Iterator[Problem]:
+def _tensor_parallel(view: CheckpointView, size: int, whole_experts: bool) -> Iterator[Problem]:
     heads, kv_heads = (view.text_config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and heads % size:
         yield Problem("num_attention_heads", f"{heads} do not divide by {size}")
@@ -62,7 +68,8 @@ def _tensor_parallel(view: CheckpointView, size: int) -> Iterator[Problem]:
             kinds.setdefault((module.name.rpartition(".")[2], scheme, module.shape), module)
     for module in kinds.values():
         copies = kv_heads if isinstance(kv_heads, int) and module.name.endswith(_KEYS_AND_VALUES) else size
-        if reason := _misfit(module, size, min(size, copies)):
+        parts = 1 if whole_experts and is_expert(module.name) else size
+        if reason := _misfit(module, parts, min(parts, copies)):
             yield Problem(module.name, reason)
 
 

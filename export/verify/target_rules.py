@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from amaxbridge.export.architectures.engines import VLLM, label
+from amaxbridge.export.architectures.engines import Engine, label
 from amaxbridge.export.schemes.targets import HEAD, is_pattern, means
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.export.verify.engine_readings import EXPERT, readings
@@ -10,56 +10,58 @@ from amaxbridge.export.verify.finding import Problem, Rule, Severity
 
 
 def _conflicts(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, _ in view.once(readings):
-        if reading.conflict:
-            yield Problem(layer.name, f"{engine.name}: {reading.conflict}")
-    for experts, projections in _first_experts(view).items():
+    for each in view.once(readings):
+        if each.reading.conflict and not each.unquantized:
+            yield Problem(each.at.layer.name, f"{each.engine.name}: {each.reading.conflict}", each.engine.key)
+    for (engine, experts), projections in _first_experts(view).items():
         if len(set(projections.values())) > 1:
             found = ", ".join(f"{name} {label(view.quantization, group)}" for name, group in projections.items())
-            yield Problem(experts, f"vLLM: the projections of an expert are in different groups: {found}")
+            what = f"{engine.name}: the projections of an expert are in different groups: {found}"
+            yield Problem(experts, what, engine.key)
 
 
-def _first_experts(view: CheckpointView) -> dict[str, dict[str, int | None]]:
-    """Layer of experts → the group that vLLM reads for each projection of the first expert."""
-    layers: dict[str, dict[str, int | None]] = {}
-    for engine, layer, reading, _ in view.once(readings):
-        if engine is VLLM and (found := EXPERT.fullmatch(layer.name)):
-            layers.setdefault(found[1], {})[layer.name.rpartition(".")[2]] = reading.group
+def _first_experts(view: CheckpointView) -> dict[tuple[Engine, str], dict[str, int | None]]:
+    """Engine and layer of experts → the group that the engine reads for each projection of the first expert."""
+    layers: dict[tuple[Engine, str], dict[str, int | None]] = {}
+    for each in view.once(readings):
+        if each.engine.asks_first_expert and (found := EXPERT.fullmatch(each.at.layer.name)):
+            layers.setdefault((each.engine, found[1]), {})[found[3]] = each.reading.group
     return layers
 
 
 def _unread(view: CheckpointView) -> Iterator[Problem]:
-    for engine, _, reading, modules in view.once(readings):
-        if reading.group is None and not reading.conflict:
-            for name in modules:
+    for each in view.once(readings):
+        if each.reading.group is None and not each.reading.conflict and not each.unquantized:
+            for name in each.at.modules:
                 if name in view.modules and view.modules[name].is_quantized:
-                    yield Problem(name, f"quantized in the files; {engine.name}: {reading.why}")
+                    what = f"quantized in the files; {each.engine.name}: {each.reading.why}"
+                    yield Problem(name, what, each.engine.key)
 
 
 def _misread(view: CheckpointView) -> Iterator[Problem]:
     config = view.quantization
-    for engine, _, reading, modules in view.once(readings):
-        if reading.group is None:
+    for each in view.once(readings):
+        group, engine = each.reading.group, each.engine
+        if group is None or each.unquantized:
             continue
-        for name in modules:
+        for name in each.at.modules:
             module = view.modules.get(name)
-            why = f" ({reading.why})" if reading.why else ""
+            why = f" ({each.reading.why})" if each.reading.why else ""
             if module is None or not module.is_quantized:
                 there = "not quantized in the files" if module else "the embedding, which is not quantized"
-                yield Problem(name, f"{there}; {engine.name} reads it as {label(config, reading.group)}{why}")
-            elif module.group != reading.group:
-                yield Problem(
-                    name,
-                    f"of {label(config, module.group)}; {engine.name} reads {label(config, reading.group)}{why}",
-                )
+                yield Problem(name, f"{there}; {engine.name} reads it as {label(config, group)}{why}", engine.key)
+            elif module.group != group:
+                what = f"of {label(config, module.group)}; {engine.name} reads {label(config, group)}{why}"
+                yield Problem(name, what, engine.key)
 
 
 def _untargeted(view: CheckpointView) -> Iterator[Problem]:
-    for engine, layer, reading, modules in view.once(readings):
-        neither = reading.group is None and reading.why.startswith("neither")
-        plain = all(name in view.modules and not view.modules[name].is_quantized for name in modules)
-        if neither and plain and engine.refuses_untargeted and not layer.name.endswith(HEAD):
-            yield Problem(layer.name, f"{engine.name}: neither targeted nor ignored")
+    for each in view.once(readings):
+        neither = each.reading.group is None and each.reading.why.startswith("neither") and not each.unquantized
+        plain = all(name in view.modules and not view.modules[name].is_quantized for name in each.at.modules)
+        name = each.at.layer.name
+        if neither and plain and each.engine.refuses_untargeted and not name.endswith(HEAD):
+            yield Problem(name, f"{each.engine.name}: neither targeted nor ignored", each.engine.key)
 
 
 def _several(view: CheckpointView) -> Iterator[Problem]:

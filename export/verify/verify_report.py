@@ -2,15 +2,23 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from amaxbridge.export.architectures.engines import ENGINES, RUNTIME, Engine
 from amaxbridge.export.verify.finding import Finding, Severity
 from amaxbridge.export.verify.parallel_sizes import ParallelSize
 from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import kind_of
+
+EVERY = "all"
+"""What users call all engines."""
+NAMES: Mapping[str, Engine] = MappingProxyType({each.key: each for each in (*ENGINES, RUNTIME)})
+"""What users call an engine → the engine."""
 
 _log = logging.getLogger("amaxbridge")
 
@@ -21,6 +29,37 @@ def text(finding: Finding) -> str:
         f"{finding.rule} ({len(finding.problems)}):{listing(finding.problems)}\n"
         f"  in an engine: {finding.effect}\n  next: {finding.next_step}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verify says of one engine.
+
+    Args:
+        engine: key of the engine.
+        findings: rules that are broken for it, each with the problems that it has.
+        known: False if the engine has no model class of its own for the architecture: vLLM and SGLang then run the
+            model of transformers, whose names and layers were not read; the usual ones are assumed.
+    """
+
+    engine: str
+    findings: tuple[Finding, ...]
+    known: bool
+
+    @property
+    def name(self) -> str:
+        """Name and version of the engine."""
+        return NAMES[self.engine].label
+
+    @property
+    def serves(self) -> bool:
+        """True if no rule that it breaks is an error."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Finding]:
+        """The errors."""
+        return [each for each in self.findings if each.severity is Severity.ERROR]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +75,8 @@ class VerifyReport:
         findings: the rules that are broken.
         parallel: the parallel sizes, and the problems with each.
         errors: errors against the reference; empty without one.
+        engine: the engine that was asked about, or `all`.
+        unknown: engines that have no model class of their own for the architecture.
     """
 
     directory: Path
@@ -46,11 +87,35 @@ class VerifyReport:
     findings: tuple[Finding, ...]
     parallel: tuple[ParallelSize, ...]
     errors: tuple[WeightError, ...] = ()
+    engine: str = EVERY
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """A verdict for each engine."""
+        return [self.verdict_of(engine) for engine in NAMES]
+
+    def verdict_of(self, engine: str) -> Verdict:
+        """What is found for one engine."""
+        own = ((finding, finding.of(engine)) for finding in self.findings)
+        found = tuple(replace(finding, problems=problems) for finding, problems in own if problems)
+        return Verdict(engine, found, engine not in self.unknown)
 
     @property
     def failures(self) -> list[Finding]:
-        """Findings that make the checkpoint unfit to serve."""
-        return self._of(Severity.ERROR)
+        """Findings that make the checkpoint unfit to serve, for the engine that was asked about or for all."""
+        errors = self._of(Severity.ERROR)
+        if self.engine != EVERY:
+            return self.verdict_of(self.engine).failures
+        if any(verdict.serves for verdict in self.verdicts):
+            return []
+        return [finding for finding in errors if finding.of_all] or errors
+
+    @property
+    def limits(self) -> list[Finding]:
+        """Errors of engines that were not asked about, or that another engine does not have."""
+        failures = {finding.rule for finding in self.failures}
+        return [finding for finding in self._of(Severity.ERROR) if finding.rule not in failures]
 
     @property
     def warnings(self) -> list[Finding]:
@@ -59,7 +124,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """True if the checkpoint is fit to serve, with or without warnings."""
+        """True if the engine that was asked about serves the checkpoint, or, of all, at least one."""
         return not self.failures
 
     def _of(self, severity: Severity) -> list[Finding]:
@@ -82,6 +147,9 @@ class VerifyReport:
         """
         for finding in self.warnings:
             _log.warning("%s", text(finding))
+        for verdict in self.verdicts if self.ok else ():
+            if not verdict.serves:
+                _log.warning("%s does not serve it:\n%s", verdict.name, "\n".join(map(text, verdict.failures)))
         if not self.ok:
             raise CheckpointError(
                 f"{target} would not serve right, and was not written:\n"
@@ -104,10 +172,21 @@ class VerifyReport:
                     "severity": str(finding.severity),
                     "in_an_engine": finding.effect,
                     "next_step": finding.next_step,
-                    "problems": [{"subject": each.subject, "what": each.what} for each in finding.problems],
+                    "problems": [
+                        {"subject": each.subject, "what": each.what, "engine": each.engine} for each in finding.problems
+                    ],
                 }
                 for finding in self.findings
             ],
+            "engines": {
+                verdict.engine: {
+                    "name": verdict.name,
+                    "serves": verdict.serves,
+                    "known": verdict.known,
+                    "rules": [each.rule for each in verdict.failures],
+                }
+                for verdict in self.verdicts
+            },
             "parallel": [
                 {"axis": each.axis, "size": each.size, "serves": each.serves, "problems": list(map(str, each.problems))}
                 for each in self.parallel

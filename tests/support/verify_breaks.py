@@ -29,6 +29,7 @@ class Break:
         change: of tensors and config.json, before they are written.
         damage: of the files, after they are written.
         reference: verify against what it was made from; `state`: against the amax it was made with.
+        engine: the engine that must not serve it, where others may.
     """
 
     rule: str
@@ -40,6 +41,8 @@ class Break:
     cache: bool = False
     reference: str = ""
     tp: int = 1
+    ep: int = 1
+    engine: str = ""
 
 
 def at(rule: str, tensor: str, change: Callable[..., Callable[[Made], object]], *values: Any, **how: Any) -> Break:
@@ -105,6 +108,20 @@ def targets(*names: str) -> Callable[[Made], object]:
 
 def ignore(*entries: str) -> Callable[[Made], object]:
     return configure("ignore", list(entries))
+
+
+def ignore_too(*entries: str) -> Callable[[Made], object]:
+    return lambda made: made.quantization["ignore"].extend(entries)
+
+
+def copy_module(module: str, to: str) -> Callable[[Made], object]:
+    """A module once more under another name."""
+
+    def change(made: Made) -> None:
+        parts = {name: tensor for name, tensor in made.tensors.items() if name.startswith(f"{module}.")}
+        made.tensors.update({to + name.removeprefix(module): tensor.clone() for name, tensor in parts.items()})
+
+    return change
 
 
 def invert_all(part: str) -> Callable[[Made], object]:
@@ -262,7 +279,6 @@ NAMES = {
     "stacked scales": Break(
         "stacked-experts", f"{LAYER}.mlp.experts.gate_up_proj_weight_global_scale", stack_experts, model=MOE
     ),
-    "experts that vLLM skips": Break("experts-unread", EXPERT, say(architectures=["GptOssForCausalLM"]), model=MOE),
     "a shard's scale is gone": at("suffixes", Q_GLOBAL, drop),
     "codes are gone": Break("suffixes", Q, drop(f"{Q}.weight_packed")),
     "all input scales are gone": Break("input-scales", Q_INPUT, drop_all("input_global_scale")),
@@ -281,8 +297,8 @@ NAMES = {
 
 MATCHING = {
     "a part of a fused layer is ignored": Break("unanimous", f"{LAYER}.mlp.gate_up_proj", ignore("lm_head", GATE)),
-    "ignored as part of a name": Break(  # by SGLang alone
-        "unanimous", f"{LAYER}.mlp.gate_up_proj", ignore("lm_head", f"{LAYER}.mlp.gate")
+    "ignored by the end of a name": Break(  # by SGLang alone, which knows what Qwen3-MoE fuses
+        "unanimous", f"{LAYER}.self_attn.qkv_proj", ignore_too("q_proj"), model=MOE, engine="sglang"
     ),
     "quantized and ignored": Break("quantized-is-targeted", DOWN, ignore("lm_head", r"re:.*down_proj$")),
     "a pattern without an end": Break("quantized-is-targeted", DOWN, ignore("lm_head", r"re:model\.layers\.1")),
@@ -355,7 +371,59 @@ REFERENCES = {
     ),
     "an amax below the weights": Break("saturation", f"{DOWN}.weight", scale(DOWN_GLOBAL, 4), reference="weights"),
     "another amax than training's": at("amax", DOWN_INPUT, scale, 1.01, reference="state"),
-    "heads that do not divide": Break("tensor-parallel", "num_attention_heads", tp=8),
+    "heads that do not divide": Break("parallel", "num_attention_heads", tp=8),
+    "experts that do not divide": Break("parallel", "experts", model=MOE, ep=3),
 }
 
-BREAKS: dict[str, Break] = FILES | CONFIG | NAMES | MATCHING | FUSED | SCALES | REFERENCES
+GLM_DSA, JAMBA = "GlmMoeDsaForCausalLM", "JambaForCausalLM"
+INDEXER = f"{LAYER}.self_attn.indexer"
+ENGINES = {
+    "experts that vLLM skips": Break(
+        "experts-unread", EXPERT, say(architectures=["GptOssForCausalLM"]), model=MOE, engine="vllm"
+    ),
+    "experts that transformers reinitialises": Break(
+        "experts-unread", EXPERT, say(architectures=["GptOssForCausalLM"]), model=MOE, engine="transformers"
+    ),
+    "an indexer that vLLM builds in 16 bits": Break(
+        "engine-builds",
+        f"{INDEXER}.wk",
+        both(copy_module(Q, f"{INDEXER}.wk"), say(architectures=[GLM_DSA])),
+        engine="vllm",
+    ),
+    "an indexer that SGLang builds in 16 bits": Break(
+        "engine-builds",
+        f"{INDEXER}.weights_proj",
+        both(copy_module(Q, f"{INDEXER}.weights_proj"), say(architectures=[GLM_DSA])),
+        engine="sglang",
+    ),
+    "a mixer that vLLM builds in 16 bits": Break(
+        "engine-builds",
+        f"{LAYER}.mamba.in_proj",
+        both(copy_module(Q, f"{LAYER}.mamba.in_proj"), say(architectures=[JAMBA])),
+        engine="vllm",
+    ),
+    "a group of an architecture's own, quantized in part": Break(
+        "engine-fuses",
+        "transformer.h.0.mlp.gate_up_proj",
+        both(
+            copy_module(GATE, "transformer.h.0.mlp.c_fc_0"),
+            plain("transformer.h.0.mlp.c_fc_1", 96, 64),
+            say(architectures=["ExaoneForCausalLM"]),
+        ),
+        engine="vllm",
+    ),
+    "int8 experts in SGLang": Break(
+        "engine-schemes", "model.layers.0.mlp.experts", scheme="w8a8", model=MOE, engine="sglang"
+    ),
+    "MXFP4 in SGLang": Break("engine-schemes", "model.layers.0", scheme="mxfp4", engine="sglang"),
+    "NVFP4 experts in transformers": Break(
+        "engine-schemes", "model.layers.0.mlp.experts", model=MOE, engine="transformers"
+    ),
+    "zero points in transformers": Break(
+        "engine-schemes", "model.layers.0", scheme="w4a16_asym", engine="transformers"
+    ),
+    "a class in ignore": Break("quantized-is-targeted", DOWN, ignore("lm_head", "Linear"), engine="runtime"),
+    "blocks that are wider than the layer": Break("fits", "model.layers.0", scheme="fp8_block", engine="vllm"),
+}
+
+BREAKS: dict[str, Break] = FILES | CONFIG | NAMES | MATCHING | FUSED | SCALES | REFERENCES | ENGINES

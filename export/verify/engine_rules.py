@@ -1,0 +1,127 @@
+"""Rules about what engines can serve at all, by their tables (`architectures.engine_tables`)."""
+
+from collections.abc import Iterator, Mapping
+
+from amaxbridge.export.architectures.engines import ENGINES, SGLANG, TRANSFORMERS, VLLM, Engine
+from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
+from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
+from amaxbridge.export.verify.engine_readings import build_of, readings
+from amaxbridge.export.verify.finding import Problem, Rule
+from amaxbridge.export.verify.name_rules import is_expert
+from amaxbridge.export.verify.parallel_sizes import parallel_sizes
+
+PARALLEL_ENGINES = (VLLM, SGLANG)
+"""The engines that cut a model."""
+_WORDS: Mapping[str, str] = {"linear": "dense layers", "experts": "routed experts", "head": "the output layer"}
+
+
+def _part(module: Module) -> str:
+    if is_expert(module.name):
+        return "experts"
+    return "head" if module.name.endswith(HEAD) else "linear"
+
+
+def _schemes(view: CheckpointView) -> Iterator[Problem]:
+    kinds: dict[tuple[str, str], Module] = {}
+    for module in view.quantized:
+        if module.scheme is not None:
+            kinds.setdefault((module.scheme.name, _part(module)), module)
+    for engine in ENGINES:
+        assert engine.facts is not None
+        for (scheme, part), module in kinds.items():
+            said = engine.facts.refusal(scheme, part)
+            if said is not None:
+                yield Problem(
+                    module.name, f"{engine.label} does not serve {scheme} for {_WORDS[part]}: {said}", engine.key
+                )
+
+
+def _built(view: CheckpointView) -> Iterator[Problem]:
+    for each in view.once(readings):
+        quantized = [name for name in each.at.modules if name in view.modules and view.modules[name].is_quantized]
+        if each.unquantized:
+            for name in quantized:
+                yield Problem(
+                    name, f"quantized in the files; {each.engine.label} builds it in 16 bits", each.engine.key
+                )
+    for engine in ENGINES:
+        build = build_of(view, engine)
+        for module in view.quantized if build is not None else ():
+            is_head, is_embedding = module.name.endswith(HEAD), module.name.endswith(EMBEDDINGS)
+            assert build is not None
+            if (is_head and not build.head) or (is_embedding and not build.embedding):
+                yield Problem(module.name, f"quantized in the files; {engine.label} builds it in 16 bits", engine.key)
+
+
+def _fused(view: CheckpointView) -> Iterator[Problem]:
+    """Layers that an engine fuses beyond the usual groups, whose members are not quantized alike."""
+    for each in view.once(readings):
+        members = [view.modules[name] for name in each.at.modules if name in view.modules]
+        treated = {(module.is_quantized, module.group if module.is_quantized else None) for module in members}
+        if len(treated) > 1 and not each.unquantized and not is_expert(members[0].name):
+            names = ", ".join(f"{module.name} {_treatment(module)}" for module in members)
+            yield Problem(each.at.path, f"{each.engine.name} fuses {names}", each.engine.key)
+
+
+def _treatment(module: Module) -> str:
+    if not module.is_quantized:
+        return "(not quantized)"
+    return f"({module.scheme.name if module.scheme else 'in no known format'})"
+
+
+def _fits(view: CheckpointView) -> Iterator[Problem]:
+    for problem in parallel_sizes(view, (1,))[0].problems:
+        for engine in PARALLEL_ENGINES:
+            yield Problem(problem.subject, f"{engine.name}: {problem.what}", engine.key)
+
+
+def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
+    if "GptOssForCausalLM" not in (view.config.get("architectures") or ()):
+        return
+    effects: Mapping[Engine, str] = {VLLM: "skips it", TRANSFORMERS: "reinitialises it"}
+    for module in view.quantized:
+        if is_expert(module.name):
+            for engine, does in effects.items():
+                scheme = module.scheme.name if module.scheme else "quantized"
+                yield Problem(
+                    module.name, f"is {scheme}; {engine.label} takes packed experts only, and {does}", engine.key
+                )
+
+
+RULES = (
+    Rule(
+        "engine-schemes",
+        "the engine serves the scheme for dense layers, routed experts and the output layer",
+        "does not load, or computes nonsense; the message has the engine's own words where it has any",
+        "Serve with an engine that does (docs/engines.md), or choose another scheme",
+        _schemes,
+    ),
+    Rule(
+        "engine-builds",
+        "modules that an engine builds in 16 bits whatever config.json says are not quantized",
+        "codes and scales are unknown names: the engine stops, or reads codes as weights",
+        "Leave these modules unquantized: name them in `ignore` when quantizing",
+        _built,
+    ),
+    Rule(
+        "engine-fuses",
+        "modules that an engine runs as one layer are quantized alike",
+        "does not load, or the whole layer is read in the format of its first member",
+        "Target all members, or ignore all",
+        _fused,
+    ),
+    Rule(
+        "fits",
+        "every layer suits the format and its kernel, uncut",
+        "does not load, or stops at the first forward",
+        "Choose a scheme that fits these shapes, or leave these modules unquantized",
+        _fits,
+    ),
+    Rule(
+        "experts-unread",
+        "routed experts are stored as the engine loads them",
+        "experts are left as memory was, or random, without an error: tokens get nonsense",
+        "For these engines leave the experts in 16 bits (ignore them, or disable their quantizers)",
+        _unread_experts,
+    ),
+)
