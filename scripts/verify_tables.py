@@ -24,6 +24,8 @@ def verify_tables(report: VerifyReport) -> None:
         console.print(_errors(report))
     fit = [verdict.name for verdict in report.verdicts if verdict.serves]
     where = f" in {', '.join(fit)}" if report.modules and len(fit) < len(report.verdicts) else ""
+    if not report.ok and fit:
+        console.print(f"[yellow]only {', '.join(fit)} reads it[/]")
     verdict = (
         f"[green]fit to serve{where}[/]" if report.ok else f"[red]not fit to serve: {len(report.failures)} rules[/]"
     )

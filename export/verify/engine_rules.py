@@ -73,12 +73,20 @@ def _fits(view: CheckpointView) -> Iterator[Problem]:
     for problem in parallel_sizes(view, (1,))[0].problems:
         for engine in PARALLEL_ENGINES:
             yield Problem(problem.subject, f"{engine.name}: {problem.what}", engine.key)
+    shapes: dict[tuple[int, int], Module] = {}
+    for module in view.quantized:
+        inputs = module.scheme.signature.inputs if module.scheme else None
+        if inputs is not None and inputs.group_size and module.shape and module.shape[1] % inputs.group_size:
+            shapes.setdefault((module.shape[1], inputs.group_size), module)
+    for (columns, group), module in shapes.items():
+        what = f"{TRANSFORMERS.name}: {columns} inputs are rounded in groups of {group}, which do not divide them"
+        yield Problem(module.name, what, TRANSFORMERS.key)
 
 
 def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
     if "GptOssForCausalLM" not in (view.config.get("architectures") or ()):
         return
-    effects: Mapping[Engine, str] = {VLLM: "skips it", TRANSFORMERS: "reinitialises it"}
+    effects: Mapping[Engine, str] = {VLLM: "skips it", SGLANG: "skips it", TRANSFORMERS: "reinitialises it"}
     for module in view.quantized:
         if is_expert(module.name):
             for engine, does in effects.items():
