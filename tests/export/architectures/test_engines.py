@@ -24,7 +24,7 @@ from amaxbridge.export.architectures.engines import (
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES
 from tests.engines.matchers import IGNORES, LAYERS, TARGETS, recorded_cases
-from tests.support.paths import GOLDEN
+from tests.support.paths import GOLDEN, ROOT
 
 FUSING = pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=lambda engine: engine.key)
 
@@ -116,6 +116,15 @@ def test_what_is_served() -> None:
     """Facts of the field that the tables must hold."""
     for (engine, scheme, part), served in SERVED.items():
         assert (table_of(engine).refusal(scheme, part) is None) == served, (engine, scheme, part)
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    page = (ROOT / "docs" / "engines.md").read_text()
+    assert all(f"{name} {table_of(name.lower()).version}" in page for name in ("vLLM", "SGLang", "transformers"))
+    for scheme in SCHEMES:
+        parts = [(engine.key, part) for engine in ENGINES for part in ("linear", "experts")]
+        marks = ["no" if table_of(engine).refusal(scheme, part) else "yes" for engine, part in parts]
+        assert f"| `{scheme}` | {' | '.join(marks)} |" in page
 
 
 ARCHITECTURES = {
