@@ -191,9 +191,9 @@ _TOWER_FIELDS_WITHOUT_TOKENS = ("num_channels", "in_channels", "sampling_rate")
 
 def is_tower(config: Any) -> bool:
     """True if a configuration is one of images, sound or proteins, and of no language model."""
-    if "text_config" in config.sub_configs:
-        return False
     name = (config.model_type or type(config).__name__).lower()
+    if "text_config" in config.sub_configs or name.endswith("text"):
+        return False
     fields = _TOWER_FIELDS if hasattr(config, "vocab_size") else _TOWER_FIELDS + _TOWER_FIELDS_WITHOUT_TOKENS
     return _TOWER.search(name) is not None or any(hasattr(config, each) for each in fields)
 
