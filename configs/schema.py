@@ -148,7 +148,9 @@ class QuantizeConfig(CommonConfig):
     amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
     io: IoConfig = option("How to write.", IoConfig)
     converter: str | None = option(
-        "What dequantizes a source that is quantized already: fp8_block, as DeepSeek-V3's; or compressed_tensors.", None
+        "The format of a source that is quantized already: fp8_block, compressed_tensors, kimi_int4, modelopt, awq, "
+        "gptq, gpt_oss; null to choose it from what the source says and holds.",
+        None,
     )
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)

@@ -12,7 +12,7 @@ def quantize(options: QuantizeConfig) -> None:
     from amaxbridge.export.model_free.pipeline import default_workers
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
     from amaxbridge.scripts.progress_bar import progress
-    from amaxbridge.scripts.recipes import converters_of, output_keywords, recipe_of
+    from amaxbridge.scripts.recipes import output_keywords, recipe_of
     from amaxbridge.scripts.tables import quantize_table
 
     with progress(f"quantizing to {options.output}") as shown:
@@ -23,7 +23,7 @@ def quantize(options: QuantizeConfig) -> None:
             options.ignore,
             max_workers=options.workers or default_workers(options.device),
             device=options.device,
-            converter=converters_of(options.converter, options.input),
+            converter=options.converter,
             quant_state=options.quant_state,
             **output_keywords(options, "quantize", shown),
         )

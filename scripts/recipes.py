@@ -1,11 +1,9 @@
-"""From the options of a command to what an export takes: keywords, the recipe, converters that come before it."""
+"""From the options of a command to what an export takes: keywords, and the recipe."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from amaxbridge import cli
 from amaxbridge.configs.schema import ExportConfig, QuantizeConfig, SchemeConfig
-from amaxbridge.export.model_free.inverse_weight_maps import Converter, WithoutInputScales
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.schemes import (
     SCHEMES,
@@ -16,9 +14,7 @@ from amaxbridge.export.schemes import (
     has_group_size,
     named_scheme,
 )
-from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.extras import need
 from amaxbridge.output_options import OutputKeywords
 
 
@@ -65,23 +61,3 @@ def recipe_of(config: SchemeConfig) -> Recipe | None:
         for each, size in zip(config.groups, sizes, strict=True)
     )
     return Groups(tuple(groups), ignored)
-
-
-def converters_of(name: str | None, directory: str) -> Sequence[Converter]:
-    """The converter that dequantizes an already quantized source: one of compressed-tensors' own.
-
-    Raises:
-        UsageError: unknown name. The message lists the known ones.
-        MissingExtraError: compressed-tensors is not installed.
-    """
-    if name is None:
-        return ()
-    need(f"converter={name}", "compressed_tensors")
-    from compressed_tensors.entrypoints import convert  # imported here, because it takes seconds
-
-    if name == "fp8_block":
-        return (convert.FP8BlockDequantizer.from_pretrained(directory),)
-    if name == "compressed_tensors":
-        embeddings = [f"re:.*{name}$" for name in EMBEDDINGS]  # `Linear` would mean them there
-        return WithoutInputScales(), convert.CompressedTensorsDequantizer(directory, embeddings)
-    raise UsageError(f"unknown converter {name!r}; known: fp8_block, compressed_tensors")

@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from amaxbridge.export.output.config_and_index import read_config_json
-from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.errors import UsageError, listing
 
@@ -55,19 +54,13 @@ def check_apart(source: Path, target: Path) -> None:
         raise UsageError(f"output {target} and input {source} must not lie in one another: choose another output")
 
 
-def read_config(source: Path, *, converted: bool) -> dict[str, Any]:
-    """config.json; of a checkpoint that is quantized already only where a converter comes first."""
+def read_config(source: Path) -> dict[str, Any]:
+    """config.json of a model whose weights are `[out, in]`."""
     config = read_config_json(source)
     if config.get("model_type") in _TRANSPOSED:
         raise UsageError(
             f"{source}: {config['model_type']} stores its weights as [in, out], and engines have no quantized "
             "layers for that: choose a model of another family"
-        )
-    method = read_quant_config(config.get("quantization_config")).method
-    if method and not converted:
-        raise UsageError(
-            f"{source} is quantized already ({method}): give a converter that dequantizes it, such as those of "
-            "compressed_tensors.entrypoints.convert, or the checkpoint that it was made from"
         )
     return config
 

@@ -1,6 +1,6 @@
 """The plan of a model-free run, made from headers alone: what is read, what is made from it, and where it lies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,15 @@ from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout
-from amaxbridge.export.model_free.inverse_weight_maps import Converter, InverseWeightMap
+from amaxbridge.export.model_free.converters.chain import ConverterChain
+from amaxbridge.export.model_free.converters.conversion import decide, weight_dtype
+from amaxbridge.export.model_free.converters.kept_modules import kept_modules
+from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, check_plain
+from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap
 from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundles
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.finished_directory import BundleSize
-from amaxbridge.export.schemes import Recipe
+from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.mappings.amax import GLOBAL_AMAX, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.families import packed_experts_of
@@ -75,7 +79,9 @@ def plan_shards(
     recipe: Recipe | None,
     state: QuantState | None,
     config: Mapping[str, Any],
-    converters: Sequence[Converter] = (),
+    *,
+    source: QuantizedSource | None = None,
+    chain: ConverterChain | None = None,
     missing: MissingAmax = MissingAmax.ERROR,
 ) -> ShardPlan:
     """Plans the output files of some maps.
@@ -83,25 +89,40 @@ def plan_shards(
     Args:
         files: path → the opened file.
         config: config.json, as far as it is known; says how experts are packed and whether the head is tied.
+        source: the quantized modules of the files; None if there are none.
+        chain: converters of others, in place of `source`.
 
     Raises:
-        CheckpointError: the source is not whole, or not for the converter.
+        CheckpointError: the source is not whole, or not for the converters.
         MappingError: weights that cannot be quantized; all are named.
         UsageError: the scheme cannot work on this checkpoint, or the state is of another model.
         AmaxError: amax that are missing or make no scale; all are named.
     """
-    bundles = read_bundles(maps, files, converters=converters, packed=packed_experts_of(config))
-    if not _quantizes_experts(bundles, recipe, state):
-        bundles = read_bundles(maps, files, converters=converters)
+    packed, conversion = packed_experts_of(config), None
+    if source is not None:
+        names = [name for wanted in maps.values() for inside in wanted.values() for name in inside]
+        wanted = recipe if state is None else None  # a state asks for the bytes that its amax make
+        conversion = decide(source, wanted, names, packed=packed, dtype=weight_dtype(config))
+    kept: Mapping[str, Scheme] = {} if conversion is None else conversion.kept_modules
+    bundles = read_bundles(maps, files, conversion=conversion, chain=chain, packed=packed)
+    if not _quantizes_experts(bundles, recipe, state, kept):
+        bundles = read_bundles(maps, files, conversion=conversion, chain=chain)
     specs: dict[str, TensorSpec] = {}
     for bundle in bundles:
         twice = specs.keys() & bundle.specs.keys()
         if twice:
             raise CheckpointError(f"{bundle.output}: {len(twice)} tensors would be made twice:{listing(sorted(twice))}")
         specs |= bundle.specs
+    if chain is not None:
+        kept = kept_modules(specs, chain.quantization(config.get("quantization_config")))
+    check_plain(specs, kept)
     scalars, tensors = _by_granularity(state, specs)
     finalizer = Finalizer(
-        specs | {name: TensorSpec.of(each) for name, each in tensors.items()}, recipe, scalars, missing=missing
+        specs | {name: TensorSpec.of(each) for name, each in tensors.items()},
+        recipe,
+        scalars,
+        missing=missing,
+        kept=kept,
     )
     if config.get("tie_word_embeddings") and "lm_head.weight" not in specs:
         finalizer.ignore.append("lm_head")  # a Linear to every consumer, though it has no tensor of its own
@@ -112,7 +133,11 @@ def plan_shards(
     return ShardPlan(bundles, finalizer, Layout.of(contents), tensors)
 
 
-def _quantizes_experts(bundles: Sequence[SourceBundle], recipe: Recipe | None, state: QuantState | None) -> bool:
+def _quantizes_experts(
+    bundles: Sequence[SourceBundle], recipe: Recipe | None, state: QuantState | None, kept: Collection[str]
+) -> bool:
+    if any(map(is_routed_expert, kept)):
+        return True
     modules = (module_of(name) for bundle in bundles for name in bundle.specs if name.endswith(".weight"))
     return recipe is not None and any(recipe.scheme_of(each, state) for each in modules if is_routed_expert(each))
 

@@ -1,24 +1,32 @@
 """The bundles of a checkpoint's files, which can be quantized one by one: the reading side of `model_free`.
 
 Only headers are read here. Packed experts are split into the weights of each expert, which are rows of the packed
-tensor in the file. With a converter, the tensors of a bundle are read and converted when its turn comes.
+tensor in the file; that comes before any converter. Quantized modules are converted, and the converters of others run,
+when a bundle's turn comes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
 from amaxbridge.export.disk.row_chunks import Part, Rows, WholeTensor
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
-from amaxbridge.export.model_free.inverse_weight_maps import Converter, InverseWeightMap, tensors_together
+from amaxbridge.export.model_free.converters.chain import ConverterChain
+from amaxbridge.export.model_free.converters.conversion import Conversion, PackedRows, check_made
+from amaxbridge.export.model_free.converters.quantized_source import cut_tensor
+from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap, tensors_together
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.family import PackedExperts
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec
+
+_NUMBERS = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale", ".k_scale", ".v_scale")
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class SourceBundle:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows:
+class ExpertRows:
     """One expert's weight in a packed tensor that must be transposed or de-interleaved before it has rows."""
 
     part: StoredTensor
@@ -61,7 +69,8 @@ def read_bundles(
     maps: Mapping[str, InverseWeightMap],
     files: Mapping[str, SafetensorsFile],
     *,
-    converters: Sequence[Converter] = (),
+    conversion: Conversion | None = None,
+    chain: ConverterChain | None = None,
     packed: PackedExperts | None = None,
 ) -> list[SourceBundle]:
     """Lists the bundles of these output files.
@@ -69,6 +78,8 @@ def read_bundles(
     Args:
         maps: output file → what it is made from.
         files: path → the opened file.
+        conversion: what becomes of the source's quantized modules; None if it has none.
+        chain: converters of others, in place of `conversion`.
         packed: layout of packed experts to split; None to keep them packed.
 
     Raises:
@@ -83,23 +94,84 @@ def read_bundles(
             held = files[path].tensors
             missing += [f"{name}: not in {path}" for name in names if name not in held]
             stored |= {name: held[name] for name in names if name in held}
-        bundles += _converted(output, stored, converters) if converters else _stored(output, stored, packed)
+        bundles += _converted(output, stored, chain, packed) if chain else _stored(output, stored, packed, conversion)
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing:{listing(missing)}")
     return bundles
 
 
-def _stored(output: str, stored: Mapping[str, StoredTensor], packed: PackedExperts | None) -> Iterator[SourceBundle]:
+@dataclass(slots=True)
+class _Together:
+    """What one bundle is made from: tensors that are taken as they are, and quantized modules by local name."""
+
+    rows: dict[str, Rows] = field(default_factory=dict)
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+
+    def bundle(self, key: str, output: str, conversion: Conversion | None) -> SourceBundle:
+        specs = {name: rows.spec for name, rows in self.rows.items()}
+        if conversion is None or not self.modules:
+            return SourceBundle(key, output, specs, partial(dict, self.rows))
+        for module in self.modules:
+            specs |= conversion.specs(module)
+        return SourceBundle(key, output, specs, partial(self._load, conversion))
+
+    def _load(self, conversion: Conversion) -> Mapping[str, Rows]:
+        made: dict[str, Rows] = dict(self.rows)
+        for module, stored in self.modules.items():
+            names = conversion.source.weights[module].names
+            tensors = conversion.convert(module, {name: stored[name].read() for name in names})
+            check_made(tensors, conversion.specs(module))
+            made |= {name: WholeTensor(tensor) for name, tensor in tensors.items()}
+        return made
+
+
+def _stored(
+    output: str, stored: Mapping[str, StoredTensor], packed: PackedExperts | None, conversion: Conversion | None
+) -> Iterator[SourceBundle]:
     """Each fused group of an output file, and each other tensor."""
-    together: dict[str, dict[str, Rows]] = {}
-    for name, tensor in stored.items():
+    together: dict[str, _Together] = {}
+    experts: dict[str, list[tuple[str, Mapping[str, StoredTensor]]]] = {}  # packed name → what is dequantized into it
+    plain, modules = _quantized_modules(stored, conversion)
+    for name, tensor in plain.items():
         for single, rows in _experts(name, tensor, packed).items():
-            is_weight = single.endswith(".weight")
-            key = group_of(module_of(single)).primary + ".weight" if is_weight else single
-            together.setdefault(key, {})[single] = rows
-    for key, rows_of in together.items():
-        specs = {name: rows.spec for name, rows in rows_of.items()}
-        yield SourceBundle(key, output, specs, partial(dict, rows_of))
+            key = _key(single) if single.endswith(".weight") else single
+            together.setdefault(key, _Together()).rows[single] = rows
+    for module, local in modules.items():
+        assert conversion is not None
+        packed_name = conversion.packed_name(module) if packed is None else None
+        if packed_name is not None:
+            experts.setdefault(packed_name, []).append((module, local))
+        else:
+            key = _key(f"{next(iter(conversion.modules_of(module)))}.weight")
+            together.setdefault(key, _Together()).modules[module] = local
+    for name, members in experts.items():
+        assert conversion is not None
+        together[name] = _Together(rows={name: PackedRows(conversion, tuple(members))})
+    for key, each in together.items():
+        yield each.bundle(key, output, conversion)
+
+
+def _key(weight: str) -> str:
+    return group_of(module_of(weight)).primary + ".weight"
+
+
+def _quantized_modules(
+    stored: Mapping[str, StoredTensor], conversion: Conversion | None
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, StoredTensor]]]:
+    """Tensors that are taken as they are, by name; and those of quantized modules, by module and local name."""
+    if conversion is None:
+        return dict(stored), {}
+    plain, modules = dict[str, StoredTensor](), dict[str, dict[str, StoredTensor]]()
+    for name, tensor in stored.items():
+        for single, part in cut_tensor(name, tensor).items():
+            module, _, local = single.rpartition(".")
+            weight = conversion.source.weights.get(module)
+            if weight is not None and local in weight.names:
+                modules.setdefault(module, {})[local] = part
+            else:
+                name_beside, rows = conversion.beside(single, part)
+                plain[name_beside] = rows
+    return plain, modules
 
 
 def _experts(name: str, tensor: StoredTensor, packed: PackedExperts | None) -> dict[str, Rows]:
@@ -111,7 +183,7 @@ def _experts(name: str, tensor: StoredTensor, packed: PackedExperts | None) -> d
 def _rows_of(tensor: StoredTensor, source: PackedSource) -> Rows:
     part = tensor.row(source.expert)
     if source.layout != PackedExperts():
-        return PackedRows(part, source)
+        return ExpertRows(part, source)
     if source.half is None:
         return part
     count = part.spec.shape[0] // 2
@@ -119,24 +191,46 @@ def _rows_of(tensor: StoredTensor, source: PackedSource) -> Rows:
 
 
 def _converted(
-    output: str, stored: Mapping[str, StoredTensor], converters: Sequence[Converter]
+    output: str, stored: Mapping[str, StoredTensor], chain: ConverterChain, packed: PackedExperts | None
 ) -> Iterator[SourceBundle]:
-    for names in tensors_together(stored, converters):
-        tensors = {name: stored[name] for name in names}
-        try:
-            made = _convert({name: tensor.spec.meta() for name, tensor in tensors.items()}, converters, check=True)
-        except Exception as error:  # a converter may raise anything on tensors that it is not for
-            raise CheckpointError(f"the converter refuses{listing(names)}\n{error}") from error
-        specs = {name: TensorSpec.of(tensor) for name, tensor in made.items()}
-        yield SourceBundle(names[0], output, specs, partial(_load_converted, tensors, converters))
+    """What the converters of others make together. Packed experts are split before them, and those they make, after."""
+    rows: dict[str, Rows] = {}
+    for name, tensor in stored.items():
+        rows |= _experts(name, tensor, packed if tensor.spec.dtype in _PLAIN else None)
+    for names in tensors_together(rows, chain.converters):
+        given = {name: rows[name] for name in names}
+        made = chain.plan({name: each.spec for name, each in given.items()}, partial(_read, given))
+        specs = {name: TensorSpec.of(each) for name, each in _finished(_on_meta(made), packed).items()}
+        if specs:  # a converter may drop tensors
+            yield SourceBundle(names[0], output, specs, partial(_load_converted, given, chain, made, packed))
 
 
-def _load_converted(tensors: Mapping[str, StoredTensor], converters: Sequence[Converter]) -> dict[str, Rows]:
-    made = _convert({name: tensor.read() for name, tensor in tensors.items()}, converters, check=False)
-    return {name: WholeTensor(tensor.contiguous()) for name, tensor in made.items()}
+def _load_converted(
+    given: Mapping[str, Rows], chain: ConverterChain, planned: Mapping[str, TensorSpec], packed: PackedExperts | None
+) -> dict[str, Rows]:
+    made = chain.process(_read(given))
+    check_made(made, planned)
+    return {name: WholeTensor(tensor.contiguous()) for name, tensor in _finished(made, packed).items()}
 
 
-def _convert(tensors: dict[str, Tensor], converters: Sequence[Converter], *, check: bool) -> dict[str, Tensor]:
-    for converter in converters:
-        tensors = (converter.validate if check else converter.process)(tensors)
-    return tensors
+def _read(given: Mapping[str, Rows]) -> dict[str, Tensor]:
+    return {name: each.read() if isinstance(each, StoredTensor) else _whole(each) for name, each in given.items()}
+
+
+def _whole(rows: Rows) -> Tensor:
+    parts = [part.rows for part in rows.parts()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _on_meta(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    return {name: spec.meta() for name, spec in specs.items()}
+
+
+def _finished(tensors: Mapping[str, Tensor], packed: PackedExperts | None) -> dict[str, Tensor]:
+    """What converters made: packed experts are split, and scales of one number have the dim that engines expect."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = sources_in(name, tuple(tensor.shape), packed) if packed and tensor.dtype in _PLAIN else {}
+        whole = tensor.reshape(1) if name.endswith(_NUMBERS) and not tensor.shape else tensor
+        split |= {single: source.cut(tensor[source.expert]) for single, source in found.items()} or {name: whole}
+    return split

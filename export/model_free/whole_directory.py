@@ -18,6 +18,9 @@ from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.staging import ALONE, check_output
+from amaxbridge.export.model_free.converters.chain import ConverterChain
+from amaxbridge.export.model_free.converters.protocol import Converter
+from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, check_cache, recognize
 from amaxbridge.export.model_free.input_directory import (
     check_apart,
     check_ignored,
@@ -25,19 +28,16 @@ from amaxbridge.export.model_free.input_directory import (
     model_directory,
     read_config,
 )
-from amaxbridge.export.model_free.inverse_weight_maps import (
-    Converter,
-    InverseWeightMap,
-    build_microscale_inverse_weight_maps,
-)
+from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap, build_microscale_inverse_weight_maps
 from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
 from amaxbridge.export.output.finished_directory import DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
 from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
 from amaxbridge.export.output.writing_processes import Apart
+from amaxbridge.export.quantization_declared import declared_quantization
 from amaxbridge.export.schemes import Recipe, find_scheme
-from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import OutputKeywords, OutputOptions
 
@@ -55,6 +55,8 @@ class ModelFreeReport:
         written: the output tensors.
         quantized: module → the name of its scheme.
         left: modules with an unquantized 2-D weight, embeddings among them.
+        kept: those of `quantized` that the source holds so already.
+        formats: the formats in which the source is quantized.
         filled: missing amax: quantizer → what filled it.
         bundles: number of bundles.
         resumed: number of bundles that an interrupted run had finished.
@@ -68,6 +70,8 @@ class ModelFreeReport:
     left: Sequence[str]
     filled: Mapping[str, str]
     bundles: int
+    kept: Sequence[str] = ()
+    formats: Sequence[str] = ()
     resumed: int = 0
 
 
@@ -78,7 +82,7 @@ def model_free_ptq(
     ignore: Iterable[str] = (),
     max_workers: int = 1,
     device: str | torch.device | Sequence[str | torch.device] | None = None,
-    converter: Converter | Sequence[Converter] | None = None,
+    converter: str | Converter | Sequence[Converter] | None = None,
     *,
     quant_state: QuantState | str | Path | None = None,
     **options: Unpack[OutputKeywords],
@@ -94,7 +98,9 @@ def model_free_ptq(
             towers are unquantized anyway, unless the scheme targets them by name.
         max_workers: number of threads; each holds one buffer.
         device: device to quantize on; by default all GPUs, or the CPU. Several GPUs share the work.
-        converter: applied first, for example from another format.
+        converter: what reads a source that is quantized already: the name of a format (`SOURCE_FORMATS`), or one or
+            more converters of your own, applied first. None to choose the format from what the source says and holds.
+            Modules that are in the scheme asked for already are kept as they are.
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
         options: `missing_amax`, `nonfinite`, `overwrite`, `dry_run`, `verify`, `progress`, `record`: `OutputOptions`.
 
@@ -113,23 +119,33 @@ def model_free_ptq(
     check_apart(source, target)
     check_output(target, overwrite=asked.overwrite)
     devices = devices_of(device)
-    converters = () if converter is None else converter if isinstance(converter, Sequence) else (converter,)
-    config = read_config(source, converted=bool(converters))
+    named, chain = chain_of(converter)
+    config = read_config(source)
     with SafetensorsCheckpoint(source) as checkpoint:
+        declared = declared_quantization(config, source)
+        quantized = None if chain else recognize(checkpoint.tensors, declared, wanted=named)
+        check_cache(checkpoint.tensors, declared)
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
-        plan = _plan(checkpoint, recipe, quant_state, config, converters, missing)
+        plan = _plan(checkpoint, recipe, quant_state, config, quantized, chain, missing)
         plan.finalizer.finite = finite
         check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
-        report = _report(plan, checkpoint)
+        report = _report(plan, checkpoint, quantized)
+        if quantized is not None:
+            _log.info(
+                "the source is quantized (%s): %d modules, of which %d are kept as they are",
+                ", ".join(quantized.formats),
+                len(quantized.weights),
+                len(report.kept),
+            )
         if asked.dry_run:
             return report
         directory = DirectoryPlan(
             target=target,
             source=source,
-            config=config,
+            config=chain.model_config(config) if chain else config,
             made_of=fingerprint_of(source, set(checkpoint.weight_map.values())),
             conversion=Conversion(
                 plan.finalizer, plan.layout, report.source_bytes, quant_state or QuantState(), asked.record or {}
@@ -147,19 +163,38 @@ def model_free_ptq(
     return replace(report, resumed=outcome.resumed)
 
 
+def chain_of(
+    converter: str | Converter | Sequence[Converter] | None,
+) -> tuple[str | None, ConverterChain | None]:
+    """The format that a `converter` argument names, or the converters that it holds.
+
+    Raises:
+        UsageError: a name stands beside converters.
+    """
+    if converter is None or isinstance(converter, str):
+        return converter, None
+    converters: list[Converter] = [*converter] if isinstance(converter, Sequence) else [converter]
+    if any(isinstance(each, str) for each in converters):
+        raise UsageError(f"converter={converters}: give one name, or converters, not both")
+    return None, ConverterChain(converters) if converters else None
+
+
 def _plan(
     checkpoint: SafetensorsCheckpoint,
     recipe: Recipe | None,
     state: QuantState | None,
     config: Mapping[str, Any],
-    converters: Sequence[Converter],
+    source: QuantizedSource | None,
+    chain: ConverterChain | None,
     missing: MissingAmax,
 ) -> ShardPlan:
     weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
     model_files = {name: str(checkpoint.directory / name) for name in dict.fromkeys(weight_map.values())}
-    maps = _at_the_top(build_microscale_inverse_weight_maps(weight_map, model_files, converters))
+    converters = chain.converters if chain else ()
+    partners = source.partners() if source else {}
+    maps = _at_the_top(build_microscale_inverse_weight_maps(weight_map, model_files, converters, partners=partners))
     files = {path: checkpoint.file(name) for name, path in model_files.items()}
-    return plan_shards(maps, files, recipe, state, config, converters, missing)
+    return plan_shards(maps, files, recipe, state, config, source=source, chain=chain, missing=missing)
 
 
 def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeightMap]:
@@ -170,7 +205,7 @@ def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeight
     return renamed
 
 
-def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeReport:
+def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint, source: QuantizedSource | None) -> ModelFreeReport:
     finalizer = plan.finalizer
     return ModelFreeReport(
         plan.layout,
@@ -181,4 +216,6 @@ def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint) -> ModelFreeRepo
         finalizer.left,
         finalizer.filled,
         len(plan.bundles),
+        list(finalizer.kept),
+        source.formats if source else (),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from amaxbridge.export.disk.input_paths import leaves
 from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
 from amaxbridge.export.output.provenance import RECORD_FILE
+from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, without_declarations
 from amaxbridge.export.schemes.scheme import Scheme, arguments
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import split_at_numbers
@@ -26,8 +27,7 @@ _WEIGHT_SUFFIXES = (
 )  # fmt: skip
 _WRITTEN_ANEW = (
     CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
-    # these describe the source's quantization
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",
+    *FILES_OF_QUANTIZATION,
 )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def read_config_json(directory: Path) -> dict[str, Any]:
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
-    """config.json of the output: the source's, with `quantization_config` replaced, or removed if there is none."""
-    config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
+    """config.json of the output: the source's without its own quantization, at any depth, and with this one."""
+    config = without_declarations(hf_config)
     if quantization is not None:
         config["quantization_config"] = quantization
     return json_bytes(config)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -28,6 +29,14 @@ from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.tensors import TensorSpec
+
+NOTHING_KEPT: Mapping[str, Scheme] = MappingProxyType({})
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Ends of the names of a key-value cache's scales."""
+
+
+class NothingToQuantizeError(UsageError):
+    """A recipe targets no linear module: of a whole model a mistake, of one file no surprise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class Finalizer:
         recipe: the scheme of each module, from `find_scheme`; None to write everything unquantized.
         state: per-tensor amax and formats from training; None to quantize what the recipe targets without data.
         missing: what to do about an unusable amax.
+        kept: modules that the tensors hold quantized already → their scheme. They are written as they are.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
@@ -73,9 +83,13 @@ class Finalizer:
         state: QuantState | None,
         *,
         missing: MissingAmax = MissingAmax.ERROR,
+        kept: Mapping[str, Scheme] = NOTHING_KEPT,
     ) -> None:
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
+        linears = [module for module in linears if module not in kept]
+        self.kept = kept
+        self._keeps_cache = any(name.endswith(CACHE_SCALES) for name in tensors)
         self._schemes: dict[str, Scheme] = {}
         self._amax: dict[str, GroupAmax] = {}
         self._cache_scales: dict[str, tuple[str, Tensor]] = {}
@@ -83,7 +97,7 @@ class Finalizer:
         self.finite = FiniteCheck(NonFinite.WARN)
         self.data_free = recipe is not None and state is None
         if recipe is not None:
-            self._schemes = _choose(recipe, linears, state)
+            self._schemes = _choose(recipe, linears, state, kept)
             if state is not None:
                 self._take(recipe, state, specs, missing)
         self.outputs = self._plan(tensors)
@@ -97,27 +111,31 @@ class Finalizer:
 
     @property
     def quantized(self) -> list[str]:
-        """The quantized modules, in the order of the model."""
-        return list(self._schemes)
+        """The quantized modules: those that are kept, and the others in the order of the model."""
+        return [*self.kept, *self._schemes]
 
     @property
     def scheme_names(self) -> dict[str, str]:
         """Quantized module → the name of its scheme."""
-        return {module: scheme.name for module, scheme in self._schemes.items()}
+        return {module: scheme.name for module, scheme in self._written.items()}
 
     @property
     def quantization_config(self) -> dict[str, object] | None:
         """`quantization_config` of config.json; None if nothing is quantized."""
-        if not self._schemes:
+        if not self._written:
             return None
-        return quantization_config(self._schemes, self.ignore, kv_cache=bool(self._cache_scales))
+        return quantization_config(self._written, self.ignore, kv_cache=bool(self._cache_scales) or self._keeps_cache)
+
+    @property
+    def _written(self) -> dict[str, Scheme]:
+        return {**self.kept, **self._schemes}
 
     @property
     def fingerprint(self) -> str:
         """A text that identifies what is made of the tensors: the scheme and the amax of every module."""
         decided = {
             module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
-            for module, scheme in self._schemes.items()
+            for module, scheme in self._written.items()
         }
         caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
         return hashlib.sha256(json.dumps([decided, caches], sort_keys=True).encode()).hexdigest()
@@ -232,17 +250,20 @@ def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
 
 
-def _choose(recipe: Recipe, linears: Iterable[str], state: QuantState | None) -> dict[str, Scheme]:
-    """The scheme of each quantized module, checked against the fused groups and the quantizers."""
+def _choose(
+    recipe: Recipe, linears: Iterable[str], state: QuantState | None, kept: Mapping[str, Scheme]
+) -> dict[str, Scheme]:
+    """The scheme of each module to quantize, checked against the fused groups and the quantizers."""
     treated = {module: recipe.scheme_of(module, state) for module in linears}
     chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
-    if not chosen:
-        raise UsageError(
+    if not chosen and not kept:
+        raise NothingToQuantizeError(
             f"scheme={recipe.name} finds no module with quantizers: all are ignored, or none is targeted"
             if state is not None
             else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
         )
-    split = split_groups({module: f"as {scheme.name}" if scheme else "not" for module, scheme in treated.items()})
+    everything = {**treated, **kept}
+    split = split_groups({module: f"as {scheme.name}" if scheme else "not" for module, scheme in everything.items()})
     if split:
         raise MappingError(f"fused groups must be quantized as one:{listing(split)}")
     if state is None:

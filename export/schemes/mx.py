@@ -57,9 +57,9 @@ class MXScheme(Scheme):
             return None
         return codes.shape[0], codes.shape[1] * (8 // self.bits)
 
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         codes = tensors[self.codes]
-        return mx.dequantize(e2m1.unpack(codes) if self.bits == 4 else codes, tensors["weight_scale"])
+        return mx.dequantize(e2m1.unpack(codes) if self.bits == 4 else codes, tensors["weight_scale"], dtype)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return restore_mx(self.dequantize(tensors), tensors["weight_scale"], 6.0 if self.bits == 4 else 448.0)

@@ -83,8 +83,8 @@ class NVFP4Scheme(Scheme):
         packed = specs.get("weight_packed")
         return None if packed is None or len(packed.shape) != 2 else (packed.shape[0], packed.shape[1] * 2)
 
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return nvfp4.dequantize(_stored(tensors))
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return nvfp4.dequantize(_stored(tensors), dtype)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
         amax = _GLOBAL.amax(tensors[_GLOBAL.tensor])

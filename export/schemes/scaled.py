@@ -120,17 +120,17 @@ class Scaled(Scheme):
             return None
         return codes.shape[0], codes.shape[1] * (self._codes_a_word if self._is_packed else 1)
 
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         scale = tensors["weight_scale"]
         scale = scale.reshape(1, 1) if self.group_scale else scale
         if not self._is_packed:
-            return scaled.dequantize(ScaledWeight(tensors["weight"], scale), self.share)
+            return scaled.dequantize(ScaledWeight(tensors["weight"], scale), self.share, dtype)
         rows, columns = tensors["weight_shape"].tolist()
         zero_point = None
         if not self._is_symmetric:
             zero_point = scaled.unpack_codes(tensors["weight_zero_point"].T, rows, self.bits).T
         codes = scaled.unpack_codes(tensors["weight_packed"], columns, self.bits)
-        return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.share)
+        return scaled.dequantize(ScaledWeight(codes, scale, zero_point), self.share, dtype)
 
     def _remedy(self, weight: TensorSpec) -> str:
         """The end of a message: the option with which the weight would fit."""

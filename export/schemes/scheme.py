@@ -212,8 +212,8 @@ class Scheme(ABC):
         """Shape `[out, in]` of the stored weight, from its codes; None if they are missing or not a matrix."""
 
     @abstractmethod
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight `[out, in]` as a serving engine sees it, in bf16, from the tensors that hold it."""
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight `[out, in]` as a serving engine sees it, in `dtype`, from the tensors that hold it."""
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A weight `[out, in]` in bf16 that ModelOpt's arithmetic quantizes to these tensors again."""

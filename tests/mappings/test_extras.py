@@ -18,7 +18,7 @@ BEHIND = {  # where what an extra brings is imported → what asks for it first
     "bridge/megatron/": "bridge/megatron/__init__.py",
     "bridge/hf.py": "bridge/hf.py",
     "export/report/html_page.py": "export/report/html_page.py",
-    "scripts/recipes.py": "scripts/recipes.py",
+    "export/model_free/converters/chain.py": "export/model_free/converters/chain.py",
     "scripts/demo_": "scripts/demo.py",
 }
 HIDE = "import sys; sys.modules.update(dict.fromkeys({!r}))\n"
@@ -89,8 +89,10 @@ WITHOUT = {  # a program → what it says in an environment with core dependenci
         "A model in Megatron needs megatron.core, modelopt, transformers, tokenizers, einops, requests, not installed "
         "here: pip install 'amaxbridge[megatron]'"
     ),
-    "from amaxbridge.scripts.recipes import converters_of; converters_of('fp8_block', '.')": (
-        "converter=fp8_block needs compressed_tensors, not installed here: pip install 'amaxbridge[convert]'"
+    "from amaxbridge.export.model_free.converters.chain import ConverterChain\n"
+    "ConverterChain([]).quantization({'config_groups': {'group_0': {'weights': {'num_bits': 8}}}})": (
+        "A converter after compressed-tensors needs compressed_tensors, not installed here: "
+        "pip install 'amaxbridge[convert]'"
     ),
     "from amaxbridge.export.report import render; render(None)": (
         "The page of a report needs jinja2, not installed here: pip install 'amaxbridge[report]'"

@@ -66,16 +66,20 @@ def check(root: Path, command: Command) -> None:
     assert "<html" in (page / "report.html").read_text()
     assert "transformers is not installed" in export(command, root, "exported")
     same_weights(root / "exported", root / "expected")
-    absent = {
-        "[megatron]": ("import", f"hf={hf}", f"output={root / 'none'}"),
-        "[convert]": ("quantize", f"input={quantized}", f"output={root / 'none'}", "converter=compressed_tensors"),
-    }
-    for extra, words in absent.items():
-        status, said = command(*words)
-        assert status == 2, said
-        assert f"pip install 'amaxbridge{extra}'" in said
-        assert "Traceback" not in said
-        assert not (root / "none").exists()
+    succeed(
+        command,
+        "quantize",
+        f"input={quantized}",
+        f"output={root / 'again'}",
+        "converter=compressed_tensors",
+        "scheme=nvfp4a16",
+    )
+    same_weights(root / "again", quantized)  # in the scheme asked for already
+    status, said = command("import", f"hf={hf}", f"output={root / 'none'}")
+    assert status == 2, said
+    assert "pip install 'amaxbridge[megatron]'" in said
+    assert "Traceback" not in said
+    assert not (root / "none").exists()
 
 
 def succeed(command: Command, *words: object) -> str:

@@ -125,10 +125,6 @@ class TestFiles:
         (source / "config.json").unlink()
         refuse(source, UsageError, "no config.json")
 
-    def test_quantized_already(self, source: Path) -> None:
-        (source / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
-        refuse(source, UsageError, r"quantized already \(awq\): give a converter")
-
 
 class TestTensors:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from amaxbridge.export import (
     build_microscale_inverse_weight_maps,
@@ -23,10 +21,8 @@ from amaxbridge.export import (
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.nvfp4 import tensor_amax
-from amaxbridge.export.output.finalizer import Bundle, Finalizer
-from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, find_scheme
+from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup
 from amaxbridge.mappings.fused_groups import groups_among
-from amaxbridge.mappings.tensors import TensorSpec
 from tests.support.checkpoints import (
     HIDDEN,
     MOE,
@@ -38,22 +34,10 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 from tests.support.hard_weights import of_module
+from tests.support.in_memory import expected, same
 
 DATA_FREE = [name for name, scheme in SCHEMES.items() if not scheme.needs_input_amax]
 CALIBRATED = ("nvfp4", "fp8")
-
-
-def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
-
-
-def expected(tensors: Mapping[str, Tensor], scheme: Any, state: QuantState | None = None) -> dict[str, Tensor]:
-    """The same from weights in memory, all at once."""
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    return dict(Finalizer(specs, find_scheme(scheme), state).finalize(Bundle.of(tensors)))
 
 
 @pytest.fixture(scope="module")
@@ -260,15 +244,12 @@ def test_a_converter_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [dense_model, moe_model])
 def test_a_served_checkpoint_is_quantized_anew(model: Any, served: str, tmp_path: Path) -> None:
     """Its input scales are dropped."""
-    from amaxbridge.scripts.recipes import converters_of
-
     tensors, scheme = model(1), SCHEMES[served]
     write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors), config=MOE)
     model_free_ptq(tmp_path / "in", tmp_path / "served", served, quant_state=state_of(tensors, scheme.format))
     stored = tensors_of(tmp_path / "served")
     assert any(".input_" in name for name in stored)
-    converters = converters_of("compressed_tensors", str(tmp_path / "served"))
-    model_free_ptq(tmp_path / "served", tmp_path / "out", "mxfp8", converter=converters)
+    model_free_ptq(tmp_path / "served", tmp_path / "out", "mxfp8", converter="compressed_tensors")
     plain = {
         name: scheme.dequantize(of_module(name.removesuffix(".weight"), stored)) if "_proj" in name else tensor
         for name, tensor in tensors.items()

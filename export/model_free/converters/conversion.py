@@ -1,0 +1,250 @@
+"""What becomes of a source's quantized modules: kept under the scheme that was asked for, or dequantized.
+
+A module is kept if its codes and scales are that scheme's already, and if all members of its fused group are so, with
+one value for what they share. Then nothing is lost. Every other module is dequantized.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
+from amaxbridge.export.disk.row_chunks import Part
+from amaxbridge.export.disk.safetensors_file import StoredTensor
+from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, is_from_packed
+from amaxbridge.export.model_free.converters.stored_weight import INPUT_SCALES, StoredWeight
+from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.mappings.errors import CheckpointError, MappingError, listing
+from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.tensors import TensorSpec
+
+_CACHE_SCALE = re.compile(r"(.+?)(?:\.[kv]_proj)?\.([kv])_scale")
+_log = logging.getLogger("amaxbridge")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is made from each quantized module.
+
+    Args:
+        source: the quantized modules.
+        kept: modules that stay quantized → their scheme. The others are dequantized.
+        dtype: dtype of dequantized weights.
+        packed: layout of packed experts.
+    """
+
+    source: QuantizedSource
+    dtype: torch.dtype
+    packed: PackedExperts
+    kept: Mapping[str, Scheme]
+
+    @property
+    def kept_modules(self) -> dict[str, Scheme]:
+        """The modules of the output that are kept → their scheme."""
+        return {made: scheme for module, scheme in self.kept.items() for made in self.modules_of(module)}
+
+    def modules_of(self, module: str) -> dict[str, PackedSource | None]:
+        """The modules of the output that are made from a quantized module, and which part of it each one is."""
+        weight = self.source.weights[module]
+        if not self._is_packed(module):
+            return {module: None}
+        experts, _, part = module.rpartition(".")
+        layout = replace(self.packed, transposed=False) if weight.outputs_first else self.packed
+        name, _, number = experts.rpartition(".")
+        found = sources_in(f"{name}.{part}", (1, *weight.shape), layout)
+        return {
+            single.replace(f"{name}.0.", f"{experts}.").removesuffix(".weight"): replace(source, expert=int(number))
+            for single, source in found.items()
+        }
+
+    def beside(self, name: str, stored: StoredTensor) -> tuple[str, StoredTensor]:
+        """A tensor that is taken as it is; scales of a key-value cache with the name and the dim that engines know."""
+        found = _CACHE_SCALE.fullmatch(name)
+        if found is None or stored.spec.nbytes != stored.spec.dtype.itemsize:
+            return name, stored
+        return f"{found[1]}.{found[2]}_scale", replace(stored, spec=TensorSpec((1,), stored.spec.dtype))
+
+    def can_cut(self, module: str) -> bool:
+        """True if the codes of a module can be cut into those of the modules that are made from it."""
+        return not self._is_packed(module) or self.source.weights[module].outputs_first
+
+    def packed_name(self, module: str) -> str | None:
+        """The packed tensor of the output that a module is a part of where experts stay packed; None if it is none."""
+        if not self._is_packed(module):
+            return None
+        experts, _, part = module.rpartition(".")
+        return f"{experts.rpartition('.')[0]}.{part}"
+
+    def specs(self, module: str) -> dict[str, TensorSpec]:
+        """The tensors that are made from a module, by full name."""
+        weight = self.source.weights[module]
+        scheme = self.kept.get(module)
+        if scheme is None:
+            whole = torch.empty(weight.shape, dtype=self.dtype, device="meta")
+            return {
+                f"{made}.weight": TensorSpec.of(_cut(whole, part)) for made, part in self.modules_of(module).items()
+            }
+        specs, rows = weight.specs(scheme), weight.shape[0]
+        return {
+            f"{made}.{name}": _rows_of(spec, part, rows)
+            for made, part in self.modules_of(module).items()
+            for name, spec in specs.items()
+        }
+
+    def convert(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Makes them from the stored tensors of a module, by local name."""
+        weight, parts = self.source.weights[module], self.modules_of(module)
+        scheme = self.kept.get(module)
+        if scheme is None:
+            whole = weight.dequantize(tensors, self.dtype)
+            return {f"{made}.weight": _cut(whole, part).contiguous() for made, part in parts.items()}
+        rows = weight.shape[0]
+        kept = weight.kept(tensors, scheme)
+        if damaged := [name for name, tensor in kept.items() if _holds_nan(tensor)]:
+            raise MappingError(f"{module}: {', '.join(damaged)} holds NaN or Inf")
+        return {
+            f"{made}.{name}": (tensor if part is None or tensor.shape[:1] != (rows,) else part.cut(tensor)).contiguous()
+            for made, part in parts.items()
+            for name, tensor in kept.items()
+        }
+
+    def _is_packed(self, module: str) -> bool:
+        return is_from_packed(module, self.source.origins[module][0])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A packed tensor `[experts, …]` whose experts are dequantized one after the other.
+
+    Args:
+        conversion: dequantizes them.
+        experts: the module of each expert, and its stored tensors by local name.
+    """
+
+    conversion: Conversion
+    experts: tuple[tuple[str, Mapping[str, StoredTensor]], ...]
+
+    @property
+    def spec(self) -> TensorSpec:
+        rows, columns = self.conversion.source.weights[self.experts[0][0]].shape
+        shape = (columns, rows) if self._turned else (rows, columns)
+        return TensorSpec((len(self.experts), *shape), self.conversion.dtype)
+
+    def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
+        for at, (module, stored) in enumerate(self.experts):
+            weight = self.conversion.source.weights[module]
+            whole = weight.dequantize({name: stored[name].read() for name in weight.names}, self.conversion.dtype)
+            yield Part(at, (whole.t() if self._turned else whole).contiguous()[None])
+
+    @property
+    def _turned(self) -> bool:
+        """True if codes have their outputs first and the plain layout has its inputs first."""
+        return self.conversion.packed.transposed and self.conversion.source.weights[self.experts[0][0]].outputs_first
+
+
+def decide(
+    source: QuantizedSource,
+    recipe: Recipe | None,
+    names: Iterable[str],
+    *,
+    packed: PackedExperts,
+    dtype: torch.dtype,
+) -> Conversion:
+    """Decides which modules are kept.
+
+    Args:
+        recipe: what is asked for; None to dequantize everything.
+        names: the names of all stored tensors: a fused group with plain members is not kept.
+        packed: layout of packed experts.
+        dtype: dtype of dequantized weights.
+    """
+    undecided = Conversion(source, dtype, packed, {})
+    if recipe is None:
+        return undecided
+    members: dict[str, dict[str, str]] = {}  # primary of a fused group → member → quantized module
+    for module in source.weights:
+        for made in undecided.modules_of(module):
+            members.setdefault(group_of(made).primary, {})[made] = module
+    plain = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - source.weights.keys()
+    kept, near = dict[str, Scheme](), list[str]()
+    grouped = dict(source.weights)
+    for stored in members.values():
+        asked = {module: recipe.scheme_of(made, None) for made, module in stored.items()}
+        scheme = next(iter(asked.values()))
+        if scheme is None or any(other != scheme for other in asked.values()):
+            continue
+        alone = [source.weights[module] for module in asked]
+        weights = [weight.in_group(alone) for weight in alone]
+        holding = [
+            weight.holds(scheme) and undecided.can_cut(module) for module, weight in zip(asked, weights, strict=True)
+        ]
+        whole = not plain & set(group_of(next(iter(stored))).members)
+        if whole and all(holding) and _agree(weights, scheme):
+            kept |= dict.fromkeys(asked, scheme)
+            grouped |= zip(asked, weights, strict=True)
+        elif hindrances := [each for weight in weights if (each := weight.hindrance(scheme))]:
+            near += [f"{made}: {hindrances[0]}" for made in stored]
+        elif any(holding):
+            near += [
+                f"{made}: its fused group is not all in it, or differs in a scale that is shared" for made in stored
+            ]
+    if near:
+        _log.warning(
+            "%d modules could not be kept in the scheme asked for, and are dequantized and quantized again:%s",
+            len(near),
+            listing(near),
+        )
+    return replace(undecided, source=replace(source, weights=grouped), kept=kept)
+
+
+def weight_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype for dequantized weights: float16 where config.json says that the model is in it, else bfloat16."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    said = {str(part.get(key)).removeprefix("torch.") for part in parts for key in ("dtype", "torch_dtype")}
+    return torch.float16 if "float16" in said and "bfloat16" not in said else torch.bfloat16
+
+
+def check_made(made: Mapping[str, Tensor], planned: Mapping[str, TensorSpec]) -> None:
+    """Checks that a conversion made what was planned.
+
+    Raises:
+        CheckpointError: it did not; every difference is named.
+    """
+    found = {name: TensorSpec.of(tensor) for name, tensor in made.items()}
+    if found != planned:
+        differ = [
+            f"{name}: {found.get(name, 'missing')}, planned {planned.get(name, 'not at all')}"
+            for name in dict.fromkeys((*found, *planned))
+            if found.get(name) != planned.get(name)
+        ]
+        raise CheckpointError(f"a converter made other tensors than it said:{listing(differ)}")
+
+
+def _agree(weights: Iterable[StoredWeight], scheme: Scheme) -> bool:
+    """True if the members of a fused group have one value for every scale that the scheme shares."""
+    counts = scheme.group_scale is not None, scheme.input_scale is not None
+    shared = ({item for item in weight.shared if counts[item[0] in INPUT_SCALES]} for weight in weights)
+    return len({frozenset(items) for items in shared}) == 1
+
+
+def _holds_nan(tensor: Tensor) -> bool:
+    """True if codes or scales hold NaN or Inf; E4M3 has no Inf, and its NaN is all ones below the sign."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any())
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
+def _cut(whole: Tensor, part: PackedSource | None) -> Tensor:
+    return whole if part is None else part.cut(whole)
+
+
+def _rows_of(spec: TensorSpec, part: PackedSource | None, rows: int) -> TensorSpec:
+    if part is None or spec.shape[:1] != (rows,):
+        return spec
+    return TensorSpec.of(part.cut(spec.meta()))
