@@ -1,6 +1,7 @@
 """What the verdicts come to: counts, an account of the faults, and the table of docs/architectures.md."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,20 +90,20 @@ def faults(verdicts: Verdicts) -> str:
 
 
 def write_page(verdicts: Verdicts, page: Path = PAGE) -> None:
-    """Puts the counts and a row for each type and class into the page."""
-    lines = [
-        *counts_table(verdicts),
-        "",
-        "| type | class | " + " | ".join(SCHEMES) + " | why |",
-        "|---|---|---|---|---|",
-    ]
+    """Puts the counts into the page, what is right in both schemes, and a row for each other type and class."""
+    plain, lines = [], [f"| type | class | {' | '.join(SCHEMES)} | why |", "|---|---|" + "---|" * (1 + len(SCHEMES))]
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in verdicts:
         rows.setdefault((each["model_type"], each["architecture"]), []).append(each)
     for (model_type, architecture), several in rows.items():
         cells = [worst([each for each in several if each["scheme"] == scheme]) for scheme in SCHEMES]
-        lines.append(f"| {model_type} | {architecture} | {' | '.join(cells)} | {_why(several)} |")
-    page.write_text(_TABLE.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page.read_text()))
+        if set(cells) == {RIGHT}:
+            plain.append(f"{architecture} ({model_type})")
+        else:
+            lines.append(f"| {model_type} | {architecture} | {' | '.join(cells)} | {_why(several)} |")
+    right = textwrap.wrap(f"Right in both schemes: {', '.join(plain)}.", 130, break_long_words=False)
+    table = "\n".join([*counts_table(verdicts), "", *right, "", *lines])
+    page.write_text(_TABLE.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page.read_text()))
 
 
 def _why(verdicts: Verdicts) -> str:
