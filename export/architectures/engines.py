@@ -31,7 +31,7 @@ class Step(StrEnum):
     CLASS = "class"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Engine:
     """How an engine reads targets and `ignore`.
 
@@ -50,7 +50,11 @@ class Engine:
             else the first in config.json.
         head_is_linear: `Linear` targets the head.
         asks_first_expert: what the projections of the first expert get, all experts get.
+        expert_names: names of gate, down and up under which it asks for the first expert, whatever the files call them;
+            () for those of its table.
         refuses_untargeted: raises for a layer that is neither targeted nor ignored; older vLLM too.
+        cuts: serves under tensor and expert parallelism, and needs shards that suit its kernels.
+        unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
     """
 
     key: str
@@ -65,7 +69,10 @@ class Engine:
     alphabetical: bool = False
     head_is_linear: bool = False
     asks_first_expert: bool = False
+    expert_names: tuple[str, ...] = ()
     refuses_untargeted: bool = False
+    cuts: bool = False
+    unread_experts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def facts(self) -> EngineTable | None:
@@ -79,15 +86,17 @@ class Engine:
 
 
 VLLM = Engine(
-    "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True
+    "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
+    cuts=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 SGLANG = Engine(
     "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,
-    asks_first_expert=True, refuses_untargeted=True,
+    asks_first_expert=True, expert_names=("gate_proj", "down_proj", "up_proj"), refuses_untargeted=True, cuts=True,
+    unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
-    head_is_linear=True,
+    head_is_linear=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "reinitialises it"}),
 )  # fmt: skip
 RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
 """Our own, which loads models of transformers."""

@@ -23,7 +23,6 @@ EVERY_ENGINE = (*ENGINES, RUNTIME)
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 _ROLES: Mapping[str, int] = MappingProxyType({"gate_proj": 0, "w1": 0, "down_proj": 1, "w2": 1, "up_proj": 2, "w3": 2})
 """Projections of an expert → their place in `Build.experts`."""
-_ASKED = ("gate_proj", "down_proj", "up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +112,6 @@ def _expert_layers(path: str, modules: list[str], engine: Engine, build: Build) 
         role = _ROLES.get(projection)
         leaf = build.path_of(names[0]).rpartition(".")[2]
         if role is not None:
-            leaf = (_ASKED if engine.reads_suffixes else build.experts)[role]
+            leaf = (engine.expert_names or build.experts)[role]
         asked = f"{path}.0.{leaf}"
         yield EngineLayer(path, Layer(asked, (asked,)), tuple(names))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from amaxbridge.export.architectures.engines import ENGINES, SGLANG, TRANSFORMERS, VLLM, Engine
+from amaxbridge.export.architectures.engines import ENGINES
 from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.engine_readings import build_of, readings
@@ -10,8 +10,6 @@ from amaxbridge.export.verify.finding import Problem, Rule
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.export.verify.parallel_sizes import parallel_sizes
 
-PARALLEL_ENGINES = (VLLM, SGLANG)
-"""The engines that cut a model."""
 _WORDS: Mapping[str, str] = {"linear": "dense layers", "experts": "routed experts", "head": "the output layer"}
 
 
@@ -59,41 +57,42 @@ def _fused(view: CheckpointView) -> Iterator[Problem]:
         members = [view.modules[name] for name in each.at.modules if name in view.modules]
         treated = {(module.is_quantized, module.group if module.is_quantized else None) for module in members}
         if len(treated) > 1 and not each.unquantized and not is_expert(members[0].name):
-            names = ", ".join(f"{module.name} {_treatment(module)}" for module in members)
+            names = ", ".join(f"{module.name} ({_treatment(module)})" for module in members)
             yield Problem(each.at.path, f"{each.engine.name} fuses {names}", each.engine.key)
 
 
 def _treatment(module: Module) -> str:
     if not module.is_quantized:
-        return "(not quantized)"
-    return f"({module.scheme.name if module.scheme else 'in no known format'})"
+        return "not quantized"
+    return module.scheme.name if module.scheme else "quantized in no known format"
 
 
 def _fits(view: CheckpointView) -> Iterator[Problem]:
     for problem in parallel_sizes(view, (1,))[0].problems:
-        for engine in PARALLEL_ENGINES:
-            yield Problem(problem.subject, f"{engine.name}: {problem.what}", engine.key)
+        for engine in ENGINES:
+            if engine.cuts:
+                yield Problem(problem.subject, f"{engine.name}: {problem.what}", engine.key)
     shapes: dict[tuple[int, int], Module] = {}
     for module in view.quantized:
         inputs = module.scheme.signature.inputs if module.scheme else None
         if inputs is not None and inputs.group_size and module.shape and module.shape[1] % inputs.group_size:
             shapes.setdefault((module.shape[1], inputs.group_size), module)
     for (columns, group), module in shapes.items():
-        what = f"{TRANSFORMERS.name}: {columns} inputs are rounded in groups of {group}, which do not divide them"
-        yield Problem(module.name, what, TRANSFORMERS.key)
+        for engine in ENGINES:
+            if not engine.cuts:
+                what = f"{columns} inputs are rounded in groups of {group}, which do not divide them"
+                yield Problem(module.name, f"{engine.name}: {what}", engine.key)
 
 
 def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
-    if "GptOssForCausalLM" not in (view.config.get("architectures") or ()):
-        return
-    effects: Mapping[Engine, str] = {VLLM: "skips it", SGLANG: "skips it", TRANSFORMERS: "reinitialises it"}
-    for module in view.quantized:
-        if is_expert(module.name):
-            for engine, does in effects.items():
-                scheme = module.scheme.name if module.scheme else "quantized"
-                yield Problem(
-                    module.name, f"is {scheme}; {engine.label} takes packed experts only, and {does}", engine.key
-                )
+    named = view.config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for engine in ENGINES:
+        does = next((engine.unread_experts[name] for name in architectures if name in engine.unread_experts), None)
+        for module in view.quantized if does else ():
+            if is_expert(module.name):
+                what = f"is {_treatment(module)}; {engine.label} takes packed experts only, and {does}"
+                yield Problem(module.name, what, engine.key)
 
 
 RULES = (
