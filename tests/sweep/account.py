@@ -70,7 +70,7 @@ def kinds(verdicts: Verdicts) -> dict[str, list[str]]:
     found: dict[str, dict[str, None]] = {}
     for each in verdicts:
         for why in each["why"] if each["verdict"] == WRONG else ():
-            if not why.startswith(("transformers: ", "no logits: ")):
+            if not why.startswith(("transformers", "no logits")):
                 found.setdefault(why.partition(" (")[0], {})[each["model_type"]] = None
     return {kind: sorted(types) for kind, types in sorted(found.items(), key=lambda item: -len(item[1]))}
 

@@ -136,7 +136,7 @@ class Case:
     def judge(self, source: Path, output: Path, scheme: str) -> Outcome:
         """Judges a quantized directory."""
         from tests.sweep import file_oracle
-        from tests.sweep.loading_oracle import judge_loading
+        from tests.sweep.loading_oracle import RUNNING, judge_loading
 
         quantization = file_oracle.quantization_of(output)
         if quantization is None:
@@ -152,6 +152,11 @@ class Case:
         may = {number: matrix.weight.numel() for number, matrix in enumerate(self.truth) if not matrix.stays}
         share = sum(size for number, size in may.items() if number in findings.quantized) / max(1, sum(may.values()))
         notes = [] if not isinstance(self.reference, str) else [f"no logits: {self.reference}"]
+        if problems:
+            of_source = judge_loading(type(self.model), source, self.truth, (), self.reference, 0, EXPERTS, VOCABULARY)
+            if same := {kind for kind, _ in of_source} & {kind for kind, _ in problems}:
+                notes.append(f"transformers does no better with the source: {', '.join(sorted(same))}")
+            problems = [(kind, example) for kind, example in problems if kind not in same & RUNNING]
         loading = [f"transformers: {line}" for line in _grouped(problems)]
         if findings.wrong:
             return WRONG, [*_grouped(findings.wrong), *loading, *notes], share
