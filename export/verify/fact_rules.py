@@ -1,7 +1,8 @@
 """Rules about what is known of the architecture (`architectures.facts`), whatever quantizing made of it.
 
-Shapes and axes come from the fields of config.json, so an expert that was cut along the wrong side is found without a
-reference, unless its sides are equal. Nothing of what wrote the checkpoint is asked.
+Axes of experts come from the fields of config.json, so an expert that was cut along the wrong side is found without a
+reference, unless its sides are equal. Nothing of what wrote the checkpoint is asked. Other shapes are held against
+those of the reference, or of transformers' model (`expected-names`).
 """
 
 import re
@@ -32,14 +33,13 @@ def _shapes(view: CheckpointView) -> Iterator[Problem]:
     known = view.once(architecture)
     if known is None:
         return
-    experts = _expert_shapes(known)
-    shapes = {f"{module.name}.weight": module.shape for module in view.quantized if module.shape is not None}
-    shapes |= {name: stored.spec.shape for name, stored in _unquantized(view)}
-    for name, shape in shapes.items():
-        right = experts.get(_NUMBER.sub("*", name))
-        if right is not None and shape != right:
-            yield Problem(name, f"is {list(shape)}, by config.json {list(right)}")
-        elif right is None and (misfit := known.misfits(name, shape)) is not None:
+    singles = _expert_shapes(known)
+    for module in view.modules.values():
+        right = singles.get(_NUMBER.sub("*", f"{module.name}.weight"))
+        if right is not None and module.shape is not None and module.shape != right:
+            yield Problem(f"{module.name}.weight", f"is {list(module.shape)}, by config.json {list(right)}")
+    for name, stored in _unquantized(view):
+        if known.packs_experts(name, stored.spec.shape) and (misfit := known.misfits(name, stored.spec.shape)):
             yield Problem(name, misfit.removeprefix(f"{name}: "))
 
 
@@ -48,12 +48,13 @@ def _expert_shapes(known: Architecture) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for pattern, fact in known.facts.items():
         sizes = [None if each is None else value_of(each, known.sizes) for each in fact.shape or ()]
-        if fact.role is not Role.EXPERTS or len(sizes) != 3 or None in sizes or not fact.holds:
+        if fact.role is not Role.EXPERTS or len(sizes) != 3 or None in sizes[1:] or not fact.holds:
             continue
-        experts, outputs, inputs = (size or 0 for size in sizes)
+        _, first, second = (size or 0 for size in sizes)
+        outputs, inputs = (second, first) if fact.inputs_first else (first, second)
         is_transposed = known.inputs_first if fact.inputs_first is None else fact.inputs_first
-        shape = (experts, inputs, outputs) if is_transposed else (experts, outputs, inputs)
-        for single in known.experts_in(pattern.replace("*", "0"), shape) if experts else ():
+        shape = (1, inputs, outputs) if is_transposed else (1, outputs, inputs)
+        for single in known.experts_in(pattern.replace("*", "0"), shape):
             found[_NUMBER.sub("*", single)] = outputs // len(fact.holds), inputs
     return found
 
@@ -94,8 +95,8 @@ RULES = (
     ),
     Rule(
         "shapes",
-        "every weight has the shape that config.json gives it, quantized or not, experts one by one",
-        "does not load, or a square weight is read along the wrong side",
+        "every expert has the shape that config.json gives it, outputs first, packed or one by one",
+        "does not load, or reads the weight along the wrong side",
         "Export again; if the source has these shapes, its config.json is of another model",
         _shapes,
     ),
