@@ -211,8 +211,9 @@ def _of_compressed_tensors(raw: Mapping[str, Any], method: str, spelled: Mapping
             signature = Signature.of(known, quant_format)
         except UnsupportedQuantizationError as error:
             faults.append(Fault(f"config_groups.{name}", f"is malformed: {error}"))
-        targets = tuple(str(target) for target in entry.get("targets") or ())
-        groups.append(ConfigGroup(name, targets, entry.get("format"), signature, entry))
+        targets = _names(entry.get("targets"), f"config_groups.{name}.targets", faults)
+        own_format = entry.get("format")
+        groups.append(ConfigGroup(name, targets, own_format if isinstance(own_format, str) else None, signature, entry))
     cache = spelled.get("kv_cache_scheme")
     kv_cache = None
     if isinstance(cache, dict):
@@ -221,8 +222,20 @@ def _of_compressed_tensors(raw: Mapping[str, Any], method: str, spelled: Mapping
             kv_cache = Arguments.of({key: value for key, value in cache.items() if key in ARGUMENT_KEYS})
         except UnsupportedQuantizationError as error:
             faults.append(Fault("kv_cache_scheme", f"is malformed: {error}"))
-    ignore = tuple(str(entry) for entry in spelled.get("ignore") or ())
+    elif cache is not None:
+        faults.append(Fault("kv_cache_scheme", "is not an object"))
+    ignore = _names(spelled.get("ignore"), "ignore", faults)
     return QuantConfig(raw, method, quant_format, tuple(groups), ignore, kv_cache, tuple(unknown), tuple(faults))
+
+
+def _names(value: Any, where: str, faults: list[Fault]) -> tuple[str, ...]:
+    """A list of names; anything else is a fault, and no names."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        faults.append(Fault(where, "is not a list of names"))
+        return ()
+    return tuple(value)
 
 
 def _unknown_in(entry: Mapping[str, Any], where: str, known: frozenset[str]) -> list[str]:

@@ -129,7 +129,7 @@ class ModelFamily:
         """The configuration of the language model inside that of a model that may be multimodal."""
         if self.language_part is None:
             return hf_config
-        return {**hf_config[self.language_part], "architectures": hf_config.get("architectures")}
+        return {**look_up(hf_config, self.language_part), "architectures": hf_config.get("architectures")}
 
     def weight_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """The fields of Megatron's TransformerConfig that mappings read: they decide names and shapes of weights.
@@ -156,7 +156,7 @@ class ModelFamily:
 
     def model_config(self, hf_config: HFConfig) -> ModelConfig:
         """The sizes that mappings read, without padding of the vocabulary."""
-        return ModelConfig.of({**self.weight_settings(hf_config), "vocab_size": hf_config["vocab_size"]})
+        return ModelConfig.of({**self.weight_settings(hf_config), "vocab_size": look_up(hf_config, "vocab_size")})
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`; some are not fields of it."""

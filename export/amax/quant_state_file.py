@@ -21,6 +21,7 @@ from torch import Tensor, uint8
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Shard
+from amaxbridge.export.disk.strict_json import NotStrictJson, misfit, parse_json_object
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.model_config import number_of_experts
@@ -29,6 +30,15 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _KEY = "amaxbridge.quant_state"
 _VERSION = 1
+_FORM: dict[str, Any] = {
+    "version": int,
+    "formats": {str: str},
+    "missing": [str],
+    "divergent": {str: [float]},
+    "model": {
+        "architectures": [str], "layers": (int, None), "hidden_size": (int, None), "experts": int, "modules": str
+    },
+}  # fmt: skip
 _HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=true"
 
 _log = logging.getLogger("amaxbridge")
@@ -141,16 +151,18 @@ def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[st
 
 def _parsed(file: Path, text: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(text)
-        version = content["version"]
-        if version == _VERSION:
-            model = content["model"]
-            content["model"] = ModelIdentity(**{**model, "architectures": tuple(model["architectures"])})
-            content = {key: content[key] for key in ("model", "formats", "missing", "divergent")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: the metadata is damaged: {error!r}; export it again") from error
-    if version != _VERSION:
-        raise UsageError(f"{file} has format version {version}, this amaxbridge knows {_VERSION}: update amaxbridge")
+        content = parse_json_object(text)
+    except NotStrictJson as error:
+        raise CheckpointError(f"{file}: the metadata is damaged: {error}; export it again") from error
+    if isinstance(content.get("version"), int) and content["version"] > _VERSION:
+        raise UsageError(
+            f"{file} has format version {content['version']}, this amaxbridge knows {_VERSION}: update amaxbridge"
+        )
+    wrong = misfit(content, _FORM)
+    if wrong or any(len(two) != 2 for two in content["divergent"].values()):
+        raise CheckpointError(f"{file}: the metadata is damaged: {wrong or 'divergent'}; export it again")
+    model = {name: content["model"][name] for name in _FORM["model"]}
+    content["model"] = ModelIdentity(**{**model, "architectures": tuple(model["architectures"])})
     return content
 
 

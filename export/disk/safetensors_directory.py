@@ -1,6 +1,5 @@
 """Reading a Hugging Face directory of safetensors, tensor by tensor."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from amaxbridge.export.disk.input_paths import refuse_leaving, weight_file_name
 from amaxbridge.export.disk.packed_experts import packed_source
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
+from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.config_and_index import INDEX_FILE, QUANT_STATE_FILE
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.family import PackedExperts
@@ -37,11 +37,10 @@ class SafetensorsCheckpoint:
         """Tensor name → file name, from the index."""
         index = self.directory / INDEX_FILE
         if index.is_file():
-            try:
-                stated = json.loads(index.read_bytes())["weight_map"].items()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{index} is not the index of a checkpoint: {error!r}") from error
-            weight_map = {name: weight_file_name(file, index) for name, file in stated}
+            stated = read_json_object(index).get("weight_map")
+            if not isinstance(stated, dict):
+                raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map")
+            weight_map = {name: weight_file_name(file, index) for name, file in stated.items()}
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")

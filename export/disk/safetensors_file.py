@@ -7,19 +7,21 @@ large the file is. For a GPU, rows are copied into pinned memory of the caller.
 See `shard_layout` for the file format.
 """
 
-import json
+import math
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from amaxbridge.export.disk.row_chunks import Part
 from amaxbridge.export.disk.shard_layout import DTYPE_NAMES
+from amaxbridge.export.disk.strict_json import parse_json_object
 from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -29,6 +31,10 @@ PART_BYTES = 8 << 20
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
+_LONGEST_NAME = 1000  # characters
+_MOST_DIMS = 16
+_LARGEST = 1 << 62  # elements or bytes: no file is larger
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +107,16 @@ class SafetensorsFile:
 
     def __post_init__(self) -> None:
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would never open
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         try:
             self.tensors = self._read_header()
             self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OSError) as error:
             self.close()
-            raise CheckpointError(f"{self.path} cannot be read: {error}; copy the file again") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{self.path} cannot be read: {why}; copy the file again") from error
 
     def read(self, begin: int, memory: Tensor) -> None:
         """Fills `memory`, uint8, from the file."""
@@ -143,20 +150,20 @@ class SafetensorsFile:
         self.close()
 
     def _read_header(self) -> dict[str, StoredTensor]:
-        size = os.fstat(self._file).st_size
+        found = os.fstat(self._file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a file")
+        size = found.st_size
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             if os.pread(self._file, len(_LFS_POINTER), 0) == _LFS_POINTER:
                 raise ValueError("a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
-        entries = json.loads(os.pread(self._file, length, 8))
-        self.metadata = entries.pop("__metadata__", None) or {}
+        entries = parse_json_object(os.pread(self._file, length, 8))
+        self.metadata = _texts(entries.pop("__metadata__", None) or {})
+        specs = {name: _entry(name, entry) for name, entry in entries.items()}
         begin, tensors = 8 + length, {}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} has the dtype {entry['dtype']}, which is not known here")
-            spec = TensorSpec(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        for name, (spec, start, end) in sorted(specs.items(), key=lambda item: item[1][1:]):
             if 8 + length + start != begin or end - start != spec.nbytes:
                 raise ValueError(f"{name}: {spec} does not lie at bytes {start:,} to {end:,}")
             tensors[name] = StoredTensor(self, begin, spec)
@@ -164,3 +171,38 @@ class SafetensorsFile:
         if begin != size:
             raise ValueError(f"{size:,} bytes, and its header says {begin:,}: truncated, or written to twice")
         return tensors
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not made of strings")
+    return metadata
+
+
+def _entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    """Spec, begin and end of a tensor, from its entry in the header.
+
+    Raises:
+        ValueError: the entry is not one; or a name, a number of dims or a size that no tensor has.
+    """
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        raise ValueError(f"{name[:80]!r} is no name of a tensor: {len(name):,} characters, or not printable")
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        raise ValueError(f"{name}: an entry has {', '.join(sorted(_ENTRY))}, this one {_shown(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} has the dtype {_shown(dtype)}, which is not known here")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMS or math.prod(side or 1 for side in shape) > _LARGEST:
+        raise ValueError(f"{name}: the shape {_shown(shape)} is none that a tensor can have")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name}: data_offsets are two numbers, not {_shown(offsets)}")
+    return TensorSpec(tuple(shape), _DTYPES[dtype]), offsets[0], offsets[1]
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(side) is int and 0 <= side <= _LARGEST for side in value)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, of bounded length."""
+    return repr(value)[:80]

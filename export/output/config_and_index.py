@@ -10,9 +10,11 @@ from typing import Any
 
 from amaxbridge.export.disk.input_paths import leaves
 from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
+from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, without_declarations
 from amaxbridge.export.schemes.scheme import Scheme, arguments
+from amaxbridge.mappings.config_fields import EVERY_MODEL, check_fields
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import split_at_numbers
 
@@ -38,18 +40,26 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """The config.json of a Hugging Face directory.
 
     Raises:
-        UsageError: there is none, or it is not a JSON object.
+        UsageError: there is none, it is not an object in strict JSON, or fields have values that no model has.
     """
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} is not a JSON object: a model's config.json has fields, `architectures` among them")
+    config = read_json_object(file)
+    check_config(config, file)
     return config
+
+
+def check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UsageError if fields that any architecture may have hold values that no model has.
+
+    Args:
+        config: content of config.json.
+        file: the file, for the message.
+    """
+    check_fields(config, file, EVERY_MODEL)
+    if config.get("text_config"):
+        check_fields(config["text_config"], f"{file}, text_config", EVERY_MODEL)
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:
@@ -167,4 +177,4 @@ def _links_out(source: Path) -> list[Path]:
 
 def json_bytes(content: object) -> bytes:
     """Returns JSON in the form of a checkpoint's files."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

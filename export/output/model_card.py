@@ -9,7 +9,6 @@ because users of the output need it: terms, prompts, citation.
 no date, no host and no full path, so the same export writes the same card, and it can be published.
 """
 
-import json
 import logging
 import math
 import re
@@ -35,7 +34,7 @@ from amaxbridge.export.output.config_and_index import (
     source_card,
 )
 from amaxbridge.export.output.finalizer import Finalizer
-from amaxbridge.export.output.provenance import RECORD_FILE, versions
+from amaxbridge.export.output.provenance import RECORD_FILE, read_record, versions
 from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import kind_of
@@ -43,7 +42,7 @@ from amaxbridge.mappings.names import kind_of
 _log = logging.getLogger("amaxbridge")
 _NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
 _BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
-_OURS = re.compile(f"{_BEGIN}.*?{_END}\\s*", re.DOTALL)
+_SHOWN = ("scheme", "formats", "kv_cache", "bytes", "quantized", "ignored", "amax", "versions")  # facts of every card
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # of a directory in the cache of the Hub
 
 
@@ -103,7 +102,7 @@ def model_card(original: str, facts: Mapping[str, Any]) -> str:
     """
     metadata, text = _parsed(original)
     return "\n".join(
-        ["---", _front_matter(metadata, facts), "---", "", _section(facts), _OURS.sub("", text).strip(), ""]
+        ["---", _front_matter(metadata, facts), "---", "", _section(facts), _without_ours(text).strip(), ""]
     )
 
 
@@ -123,9 +122,21 @@ def note_snr(directory: Path, errors: Sequence[WeightError]) -> None:
         raise UsageError(f"{directory}: {why}, so its card stays as it is; leave card= out")
     found = ErrorSummary.of(inexact)
     measured = {"mean": found.mean_snr, "lowest": found.worst.snr, "lowest_module": found.worst.module}
-    facts = {**json.loads(record.read_bytes()), "snr": measured}
+    noted = {"base_model": None, **(read_record(directory) or {})}
+    if lacking := [key for key in _SHOWN if noted.get(key) is None]:
+        raise UsageError(f"{record} lacks {', '.join(lacking)}, so the card stays as it is; leave card= out")
+    facts = {**noted, "snr": measured}
     record.write_bytes(json_bytes(facts))
     card.write_bytes(model_card(card.read_text(encoding="utf-8") if card.is_file() else "", facts).encode())
+
+
+def _without_ours(text: str) -> str:
+    """A card without the sections that were written here before."""
+    kept = []
+    while (begin := text.find(_BEGIN)) >= 0 and (end := text.find(_END, begin)) >= 0:
+        kept.append(text[:begin])
+        text = text[end + len(_END) :].lstrip()
+    return "".join([*kept, text])
 
 
 def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:

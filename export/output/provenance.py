@@ -1,10 +1,12 @@
 """The versions that made a checkpoint, recorded beside it; see `model_card`."""
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from amaxbridge.build_version import build_version
+from amaxbridge.export.disk.strict_json import misfit, read_json_object
+from amaxbridge.mappings.errors import CheckpointError
 
 RECORD_FILE = "amaxbridge.json"
 MADE_FROM = "made_from"
@@ -24,10 +26,48 @@ def versions() -> dict[str, str]:
     return found
 
 
+_TEXT, _TEXTS, _COUNT = (str, None), ([str], None), (int, None)
+_FORM = {
+    MADE_FROM: _TEXT,
+    "base_model": _TEXT,
+    "scheme": _TEXT,
+    "formats": _TEXTS,
+    "kv_cache": (bool, None),
+    "bytes": ({"before": int, "after": int}, None),
+    "quantized": _COUNT,
+    "ignored": _TEXTS,
+    "amax": ({"collected": int, "missing": [str], "filled": {str: str}, "divergent": {str: [float]}}, None),
+    "snr": ({"mean": float, "lowest": float, "lowest_module": str}, None),
+    "versions": ({str: str}, None),
+    "notes": _TEXTS,
+    "command_line": _TEXT,
+}
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    """What an output records of itself; None if there is no record.
+
+    Raises:
+        CheckpointError: the file is not JSON, or fields that are read here are of another type.
+    """
+    file = output / RECORD_FILE
+    if not file.is_file():
+        return None
+    record = read_json_object(file)
+    wrong = misfit(record, _FORM)
+    divergent = (record.get("amax") or {}).get("divergent") or {} if wrong is None else {}
+    wrong = wrong or next(
+        (f"amax.divergent.{name} is not two numbers" for name, two in divergent.items() if len(two) != 2), None
+    )
+    if wrong:
+        raise CheckpointError(f"{file} was not written by amaxbridge, or was changed: {wrong}. Remove it")
+    return record
+
+
 def made_from(output: Path) -> str | None:
     """The fingerprint that an output records; None if there is none."""
     try:
-        record = json.loads((output / RECORD_FILE).read_bytes())
-    except (OSError, ValueError):
+        record = read_record(output)
+    except CheckpointError:  # of another program, or of a run that is writing it
         return None
-    return record.get(MADE_FROM) if isinstance(record, dict) else None
+    return None if record is None else record.get(MADE_FROM)

@@ -4,7 +4,6 @@ Findings, and errors against a reference, come from `export.verify`, so that the
 serves. Sizes and amax are read here, from headers and scales.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,13 +16,13 @@ from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
-from amaxbridge.export.output.provenance import RECORD_FILE
+from amaxbridge.export.output.provenance import read_record
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.report.module_place import Place, place_of
 from amaxbridge.export.verify import VerifyReport, WeightError, verify
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.verify_report import finite_or_none
-from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import module_of, natural_key
 
 _SATURATED = 1 + 2**-8  # an amax read back from a scale may be rounded to bf16
@@ -146,7 +145,7 @@ def gather(
         return Facts(
             directory.resolve().name,
             config,
-            _json(directory / RECORD_FILE) or {},
+            read_record(directory) or {},
             modules,
             _parts(view, {module.name: module for module in modules}),
             _left(view),
@@ -216,16 +215,6 @@ def _left(view: CheckpointView) -> dict[str, int]:
             kind = place_of(module_of(name)).pattern
             found[kind] = found.get(kind, 0) + 1
     return found
-
-
-def _json(file: Path) -> Json | None:
-    if not file.is_file():
-        return None
-    try:
-        content: Json = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    return content
 
 
 def rows_of(facts: Facts) -> Iterator[Json]:

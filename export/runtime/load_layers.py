@@ -9,7 +9,6 @@ are, and puts layers of the runtime in the place of its quantized ones. Nothing 
 nothing takes, and a parameter that nothing fills, are errors by name.
 """
 
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from amaxbridge.export.architectures.engines import members_of
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.export.runtime.compressed_tensors_config import CompressedTensorsConfig
 from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
@@ -257,12 +257,8 @@ class _Reader:
 
 
 def _quantization_config(directory: Path) -> Mapping[str, Any] | None:
-    path = directory / CONFIG_FILE
-    try:
-        config: Mapping[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return config.get("quantization_config")
+    stated: Mapping[str, Any] | None = read_json_object(directory / CONFIG_FILE).get("quantization_config")
+    return stated
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:

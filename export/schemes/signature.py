@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
+from amaxbridge.export.disk.strict_json import misfit
 from amaxbridge.mappings.errors import UsageError
 
 _ORDERS: Mapping[Any, str | None] = MappingProxyType(
@@ -15,7 +16,18 @@ _WITHOUT_MEANING = frozenset(("observer", "observer_kwargs", "scale_dtype", "zp_
 ARGUMENT_KEYS = _WITHOUT_MEANING | {
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"
 }  # fmt: skip
+_FORM: Any = {
+    "num_bits": int,
+    "type": (str, None),
+    "strategy": (str, None),
+    "dynamic": (bool, str, None),
+    "symmetric": (bool, None),
+    "group_size": (int, None),
+    "block_structure": (str, [int], None),
+    "actorder": (str, bool, None),
+}
 _GROUPED = ("group", "tensor_group")
+_GROUP: Any = {"format": (str, None), "weights": ({}, None), "input_activations": ({}, None)}
 _STRATEGIES = ("tensor", "channel", "token", "block", *_GROUPED)
 _DYNAMIC = ("tensor", "token", *_GROUPED)
 
@@ -58,8 +70,10 @@ class Arguments:
         unknown = sorted(args.keys() - ARGUMENT_KEYS)
         if unknown:
             raise UnsupportedQuantizationError(f"quantization arguments have unknown keys: {', '.join(unknown)}")
-        if not isinstance(args.get("num_bits"), int):
+        if args.get("num_bits") is None:
             raise UnsupportedQuantizationError(f"quantization arguments without num_bits: {dict(args)}")
+        if wrong := misfit(dict(args), _FORM):
+            raise UnsupportedQuantizationError(f"quantization arguments are wrong: {wrong}")
         size, block, order = args.get("group_size"), args.get("block_structure"), args.get("actorder")
         if isinstance(block, str):
             block = [int(part) if part.isdigit() else 0 for part in block.split("x")]
@@ -69,7 +83,7 @@ class Arguments:
             kind=str(args.get("type", "int")).lower(),
             strategy=str(args.get("strategy") or inferred).lower(),
             dynamic=args.get("dynamic") or False,
-            symmetric=args.get("symmetric", True),
+            symmetric=args.get("symmetric") is not False,
             group_size=None if size == -1 else size,
             block_structure=tuple(block) if block else None,
             actorder=_ORDERS.get(order, order),
@@ -126,6 +140,8 @@ class Signature:
         Raises:
             UnsupportedQuantizationError: the group has no weights, quantizes outputs, or its arguments are malformed.
         """
+        if wrong := misfit(dict(group), _GROUP):
+            raise UnsupportedQuantizationError(f"a config group is wrong: {wrong}")
         if not group.get("weights"):
             raise UnsupportedQuantizationError(f"a config group without weights, for {group.get('targets')}")
         if group.get("output_activations"):

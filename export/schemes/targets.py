@@ -4,10 +4,10 @@ A target is a module's full name, `re:` and a pattern that matches from the begi
 class of every linear layer. A part of a name never matches: `layers.1` is not `layers.10`.
 """
 
-import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
+from amaxbridge.export.schemes.linear_pattern import LinearPattern, UnsupportedPattern
 from amaxbridge.mappings.errors import UsageError, listing
 
 EVERY_LINEAR = "Linear"
@@ -19,12 +19,12 @@ _PATTERN = "re:"
 def means(target: str, module: str) -> bool:
     """True if a target is the module's full name, or a pattern that matches from its beginning.
 
-    A pattern that does not compile matches nothing; see `is_sound`.
+    A pattern that is refused matches nothing; see `is_sound`.
     """
     if not target.startswith(_PATTERN):
         return target == module
     compiled = _compiled(target)
-    return compiled is not None and compiled.match(module) is not None
+    return compiled is not None and compiled.matches(module)
 
 
 def is_named(module: str, targets: Iterable[str]) -> bool:
@@ -43,20 +43,20 @@ def is_pattern(target: str) -> bool:
 
 
 def is_sound(target: str) -> bool:
-    """True if a target is a name or a class, or a pattern that compiles."""
+    """True if a target is a name or a class, or a pattern that `linear_pattern` takes."""
     return not is_pattern(target) or _compiled(target) is not None
 
 
 def check_sound(targets: Iterable[str]) -> None:
-    """Raises UsageError if patterns do not compile; all are named."""
+    """Raises UsageError if patterns are refused; all are named."""
     broken = [target for target in targets if not is_sound(target)]
     if broken:
         raise UsageError(f"{len(broken)} targets are not valid regular expressions:{listing(broken)}\nCorrect them")
 
 
 @lru_cache(maxsize=4096)
-def _compiled(target: str) -> re.Pattern[str] | None:
+def _compiled(target: str) -> LinearPattern | None:
     try:
-        return re.compile(target.removeprefix(_PATTERN))
-    except re.error:
+        return LinearPattern(target.removeprefix(_PATTERN))
+    except UnsupportedPattern:
         return None

@@ -6,7 +6,6 @@ numbers in runs and larger ones in the file's own memory, each once. Weights are
 reference, and by no others.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +18,13 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
+from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.kernels.arithmetic import Arithmetic
-from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
+from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE, check_config
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Scheme
 from amaxbridge.export.schemes.targets import EMBEDDINGS
-from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -115,7 +115,7 @@ class CheckpointView:
                 self.files[path.name] = SafetensorsFile(path)
             except CheckpointError as error:
                 self.broken[path.name] = str(error)
-        self.config, self.config_problem = _read_json(directory / CONFIG_FILE)
+        self.config, self.config_problem = _read_json(directory / CONFIG_FILE, check_config)
         index, self.index_problem = _read_json(directory / INDEX_FILE)
         self.index = index if self.index_problem is None else None
 
@@ -263,15 +263,18 @@ def _tensor_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset
     return {name: frozenset(allowed) for name, allowed in specs.items()}
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
+def _read_json(
+    path: Path, check: Callable[[Mapping[str, Any], Path], None] = lambda content, path: None
+) -> tuple[dict[str, Any], str | None]:
     """The object in a file, and what is wrong with it."""
     if not path.is_file():
         return {}, "is not there"
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        return {}, f"is not valid JSON: {error}"
-    return (content, None) if isinstance(content, dict) else ({}, "is not a JSON object")
+        content = read_json_object(path)
+        check(content, path)
+    except AmaxbridgeError as error:
+        return {}, str(error)
+    return content, None
 
 
 def _read_numbers(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[tuple[str, float]]:

@@ -84,7 +84,7 @@ def _patterns(view: CheckpointView) -> Iterator[Problem]:
     targets = [(group.name, target) for group in view.quantization.groups for target in group.targets]
     for where, target in targets + [("ignore", entry) for entry in view.quantization.ignore]:
         if not is_sound(target):
-            yield Problem(f"{where}: {target}", "is no regular expression")
+            yield Problem(f"{where}: {target}", "is no regular expression, or one that takes too long to match")
 
 
 RULES = (

@@ -69,7 +69,8 @@ HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight")
 
 def head_dim(hf_config: HFConfig) -> int:
     """Columns of a head, as in transformers: by default the hidden size divided by the number of heads."""
-    return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
+    stated = hf_config.get("head_dim")
+    return int(stated or look_up(hf_config, "hidden_size") // look_up(hf_config, "num_attention_heads"))
 
 
 DECODER_SIZES: dict[str, Source] = {
@@ -83,7 +84,7 @@ DECODER_SIZES: dict[str, Source] = {
 }
 
 ONLY_EXPERTS: dict[str, Source] = {
-    "moe_layer_freq": Translation(lambda hf_config: [1] * hf_config["num_hidden_layers"]),
+    "moe_layer_freq": Translation(lambda hf_config: [1] * look_up(hf_config, "num_hidden_layers")),
     "moe_ffn_hidden_size": "intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
 }
@@ -116,7 +117,7 @@ def _llama3_factor(hf_config: HFConfig) -> float | None:
     if kind != "llama3" or any(rope.get(name) != value for name, value in _LLAMA3_ROPE.items()):
         numbers = ", ".join(f"{name}={value}" for name, value in _LLAMA3_ROPE.items())
         raise UsageError(f"Megatron's rotary embedding scales only as rope_type 'llama3' with {numbers}; found {rope}")
-    return float(rope["factor"])
+    return float(look_up(hf_config, "rope_parameters.factor"))
 
 
 def _rope_parameters(settings: Settings) -> dict[str, Any]:
@@ -138,7 +139,7 @@ GATED_RMSNORM_DECODER = {
 
 
 SOFTMAX_OVER_ALL = Translation(
-    lambda hf_config: not hf_config["norm_topk_prob"],
+    lambda hf_config: not look_up(hf_config, "norm_topk_prob"),
     lambda settings: {"norm_topk_prob": not settings["moe_router_pre_softmax"]},
 )
 """Megatron's `moe_router_pre_softmax` for a router that takes the top k of the softmax over all experts.
@@ -164,7 +165,7 @@ PLAIN_DECODER = {
 
 def _sliding_layers(hf_config: HFConfig) -> list[int]:
     """1 for each layer with sliding-window attention, 0 for each with full attention."""
-    return [int(kind == "sliding_attention") for kind in hf_config["layer_types"]]
+    return [int(kind == "sliding_attention") for kind in look_up(hf_config, "layer_types")]
 
 
 def _layer_types(settings: Settings) -> dict[str, Any]:

@@ -44,13 +44,17 @@ def _rope(hf_config: HFConfig) -> dict[str, Any]:
     if kind not in ("default", "yarn"):
         raise UsageError(f"Megatron's latent attention has no rope_type={kind!r}")
     if kind == "default":
-        return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "mscale_all_dim": 0.0}
+        return {
+            "rope_type": "rope",
+            "rotary_base": look_up(hf_config, "rope_parameters.rope_theta"),
+            "mscale_all_dim": 0.0,
+        }
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
     return {
         "rope_type": "yarn",
-        "rotary_base": rope["rope_theta"],
-        "rotary_scaling_factor": rope["factor"],
-        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "rotary_base": look_up(hf_config, "rope_parameters.rope_theta"),
+        "rotary_scaling_factor": look_up(hf_config, "rope_parameters.factor"),
+        "original_max_position_embeddings": look_up(hf_config, "rope_parameters.original_max_position_embeddings"),
         "beta_fast": rope.get("beta_fast") or 32,
         "beta_slow": rope.get("beta_slow") or 1,
         "mscale": scales[0] if all(scales) else 1.0,  # as in transformers: one of the two alone has no effect

@@ -41,7 +41,7 @@ def _scalar(settings: Settings) -> dict[str, Any]:
 
 _CONSTANTS = {**decoder.GATED_RMSNORM_DECODER, "layernorm_zero_centered_gamma": True}
 _LAYERS: Mapping[str, Source] = {
-    "softmax_scale": Translation(lambda hf_config: hf_config["query_pre_attn_scalar"] ** -0.5, _scalar),
+    "softmax_scale": Translation(lambda hf_config: look_up(hf_config, "query_pre_attn_scalar") ** -0.5, _scalar),
     **decoder.SLIDING_LAYERS,
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -63,11 +63,11 @@ def _interpolation(hf_config: HFConfig) -> float | None:
         UsageError: Megatron lacks this rotary embedding.
     """
     rope, local = (look_up(hf_config, f"rope_parameters.{kind}_attention") for kind in ("full", "sliding"))
-    if rope.get("type", rope["rope_type"]) != rope["rope_type"]:  # as transformers reads the older spelling
+    if rope.get("type", rope.get("rope_type")) != rope.get("rope_type"):  # as transformers reads the older spelling
         raise UsageError(f"rope_scaling says type={rope['type']!r}, which transformers ignores: write rope_type=")
-    if rope["rope_type"] not in ("default", "linear") or local["rope_type"] != "default":
+    if rope.get("rope_type") not in ("default", "linear") or local.get("rope_type") != "default":
         raise UsageError(f"Gemma layers scale full attention only, and linearly; found {rope} and {local}")
-    return rope["factor"] if rope["rope_type"] == "linear" else None
+    return look_up(rope, "factor") if rope["rope_type"] == "linear" else None
 
 
 def _interpolated(settings: Settings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ them in MXFP4 (`…_blocks`, `…_scales`), which is read but never written.
 """
 
 from amaxbridge.mappings.families import decoder
-from amaxbridge.mappings.family import HFConfig, ModelFamily, PackedExperts, fixed, require
+from amaxbridge.mappings.family import HFConfig, ModelFamily, PackedExperts, fixed, look_up, require
 from amaxbridge.mappings.weights import ColumnParallelMapping, GatedMLPMapping, ReplicatedMapping
 
 _ATTENTION, _HF_ATTENTION = f"{decoder.MEGATRON}.self_attention", f"{decoder.HF}.self_attn"
@@ -18,7 +18,7 @@ _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 def _check(hf_config: HFConfig) -> None:
     """Raises UsageError for a rotary embedding that Megatron lacks."""
     rope = {"rope_type": "yarn", "attention_factor": None, "mscale": None, "mscale_all_dim": None}
-    require({**hf_config, **hf_config["rope_parameters"]}, rope, "has no equal in Megatron's layers")
+    require({**hf_config, **look_up(hf_config, "rope_parameters")}, rope, "has no equal in Megatron's layers")
 
 
 GPT_OSS = ModelFamily(

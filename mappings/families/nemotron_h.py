@@ -5,9 +5,10 @@ Attention without a rotary embedding, squared ReLU without a gate, and experts t
 layers lie outside `backbone`, numbered consecutively; transformers does not build them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import sigmoid_experts
 from amaxbridge.mappings.family import (
     HFConfig,
@@ -69,9 +70,16 @@ def _mamba(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
     yield RowParallelMapping(f"{megatron}.out_proj.weight", f"{hf}.out_proj.weight")
 
 
+def _letters(kinds: Iterable[str]) -> str:
+    kinds = list(kinds)
+    if unknown := set(kinds) - _LETTERS.keys():
+        raise UsageError(f"layers of the kind {', '.join(sorted(unknown))} are not known; known: {', '.join(_LETTERS)}")
+    return "".join(_LETTERS[kind] for kind in kinds)
+
+
 def _pattern(hf_config: HFConfig) -> str:
-    decoder = "".join(_LETTERS[kind] for kind in look_up(hf_config, "layers_block_type"))
-    mtp = "".join(_LETTERS[kind] for kind in hf_config.get("mtp_layers_block_type") or ())
+    decoder = _letters(look_up(hf_config, "layers_block_type"))
+    mtp = _letters(hf_config.get("mtp_layers_block_type") or ())
     return "/".join([decoder, *[mtp] * (sigmoid_experts.MTP_COUNT.read(hf_config) or 0)])
 
 

@@ -15,7 +15,7 @@ def _experts(hf_config: HFConfig) -> Any:
 def _moe_layers(hf_config: HFConfig) -> list[int]:
     """1 for each layer with experts, 0 for each dense one, as transformers' Qwen3MoeDecoderLayer chooses them."""
     dense, step = hf_config.get("mlp_only_layers") or (), hf_config.get("decoder_sparse_step", 1)
-    layers = range(hf_config["num_hidden_layers"])
+    layers = range(look_up(hf_config, "num_hidden_layers"))
     return [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
 
 

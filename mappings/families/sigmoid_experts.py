@@ -42,7 +42,7 @@ EXPERTS: tuple[MegatronParamMapping, ...] = (
 
 def mtp_layers(hf_config: HFConfig, decoder_layer: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:
     """The mappings of all MTP layers of a model, and of the two tensors that these share with the decoder."""
-    first, count = hf_config["num_hidden_layers"], MTP_COUNT.read(hf_config) or 0
+    first, count = look_up(hf_config, "num_hidden_layers"), MTP_COUNT.read(hf_config) or 0
     hf_layers = [f"model.layers.{first + index}" for index in range(count)]
     for index, hf_layer in enumerate(hf_layers):
         layer = f"mtp.layers.{index}"
@@ -73,7 +73,7 @@ MTP_COUNT = Translation(
 def _moe_layers(hf_config: HFConfig) -> list[int]:
     """0 for each dense layer at the start, then 1."""
     dense = look_up(hf_config, "first_k_dense_replace")
-    return [int(layer >= dense) for layer in range(hf_config["num_hidden_layers"])]
+    return [int(layer >= dense) for layer in range(look_up(hf_config, "num_hidden_layers"))]
 
 
 def _shared_experts(settings: Settings) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def _shared_experts(settings: Settings) -> dict[str, Any]:
 def groups(setting: str, field: str) -> Translation:
     """A setting of group-limited routing, None if all experts are one group."""
     return Translation(
-        lambda hf_config: hf_config[field] if (hf_config.get("n_group") or 1) > 1 else None,
+        lambda hf_config: look_up(hf_config, field) if (hf_config.get("n_group") or 1) > 1 else None,
         lambda settings: {field: settings[setting] or 1},
     )
 
 
 SCALING_FACTOR = Translation(
-    lambda hf_config: hf_config["routed_scaling_factor"],
+    lambda hf_config: look_up(hf_config, "routed_scaling_factor"),
     lambda settings: {"routed_scaling_factor": settings["moe_router_topk_scaling_factor"] or 1.0},
 )
 
@@ -101,7 +101,8 @@ SIZES: dict[str, Source] = {
     ),
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_shared_expert_intermediate_size": Translation(
-        lambda hf_config: hf_config["moe_intermediate_size"] * (hf_config["n_shared_experts"] or 0), _shared_experts
+        lambda hf_config: look_up(hf_config, "moe_intermediate_size") * (look_up(hf_config, "n_shared_experts") or 0),
+        _shared_experts,
     ),
     "moe_router_topk": "num_experts_per_tok",
     "moe_router_num_groups": groups("moe_router_num_groups", "n_group"),
