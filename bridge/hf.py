@@ -6,7 +6,8 @@ Without transformers, `hf_defaults` completes the configuration, and the tensors
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,8 @@ from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
-from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
+from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
@@ -119,7 +121,8 @@ class HFModel:
             return None
         from transformers import AutoConfig
 
-        tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+        with _judged_by_transformers(self.source):
+            tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
         left = (*self.family.carried, *self.tied_head)
         return tensors and {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
 
@@ -141,24 +144,66 @@ def read_hf_model(path: str | Path) -> HFModel:
     written = read_config_json(directory)
     family = family_of(written)
     if not installed(_TRANSFORMERS):
-        return HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,))
-    return HFModel(directory, written, _auto_config(directory).to_dict(), family)
+        return _checked(HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,)))
+    with _judged_by_transformers(directory / CONFIG_FILE):
+        filled = _auto_config(directory).to_dict()
+    return _checked(HFModel(directory, written, filled, family))
+
+
+def _checked(hf: HFModel) -> HFModel:
+    """The model, if the fields that its family reads have values that a model has."""
+    check_fields(hf.config, hf.source, OF_FAMILIES)
+    return hf
+
+
+@contextmanager
+def _judged_by_transformers(file: Path | str) -> Iterator[None]:
+    """Turns whatever transformers raises on values that it does not expect into a UsageError.
+
+    Raises:
+        UsageError: values of config.json contradict one another, or are of another type.
+    """
+    try:
+        yield
+    except AmaxbridgeError:
+        raise
+    except Exception as error:
+        strict = str(error).partition("\n")[2].strip() if isinstance(error, StrictDataclassError) else ""
+        why = strict or (str(error.args[0]) if error.args else "") or type(error).__name__
+        raise UsageError(f"{file} is refused by transformers: {why}; correct it") from error
 
 
 def _auto_config(directory: Path) -> Any:
-    """transformers' configuration of a directory with a config.json.
+    """transformers' configuration of a directory with a config.json. Code that the directory brings is never run.
+
+    A config.json may name a `model_type` of its own and code for it, and still be of an architecture that transformers
+    knows: Kimi-K2 is a DeepSeek-V3. The architecture decides then.
 
     Raises:
-        UsageError: its values contradict one another, or it names an unknown dtype.
+        UsageError: config.json names an unknown dtype.
+        Exception: anything that transformers raises; see `_judged_by_transformers`.
     """
-    from transformers import AutoConfig  # late, because it takes seconds
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # late, because it takes seconds
 
-    check_known_to_torch(read_config_json(directory), str(directory / CONFIG_FILE))
+    written = read_config_json(directory)
+    check_known_to_torch(written, str(directory / CONFIG_FILE))
+    kind = None if written.get("model_type") in CONFIG_MAPPING else _class_of_architecture(written)
+    if kind is None:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    fields, _ = PreTrainedConfig.get_config_dict(directory)
+    return kind.from_dict({name: value for name, value in fields.items() if name not in ("model_type", "auto_map")})
+
+
+def _class_of_architecture(written: Mapping[str, Any]) -> Any:
+    """transformers' configuration class of an architecture that a family here claims; None for any other."""
+    import transformers
+
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (StrictDataclassError, KeyError) as error:  # KeyError: a rotary embedding lacks a number
-        why = str(error).partition("\n")[2].strip() or (error.args[0] if error.args else error)
-        raise UsageError(f"{directory / CONFIG_FILE} is refused by transformers: {why}; correct it") from error
+        known = family_of(written).architectures
+    except UnknownArchitectureError:
+        return None
+    name = next(name for name in written["architectures"] if name in known)
+    return getattr(getattr(transformers, name, None), "config_class", None)
 
 
 def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
@@ -174,15 +219,13 @@ def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dty
     import transformers
 
     made = {"architectures": [architecture], "dtype": dtype, **dict.fromkeys(_TOKENS), **fields}
-    try:
+    with _judged_by_transformers(f"a config.json of {architecture}, made of the saved arguments,"):
         config = getattr(transformers, architecture).config_class(**made)
-    except (StrictDataclassError, ValueError) as error:
-        raise UsageError(f"{architecture}: {error}") from error
     written = {**fields, **json.loads(config.to_json_string())}
     rest = [name for name in written if name not in {*fields, *_TOKENS, *_ALWAYS_WRITTEN}]
     unsaid = f"config.json has the defaults of transformers in {', '.join(rest)}, and no {', '.join(_TOKENS)}"
     family = family_of({"architectures": [architecture]})
-    return HFModel(None, written, config.to_dict(), family, (unsaid,))
+    return _checked(HFModel(None, written, config.to_dict(), family, (unsaid,)))
 
 
 def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
@@ -201,7 +244,12 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     if not installed(_TRANSFORMERS):
         _log.warning("%s", NOT_COMPARED)
         return None
-    tensors = _file_tensors(lambda: _auto_config(directory))
+    try:
+        read_config_json(directory)
+    except AmaxbridgeError:  # a rule of `verify` says why
+        return None
+    with _judged_by_transformers(directory / CONFIG_FILE):
+        tensors = _file_tensors(lambda: _auto_config(directory))
     return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -215,8 +263,8 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
             del config.quantization_config
         _leave_rope_unscaled(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, ImportError):  # not JSON, or remote code: other rules still apply
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):  # no such model in transformers: other rules still apply
         return None
     return dict(revert_weight_conversion(model, model.state_dict()))
 

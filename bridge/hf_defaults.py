@@ -28,7 +28,7 @@ def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]
     known = _table()
     entry = next(known[name] for name in written["architectures"] if name in known)
     part = family.language_part
-    told = dict(written.get(part, {}) if part else written)
+    told = dict((written.get(part) or {}) if part else written)
     told = {name: told[other] for name, other in entry["same"].items() if other in told} | told
     absent = [name for name in entry["required"] if name not in told]
     if absent:

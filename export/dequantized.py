@@ -23,6 +23,7 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.quant_config import COMPRESSED_TENSORS, QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.fused_groups import group_of
@@ -99,7 +100,10 @@ class DequantizedCheckpoint:
             return self.checkpoint.read(name)
         scheme = self.schemes[module]
         stored = {each: self.checkpoint.read(f"{module}.{each}") for each in _local_names(scheme)}
+        _check_usable(module, scheme, stored)
         weight = scheme.restore(stored)
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{module}: codes or scales are of NaN or infinity: `amaxbridge verify` says which")
         if scheme.format:
             self._compare(module, scheme, stored, weight)
         return weight
@@ -116,9 +120,14 @@ class DequantizedCheckpoint:
         if scheme is None or not scheme.format:
             return None
         stored = _Local(self.checkpoint, module)
+        found = None
         if quantizer == module + INPUT_QUANTIZER:
-            return scheme.input_amax(stored)
-        return scheme.weight_amax(stored) if quantizer == module + WEIGHT_QUANTIZER else None
+            found = scheme.input_amax(stored)
+        elif quantizer == module + WEIGHT_QUANTIZER:
+            found = scheme.weight_amax(stored)
+        if found is not None and not (found.isfinite() & (found >= 0)).all():
+            raise CheckpointError(f"{quantizer}: a scale of {module} is NaN, infinite, negative or zero")
+        return found
 
     def _compare(self, module: str, scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor) -> None:
         """Quantizes a weight again with the amax of its future quantizer, the largest of its fused group."""
@@ -161,9 +170,38 @@ class DequantizedCheckpoint:
             for name in (f"{module}.{each}" for each in _local_names(scheme))
             if name not in tensors
         ]
+        if not problems:
+            problems += [problem for module, scheme in schemes.items() for problem in self._misfits(module, scheme)]
         if problems:
             raise CheckpointError(f"{self.checkpoint.directory} is not what its config.json says:{listing(problems)}")
         return schemes
+
+    def _misfits(self, module: str, scheme: Scheme) -> Iterator[str]:
+        """The tensors of a module with other dtypes or shapes than its scheme writes."""
+        specs = {name: self.checkpoint.tensors[f"{module}.{name}"].spec for name in _local_names(scheme)}
+        weight = specs.get("weight")
+        shape = scheme.weight_shape(specs) if weight is None or len(weight.shape) != 2 else weight.shape
+        if shape is None:
+            yield f"{module}: its codes are no matrix"
+            return
+        try:
+            allowed = stored_specs(scheme, (shape[0], shape[1]))
+        except ValueError as error:
+            yield f"{module}: {error}"
+            return
+        for name, spec in specs.items():
+            if spec not in allowed[name]:
+                yield f"{module}.{name}: {spec}, must be {' or '.join(sorted(map(str, allowed[name])))}"
+
+
+def _check_usable(module: str, scheme: Scheme, stored: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a scale is NaN, infinite or negative, or a shared one zero."""
+    for name, tensor in stored.items():
+        if name == scheme.codes or not tensor.dtype.is_floating_point:
+            continue
+        values, shared = tensor.float(), scheme.group_scale is not None and name == scheme.group_scale.tensor
+        if not (values.isfinite() & ~values.signbit() & ((values > 0) if shared else True)).all():
+            raise CheckpointError(f"{module}.{name} is NaN, infinite, negative or zero somewhere: it is no scale")
 
 
 class _Local(Mapping[str, Tensor]):

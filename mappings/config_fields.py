@@ -3,11 +3,12 @@
 A config.json comes from anywhere. Past this check a size is a number that a loop may count to, a name is a string, and
 a list of names holds strings; what is absent or null stays so. Fields that are not listed are carried and never read.
 
-    check_fields(config, where, EVERY_MODEL)      any architecture: numbers may be lists there, one for each layer
+    check_all_fields(config, where)               any architecture: numbers may be lists there, one for each layer
     check_fields(config, where, OF_FAMILIES)      the language model of a family in `mappings.families`
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.model_config import EXPERT_COUNTS
 
-_MOST_LAYERS = 10_000  # loops count layers and experts; published models have 126 and 512
+_MOST_LAYERS = 2_000  # loops count layers and experts; published models have 126 and 512
 _MOST_EXPERTS = 100_000
 _LARGEST = (1 << 31) - 1
+
+_COUNTS_LAYERS = re.compile(r"(^|_)(layers?|depth)(_|$)")
 
 type Test = Callable[[Any], bool]
 type FieldTypes = Mapping[str, tuple[str, Test]]
@@ -64,7 +67,7 @@ EVERY_MODEL: FieldTypes = MappingProxyType(
         "tie_word_embeddings": _FLAG,
         "num_hidden_layers": _or_list(_LAYERS),
         "num_nextn_predict_layers": _or_list(_LAYERS),
-        "hidden_size": _or_list(_SIZE),
+        "hidden_size": _or_list(_whole(0, _LARGEST)),
         "num_attention_heads": _or_list(_whole(0, _LARGEST)),
         "num_key_value_heads": _or_list(_whole(0, _LARGEST)),
         **dict.fromkeys(EXPERT_COUNTS, _or_list(_EXPERTS)),
@@ -149,6 +152,28 @@ def check_fields(config: Mapping[str, Any], where: object, types: FieldTypes) ->
     wrong = list(_wrong(config, types))
     if wrong:
         raise UsageError(f"{where}: {len(wrong)} fields have values that no model has:{listing(wrong)}\nCorrect them")
+
+
+def check_all_fields(config: Mapping[str, Any], where: object) -> None:
+    """As `check_fields`, of `EVERY_MODEL` and of the numbers of layers in every object of a whole config.json."""
+    todo: list[tuple[str, Any]] = [("", config)]
+    wrong: list[str] = []
+    while todo:
+        prefix, each = todo.pop()
+        wrong += [f"{prefix}{what}" for what in (*_wrong(each, EVERY_MODEL), *_too_deep(each))]
+        todo += [
+            (f"{prefix}{name[:80]}.", inner)
+            for name, inner in each.items()
+            if isinstance(inner, Mapping) and name != "quantization_config"
+        ]
+    if wrong:
+        raise UsageError(f"{where}: {len(wrong)} fields have values that no model has:{listing(wrong)}\nCorrect them")
+
+
+def _too_deep(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in config.items():
+        if _COUNTS_LAYERS.search(name) and name not in EVERY_MODEL and type(value) is int and value > _MOST_LAYERS:
+            yield f"{name} is {value}, more layers than any model has"
 
 
 def _wrong(config: Mapping[str, Any], types: FieldTypes) -> Iterator[str]:

@@ -14,7 +14,7 @@ from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, without_declarations
 from amaxbridge.export.schemes.scheme import Scheme, arguments
-from amaxbridge.mappings.config_fields import EVERY_MODEL, check_fields
+from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import split_at_numbers
 
@@ -46,20 +46,8 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
     config = read_json_object(file)
-    check_config(config, file)
+    check_all_fields(config, file)
     return config
-
-
-def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raises UsageError if fields that any architecture may have hold values that no model has.
-
-    Args:
-        config: content of config.json.
-        file: the file, for the message.
-    """
-    check_fields(config, file, EVERY_MODEL)
-    if config.get("text_config"):
-        check_fields(config["text_config"], f"{file}, text_config", EVERY_MODEL)
 
 
 def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> bytes:

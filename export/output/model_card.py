@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.disk.strict_json import misfit
 from amaxbridge.export.output.config_and_index import (
     CARD_FILE,
     CONFIG_FILE,
@@ -170,13 +170,16 @@ def _hub_name(source: Path | None) -> str | None:
 
 
 def _parsed(original: str) -> tuple[CardData, str]:
-    """Metadata and text. A block that is no YAML mapping, which the Hub would refuse, goes away with a warning."""
+    """Metadata and text. A block that the Hub would refuse goes away with a warning."""
     found = REGEX_YAML_BLOCK.match(original)
     if found is None:
         return CardData(), original
     try:
         card = RepoCard(original)
-    except (yaml.YAMLError, ValueError, TypeError):
+        card.data.to_yaml()
+        if wrong := misfit(card.data.get("tags"), (str, [str], None), "tags"):
+            raise ValueError(wrong)
+    except Exception:  # a stranger's YAML makes the library raise anything
         _log.warning("the metadata of the source's %s is no YAML mapping, and is left out: set the licence", CARD_FILE)
         return CardData(), original[found.end() :]
     return card.data, card.text

@@ -100,6 +100,12 @@ class Facts:
     measured: bool
 
     @property
+    def has_quantized_cache(self) -> bool:
+        """True if config.json says that the key-value cache is quantized."""
+        stated = self.config.get("quantization_config")
+        return isinstance(stated, dict) and "kv_cache_scheme" in stated
+
+    @property
     def before(self) -> int:
         return sum(part.before for part in self.parts)
 

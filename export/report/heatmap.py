@@ -1,7 +1,8 @@
 """A heat map as one small SVG: one path for each colour, with neighbouring cells of a row merged.
 
 94 layers of 128 experts are 12,032 cells. As rectangles they would take half a megabyte for each map, as paths a fifth
-of that. The SVG has no text: the labels are HTML around it, which stays readable at any width.
+of that. The SVG has no text: the labels are HTML around it, which stays readable at any width. What is drawn here is
+made of numbers alone; names from the checkpoint are written by the template, which escapes them.
 """
 
 import math
@@ -23,7 +24,8 @@ class HeatMap:
         columns: labels of the first and the last column.
         least, greatest: the values at the ends of the colour scale.
         missing: number of cells without a value, drawn in a warning colour.
-        svg: the picture.
+        cells: number of columns and of rows.
+        paths: the picture's content, in units of cells.
         height: height of the picture, in px.
         width: largest width of the picture, in px.
     """
@@ -34,7 +36,8 @@ class HeatMap:
     least: float
     greatest: float
     missing: int
-    svg: str
+    cells: tuple[int, int]
+    paths: str
     height: int
     width: int
 
@@ -78,10 +81,6 @@ def heat_map(
     for name, row, first, count in _runs({at: level(value) for at, value in cells.items()}):
         paths.setdefault(name, []).append(f"M{first} {row}.5h{count}")
     drawn = "".join(f'<path class="{name}" d="{"".join(paths[name])}"/>' for name in sorted(paths))
-    svg = (
-        f'<svg class="map" viewBox="0 0 {len(columns)} {len(rows)}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{title}: {len(rows)} rows, {len(columns)} columns">{drawn}</svg>'
-    )
     cell = max(min(_CELL, _TALLEST // len(rows)), 4)
     labels = tuple(rows) if all_rows or len(rows) < 3 else (rows[0], rows[-1])
     return HeatMap(
@@ -91,7 +90,8 @@ def heat_map(
         least,
         greatest,
         sum(level(value) == "none" for value in cells.values()),
-        svg,
+        (len(columns), len(rows)),
+        drawn,
         cell * len(rows),
         max(40 * len(columns), 240),
     )

@@ -109,7 +109,7 @@ def far_experts(modules: Iterable[ModuleFacts]) -> list[FarExpert]:
     for what, amax in _KINDS.items():
         ordered = sorted(routed, key=lambda module: (module.place.projection, module.place.layer or 0))
         for _, group in groupby(ordered, lambda module: (module.place.projection, module.place.layer)):
-            values = [(module, value) for module in group if (value := amax(module))]
+            values = [(module, value) for module in group if _is_usable(value := amax(module) or 0.0)]
             if values:
                 median = statistics.median(value for _, value in values)
                 found += [FarExpert(module.name, what, value, value / median) for module, value in values]
@@ -146,10 +146,11 @@ def _by_layer(
     layers = sorted({layer for _, layer in found})
     if not layers:
         return None
-    columns = range(layers[0], layers[-1] + 1)
+    columns = _span(layers)
+    row = {projection: number for number, projection in enumerate(projections)}
+    column = {layer: number for number, layer in enumerate(columns)}
     cells: dict[tuple[int, int], float | None] = {
-        (projections.index(projection), layer - layers[0]): combine(numbers)
-        for (projection, layer), numbers in found.items()
+        (row[projection], column[layer]): combine(numbers) for (projection, layer), numbers in found.items()
     }
     names = [f"layer {number}" for number in columns]
     return heat_map(title, cells, list(map(_label, projections)), names, logarithmic=logarithmic, all_rows=True)
@@ -159,14 +160,15 @@ def _expert_maps(modules: Iterable[ModuleFacts]) -> list[HeatMap]:
     """Maps of layer by expert for each projection; projections with equal amax share a map."""
     routed = [module for module in modules if module.place.expert is not None]
     layers = sorted({module.place.layer or 0 for module in routed})
-    experts = range(max((module.place.expert or 0 for module in routed), default=-1) + 1)
+    experts = _span([0, *sorted({module.place.expert or 0 for module in routed})])
+    column = {expert: number for number, expert in enumerate(experts)}
     row = {layer: number for number, layer in enumerate(layers)}
     maps = []
     for what, amax in _KINDS.items():
         by_projection: dict[str, dict[tuple[int, int], float | None]] = {}
         for module in routed:
             cells = by_projection.setdefault(module.place.short, {})
-            cells[row[module.place.layer or 0], module.place.expert or 0] = amax(module)
+            cells[row[module.place.layer or 0], column[module.place.expert or 0]] = amax(module)
         together: list[tuple[list[str], dict[tuple[int, int], float | None]]] = []
         for projection, cells in by_projection.items():
             same = next((names for names, others in together if others == cells), None)
@@ -179,6 +181,12 @@ def _expert_maps(modules: Iterable[ModuleFacts]) -> list[HeatMap]:
             rows, columns = [f"layer {layer}" for layer in layers], [f"expert {number}" for number in experts]
             maps.append(heat_map(title, cells, rows, columns, logarithmic=True))
     return [each for each in maps if each is not None]
+
+
+def _span(numbers: Sequence[int]) -> Sequence[int]:
+    """The numbers from the first to the last of a sorted list; the numbers alone if these are few among them."""
+    every = range(numbers[0], numbers[-1] + 1)
+    return every if numbers[-1] - numbers[0] <= 2 * len(numbers) + 64 else sorted(set(numbers))
 
 
 def _amax_notes(facts: Facts) -> Json:
@@ -228,6 +236,10 @@ def _breakable(name: str) -> "Markup":
     from markupsafe import Markup
 
     return Markup(".<wbr>").join(name.split("."))
+
+
+def _is_usable(amax: float) -> bool:
+    return 0 < amax < math.inf
 
 
 def _db(value: float) -> str:

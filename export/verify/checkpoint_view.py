@@ -9,7 +9,6 @@ reference, and by no others.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,16 +17,17 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
-from amaxbridge.export.disk.strict_json import read_json_object
+from amaxbridge.export.disk.strict_json import misfit, read_json_object
 from amaxbridge.export.kernels.arithmetic import Arithmetic
-from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE, check_config
+from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.export.schemes.targets import EMBEDDINGS
+from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 _STATED = TensorSpec((2,), torch.int64)
 _CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
@@ -115,8 +115,8 @@ class CheckpointView:
                 self.files[path.name] = SafetensorsFile(path)
             except CheckpointError as error:
                 self.broken[path.name] = str(error)
-        self.config, self.config_problem = _read_json(directory / CONFIG_FILE, check_config)
-        index, self.index_problem = _read_json(directory / INDEX_FILE)
+        self.config, self.config_problem = _read_json(directory / CONFIG_FILE, check_all_fields)
+        index, self.index_problem = _read_json(directory / INDEX_FILE, _check_index)
         self.index = index if self.index_problem is None else None
 
     @cached_property
@@ -214,7 +214,7 @@ class CheckpointView:
         key = module.group, module.shape
         if key not in self._plans:
             try:
-                self._plans[key] = _tensor_specs(module.scheme, module.shape)
+                self._plans[key] = stored_specs(module.scheme, module.shape)
             except ValueError as error:
                 self._plans[key] = str(error)
         return self._plans[key]
@@ -255,12 +255,9 @@ def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[
     return (rows, columns) if right[scheme.codes] == specs[scheme.codes] else found
 
 
-def _tensor_specs(scheme: Scheme, shape: tuple[int, int]) -> dict[str, frozenset[TensorSpec]]:
-    specs: dict[str, set[TensorSpec]] = {}
-    for dtype, arithmetic in product(_FLOATS, Arithmetic):
-        for name, spec in scheme.tensor_specs(TensorSpec(shape, dtype), arithmetic).items():
-            specs.setdefault(name, set()).add(spec)
-    return {name: frozenset(allowed) for name, allowed in specs.items()}
+def _check_index(content: Mapping[str, Any], path: Path) -> None:
+    if wrong := misfit(content, {"weight_map": {str: str}, "metadata": ({}, None)}):
+        raise CheckpointError(f"{path} is no index: {wrong}")
 
 
 def _read_json(

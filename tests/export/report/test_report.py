@@ -304,10 +304,10 @@ def test_a_map_of_a_large_model_is_small() -> None:
     names = [str(number) for number in range(128)]
     found = heat_map("t", cells, names[:94], names, logarithmic=True)
     assert found is not None
-    assert len(found.svg) < 150_000
+    assert len(found.paths) < 150_000
     assert (found.missing, found.rows, found.columns, found.height) == (1, ("0", "93"), ("0", "127"), 94 * 5)
     drawn: dict[tuple[int, int], str] = {}
-    for level, path in re.findall(r'<path class="(\w+)" d="([^"]*)"', found.svg):
+    for level, path in re.findall(r'<path class="(\w+)" d="([^"]*)"', found.paths):
         for column, row, count in re.findall(r"M(\d+) (\d+)\.5h(\d+)", path):
             for at in range(int(column), int(column) + int(count)):
                 assert drawn.setdefault((int(row), at), level) == level

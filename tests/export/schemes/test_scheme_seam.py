@@ -26,7 +26,7 @@ OUTSIDE = [
     for path in sorted((ROOT / room).rglob("*.py"))
     if (ROOT / "export" / "schemes") not in path.parents
 ]
-OF_ALL = {"quantizer_settings", "recipe", "scheme", "signature", "targets"}
+OF_ALL = {"quantizer_settings", "recipe", "scheme", "signature", "stored_specs", "targets"}
 """Modules of the package that are about every scheme."""
 NAMES = {*SCHEMES, *(scheme.format for scheme in SCHEMES.values()), *(each.upper() for each in SCHEMES)} - {""}
 

@@ -1,0 +1,128 @@
+"""What is fuzzed: one good input of each kind, as small as it can be, made once for each directory."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from amaxbridge.bridge.hf import HFModel, read_hf_model
+from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
+from amaxbridge.export import model_free_ptq
+from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.amax.quant_state_file import ModelIdentity, quant_state_bytes
+from tests.support.stored_checkpoints import megatron_state
+
+HIDDEN, FFN, VOCABULARY, EXPERTS = 32, 32, 32, 2
+
+DENSE: Mapping[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": FFN,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+}  # fmt: skip
+MOE: Mapping[str, Any] = {
+    **DENSE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": EXPERTS,
+    "num_experts_per_tok": 1, "moe_intermediate_size": FFN, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}  # fmt: skip
+CARD = "---\nlicense: apache-2.0\ntags:\n- text\nlanguage: en\n---\n# A model\n"
+INDEX = "model.safetensors.index.json"
+ONE = {"_disabled": False, "_num_bits": (2, 1), "_axis": None, "_block_sizes": {-1: 16, "type": "dynamic"}}
+
+
+def make_inputs(root: Path) -> None:
+    """`plain`, `quantized`, `state.safetensors` and `stored` in a directory."""
+    tensors = _weights()
+    _write_plain(root / "plain", tensors)
+    state = _state(tensors)
+    (root / "state.safetensors").write_bytes(quant_state_bytes(state, ModelIdentity.of(MOE, tensors)))
+    model_free_ptq(root / "plain", root / "quantized", "nvfp4", quant_state=state)
+    (root / "quantized" / "quant_state.safetensors").write_bytes((root / "state.safetensors").read_bytes())
+    (root / "described").mkdir()
+    (root / "described" / "config.json").write_text(json.dumps(DENSE))
+    _write_stored(root / "stored", read_hf_model(root / "described"))
+
+
+def _weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+
+    def weight(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.05).bfloat16()
+
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens": (VOCABULARY, HIDDEN), f"{layer}.self_attn.q_proj": (32, HIDDEN),
+        f"{layer}.self_attn.k_proj": (16, HIDDEN), f"{layer}.self_attn.v_proj": (16, HIDDEN),
+        f"{layer}.self_attn.o_proj": (HIDDEN, 32), f"{layer}.mlp.gate": (EXPERTS, HIDDEN),
+        "lm_head": (VOCABULARY, HIDDEN),
+    }  # fmt: skip
+    for expert in range(EXPERTS):
+        shapes |= {f"{layer}.mlp.experts.{expert}.{name}_proj": (FFN, HIDDEN) for name in ("gate", "up", "down")}
+    norms = {f"{layer}.input_layernorm": HIDDEN, f"{layer}.post_attention_layernorm": HIDDEN, "model.norm": HIDDEN}
+    norms |= {f"{layer}.self_attn.{each}_norm": 16 for each in "qk"}
+    made = {f"{name}.weight": weight(*shape) for name, shape in shapes.items()}
+    return made | {f"{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
+
+
+def _write_plain(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    directory.mkdir()
+    files = {"a.safetensors": list(tensors)[::2], "b.safetensors": list(tensors)[1::2]}
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(MOE))
+    (directory / "README.md").write_text(CARD)
+    (directory / "tokenizer.json").write_text("{}")
+
+
+def _state(tensors: Mapping[str, Tensor]) -> QuantState:
+    modules = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
+    amax = {f"{module}.weight_quantizer._amax": tensors[f"{module}.weight"].float().abs().max() for module in modules}
+    amax |= {f"{module}.input_quantizer._amax": torch.tensor(3.0) for module in modules}
+    return QuantState(amax, dict.fromkeys(modules, "nvfp4"))
+
+
+def _write_stored(directory: Path, hf: HFModel) -> None:
+    """A checkpoint as Megatron writes it, with quantizers of the MLP and the arguments of training."""
+    iteration = directory / "iter_0000005"
+    iteration.mkdir(parents=True)
+    (directory / "latest_checkpointed_iteration.txt").write_text("5")
+    save_stored(iteration, hf, arguments_of(hf), {"weight_quantizer": ONE, "input_quantizer": ONE})
+
+
+def arguments_of(hf: HFModel) -> Any:
+    """The arguments that training would save for the model."""
+    from types import SimpleNamespace
+
+    parallel = SimpleNamespace(
+        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None,
+        expert_model_parallel_size=1, expert_tensor_parallel_size=1,
+    )  # fmt: skip
+    return megatron_arguments(hf, parallel)
+
+
+def save_stored(iteration: Path, hf: HFModel, arguments: Any, settings: Any) -> None:
+    """Saves parameters, amax, the state of two modules, and the arguments."""
+    entries: dict[str, Any] = dict(megatron_state(hf))
+    for linear in ("linear_fc1", "linear_fc2"):
+        module = f"decoder.layers.0.mlp.{linear}"
+        entries[f"{module}._extra_state/shard_0_1"] = _stream({"modelopt_quantizer_state": settings})
+        entries[f"{module}.weight_quantizer._amax"] = torch.tensor([0.5])
+        entries[f"{module}.input_quantizer._amax"] = torch.tensor([3.0])
+    save(entries, storage_writer=FileSystemWriter(iteration), no_dist=True)
+    torch.save({"args": arguments}, iteration / "common.pt")
+
+
+def _stream(value: Any) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream
