@@ -15,6 +15,8 @@ Source: megatron.training.arguments, and core_transformer_config_from_args besid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from amaxbridge.mappings.errors import CheckpointError, listing
+
 type Settings = Mapping[str, Any]
 
 _ARGUMENTS: Mapping[str, tuple[str, ...]] = {  # setting → names of its argument: the current one, then older ones
@@ -104,6 +106,27 @@ DEFAULTS: Settings = {
 }
 """Megatron's default of every setting that changes what a model computes. Sizes have no default."""
 
+_MOST_LAYERS, _LARGEST = 2_000, (1 << 31) - 1
+_SIZES = dict.fromkeys(("num_layers", "mtp_num_layers"), _MOST_LAYERS) | dict.fromkeys(
+    (
+        "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_moe_experts",
+        "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size", "moe_latent_size",
+        "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "vocab_size",
+        "padded_vocab_size",
+        "max_sequence_length", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
+    ),
+    _LARGEST,
+)  # fmt: skip
+"""Settings that are sizes, and the largest that any model has."""
+_TEXTS = frozenset(
+    (
+        "hybrid_layer_pattern", "experimental_attention_variant", "heterogeneous_layers_config_path",
+        "heterogeneous_layers_config_encoded_json",
+    )
+)  # fmt: skip
+_PER_LAYER = frozenset(("moe_layer_freq", "window_attn_skip_freq", "linear_attention_freq", "no_rope_freq"))
+"""Settings with a number for each layer, or the distance between layers of one kind."""
+
 _YARN_OF_LATENT_ATTENTION = {
     "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 }  # fmt: skip
@@ -159,7 +182,11 @@ def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among the arguments. None counts as absent."""
+    """The settings among the arguments. None counts as absent.
+
+    Raises:
+        CheckpointError: settings are of another type, or sizes that no model has. They come from an untrusted file.
+    """
     said = {name: value for name, value in arguments.items() if value is not None}
     settings = dict(said)
     for name, spellings in _ARGUMENTS.items():
@@ -173,7 +200,34 @@ def told(arguments: Mapping[str, Any]) -> dict[str, Any]:
         settings["share_embeddings_and_output_weights"] = not said["untie_embeddings_and_output_weights"]
     if "disable_bias_linear" in said:
         settings["add_bias_linear"] = not said["disable_bias_linear"]
+    wrong = [f"--{argument(name)} {repr(value)[:80]}" for name, value in settings.items() if not _is_right(name, value)]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} arguments saved with the checkpoint are none that training takes:{listing(wrong)}\n"
+            "Give a checkpoint with the arguments that it was trained with, or hf="
+        )
     return settings
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """True if a setting has the type that Megatron gives it. Arguments that are no setting here may be anything."""
+    if name in _SIZES:
+        return type(value) is int and 0 <= value <= _SIZES[name]
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name in _PER_LAYER:
+        each = value if isinstance(value, list | tuple) else [value]
+        least = 0 if each is value else 1  # a distance between layers is at least one
+        return len(each) <= _MOST_LAYERS and all(type(one) is int and least <= one <= _LARGEST for one in each)
+    if name == "window_size":
+        return isinstance(value, list | tuple) and len(value) == 2 and all(type(one) is int for one in value)
+    if name not in DEFAULTS:
+        return True
+    if isinstance(DEFAULTS[name], bool):
+        return isinstance(value, bool)
+    if isinstance(DEFAULTS[name], str):
+        return isinstance(value, str)
+    return type(value) in (int, float) and abs(value) <= _LARGEST
 
 
 def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:

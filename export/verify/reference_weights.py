@@ -198,7 +198,11 @@ def _reason(each: WeightError) -> str:
 
 
 def _is_whole(view: CheckpointView, module: Module) -> bool:
-    """True if all tensors that dequantizing needs are there, with the right dtypes and shapes."""
+    """True if all tensors that dequantizing needs are there, with the right dtypes and shapes, and a usable scale."""
+    if module.group_scale is not None:
+        name = f"{module.name}.{module.group_scale.tensor}"
+        if name in view.numbers and not 0 < view.numbers[name] < math.inf:
+            return False  # a rule of its own says so
     needed = {suffix: specs for suffix, specs in view.planned(module).items() if not suffix.startswith("input")}
     return bool(needed) and all(
         suffix in module.tensors and module.tensors[suffix].spec in specs for suffix, specs in needed.items()

@@ -189,14 +189,15 @@ ENTRIES: Mapping[str, tuple[Callable[[Path], None], Mapping[str, tuple[Change, s
 """Each public entry, and the changes that it can meet: name → the change, and the file."""
 
 
-def run_case(inputs: Path, scratch: Path, entry: str, random: Random) -> Outcome:
-    """Changes a copy of the inputs and runs an entry on it."""
+def run_case(inputs: Path, scratch: Path, entry: str, random: Random, *, changed: bool = True) -> Outcome:
+    """Changes a copy of the inputs and runs an entry on it; without a change if `changed` is False."""
     run, changes = ENTRIES[entry]
     name = random.choice(sorted(changes))
     change, file = changes[name]
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(inputs, scratch)
-    change(scratch / file, random)
+    if changed:
+        change(scratch / file, random)
     try:
         with _limited():
             run(scratch)
