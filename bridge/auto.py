@@ -34,7 +34,7 @@ from amaxbridge.bridge.stored.identification import check_described, stored_mode
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.export.amax.fused_group_amax import missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.dequantized import DequantizedCheckpoint
+from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
@@ -154,7 +154,7 @@ class AutoBridge:
     def open_weights(self) -> Iterator[DequantizedCheckpoint]:
         """Opens the tensors of the Hugging Face directory."""
         with SafetensorsCheckpoint(self.hf.weights_directory, self.hf.family.packed_experts) as checkpoint:
-            yield DequantizedCheckpoint(checkpoint, self.hf.written.get("quantization_config"))
+            yield open_dequantized(checkpoint, self.hf.written)
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
         """As `load_hf_weights`, from opened tensors."""

@@ -21,7 +21,9 @@ from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.model_free.converters.quantized_source import recognize
 from amaxbridge.export.quant_config import COMPRESSED_TENSORS, QuantConfig, read_quant_config
+from amaxbridge.export.quantization_declared import declared_quantization
 from amaxbridge.export.schemes import SCHEMES, Scheme
 from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
@@ -31,6 +33,7 @@ from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _READ_AS_THEY_ARE = ("mxfp4",)  # packed experts of GPT-OSS, which `SafetensorsCheckpoint` cuts
+_GPT_OSS = "gpt_oss"
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 
 
@@ -202,6 +205,33 @@ def _check_usable(module: str, scheme: Scheme, stored: Mapping[str, Tensor]) -> 
         values, shared = tensor.float(), scheme.group_scale is not None and name == scheme.group_scale.tensor
         if not (values.isfinite() & ~values.signbit() & ((values > 0) if shared else True)).all():
             raise CheckpointError(f"{module}.{name} is NaN, infinite, negative or zero somewhere: it is no scale")
+
+
+def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]) -> DequantizedCheckpoint:
+    """Opens a directory whose tensors are plain, or quantized by compressed-tensors or as GPT-OSS is.
+
+    Args:
+        checkpoint: the directory, open for reading.
+        config: its config.json.
+
+    Raises:
+        UsageError: its tensors are quantized in another way, whatever it says of them.
+        CheckpointError: as `DequantizedCheckpoint`.
+    """
+    declared = declared_quantization(config, checkpoint.directory)
+    for each in declared:
+        if each.method == COMPRESSED_TENSORS:
+            return DequantizedCheckpoint(checkpoint, each.raw)
+    places = checkpoint.weight_map.items()
+    stored = {name: found for name, file in places if (found := checkpoint.file(file).tensors.get(name)) is not None}
+    source = recognize(stored, declared)
+    if source is not None and source.formats != (_GPT_OSS,):
+        raise UsageError(
+            f"{checkpoint.directory} is quantized ({', '.join(source.formats)}); read here are plain weights and "
+            f"{COMPRESSED_TENSORS}. Write one of these first: `amaxbridge quantize input=… output=… scheme=none`, or a "
+            "scheme that the weights are in already, which keeps their scales"
+        )
+    return DequantizedCheckpoint(checkpoint, None)
 
 
 class _Local(Mapping[str, Tensor]):

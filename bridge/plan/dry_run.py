@@ -19,7 +19,7 @@ from amaxbridge.bridge.plan.mesh import Mesh
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.dequantized import DequantizedCheckpoint
+from amaxbridge.export.dequantized import open_dequantized
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE
 from amaxbridge.export.output.finalizer import Bundle
@@ -115,7 +115,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, hf.model_config.padded_to(mesh.tp))
     with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
-        schemes = DequantizedCheckpoint(checkpoint, hf.written.get("quantization_config")).schemes
+        schemes = open_dequantized(checkpoint, hf.written).schemes
         missing = [
             name
             for mapping in specs.mappings.values()

@@ -172,7 +172,7 @@ def decide(
         for made in undecided.modules_of(module):
             members.setdefault(group_of(made).primary, {})[made] = module
     plain = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - source.weights.keys()
-    kept, near = dict[str, Scheme](), list[str]()
+    kept, near, notes = dict[str, Scheme](), list[str](), list[str]()
     grouped = dict(source.weights)
     for stored in members.values():
         asked = {module: recipe.scheme_of(made, None) for made, module in stored.items()}
@@ -180,7 +180,7 @@ def decide(
         if scheme is None or any(other != scheme for other in asked.values()):
             continue
         alone = [source.weights[module] for module in asked]
-        weights = [weight.in_group(alone) for weight in alone]
+        weights = [weight.in_group(alone, scheme) for weight in alone]
         holding = [
             weight.holds(scheme) and undecided.can_cut(module) for module, weight in zip(asked, weights, strict=True)
         ]
@@ -188,12 +188,15 @@ def decide(
         if whole and all(holding) and _agree(weights, scheme):
             kept |= dict.fromkeys(asked, scheme)
             grouped |= zip(asked, weights, strict=True)
+            notes += [f"{module}: {weight.note}" for module, weight in zip(asked, weights, strict=True) if weight.note]
         elif hindrances := [each for weight in weights if (each := weight.hindrance(scheme))]:
             near += [f"{made}: {hindrances[0]}" for made in stored]
         elif any(holding):
             near += [
                 f"{made}: its fused group is not all in it, or differs in a scale that is shared" for made in stored
             ]
+    if notes:
+        _log.warning("%d modules are kept with a change:%s", len(notes), listing(notes))
     if near:
         _log.warning(
             "%d modules could not be kept in the scheme asked for, and are dequantized and quantized again:%s",

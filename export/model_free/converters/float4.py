@@ -11,6 +11,7 @@ has those from 2^-9 to 2^8, so the exponents of a weight, apart from blocks of z
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ _NVFP4_WEIGHTS = Arguments(4, "float", "tensor_group", group_size=_NVFP4)
 _MXFP4_WEIGHTS = Arguments(4, "float", "group", group_size=_MXFP4)
 _LEAST, _MOST = -9, 8  # the powers of two in E4M3
 _BIAS = 127
+NO_TENSORS: Local = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,12 @@ class MXFP4Weight(StoredWeight):
     """Blocks of 32 under powers of two.
 
     Args:
-        exponents: the least and the greatest stored exponent, in its fused group, of blocks that are not all zeros.
+        local: its stored tensors.
+        exponents: the least and the greatest stored exponent, in its fused group, of blocks that are not all zeros. All
+            there are, as long as no scheme asks: reading them takes time.
     """
 
+    local: Local = NO_TENSORS
     exponents: tuple[int, int] = (0, 255)
 
     @property
@@ -86,9 +91,11 @@ class MXFP4Weight(StoredWeight):
         codes, scales = self._stored(tensors)
         return mx.dequantize(e2m1.unpack(codes), scales, dtype)
 
-    def in_group(self, group: Sequence[StoredWeight]) -> "MXFP4Weight":
-        least, greatest = zip(*(each.exponents for each in group if isinstance(each, MXFP4Weight)), strict=True)
-        return replace(self, exponents=(min(least), max(greatest)))
+    def in_group(self, group: Sequence[StoredWeight], scheme: Scheme) -> "MXFP4Weight":
+        if scheme.signature.weights != _NVFP4_WEIGHTS:
+            return self
+        found = [_exponents(each.local, *each.tensors) for each in group if isinstance(each, MXFP4Weight)]
+        return replace(self, exponents=(min(least for least, _ in found), max(greatest for _, greatest in found)))
 
     def holds(self, scheme: Scheme) -> bool:
         weights = scheme.signature.weights
@@ -158,9 +165,7 @@ def mxfp4_weight(local: Local, codes_name: str, scales_name: str) -> MXFP4Weight
     if codes.spec.shape not in ((rows, columns // 2), (rows, columns // _MXFP4, _MXFP4 // 2)):
         raise ValueError(f"{codes_name} is {codes.spec}, and {scales_name} {scales.spec}")
     beside = tuple(name for name in INPUT_SCALES if name in local)
-    return MXFP4Weight(
-        (rows, columns), (codes_name, scales_name), beside, (), _exponents(local, codes_name, scales_name)
-    )
+    return MXFP4Weight((rows, columns), (codes_name, scales_name), beside, (), local)
 
 
 def _exponents(local: Local, codes_name: str, scales_name: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ ModelOpt MXFP8                      weight   weight_scale       E8M0 as uint8 [o
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,16 +43,37 @@ class Float8Weight(StoredWeight):
         blocks: the block that shares a scale.
         exponents: True if scales are powers of two, stored as their exponents.
         folded: local name of the factors of the inputs that the weight takes, if any.
+        group_scale: the largest scale of its fused group, if the members differ: codes are rounded to it, as vLLM does
+            when it loads such a group.
     """
 
     blocks: Blocks = PER_ROW
     exponents: bool = False
     folded: str | None = None
+    group_scale: float | None = None
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = tensors["weight"], self._scale(tensors)
         weight = dequantize(ScaledWeight(codes, scale), self.blocks, torch.float32 if self.folded else dtype)
         return weight if self.folded is None else (weight * tensors[self.folded].float()).to(dtype)
+
+    def in_group(self, group: Sequence[StoredWeight], scheme: Scheme) -> "Float8Weight":
+        scales = [
+            dict(each.shared)[each.tensors[1]] for each in group if isinstance(each, Float8Weight) and each.is_whole
+        ]
+        if scheme.group_scale is None or len(scales) < len(group) or len(set(scales)) == 1:
+            return self
+        shared = tuple((name, max(scales) if name == self.tensors[1] else value) for name, value in self.shared)
+        return replace(self, shared=shared, group_scale=max(scales))
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the whole weight has one scale."""
+        return self.blocks == Blocks(None, None)
+
+    @property
+    def note(self) -> str | None:
+        return None if self.group_scale is None else "its codes are rounded to the largest scale of its fused group"
 
     def holds(self, scheme: Scheme) -> bool:
         weights = scheme.signature.weights
@@ -66,7 +87,12 @@ class Float8Weight(StoredWeight):
         spec, scale = self._scale_spec(scheme), self._scale(tensors)
         if spec.dtype == torch.uint8:
             scale = tensors[self.tensors[1]].view(torch.uint8)
-        made = {"weight": tensors["weight"], "weight_scale": scale.reshape(spec.shape)}
+        codes = tensors["weight"]
+        if self.group_scale is not None:
+            shared = torch.full_like(scale, self.group_scale)
+            codes = (codes.float() * scale / shared).clamp(-448, 448).to(codes.dtype)
+            scale = shared
+        made = {"weight": codes, "weight_scale": scale.reshape(spec.shape)}
         if scheme.input_scale is not None:
             name = next(name for name in INPUT_SCALES if name in tensors)
             made[scheme.input_scale.tensor] = one_number(tensors[name])

@@ -53,13 +53,23 @@ class StoredWeight(ABC):
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight `[out, in]`: computed in fp32, cast to `dtype` at the end."""
 
-    def in_group(self, group: Sequence["StoredWeight"]) -> "StoredWeight":
-        """This weight as a member of a fused group, itself among `group`: what members share is decided together."""
+    def in_group(self, group: Sequence["StoredWeight"], scheme: Scheme) -> "StoredWeight":
+        """This weight as a member of a fused group for which a scheme is asked: what members share is found together.
+
+        Args:
+            group: all members, this one among them.
+            scheme: the scheme.
+        """
         return self
 
     def holds(self, scheme: Scheme) -> bool:
         """True if the module can be kept under this scheme, every value as it is."""
         return False
+
+    @property
+    def note(self) -> str | None:
+        """What changes in a module that is kept; None if nothing does."""
+        return None
 
     def hindrance(self, scheme: Scheme) -> str | None:
         """Why values of the module do not fit a scheme that it could be kept under otherwise; None if they do."""

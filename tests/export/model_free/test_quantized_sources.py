@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export import model_free_ptq
+from amaxbridge.export.dequantized import open_dequantized
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.schemes import SCHEMES, Groups, named_scheme
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.fused_groups import group_of
@@ -163,6 +165,24 @@ def test_a_group_that_differs_in_a_shared_scale_is_quantized_again(
     wanted = expected({each: tensor for each, tensor in meant.items() if each[:-7] not in report.kept}, "nvfp4a16")
     found = tensors_of(tmp_path / "out")
     same({each: found[each] for each in wanted}, wanted)
+
+
+def test_fp8_of_a_group_with_several_scales(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As ModelOpt exports it: codes are rounded to the largest, which is what vLLM does when it loads the source."""
+    source, _, _ = source_of(tmp_path / "in", held.fp8_per_tensor, MODELOPT)
+    report = model_free_ptq(source, tmp_path / "out", "fp8")
+    assert len(report.kept) == 7
+    assert "5 modules are kept with a change" in caplog.text
+    found = tensors_of(tmp_path / "out")
+    for module in report.kept:
+        made = held.fp8_per_tensor(dense_model(1)[f"{module}.weight"])
+        members = [each for each in group_of(module).members if each in report.kept]
+        weights = [held.fp8_per_tensor(dense_model(1)[f"{each}.weight"]) for each in members]
+        largest = torch.stack([each.tensors["weight_scale"] for each in weights]).max()
+        codes = (made.weight / largest).to(torch.float8_e4m3fn)
+        assert torch.equal(found[f"{module}.weight"].float(), codes.float()), module
+        assert found[f"{module}.weight_scale"].tolist() == [largest.item()]
+        assert found[f"{module}.input_scale"].tolist() == [made.tensors["input_scale"].item()]
 
 
 def test_exponents_that_e4m3_does_not_span(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -349,3 +369,18 @@ def test_buffers_in_other_dtypes_pass(tmp_path: Path) -> None:
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in buffers.items())
     assert len(report.quantized) == 7
+
+
+@pytest.mark.parametrize("kind", ["fp8 blocks", "fp8 blocks, .scale in e8m0", "modelopt nvfp4", "modelopt fp8"])
+@pytest.mark.parametrize("says", [True, False], ids=["declared", "undeclared"])
+def test_an_import_refuses_what_it_would_misread(kind: str, says: bool, tmp_path: Path) -> None:
+    """With the next step; a plain checkpoint and one of compressed-tensors are opened."""
+    hold, declared = KINDS[kind]
+    source, _, _ = source_of(tmp_path / "in", hold, declared if says else {})
+    config = json.loads((source / "config.json").read_text())
+    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(UsageError, match="scheme=none"):
+        open_dequantized(checkpoint, config)
+    model_free_ptq(source, tmp_path / "out", "mxfp8")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    with SafetensorsCheckpoint(tmp_path / "out") as checkpoint:
+        assert len(open_dequantized(checkpoint, written).schemes) == 7
