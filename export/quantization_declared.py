@@ -8,14 +8,13 @@
 A checkpoint that is written from such a directory must not carry these on: they describe other tensors.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.quant_config import COMPRESSED_TENSORS
-from amaxbridge.mappings.errors import CheckpointError
 
 MODELOPT = "modelopt"
 _KEYS = ("quantization_config", "compression_config")
@@ -56,7 +55,7 @@ def declared_quantization(config: Mapping[str, Any], directory: Path | None = No
     found = [Declared(f"{_CONFIG_FILE}: {path}", _method(raw), raw) for path, raw in _in_config(config)]
     for file in (directory / name for name in _FILES) if directory is not None else ():
         if file.is_file():
-            raw = _object_in(file)
+            raw = read_json_object(file)
             inner = raw.get("quantization", raw)
             found.append(Declared(file.name, _method_of_file(file.name, raw), inner if isinstance(inner, dict) else {}))
     return found
@@ -103,13 +102,3 @@ def _method_of_file(name: str, raw: Mapping[str, Any]) -> str:
     if name == "hf_quant_config.json":
         return MODELOPT
     return str(raw.get("quant_method") or ("awq" if {"w_bit", "q_group_size", "version"} & raw.keys() else "gptq"))
-
-
-def _object_in(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object: it says how the weights beside it are quantized")
-    return content

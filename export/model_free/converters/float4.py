@@ -171,6 +171,8 @@ def mxfp4_weight(local: Local, codes_name: str, scales_name: str) -> MXFP4Weight
 def _exponents(local: Local, codes_name: str, scales_name: str) -> tuple[int, int]:
     """The least and the greatest exponent. Where they span too much, blocks of zeros are not counted."""
     stored = local[scales_name].read().view(torch.uint8)
+    if not stored.numel():
+        return _BIAS, _BIAS
     least, greatest = (int(each) for each in stored.aminmax())
     if greatest - least > _MOST - _LEAST:
         codes = local[codes_name].read().reshape(*stored.shape, -1)

@@ -171,6 +171,7 @@ def awq_weight(local: Local, bits: int = 4) -> IntegerWeight | None:
     if "qweight" not in local or "scales" not in local or "g_idx" in local:
         return None
     codes, scales, zeros = local["qweight"].spec, local["scales"].spec, local.get("qzeros")
+    _check_matrix("qweight", codes)
     columns, rows = codes.shape[0], codes.shape[-1] * (_WORD // bits)
     group_size = _group_size(columns, scales, (-1, rows))
     if bits != 4 or codes.dtype != torch.int32 or len(codes.shape) != 2 or group_size is None:
@@ -196,6 +197,7 @@ def gptq_weight(local: Local, bits: int, *, less_one: bool) -> IntegerWeight | N
         raise ValueError(f"{bits} bits: GPTQ is read in 4 and 8 bits")
     each = _WORD // bits
     codes, scales, zeros = (local[name].spec for name in ("qweight", "scales", "qzeros"))
+    _check_matrix("qweight", codes)
     rows, columns = codes.shape[-1], codes.shape[0] * each
     group_size = _group_size(columns, scales, (-1, rows))
     fit = group_size is not None and zeros.shape == (scales.shape[0], -(-rows // each))
@@ -226,7 +228,8 @@ def modelopt_integers(local: Local) -> IntegerWeight | None:
     if codes is None or scale is None or codes.spec.dtype not in (torch.uint8, torch.int8):
         return None
     bits = 8 if codes.spec.dtype == torch.int8 else 4
-    if len(codes.spec.shape) != 2 or scale.spec.dtype not in _FLOATS:
+    _check_matrix("weight", codes.spec)
+    if scale.spec.dtype not in _FLOATS:
         raise ValueError(f"weight is {codes.spec} and weight_scale {scale.spec}")
     rows, columns = codes.spec.shape[0] * (8 // bits), codes.spec.shape[1]
     group_size = columns if scale.spec.shape == (rows,) else _group_size(columns, scale.spec, (rows, -1))
@@ -247,6 +250,11 @@ def modelopt_integers(local: Local) -> IntegerWeight | None:
         symmetric=True,
         layout=ModelOptIntegers(),
     )
+
+
+def _check_matrix(name: str, spec: TensorSpec) -> None:
+    if len(spec.shape) != 2 or not spec.nbytes:
+        raise ValueError(f"{name} is {spec}, no matrix")
 
 
 def _group_size(columns: int, scales: TensorSpec, shape: tuple[int, int]) -> int | None:

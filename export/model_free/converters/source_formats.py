@@ -104,6 +104,8 @@ def _awq(raw: Mapping[str, Any]) -> ReadModule:
             f"AWQ in the layout {version!r} is not read, only 'gemm': convert it with the program that made it"
         )
     bits = raw.get("bits", raw.get("w_bit", 4))
+    if bits != 4 or isinstance(bits, bool):
+        raise UsageError(f"AWQ in {bits!r} bits is not read, only in 4: take the checkpoint that it was made from")
     return lambda module, local: awq_weight(local, bits)
 
 
