@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from amaxbridge.bridge.live.model_walk import (
     Quantizer,
     layer_pattern,
     unwrap,
+    walk_all_quantizers,
     walk_parameters,
-    walk_quantizers,
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
+from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver
@@ -40,9 +41,11 @@ from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart, Together
-from amaxbridge.export.schemes import Recipe, find_scheme
+from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
+from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.model_config import ModelConfig
+from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 from amaxbridge.output_options import SaveKeywords, SaveOptions
 
@@ -104,9 +107,10 @@ class AutoBridge:
         Per-tensor amax is the same on all ranks; per-channel and per-block amax is on the rank that owns the module.
         """
         chunks = unwrap(model)
-        config = self._model_config(chunks)
-        state = self._collect_scalars(chunks)
-        tensors = list(state_parameters(self._quantizers(chunks)))
+        config, quantizers = self._model_config(chunks), list(self._all_quantizers(chunks))
+        self._check_quantizers(quantizers, self._ranks(), ())
+        state = collect_scalars(quantizers, self.hf.registry, self._ranks())
+        tensors = list(state_parameters(quantizers))
         amax = dict(state.amax)
         for bundle in self._stream(tensors, config, self._plan(tensors, config)):
             amax |= bundle.state
@@ -174,7 +178,8 @@ class AutoBridge:
         """
         chunks = unwrap(model)
         config = self._model_config(chunks)
-        fill_quantizers(self._quantizers(chunks), state, self.hf.registry, config, self._ranks())
+        enabled = [each for each in self._all_quantizers(chunks) if each.module.is_enabled]
+        fill_quantizers(enabled, state, self.hf.registry, config, self._ranks())
 
     def save_hf_pretrained(self, model: Model, path: str | Path, **options: Unpack[SaveKeywords]) -> ExportReport:
         """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
@@ -220,7 +225,8 @@ class AutoBridge:
                 _log.warning("%s", note)
         stored, config = stored_model(opened, self.hf), self.hf.model_config
         check_described(stored, self.hf)
-        quantizers = stored.quantizers()
+        quantizers = stored.all_quantizers()
+        self._check_quantizers(quantizers, LOCAL, None if saver.recipe is None else saver.recipe.ignore)
         held = [*stored.parameters(), *state_parameters(quantizers)]
         plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)
         return saver.save(
@@ -233,8 +239,25 @@ class AutoBridge:
     def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
         return walk_parameters(chunks, self.hf.family.spelling(layer_pattern(chunks)))
 
-    def _quantizers(self, chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
-        return walk_quantizers(chunks, self.hf.family.spelling(layer_pattern(chunks)))
+    def _all_quantizers(self, chunks: Sequence[nn.Module]) -> Iterator[Quantizer]:
+        return walk_all_quantizers(chunks, self.hf.family.spelling(layer_pattern(chunks)))
+
+    def _check_quantizers(self, found: Iterable[Quantizer], ranks: Ranks, ignore: Sequence[str] | None) -> None:
+        """Refuses quantizers that compute what no export writes, on any rank.
+
+        Args:
+            ignore: modules that are written unquantized; None for all.
+        """
+
+        def plain(quantizer: str) -> bool:
+            mapping = self.hf.registry.megatron_to_hf_lookup(f"{quantizer}._amax")
+            return ignore is None or (mapping is not None and all(is_ignored(name) for name in mapping.targets))
+
+        def is_ignored(amax: str) -> bool:
+            return ignore is not None and is_targeted(module_of(module_of(amax)), ignore)
+
+        reports = ranks.all_gather_object(Axis.WORLD, list(refusals(found)))
+        check_quantizers([each for report in reports for each in report], plain)
 
     def _held(self, chunks: Sequence[nn.Module], recipe: Recipe | None) -> list[Parameter]:
         """This rank's tensors that the plan moves: parameters, and quantizer state that follows them.
@@ -242,9 +265,10 @@ class AutoBridge:
         Raises:
             UsageError: the recipe keeps FP8 parameters, but no scheme writes some of them; all are named.
         """
-        parameters, quantizers = list(self._parameters(chunks)), list(self._quantizers(chunks))
+        parameters, quantizers = list(self._parameters(chunks)), list(self._all_quantizers(chunks))
+        self._check_quantizers(quantizers, self._ranks(), None if recipe is None else recipe.ignore)
         if recipe is not None and recipe.adopts_codes:
-            names = {quantizer.name for quantizer in quantizers}
+            names = {quantizer.name for quantizer in quantizers if quantizer.module.is_enabled}
             parameters, problems = as_stored(parameters, self.hf.registry, recipe.ignore, names)
             of_all = [each for rank in self._ranks().all_gather_object(Axis.WORLD, problems) for each in rank]
             if of_all:
@@ -263,12 +287,17 @@ class AutoBridge:
         return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(self._quantizers(chunks), self.hf.registry, self._ranks())
+        return collect_scalars(self._all_quantizers(chunks), self.hf.registry, self._ranks())
 
     def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
-        """The per-tensor state, with the formats of weights that the plan moves as codes and scales."""
-        state = self._collect_scalars(chunks)
-        return replace(state, formats={**state.formats, **stored_formats(plan)})
+        """The per-tensor state, with the formats of weights that the plan moves as codes and scales.
+
+        Training quantized their inputs in the same format.
+        """
+        state, stored = self._collect_scalars(chunks), stored_formats(plan)
+        inputs = {module: SCHEMES[form].input_format for module, form in stored.items()}
+        inputs_of_all = {**(state.inputs or {}), **{module: form for module, form in inputs.items() if form}}
+        return replace(state, formats={**state.formats, **stored}, inputs=inputs_of_all)
 
     def _model_config(self, chunks: Sequence[nn.Module]) -> ModelConfig:
         """The sizes of the live model; refuses one that is not the model of config.json."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.cache_scales import amax_of_cache_scale, stored_cache_scales
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -140,7 +140,8 @@ class DequantizedCheckpoint:
             found = (self.amax(member + WEIGHT_QUANTIZER) for member in members)
             shared = max_of([amax for amax in found if amax is not None])
         group = GroupAmax(shared, torch.ones(()))
-        again = scheme.quantize_rows(weight, group, None if scheme.needs_weight_amax else own)
+        blocks = None if own is None or scheme.needs_weight_amax else BlockAmax(own)
+        again = scheme.quantize_rows(weight, group, blocks)
         again |= scheme.constants(TensorSpec.of(weight), group)
         differ = {name: _differences(tensor, stored[name]) for name, tensor in again.items()}
         not_compared = {"weight_shape", scheme.input_scale and scheme.input_scale.tensor}

@@ -4,7 +4,8 @@ An amax comes in three granularities. A per-tensor amax (one number) is replicat
 that share the module goes to every Hugging Face name made from the parameter. Upstream synchronization is never
 trusted: after training the ranks may differ. A per-channel (`[out, 1]`) or per-block (`[out, blocks]`) amax
 follows its weight, with the weight's own join and split; a dim that the reduction collapsed to 1 is not
-sharded, so the maximum over the ranks is taken.
+sharded, so the maximum over the ranks is taken. Where a rank has only one block along a dim, `[out, blocks, 1]` tells
+it from such a dim.
 
 `convert_to_amax_map` derives amax mappings from weight mappings; the families never spell them out. A derived
 mapping remembers the weight mapping that it `follows`; a mapping made by hand only handles per-tensor amax.
@@ -25,6 +26,8 @@ from amaxbridge.mappings.ranks import Axis
 from amaxbridge.mappings.tensors import join_dim, max_of, shard_of
 
 WEIGHT_QUANTIZER = ".weight_quantizer._amax"
+LEARNED_POST = ".weight_quantizer._amax_post"
+LEARNED_PRE = ".weight_quantizer._amax_pre"
 GLOBAL_AMAX = ".weight_quantizer._global_amax"
 INPUT_QUANTIZER = ".input_quantizer._amax"
 PRE_QUANT_SCALE = ".input_quantizer._pre_quant_scale"
@@ -57,10 +60,12 @@ class QuantizerMapping(MegatronParamMapping):
         if self._follows_columns:
             columns = join_dim(shards, 0) if weight.shard_dim == 1 else max_of(shards)
             return dict.fromkeys(self.targets, columns.float())
-        if weight.shard_dim is None or any(shard.shape[weight.shard_dim] == 1 for shard in shards):
+        of_blocks = shards[0].ndim == 3
+        collapsed = weight.shard_dim is not None and any(shard.shape[weight.shard_dim] == 1 for shard in shards)
+        if weight.shard_dim is None or (collapsed and not of_blocks):
             shards = [max_of(shards)]
-        parts = weight.join([shard.float() for shard in shards], config)
-        return dict(zip(self.targets, parts.values(), strict=True))
+        parts = weight.join([shard.float() for shard in shards], config).values()
+        return dict(zip(self.targets, (part.squeeze(2) if of_blocks else part for part in parts), strict=True))
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         values = [tensors[name] for name in self.targets]

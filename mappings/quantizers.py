@@ -1,6 +1,7 @@
 """All quantizer state of a model in Hugging Face names, derived from its weight mappings.
 
 linear_fc1.weight_quantizer._amax                  gate_proj.weight_quantizer._amax, up_proj.…
+linear_fc1.weight_quantizer._amax_post, ._amax_pre the same, learned (LSQ)
 linear_fc1.input_quantizer._amax                   the same for the input
 linear_fc1.input_quantizer._pre_quant_scale        multiplies the input first (AWQ, SmoothQuant)
 linear_fc1.output_quantizer._amax                  the same for the output
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from amaxbridge.mappings.amax import (
     INPUT_QUANTIZER,
+    LEARNED_POST,
+    LEARNED_PRE,
     OUTPUT_QUANTIZER,
     PRE_QUANT_SCALE,
     WEIGHT_QUANTIZER,
@@ -26,7 +29,7 @@ from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.weights import QKVMapping
 
-_SUFFIXES = (WEIGHT_QUANTIZER, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER)
+_SUFFIXES = (WEIGHT_QUANTIZER, LEARNED_POST, LEARNED_PRE, INPUT_QUANTIZER, PRE_QUANT_SCALE, OUTPUT_QUANTIZER)
 
 
 def quantizer_mappings(weights: Sequence[MegatronParamMapping]) -> Iterator[MegatronParamMapping]:

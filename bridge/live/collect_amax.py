@@ -19,8 +19,9 @@ from torch import Tensor
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
 from amaxbridge.export.schemes import quantizer_format
-from amaxbridge.mappings.amax import WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
-from amaxbridge.mappings.errors import UnmappedParameterError, listing
+from amaxbridge.export.schemes.quantizer_settings import FOUR_OVER_SIX, LEARNED, LEARNED_UNROUNDED, input_format
+from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
+from amaxbridge.mappings.errors import UnmappedParameterError, UsageError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import natural_key
 from amaxbridge.mappings.ranks import Axis, Ranks
@@ -28,7 +29,9 @@ from amaxbridge.mappings.registry import MappingRegistry
 
 _NO_VALUE = float("-inf")
 _GLOBAL = "_global_amax"
-_BUFFERS = ("_amax", _GLOBAL, "_pre_quant_scale")
+_MULTIPLIER = "_pre_quant_scale"
+_BUFFERS = ("_amax", "_amax_post", "_amax_pre", _GLOBAL, _MULTIPLIER)
+_CONSTANT = 448.0  # amax of a quantizer with use_constant_amax
 _CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
 
 
@@ -37,6 +40,7 @@ class _Local(NamedTuple):
 
     values: dict[str, float]  # per-tensor; minus infinity for a static quantizer that was never calibrated
     formats: dict[str, str]  # by module, or quantizer of the key-value cache
+    inputs: dict[str, str]  # by module: formats of input quantizers
     unmapped: list[str]
     of_parts: set[str]  # names whose value is the maximum of per-channel or per-block state: it differs as shards do
 
@@ -45,7 +49,8 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
     """Per-channel and per-block state as tensors that the plan moves with the weights.
 
     A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
-    blocks along a row as `[out · blocks, 1]`, and the amax of square blocks as `[rows, 1, columns, 1]`.
+    blocks along a row as `[out · blocks, 1]`, and the amax of square blocks as `[rows, 1, columns, 1]`. A disabled
+    quantizer only has the vector by which it still multiplies inputs.
     """
     for quantizer in quantizers:
         for buffer, tensor in _buffers(quantizer):
@@ -61,8 +66,9 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
 
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
+        UsageError: ranks have quantizers of different formats for one module.
     """
-    local = _local_state(quantizers, registry)
+    local = _local_state((each for each in quantizers if each.module.is_enabled), registry)
     names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
     reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
@@ -77,7 +83,8 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
     whole = set(known).difference(*(report.of_parts for report in reports))
     return QuantState(
         amax={name: torch.tensor(greatest[name]) for name in known},
-        formats={module: found for report in reports for module, found in report.formats.items()},
+        formats=_agreed("weights", [report.formats for report in reports]),
+        inputs=_agreed("inputs", [report.inputs for report in reports]),
         missing=frozenset(names) - frozenset(known),
         divergent={
             name: Divergence(least[name], greatest[name])
@@ -87,8 +94,23 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
     )
 
 
+def _agreed(what: str, reports: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The formats of all ranks."""
+    found: dict[str, dict[str, None]] = {}
+    for report in reports:
+        for module, form in report.items():
+            found.setdefault(module, {})[form] = None
+    differ = [f"{module}: {'; '.join(forms)}" for module, forms in found.items() if len(forms) > 1]
+    if differ:
+        raise UsageError(
+            f"ranks have quantizers of different formats for the {what} of {len(differ)} modules:{listing(differ)}\n"
+            "Quantize the model with one configuration on every rank"
+        )
+    return {module: form for module, forms in found.items() for form in forms}
+
+
 def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> _Local:
-    local = _Local({}, {}, [], set())
+    local = _Local({}, {}, {}, [], set())
     for quantizer in quantizers:
         mapping = quantizer_mapping(quantizer, registry)
         if mapping is None:
@@ -97,6 +119,8 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
         for target in mapping.targets:
             if target.endswith(WEIGHT_QUANTIZER):
                 local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
+            elif target.endswith(INPUT_QUANTIZER):
+                local.inputs[target.removesuffix(INPUT_QUANTIZER)] = input_format_name(quantizer.module)
             elif target.endswith(_CACHE_QUANTIZERS):
                 local.formats[target.removesuffix("._amax")] = format_name(quantizer.module)
         for buffer, value in _scalars(quantizer):
@@ -114,16 +138,21 @@ def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> Megatr
 
 
 def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that act on values."""
+    constant = bool(getattr(quantizer.module, "_use_constant_amax", False))
+    if constant and quantizer.module.is_enabled:
+        yield "_amax", torch.tensor(_CONSTANT)
     for buffer in _BUFFERS:
         tensor = getattr(quantizer.module, buffer, None)
-        if isinstance(tensor, Tensor):
+        acts = quantizer.multiplies_input if buffer == _MULTIPLIER else quantizer.module.is_enabled and not constant
+        if isinstance(tensor, Tensor) and acts:
             yield buffer, tensor.detach()
 
 
 def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
     """Per-tensor state by buffer. NaN becomes infinity, which survives any backend's maximum and is refused too."""
     found = dict(_buffers(quantizer))
-    if "_amax" not in found and not is_dynamic(quantizer.module):
+    if found.keys().isdisjoint(("_amax", "_amax_post")) and not is_dynamic(quantizer.module):
         yield "_amax", _NO_VALUE
     for buffer, tensor in found.items():
         if tensor.numel() == 1:
@@ -137,9 +166,13 @@ def _not_nan(value: float) -> float:
 
 
 def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
+    """The amax `[rows, blocks]`; `[rows, blocks, 1]` where a rank's one block would look like a whole row or column."""
     if tensor.ndim == 4:
-        return tensor.flatten(2).flatten(0, 1)
-    return tensor.reshape(quantizer.rows, -1) if quantizer.rows else tensor
+        tensor = tensor.flatten(2).flatten(0, 1)
+    elif quantizer.rows:
+        tensor = tensor.reshape(quantizer.rows, -1)
+    of_blocks = isinstance((getattr(quantizer.module, "block_sizes", None) or {}).get(-1), int)
+    return tensor[..., None] if of_blocks and 1 in tensor.shape else tensor
 
 
 def amax_shape(block_sizes: Mapping[Any, Any], shape: Sequence[int]) -> tuple[int, ...]:
@@ -166,6 +199,17 @@ def is_dynamic(quantizer: Any) -> bool:
 
 
 def format_name(quantizer: Any) -> str:
-    """The format of a ModelOpt TensorQuantizer, as schemes name it (`nvfp4`), or a description."""
+    """The format of a ModelOpt TensorQuantizer for weights, as schemes name it (`nvfp4`), or a description."""
     bits, axis, blocks = quantizer.num_bits, quantizer.axis, quantizer.block_sizes or None
-    return quantizer_format(bits, axis, blocks) or f"num_bits={bits} axis={axis} block_sizes={blocks}"
+    found = quantizer_format(bits, axis, blocks)
+    if found is not None and getattr(quantizer, "_lsq", False):
+        return f"{found}{LEARNED if getattr(quantizer, '_quantize_pre_scale', True) else LEARNED_UNROUNDED}"
+    if found is not None and (blocks or {}).get("four_over_six"):
+        return f"{found}{FOUR_OVER_SIX}"
+    return found or f"num_bits={bits} axis={axis} block_sizes={blocks}"
+
+
+def input_format_name(quantizer: Any) -> str:
+    """The format of a ModelOpt TensorQuantizer for inputs, in words that schemes use too."""
+    dynamic = bool(getattr(quantizer, "_dynamic", False))
+    return input_format(quantizer.num_bits, quantizer.axis, quantizer.block_sizes, dynamic=dynamic)

@@ -18,6 +18,10 @@ from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import is_quantizer_state
 
+ABSENT = object()
+"""The value of a quantizer's buffer that ModelOpt had, but did not save."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_USUALLY_EMPTY = ("_modules", "_forward_hooks", "_forward_pre_hooks")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias|\w+_quantizer\.))(\d+)")
 
 
@@ -38,12 +42,22 @@ class Quantizer:
         module: the quantizer itself.
         rows: output rows of the weight shard beside it, None without a weight.
         experts: global numbers of this rank's experts in the same layer, empty outside experts.
+        attributes: everything that ModelOpt keeps on it: settings, buffers and parameters, by name.
+        kind: name of its class, "" if a checkpoint does not tell.
     """
 
     name: str
     module: Any
     rows: int | None
     experts: tuple[int, ...]
+    attributes: Mapping[str, Any]
+    kind: str = ""
+
+    @property
+    def multiplies_input(self) -> bool:
+        """True if it multiplies inputs by a vector before anything else, as it does even while disabled."""
+        given = self.attributes
+        return given.get("_pre_quant_scale") is not None and bool(given.get("_enable_pre_quant_scale", True))
 
 
 def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -93,8 +107,21 @@ def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], s
             if is_quantizer_state(local_name) and hasattr(module, "is_enabled"):
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
-                rows = None if weight is None else weight.shape[0]
-                yield Quantizer(spelling(names.of(local_name)), module, rows, names.local_experts(local_name))
+                yield Quantizer(
+                    spelling(names.of(local_name)),
+                    module,
+                    None if weight is None else weight.shape[0],
+                    names.local_experts(local_name),
+                    _attributes(module),
+                    type(module).__name__,
+                )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has beyond every module: its own attributes, tensors, and hooks and modules inside it, if any."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own |= {name: vars(module)[name] for name in _USUALLY_EMPTY if vars(module)[name]}
+    return own | {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
 
 
 def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:

@@ -1,6 +1,6 @@
 """Megatron-Core and ModelOpt on a machine without CUDA: for tests and the demo, never for a training run.
 
-Both frameworks run on gloo and a CPU, except for five calls:
+Both frameworks run on gloo and a CPU, except for seven calls:
 
 - Megatron asks `torch.cuda.current_device` where to put rotary frequencies and gathered tensors; here the answer
   is the CPU device.
@@ -12,10 +12,11 @@ Both frameworks run on gloo and a CPU, except for five calls:
   ModelOpt's `NVFP4QTensor` to the last bit, except for blocks so small that their scale rounds to zero: the kernel
   makes them zero, as engines do with inputs; `NVFP4QTensor`, which exporters use for weights, takes the smallest scale.
   ModelOpt's autograd function stays around it: gradients pass straight through.
+- ModelOpt's NVFP4 quantizer with calibrated blocks calls the Triton kernels `static_blockwise_fp4_fake_quant` and
+  `fp4_cast_ste`; functions here compute the same, with gradients that pass straight through where nothing saturates.
 
 `without_cuda` patches these calls while it lasts, and does nothing if CUDA is available. Megatron also needs
-`TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels need CUDA. Transformer Engine layers and static-block NVFP4
-calibration remain impossible.
+`TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels need CUDA. Transformer Engine layers remain impossible.
 """
 
 import contextlib
@@ -55,6 +56,7 @@ def without_cuda() -> Iterator[None]:
         return
     from megatron.core.fusions import fused_softmax
     from modelopt.torch.quantization import tensor_quant
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
     with patched(
         Patch(torch.cuda, "current_device", _current_device),  # Megatron uses the result as a device
@@ -62,8 +64,10 @@ def without_cuda() -> Iterator[None]:
         Patch(torch.Tensor, "cuda", _stay),
         Patch(fused_softmax, "get_sliding_window_causal_mask", _sliding_window_mask),
         Patch(tensor_quant, "dynamic_block_quantize_op", _dynamic_block_quantize),
+        Patch(tensor_quantizer, "static_blockwise_fp4_fake_quant", _static_block_quantize),
+        Patch(tensor_quantizer, "fp4_cast_ste", _cast_straight_through),
         why="No CUDA here: Megatron and ModelOpt run on the CPU. Meanwhile torch.cuda.current_device, "
-        "torch.cuda.synchronize, Tensor.cuda and two functions of theirs are replaced",
+        "torch.cuda.synchronize, Tensor.cuda and four functions of theirs are replaced",
     ):
         yield
 
@@ -87,6 +91,51 @@ def nvfp4_fake_quantize(values: torch.Tensor, amax: torch.Tensor, block_size: in
 
     quantized = _round_to_e2m1(blocks / scale)
     return quantized.mul_(scale).flatten(-2).to(values.dtype)
+
+
+def _static_block_quantize(
+    blocks: torch.Tensor,
+    amax: torch.Tensor,
+    global_amax: torch.Tensor | None,
+    quantize_block_scales: bool,
+    largest_scale: float,
+    dtype: torch.dtype,
+    pass_through: bool,
+) -> torch.Tensor:
+    """ModelOpt's `static_blockwise_fp4_fake_quant`: rounds blocks `[n, 16]` under calibrated amax of `n` elements."""
+    del pass_through  # every caller passes gradients through
+    scale = amax.float().reshape(-1, 1) / _E2M1_MAX
+    if quantize_block_scales:
+        of_all = (amax.float().amax() if global_amax is None else global_amax.float()).reshape(())
+        factor = _E4M3_MAX / (of_all * (_E4M3_MAX / largest_scale) / _E2M1_MAX)
+        scale = (scale * factor).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * (1 / factor)
+    zero = scale == 0
+    rounded = _round_to_e2m1(blocks.detach().float() / scale.masked_fill(zero, 1.0)) * scale
+    return _straight_through(blocks, rounded.masked_fill(zero, 0.0).to(dtype), blocks.new_ones(1))
+
+
+def _cast_straight_through(scaled: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's `fp4_cast_ste`: rounds to E2M1; gradients pass where values do not saturate."""
+    return _straight_through(scaled, _round_to_e2m1(scaled.detach().clone()), scaled.detach().abs() <= _E2M1_MAX)
+
+
+def _straight_through(values: torch.Tensor, rounded: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:
+    """`rounded`, through which gradients reach `values` where `passes` is true."""
+    made: torch.Tensor = _StraightThrough.apply(values, rounded, passes)
+    return made
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, rounded: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:
+        del values
+        ctx.save_for_backward(passes)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (passes,) = ctx.saved_tensors
+        return gradients[0] * passes, None, None
 
 
 def _round_to_e2m1(scaled: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
+from amaxbridge.bridge.plan.input_multipliers import norms_with_linears
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.finalizer import Finalizer, FoldedNorms
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of
@@ -20,6 +21,16 @@ _log = logging.getLogger("amaxbridge")
 def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
     """Every Hugging Face tensor of a plan, quantizer state included."""
     return {name: spec for bundle in plan for name, spec in bundle.specs.items()}
+
+
+def folded_norms(plan: Iterable[BundlePlan]) -> dict[str, tuple[str, ...]]:
+    """Hugging Face norm → the vectors, all equal, that multiply it: one for each module that it feeds."""
+    found: dict[str, tuple[str, ...]] = {}
+    for bundle in plan:
+        parts = {part.name: part for part in bundle.parts}
+        for norm, vector in norms_with_linears(parts.keys()).items():
+            found |= dict.fromkeys(parts[norm].tensors, tuple(parts[vector].tensors))
+    return found
 
 
 def decide(
@@ -44,7 +55,10 @@ def decide(
     data_free = recipe is not None and _has_no_quantizers(state, specs)
     if recipe is not None and data_free:
         _check_needs_no_data(recipe)
-    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing)
+    norms = FoldedNorms(
+        folded_norms(plan), bool(hf.family.transformer_config(hf.config).get("layernorm_zero_centered_gamma"))
+    )
+    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing, norms=norms)
     finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every engine, though it has no tensor of its own
     if warn:
         casting.announce()

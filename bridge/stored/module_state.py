@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from amaxbridge.bridge.plan.quantizer_gate import WITHOUT_EFFECT
 from amaxbridge.bridge.stored.inert_pickle import (
     Made,
     Named,
@@ -100,13 +101,29 @@ def _of_modelopt(state: Mapping[str, Any], what: str) -> Settings:
             f"{what}: the weight was packed by ModelOpt (mtq.compress): export a checkpoint that was saved before"
         )
     settings = state.get(_QUANTIZERS) or {}
-    foreign = list(names_in(settings))
-    if foreign or not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(each, dict) for each in settings.values()):
         raise CheckpointError(f"{what}: a quantizer configuration is not plain data: it has {_described(settings)}")
+    settings = {name: _without_statistics(setting) for name, setting in settings.items()}
+    foreign = [
+        f"{name}.{attribute}: {', '.join(str(each)[:80] for each in list(found)[:8])}"
+        for name, setting in settings.items()
+        for attribute, value in setting.items()
+        if (found := list(names_in(value)))
+    ]
+    if foreign:
+        raise CheckpointError(
+            f"{what}: {len(foreign)} quantizer settings are not plain data:{listing(foreign)}\n"
+            "Load the checkpoint with the ModelOpt that saved it, and export from the live model (save_hf_pretrained)"
+        )
     incomplete = [name for name, setting in settings.items() if not _is_complete(name, setting)]
     if incomplete:
         raise CheckpointError(f"{what}: quantizers without a complete configuration:{listing(incomplete)}")
     return settings
+
+
+def _without_statistics(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantizer's configuration without the tensors that calibration left there, which have no effect."""
+    return {name: value for name, value in setting.items() if name not in WITHOUT_EFFECT or not any(names_in(value))}
 
 
 def _is_complete(name: Any, setting: Any) -> bool:

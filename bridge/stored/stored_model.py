@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.bridge.live.model_walk import ABSENT, Parameter, Quantizer
 from amaxbridge.bridge.stored.module_state import Settings, quantizer_settings
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
 from amaxbridge.mappings.canonical import canonical
@@ -52,10 +52,11 @@ _PIECE = re.compile(
     r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
 )
 _PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order of the mappings
-_MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax")
+_MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax(?:_pre|_post)?")
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
-_GATED_AMAX = re.compile(r"(.*\.linear_fc1\.weight)_quantizer(?:\.(\d+))?\._amax")
+_WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._amax(?:_pre|_post)?")
+_THE_SAME_FOR_ALL = ("_disabled", "_num_bits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +68,20 @@ class StoredTensor:
         spec: global shape and dtype.
         regions: its regions in the checkpoint, joined along the first dim.
         alternating: the number of ranks whose gate and up rows alternate, `[gate0 up0 gate1 up1 …]`; 1 for none.
+        of_blocks: True for the amax of blocks along rows, stored as `[rows · blocks of a rank, ranks]`.
     """
 
     name: str
     spec: TensorSpec
     regions: tuple[Region, ...]
     alternating: int = 1
+    of_blocks: bool = False
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The tensor, from the tensors of its regions."""
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.of_blocks:
+            tensor = tensor.unflatten(0, (self.spec.shape[0], -1)).transpose(1, 2).flatten(1)
         if self.alternating > 1:
             tensor = tensor.unflatten(0, (self.alternating, 2, -1)).transpose(0, 1).flatten(0, 2)
         return tensor
@@ -121,10 +126,21 @@ class StoredModel(Mapping[str, Tensor]):
                     piece = _PIECE.fullmatch(name)
                     name, part = (piece[1] or piece[3], piece[2] or piece[4]) if piece else (name, "")
                     regions.setdefault(self._spelling(name), {})[part] = region
-        return {
-            name: StoredTensor(name, self._spec(parts), _in_order(parts), self._halves_alternate(name, regions))
-            for name, parts in regions.items()
-        }
+        return {name: self._stored(name, parts, regions) for name, parts in regions.items()}
+
+    def _stored(
+        self, name: str, parts: Mapping[str, Region], regions: Mapping[str, Mapping[str, Region]]
+    ) -> StoredTensor:
+        spec, alternating = self._spec(parts), self._halves_alternate(name, regions)
+        found = _WEIGHT_AMAX.fullmatch(name)
+        weight = regions.get(found[1] + (found[2] or "")) if found else None
+        if weight is None or len(spec.shape) != 2:
+            return StoredTensor(name, spec, _in_order(parts), alternating)
+        rows, held = self._spec(weight).shape[0], spec.shape[0]
+        if held in (1, rows) or held % rows:
+            return StoredTensor(name, spec, _in_order(parts), alternating)
+        spec = TensorSpec((rows, held // rows * spec.shape[1]), spec.dtype)
+        return StoredTensor(name, spec, _in_order(parts), alternating, of_blocks=True)
 
     def parameters(self) -> Iterator[Parameter]:
         """All parameters and buffers except quantizer buffers, as tensors without data."""
@@ -133,12 +149,18 @@ class StoredModel(Mapping[str, Tensor]):
                 yield Parameter(name, stored.spec.meta())
 
     def quantizers(self) -> list[Quantizer]:
-        """All enabled quantizers. State of one number is read; larger state is given by its shape and its maximum.
+        """As `all_quantizers`: those that are enabled."""
+        return [each for each in self.all_quantizers() if each.module.is_enabled]
+
+    def all_quantizers(self) -> list[Quantizer]:
+        """All quantizers. State of one number is read; larger state is given by its shape and its maximum.
+
+        A buffer that a quantizer had, but that ModelOpt did not save, has the value `ABSENT`.
 
         Raises:
-            CheckpointError: the checkpoint has state of a quantizer without its configuration.
+            CheckpointError: the checkpoint has state of a quantizer without its configuration, or two configurations.
         """
-        settings, experts = dict(self._settings()), self._experts()
+        settings, experts = self._one_setting_each(), self._experts()
         buffers: dict[str, dict[str, Tensor]] = {}
         for name, value in self._state():
             quantizer, _, buffer = name.rpartition(".")
@@ -152,13 +174,31 @@ class StoredModel(Mapping[str, Tensor]):
         return [
             Quantizer(
                 name,
-                SimpleNamespace(**_attributes(setting), **buffers.get(name, {}), is_enabled=True),
+                SimpleNamespace(**_attributes(setting), **held, is_enabled=not setting["_disabled"]),
                 rows=None,
                 experts=experts.get(module_of(name), ()),
+                attributes={**dict.fromkeys(_saved_buffers(setting), ABSENT), **setting, **held},
             )
             for name, setting in settings.items()
-            if not setting["_disabled"]
+            for held in [buffers.get(name, {})]
         ]
+
+    def _one_setting_each(self) -> dict[str, Mapping[str, Any]]:
+        """Quantizer → its configuration. One that experts share is in the state of each of them."""
+        settings: dict[str, Mapping[str, Any]] = {}
+        differ: set[str] = set()
+        for name, setting in self._settings():
+            first = settings.setdefault(name, setting)
+            if any(first.get(key) != setting.get(key) for key in _THE_SAME_FOR_ALL):
+                differ.add(name)
+        if differ:
+            shared = sorted(differ, key=natural_key)
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: experts disagree about the settings of quantizers that they share:"
+                f"{listing(shared)}\n"
+                "Give each expert its own quantizer, or the same settings to all, and save again"
+            )
+        return settings
 
     def _spec(self, parts: Mapping[str, Region]) -> TensorSpec:
         specs = [self.checkpoint.spec(region) for region in parts.values()]
@@ -178,7 +218,7 @@ class StoredModel(Mapping[str, Tensor]):
                 f"{self.checkpoint.directory}: {name} is per-channel and was saved by several ranks, which lose "
                 "the order of its rows: export from the live model instead"
             )
-        gated = _GATED_AMAX.fullmatch(name)
+        gated = _WEIGHT_AMAX.fullmatch(name) if ".linear_fc1." in name else None
         weight = regions.get(gated[1] + (gated[2] or "")) if gated else None
         if weight is None or self._spec(regions[name]).shape[:1] in ((), (1,)):
             return 1
@@ -206,12 +246,14 @@ class StoredModel(Mapping[str, Tensor]):
             index: numbers of the layer and expert, if the name lacks them.
         """
         layer = index.pop(0) if _ALL_LAYERS.search(module) else None
-        numbered = _ONE_EXPERT.search(f"{module}.")
-        expert = int(numbered[1]) if numbered else index.pop(0) if _ALL_EXPERTS.search(f"{module}.") else None
+        named = _ONE_EXPERT.search(f"{module}.")
+        expert = int(named[1]) if named else index.pop(0) if _ALL_EXPERTS.search(f"{module}.") else None
         linear = _ONE_EXPERT.sub(".experts.experts.", module)
-        grouped = sum(_GROUPED.fullmatch(quantizer) is not None for quantizer in settings)
+        stages = any(key.startswith(f"{module}.weight_quantizer.0.") for key in self.checkpoint.tensors)
+        numbered = {} if stages else {name: found for name in settings if (found := _GROUPED.fullmatch(name))}
+        grouped = len(numbered)
         for quantizer, setting in settings.items():
-            of_expert = _GROUPED.fullmatch(quantizer) if expert is not None else None
+            of_expert = numbered.get(quantizer) if expert is not None else None
             if of_expert is not None and expert is not None and int(of_expert[1]) != expert % grouped:
                 continue  # belongs to another expert of the same rank, which has a state of its own
             kind = of_expert[0].partition(".")[0] if of_expert else quantizer
@@ -275,6 +317,12 @@ def _named(key: str, layer: int | None, expert: int | None) -> str:
 
 def _in_order(parts: Mapping[str, Region]) -> tuple[Region, ...]:
     return tuple(parts[part] for part in _PIECES if part in parts)
+
+
+def _saved_buffers(setting: Mapping[str, Any]) -> list[str]:
+    """The buffers and parameters that a quantizer had when it was saved."""
+    metadata = setting.get("_pytorch_state_metadata") or {}
+    return [name for kind in ("buffers", "params") for name in metadata.get(kind) or {}]
 
 
 def _attributes(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,21 @@ class GroupAmax(NamedTuple):
     arithmetic: Arithmetic = Arithmetic.MODELOPT
 
 
+class BlockAmax(NamedTuple):
+    """The amax of each block of a weight, `[blocks down, blocks across]`, as training kept them.
+
+    `stored` makes the stored scales. `chosen` is None, or makes the scales under which codes are chosen, where training
+    learned both (Dual-LSQ).
+    """
+
+    stored: Tensor
+    chosen: Tensor | None = None
+
+    def rows(self, first: int, end: int) -> "BlockAmax":
+        """That of some rows of blocks."""
+        return BlockAmax(self.stored[first:end], None if self.chosen is None else self.chosen[first:end])
+
+
 DATA_FREE = GroupAmax(None, None, Arithmetic.COMPRESSED_TENSORS)
 """The amax of a group that was never calibrated."""
 

@@ -1,8 +1,7 @@
 """The quantizer state of a model in Hugging Face names.
 
-It depends neither on Megatron nor on an output format: amax by quantizer name, and the format of each quantized
-    module's
-weight quantizer.
+It depends neither on Megatron nor on an output format: amax by quantizer name, and the formats of each quantized
+module's weight and input quantizers.
 """
 
 from collections.abc import Mapping
@@ -38,12 +37,14 @@ class QuantState:
             quantizer of the key-value cache (`….self_attn.k_bmm_quantizer`) → its own.
         missing: buffer names of enabled static quantizers that were never calibrated.
         divergent: buffer names whose amax differed between ranks; `amax` holds the maximum.
+        inputs: module → format of its enabled input quantizer, in words (`e4m3 per tensor`). None if unknown.
     """
 
     amax: Mapping[str, Tensor] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
     missing: frozenset[str] = frozenset()
     divergent: Mapping[str, Divergence] = field(default_factory=dict)
+    inputs: Mapping[str, str] | None = None
 
     def weight_amax(self, module: str) -> Tensor | None:
         """The per-tensor amax of a weight; for a per-block one, training's global amax or the blocks' own."""

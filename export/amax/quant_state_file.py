@@ -33,6 +33,7 @@ _VERSION = 1
 _FORM: dict[str, Any] = {
     "version": int,
     "formats": {str: str},
+    "inputs": ({str: str}, None),
     "missing": [str],
     "divergent": {str: [float]},
     "model": {
@@ -104,6 +105,7 @@ def plan_quant_state(state: QuantState, specs: Mapping[str, TensorSpec], model: 
     content = {
         "version": _VERSION,
         "formats": {module: state.formats[module] for module in sorted(state.formats, key=natural_key)},
+        **({} if state.inputs is None else {"inputs": dict(sorted(state.inputs.items(), key=_by_name))}),
         "missing": sorted(state.missing),
         "divergent": {name: list(values) for name, values in state.divergent.items()},
         "model": asdict(model),
@@ -146,6 +148,7 @@ def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[st
             content["formats"],
             frozenset(content["missing"]),
             {name: Divergence(*values) for name, values in content["divergent"].items()},
+            content.get("inputs"),
         )
 
 
@@ -179,6 +182,10 @@ def _check_model(file: Path, made_for: ModelIdentity, wanted: ModelIdentity) -> 
             "multi-token prediction, say); modules without quantizers stay as they are",
             file,
         )
+
+
+def _by_name(item: tuple[str, str]) -> tuple[str | int, ...]:
+    return natural_key(item[0])
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

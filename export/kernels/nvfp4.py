@@ -36,8 +36,10 @@ from amaxbridge.export.kernels.nvfp4_scales import (
     Scaling,
     global_scale,
     input_global_scale,
+    learned_scale,
     static_scale,
     tensor_amax,
+    unrounded_step,
 )
 
 __all__ = [
@@ -79,7 +81,14 @@ class NVFP4Weight:
                 raise ValueError(f"NVFP4 {name} is {found}; expected {dtype} {shape}")
 
 
-def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax: Tensor | None = None) -> NVFP4Weight:
+def quantize(
+    weight: Tensor,
+    amax: Tensor,
+    *,
+    arithmetic: Arithmetic,
+    block_amax: Tensor | None = None,
+    largest: float = FP8_MAX,
+) -> NVFP4Weight:
     """Quantize one weight of a fused group.
 
     ``MODELOPT`` follows the exporter, ``NVFP4QTensor.quantize``. Where a block's effective scale is below
@@ -96,21 +105,20 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax
         arithmetic: whose rounding.
         block_amax: ``[out, in/16]``, the amax of each block where training kept them (ModelOpt's static
             block quantizer); without it, each block's own maximum. For ``MODELOPT`` only.
+        largest: the largest block scale; `FOUR_OVER_SIX_MAX` needs ``block_amax``, in which training chose between
+            a maximum of 4 and of 6.
 
     Raises:
         ValueError: the weight is not 2-D, its columns do not divide by 16, its dtype is not supported,
             it holds NaN or Inf, ``amax`` has more than one element or gives no finite, positive global scale, or
             ``block_amax`` has the wrong shape.
     """
-    if weight.ndim != 2 or weight.shape[1] % BLOCK:
-        raise ValueError(f"NVFP4 needs [out, in] with in % {BLOCK} == 0, not shape {tuple(weight.shape)}")
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"NVFP4 quantizes bf16, fp16 and fp32 weights, not {weight.dtype}")
-    if block_amax is not None and tuple(block_amax.shape) != (weight.shape[0], weight.shape[1] // BLOCK):
-        raise ValueError(f"block amax {tuple(block_amax.shape)} does not fit weight {tuple(weight.shape)}")
-    if e2m1.fits_triton(weight):
+    _check(weight, block_amax)
+    if block_amax is None and largest != FP8_MAX:
+        raise ValueError("four-over-six needs the amax that calibration chose for each block, and there are none")
+    if e2m1.fits_triton(weight) and largest == FP8_MAX:
         return quantize_by_triton(weight, amax.cpu(), arithmetic, block_amax)
-    scaling = Scaling.of(amax.to(weight.device), arithmetic, weight.dtype)
+    scaling = Scaling.of(amax.to(weight.device), arithmetic, weight.dtype, largest)
     if block_amax is None and e2m1.fits_loops(weight):
         codes, scale_bytes = e2m1.quantize_by_tables(weight, BLOCK, _tables(scaling.key))
         return NVFP4Weight(codes, scale_bytes.view(torch.float8_e4m3fn), scaling.divisor)
@@ -119,16 +127,59 @@ def quantize(weight: Tensor, amax: Tensor, *, arithmetic: Arithmetic, block_amax
     block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
     for part in _row_chunks(rows, columns, weight.device):
         blocks = weight[part].reshape(part.stop - part.start, columns // BLOCK, BLOCK)
-        largest = blocks.abs().amax(-1)
-        if not largest.isfinite().all():
+        found = blocks.abs().amax(-1)
+        if not found.isfinite().all():
             raise ValueError(e2m1.NOT_FINITE)
         if block_amax is not None:
-            scale = static_scale(block_amax[part].to(weight.device), amax.to(weight.device).reshape(1))
+            scale = static_scale(block_amax[part].to(weight.device), amax.to(weight.device).reshape(1), largest)
         else:
-            scale = scaling.block_scale(largest)
+            scale = scaling.block_scale(found)
         packed[part] = e2m1.pack(e2m1.round_to_codes(blocks.float() / scaling.step(scale).unsqueeze(-1)).flatten(1))
         block_scale[part] = scale
     return NVFP4Weight(packed, block_scale, scaling.divisor)
+
+
+def quantize_learned(weight: Tensor, amax: Tensor, post: Tensor, pre: Tensor, *, rounds_pre: bool) -> NVFP4Weight:
+    """Quantize a weight whose block amax were learned (LSQ, Dual-LSQ), as ModelOpt's fake quantizer does.
+
+    Codes are chosen under the scales of ``pre``; the scales of ``post`` are stored, under which they count.
+
+    Args:
+        weight: ``[out, in]``, bf16, fp16 or fp32.
+        amax: one element, the maximum of the whole fused group.
+        post, pre: ``[out, in/16]``, learned; the same tensor if training tied them.
+        rounds_pre: False if the scales of ``pre`` are not rounded to E4M3.
+
+    Raises:
+        ValueError: as `quantize`, or a learned amax is NaN or Inf.
+    """
+    _check(weight, post)
+    _check(weight, pre)
+    if not (post.isfinite().all() and pre.isfinite().all()):
+        raise ValueError("a learned amax is NaN or Inf")
+    rows, columns = weight.shape
+    of_group = amax.to(weight.device)
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
+    for part in _row_chunks(rows, columns, weight.device):
+        blocks = weight[part].reshape(part.stop - part.start, columns // BLOCK, BLOCK).float()
+        if not blocks.isfinite().all():
+            raise ValueError(e2m1.NOT_FINITE)
+        before = pre[part].to(weight.device)
+        step = learned_scale(before, of_group)[1] if rounds_pre else unrounded_step(before)
+        packed[part] = e2m1.pack(e2m1.round_to_codes(blocks / step.unsqueeze(-1)).flatten(1))
+        block_scale[part] = learned_scale(post[part].to(weight.device), of_group)[0]
+    divisor = global_scale(of_group, arithmetic=Arithmetic.MODELOPT, dtype=weight.dtype)
+    return NVFP4Weight(packed, block_scale, divisor)
+
+
+def _check(weight: Tensor, block_amax: Tensor | None) -> None:
+    if weight.ndim != 2 or weight.shape[1] % BLOCK:
+        raise ValueError(f"NVFP4 needs [out, in] with in % {BLOCK} == 0, not shape {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"NVFP4 quantizes bf16, fp16 and fp32 weights, not {weight.dtype}")
+    if block_amax is not None and tuple(block_amax.shape) != (weight.shape[0], weight.shape[1] // BLOCK):
+        raise ValueError(f"block amax {tuple(block_amax.shape)} does not fit weight {tuple(weight.shape)}")
 
 
 def dequantize(w: NVFP4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -22,6 +22,10 @@ FP8_MAX = 448.0
 
 SCALE_RANGE = FP4_MAX * FP8_MAX
 """What the amax of a fused group is divided by: the largest code under the largest block scale, 2688."""
+FOUR_OVER_SIX_MAX = 256.0
+"""Largest block scale under a global scale in four-over-six: a block may then have 4 in place of 6 for its amax, under
+a scale 1.5 times as large, without leaving E4M3."""
+_LEAST_SCALE = 1e-8  # of a group, where block amax are learned
 _FP8_TINY = 2.0**-9  # smallest positive (subnormal) E4M3 value
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of weights that can be quantized."""
@@ -59,7 +63,7 @@ def tensor_amax(weights: Sequence[Tensor], *, arithmetic: Arithmetic) -> Tensor:
     return amax
 
 
-def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype, largest: float = FP8_MAX) -> Tensor:
     """Return the stored divisor of a fused group: fp32 ``(1,)``, ``448 * 6 / amax``.
 
     - ``MODELOPT``: ``1 / weight_scale_2`` with ``weight_scale_2 = amax / 2688`` of ``NVFP4QTensor``'s
@@ -73,12 +77,13 @@ def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype) ->
         amax: the group's maximum, one element, on any device.
         arithmetic: whose rounding.
         dtype: the weight's dtype.
+        largest: the largest block scale, in place of 448; for ``MODELOPT`` only.
 
     Raises:
         ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
     """
     if arithmetic == Arithmetic.MODELOPT:
-        return input_global_scale(amax)
+        return _checked_divisor(_scaling_factor_2(_one_element(amax), largest).reciprocal(), amax)
     rounded = _one_element(amax).to(_rounding_dtype(dtype))
     divisor = torch.nan_to_num(rounded.reciprocal() * SCALE_RANGE, nan=1.0, posinf=1.0, neginf=1.0)
     return _checked_divisor(divisor.float(), amax)
@@ -93,7 +98,7 @@ def input_global_scale(amax: Tensor) -> Tensor:
     Raises:
         ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
     """
-    return _checked_divisor(_scaling_factor_2(_one_element(amax)).reciprocal(), amax)
+    return _checked_divisor(_scaling_factor_2(_one_element(amax), FP8_MAX).reciprocal(), amax)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +110,9 @@ class Scaling:
     factor_2: Tensor
 
     @classmethod
-    def of(cls, amax: Tensor, arithmetic: Arithmetic, dtype: torch.dtype) -> "Scaling":
-        divisor = global_scale(amax, arithmetic=arithmetic, dtype=dtype)
-        return cls(arithmetic, divisor, _scaling_factor_2(_one_element(amax)))
+    def of(cls, amax: Tensor, arithmetic: Arithmetic, dtype: torch.dtype, largest: float = FP8_MAX) -> "Scaling":
+        divisor = global_scale(amax, arithmetic=arithmetic, dtype=dtype, largest=largest)
+        return cls(arithmetic, divisor, _scaling_factor_2(_one_element(amax), largest))
 
     @property
     def key(self) -> tuple[Arithmetic, float, float]:
@@ -136,20 +141,39 @@ def _largest(weight: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(weight)).abs().max()
 
 
-def static_scale(block_amax: Tensor, amax: Tensor) -> Tensor:
+def static_scale(block_amax: Tensor, amax: Tensor, largest: float = FP8_MAX) -> Tensor:
     """The E4M3 scale from calibrated block amax ``[rows, in/16]``.
 
     The operations have the order of ModelOpt's ``get_weights_scaling_factor_from_quantizer``.
     """
     limit = torch.full_like(block_amax, FP4_MAX)
     scale = block_amax.float() / limit
-    scale = torch.where(scale == 0, 1.0, scale) * FP8_MAX / (amax.float() / limit[:1, :1])
+    scale = torch.where(scale == 0, 1.0, scale) * largest / (amax.float() / limit[:1, :1])
     return scale.clamp(_FP8_TINY, FP8_MAX).to(torch.float8_e4m3fn)
 
 
-def _scaling_factor_2(amax: Tensor) -> Tensor:
+def learned_scale(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """The E4M3 scale from learned block amax ``[rows, in/16]``, and the value of code 1.0 as training computed it.
+
+    The operations have the order of ``StaticBlockScaleQuantizer._block_scale_from_amax``: a learned amax may be
+    negative, or smaller than E4M3 can say under the group's scale.
+    """
+    six = torch.full_like(block_amax, FP4_MAX, dtype=torch.float32)
+    of_group = (amax.float().reshape(1, 1) / six[:1, :1]).clamp(min=_LEAST_SCALE)
+    scale = torch.maximum(block_amax.float() / six, _FP8_TINY * of_group)
+    factor = torch.full_like(of_group, FP8_MAX) / of_group
+    stored = (scale * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return stored, stored.float() * factor.reciprocal()
+
+
+def unrounded_step(block_amax: Tensor) -> Tensor:
+    """The value of code 1.0 from learned block amax ``[rows, in/16]`` whose scale is not rounded to E4M3."""
+    return (block_amax.float() / torch.full_like(block_amax, FP4_MAX, dtype=torch.float32)).clamp(min=_LEAST_SCALE)
+
+
+def _scaling_factor_2(amax: Tensor, largest: float) -> Tensor:
     amax = amax.float()
-    return amax / torch.full_like(amax, SCALE_RANGE)  # a tensor on the device: see the module's docstring
+    return amax / torch.full_like(amax, FP4_MAX * largest)  # a tensor on the device: see the module's docstring
 
 
 def _one_element(amax: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundl
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.finished_directory import BundleSize
 from amaxbridge.export.schemes import Recipe, Scheme
-from amaxbridge.mappings.amax import GLOBAL_AMAX, WEIGHT_QUANTIZER
+from amaxbridge.mappings.amax import GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.families import packed_experts_of
 from amaxbridge.mappings.fused_groups import group_of, groups_among
@@ -55,7 +55,8 @@ class ShardPlan:
 
     def block_amax(self, bundle: SourceBundle) -> dict[str, Tensor]:
         """The part of `state` that belongs to a bundle."""
-        names = (module_of(name) + WEIGHT_QUANTIZER for name in bundle.specs if name.endswith(".weight"))
+        modules = [module_of(name) for name in bundle.specs if name.endswith(".weight")]
+        names = (module + suffix for module in modules for suffix in (WEIGHT_QUANTIZER, LEARNED_POST, LEARNED_PRE))
         return {name: self.state[name] for name in names if name in self.state}
 
     @property

@@ -6,7 +6,7 @@ that comes one call for each bundle, in any order, on any rank.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
@@ -15,19 +15,35 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.cache_scales import cache_amax, cache_scales
-from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax, MissingAmax, share_amax, split_groups
+from amaxbridge.export.amax.fused_group_amax import (
+    DATA_FREE,
+    BlockAmax,
+    GroupAmax,
+    MissingAmax,
+    share_amax,
+    split_groups,
+)
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
 from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.scheme import naming, quantize_group
 from amaxbridge.export.schemes.targets import EMBEDDINGS, is_targeted
-from amaxbridge.mappings.amax import GLOBAL_AMAX, INPUT_QUANTIZER, PRE_QUANT_SCALE, STORED_SCALES, WEIGHT_QUANTIZER
+from amaxbridge.mappings.amax import (
+    GLOBAL_AMAX,
+    INPUT_QUANTIZER,
+    LEARNED_POST,
+    LEARNED_PRE,
+    PRE_QUANT_SCALE,
+    STORED_SCALES,
+    WEIGHT_QUANTIZER,
+)
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
-from amaxbridge.mappings.names import is_quantizer_state, module_of
+from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 NOTHING_KEPT: Mapping[str, Scheme] = MappingProxyType({})
@@ -37,6 +53,9 @@ CACHE_SCALES = (".k_scale", ".v_scale")
 
 class NothingToQuantizeError(UsageError):
     """A recipe targets no linear module: of a whole model a mistake, of one file no surprise."""
+
+
+_TAKE_AUTO = "Take the scheme that it was trained for, or scheme=auto, which reads it from the quantizers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +79,27 @@ class Bundle:
         return cls({name: WholeTensor(tensor) for name, tensor in mixed.items() if name not in state}, state, key)
 
 
+@dataclass(frozen=True, slots=True)
+class FoldedNorms:
+    """Norms that may take the vectors by which input quantizers multiply their outputs.
+
+    Args:
+        vectors: weight of a norm → the vectors, all equal, of the modules that it feeds.
+        zero_centred: True if norms multiply by `1 + weight`.
+    """
+
+    vectors: Mapping[str, tuple[str, ...]]
+    zero_centred: bool = False
+
+    def fold(self, weight: Tensor, vector: Tensor) -> Tensor:
+        """The weight with which the norm's output is already multiplied, as ModelOpt's exporter makes it."""
+        one = 1.0 if self.zero_centred else 0.0
+        return ((weight.float() + one) * vector.float() - one).to(weight.dtype)
+
+
+_NO_NORMS = FoldedNorms({})
+
+
 class Finalizer:
     """Decides what is written for each tensor, and makes it.
 
@@ -69,6 +109,7 @@ class Finalizer:
         state: per-tensor amax and formats from training; None to quantize what the recipe targets without data.
         missing: what to do about an unusable amax.
         kept: modules that the tensors hold quantized already → their scheme. They are written as they are.
+        norms: the norms that may take vectors of input quantizers.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
@@ -84,7 +125,9 @@ class Finalizer:
         *,
         missing: MissingAmax = MissingAmax.ERROR,
         kept: Mapping[str, Scheme] = NOTHING_KEPT,
+        norms: FoldedNorms = _NO_NORMS,
     ) -> None:
+        self._norms = norms
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
         linears = [module for module in linears if module not in kept]
@@ -99,6 +142,7 @@ class Finalizer:
         if recipe is not None:
             self._schemes = _choose(recipe, linears, state, kept)
             if state is not None:
+                _check_no_format_is_lost(recipe, tensors, state, {*self._schemes, *kept})
                 self._take(recipe, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
@@ -138,7 +182,9 @@ class Finalizer:
             for module, scheme in self._written.items()
         }
         caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
-        return hashlib.sha256(json.dumps([decided, caches], sort_keys=True).encode()).hexdigest()
+        norms = sorted(name for name in self._norms.vectors if self._vector_of_norm(name))
+        parts = [decided, caches, *([norms] if norms else [])]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
         """As `finalize_rows`, for a bundle in memory: name and whole tensor of each."""
@@ -158,18 +204,21 @@ class Finalizer:
             if module is not None and stored is not None:
                 yield from self._adopted(module, tensor, stored)
             elif module is None:
+                vector = self._vector_of_norm(name)
                 for first, rows in tensor.parts():
                     self.finite.look_at(name, rows)
-                    yield Written(name, first, _folded(name, rows, bundle.state))
+                    if vector is not None:
+                        yield Written(name, first, self._norms.fold(rows, bundle.state[vector]))
+                    else:
+                        yield Written(name, first, _folded(name, rows, bundle.state))
             else:
                 quantized[module] = tensor
             if name in self._cache_scales:
                 scale, value = self._cache_scales[name]
                 yield Written(scale, 0, value)
-        block_amax = {module: bundle.state.get(module + WEIGHT_QUANTIZER) for module in quantized}
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
-            blocks = {member: amax for member in group.members if (amax := block_amax[member]) is not None}
+            blocks = {member: amax for member in group.members if (amax := _block_amax(member, bundle.state))}
             yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
 
     def _adopted(self, module: str, codes: Rows, scales: Tensor) -> Iterator[Written]:
@@ -196,7 +245,11 @@ class Finalizer:
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
         known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
         ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
-        _check_no_state_is_lost(known - ignored - written)
+        in_norms = {name for vectors in self._norms.vectors.values() for name in vectors}
+        vectors = {name for name in known - ignored if name.endswith(PRE_QUANT_SCALE)}
+        in_weights = {name for name in vectors if name.removesuffix(PRE_QUANT_SCALE) not in self._schemes}
+        _check_vectors_have_places(vectors - in_norms - in_weights)
+        _check_no_state_is_lost(known - ignored - written - vectors)
         shared = share_amax(state, weights, inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
@@ -227,6 +280,11 @@ class Finalizer:
         specs = self._schemes[module].tensor_specs(weight, arithmetic)
         return {f"{module}.{name}": spec for name, spec in specs.items()}
 
+    def _vector_of_norm(self, name: str) -> str | None:
+        """The vector that multiplies a norm: that of the quantized modules which it feeds."""
+        vectors = self._norms.vectors.get(name, ())
+        return next((each for each in vectors if each.removesuffix(PRE_QUANT_SCALE) in self._schemes), None)
+
     def is_quantized(self, name: str) -> bool:
         """True if the tensor is a weight to be quantized."""
         return self._quantized_module(name) is not None
@@ -250,6 +308,11 @@ def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
 
 
+def _block_amax(module: str, state: Mapping[str, Tensor]) -> BlockAmax | None:
+    stored = state.get(module + WEIGHT_QUANTIZER, state.get(module + LEARNED_POST))
+    return None if stored is None else BlockAmax(stored, state.get(module + LEARNED_PRE))
+
+
 def _choose(
     recipe: Recipe, linears: Iterable[str], state: QuantState | None, kept: Mapping[str, Scheme]
 ) -> dict[str, Scheme]:
@@ -263,7 +326,13 @@ def _choose(
             else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
         )
     everything = {**treated, **kept}
-    split = split_groups({module: f"as {scheme.name}" if scheme else "not" for module, scheme in everything.items()})
+    calibrations = {} if state is None else state.formats
+    split = split_groups(
+        {
+            module: f"as {scheme.name}{_after(scheme.format, calibrations.get(module, ''))}" if scheme else "not"
+            for module, scheme in everything.items()
+        }
+    )
     if split:
         raise MappingError(f"fused groups must be quantized as one:{listing(split)}")
     if state is None:
@@ -284,20 +353,68 @@ def _choose(
             f"{len(left)} modules have quantizers, and scheme={recipe.name} does not target them:{listing(left)}\n"
             "Target them, or ignore them"
         )
-    others = {module: scheme for module, scheme in chosen.items() if state.formats[module] != scheme.format}
+    suited = {module: scheme.suited(state.formats[module]) for module, scheme in chosen.items()}
+    fitting = {module: scheme for module, scheme in suited.items() if scheme is not None}
+    others = {module: scheme for module, scheme in chosen.items() if module not in fitting}
     if others:
         wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
         found = [f"{module}: {state.formats[module]}" for module in others]
         raise UsageError(
-            f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}\n"
-            "Take the scheme that it was trained for, or scheme=auto, which reads it from the quantizers"
+            f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}\n{_TAKE_AUTO}"
         )
-    return chosen
+    if state.inputs is not None:
+        found = [
+            f"{module}: {state.inputs.get(module, 'not quantized')}, {scheme.name} has {scheme.input_format or 'none'}"
+            for module, scheme in fitting.items()
+            if not reads_inputs_as(scheme, module, state)
+        ]
+        if found:
+            raise UsageError(
+                f"scheme={recipe.name} has other inputs than {len(found)} modules in training:{listing(found)}\n"
+                f"{_TAKE_AUTO}"
+            )
+    return fitting
+
+
+def _after(start: str, text: str) -> str:
+    """What follows `start` in a text; "" if it does not start so."""
+    return text.removeprefix(start) if text.startswith(start) else ""
+
+
+def _check_no_format_is_lost(
+    recipe: Recipe, tensors: Iterable[str], state: QuantState, quantized: Collection[str]
+) -> None:
+    """Refuses quantizers of modules that are written unquantized without being ignored."""
+    held = {module_of(name) for name in tensors if name.endswith(".weight")}
+    lost = [
+        f"{module}: {what} {form}"
+        for what, forms in (("weights", state.formats), ("inputs", state.inputs or {}))
+        for module, form in forms.items()
+        if module in held and module not in quantized and not is_targeted(module, recipe.ignore)
+    ]
+    if lost:
+        raise UsageError(
+            f"{len(lost)} quantizers round what scheme={recipe.name} writes unquantized:{listing(lost)}\n"
+            "Disable these quantizers before the export, or ignore the modules"
+        )
+
+
+def _check_vectors_have_places(homeless: set[str]) -> None:
+    """Refuses vectors that multiply inputs of quantized modules, where the tensor before is not a norm's alone."""
+    if homeless:
+        names = sorted(homeless, key=natural_key)
+        raise UsageError(
+            f"the input quantizers of {len(names)} modules multiply inputs by a vector (AWQ, SmoothQuant), which no "
+            f"engine does:{listing(names)}\n"
+            "Only a norm before a dense layer can take it. Ignore these modules (ignore=re:.*o_proj and so on): they "
+            "are written in 16 bits with the vector in their weights, exactly; or calibrate without AWQ and SmoothQuant"
+        )
 
 
 def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
     """The completeness gate: quantizer state that the schemes do not write is refused, not dropped."""
-    lost = sorted(name for name in unwritten if not name.endswith((WEIGHT_QUANTIZER, GLOBAL_AMAX, STORED_SCALES)))
+    of_weights = (WEIGHT_QUANTIZER, GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, STORED_SCALES)
+    lost = sorted(name for name in unwritten if not name.endswith(of_weights))
     if lost:
         raise UsageError(
             f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"

@@ -83,8 +83,8 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
 
 
 def from_quantizers(ignore: Sequence[str] = ()) -> FromQuantizers:
-    """The recipe of `scheme=auto`: any scheme, in any of its group sizes."""
-    sized = (scheme.with_group_size(size) for scheme in SCHEMES.values() for size in scheme.group_sizes)
+    """The recipe of `scheme=auto`: any scheme, in any of its group sizes and for whole rows."""
+    sized = (scheme.with_group_size(size) for scheme in SCHEMES.values() for size in (*scheme.group_sizes, WHOLE_ROW))
     return FromQuantizers((*SCHEMES.values(), *filter(None, sized)), tuple(ignore))
 
 

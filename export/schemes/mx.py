@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.kernels import e2m1, mx
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.mx import BLOCK
@@ -46,7 +46,7 @@ class MXScheme(Scheme):
             codes = TensorSpec((rows, columns // 2), torch.uint8)
         return {self.codes: codes, "weight_scale": TensorSpec((rows, columns // BLOCK), torch.uint8)}
 
-    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         quantize = mx.quantize_mxfp4 if self.bits == 4 else mx.quantize_mxfp8
         codes, exponents = quantize(rows, amax.arithmetic)
         return {self.codes: codes, "weight_scale": exponents}

@@ -14,31 +14,55 @@ unrounded, and 86 % of bf16 activations differ from what training and GPU kernel
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.kernels import nvfp4
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.nvfp4 import BLOCK, FP8_MAX, SCALE_RANGE, NVFP4Weight
+from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX
 from amaxbridge.export.kernels.restore import restore_nvfp4
 from amaxbridge.export.kernels.scaled import Blocks
-from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.quantizer_settings import (
+    FOUR_OVER_SIX,
+    LEARNED,
+    LEARNED_UNROUNDED,
+    QuantizerSettings,
+)
 from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
 WEIGHTS = arguments(4, "float", "tensor_group", group_size=BLOCK)
 BLOCKS_OF_E2M1 = QuantizerSettings((2, 1), block_sizes={-1: BLOCK, "type": "dynamic", "scale_bits": (4, 3)})
 WHOLE_BLOCKS = ShardMultiple(inputs=BLOCK)  # otherwise engines load a shard and read wrong blocks
+_CALIBRATIONS: Mapping[str, float] = MappingProxyType(
+    {"": FP8_MAX, FOUR_OVER_SIX: FOUR_OVER_SIX_MAX, LEARNED: FP8_MAX, LEARNED_UNROUNDED: FP8_MAX}
+)
+"""Ways of quantizers to make block scales → the largest block scale under a global scale."""
 _GLOBAL = SharedScale("weight_global_scale", SCALE_RANGE, is_divisor=True)
 
 
 @dataclass(frozen=True)
 class NVFP4Scheme(Scheme):
-    """E2M1 blocks under E4M3 scales, and these under a global scale."""
+    """E2M1 blocks under E4M3 scales, and these under a global scale.
+
+    Quantizers make the scales of blocks in several ways, `_CALIBRATIONS`. What is stored has one form.
+
+    Args:
+        calibration: the way, as the ending of the format in a `QuantState`; "" for scales from block amax.
+    """
+
+    calibration: str = field(default="", kw_only=True)
+
+    def suited(self, found: str) -> "NVFP4Scheme | None":
+        calibration = found.removeprefix(self.format)
+        fits = found.startswith(self.format) and calibration in _CALIBRATIONS
+        return replace(self, calibration=calibration) if fits else None
 
     @property
     def blocks(self) -> Blocks:
@@ -71,12 +95,27 @@ class NVFP4Scheme(Scheme):
 
     def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
         assert amax.weight is not None, "not measured"
-        divisor = nvfp4.global_scale(amax.weight, arithmetic=amax.arithmetic, dtype=weight.dtype)
+        divisor = nvfp4.global_scale(
+            amax.weight, arithmetic=amax.arithmetic, dtype=weight.dtype, largest=_CALIBRATIONS[self.calibration]
+        )
         return {_GLOBAL.tensor: divisor, **super().constants(weight, amax)}
 
-    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         assert amax.weight is not None, "not measured"
-        quantized = nvfp4.quantize(rows, amax.weight, arithmetic=amax.arithmetic, block_amax=block_amax)
+        if self.calibration in (LEARNED, LEARNED_UNROUNDED):
+            if block_amax is None:
+                raise ValueError("the learned amax of its blocks are missing")
+            post, pre = block_amax.stored, block_amax.stored if block_amax.chosen is None else block_amax.chosen
+            rounds = self.calibration == LEARNED
+            quantized = nvfp4.quantize_learned(rows, amax.weight, post, pre, rounds_pre=rounds)
+        else:
+            quantized = nvfp4.quantize(
+                rows,
+                amax.weight,
+                arithmetic=amax.arithmetic,
+                block_amax=None if block_amax is None else block_amax.stored,
+                largest=_CALIBRATIONS[self.calibration],
+            )
         return {"weight_packed": quantized.packed, "weight_scale": quantized.block_scale}
 
     def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:

@@ -92,14 +92,28 @@ class FromQuantizers:
             raise UsageError("scheme=auto reads the formats from quantizers, and there are none: name a scheme")
         if module not in state.formats or is_targeted(module, self.ignore):
             return None
-        found, inputs = state.formats[module], state.calibrates_input(module)
-        for scheme in self.schemes:
-            if scheme.format == found and scheme.needs_input_amax == inputs:
-                return scheme
-        raise UsageError(
-            f"{module} has {found} weights and {'calibrated' if inputs else 'no calibrated'} inputs, which no scheme "
-            "writes; choose other quantizers, or a scheme by name"
-        )
+        found = state.formats[module]
+        suited = (scheme.suited(found) for scheme in self.schemes)
+        fitting = next((scheme for scheme in suited if scheme and reads_inputs_as(scheme, module, state)), None)
+        if fitting is None:
+            raise UsageError(
+                f"{module} has {found} weights and {_inputs_of(module, state)}, which no scheme writes; choose other "
+                "quantizers, or a scheme by name"
+            )
+        return fitting
+
+
+def reads_inputs_as(scheme: Scheme, module: str, state: QuantState) -> bool:
+    """True if engines quantize the inputs of a module as training did."""
+    if state.inputs is None:
+        return scheme.needs_input_amax == state.calibrates_input(module)
+    return scheme.input_format == state.inputs.get(module)
+
+
+def _inputs_of(module: str, state: QuantState) -> str:
+    if state.inputs is None:
+        return "calibrated inputs" if state.calibrates_input(module) else "no calibrated inputs"
+    return f"{state.inputs[module]} inputs" if module in state.inputs else "inputs that are not quantized"
 
 
 def is_left_alone(module: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.kernels import scaled
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
@@ -103,7 +103,7 @@ class Scaled(Scheme):
             constants["weight_shape"] = torch.tensor(weight.shape)
         return {**constants, **super().constants(weight, amax)}
 
-    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         calibrated = self._amax_of_blocks(rows, amax, block_amax) if amax.arithmetic is Arithmetic.MODELOPT else None
         quantized = scaled.quantize(rows, self.code, self.share, amax=calibrated, symmetric=self._is_symmetric)
         codes = scaled.pack_codes(quantized.codes, self.bits) if self._is_packed else quantized.codes
@@ -141,11 +141,11 @@ class Scaled(Scheme):
         """Engines hold scales in fp32, but scales of packed integers in the model's dtype, whatever is stored."""
         return torch.float32 if arithmetic is Arithmetic.MODELOPT and not self._is_packed else weight
 
-    def _amax_of_blocks(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None) -> Tensor:
+    def _amax_of_blocks(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None) -> Tensor:
         """The amax of each block of some rows: given for the block or the tensor, or measured."""
         shape = self.share.shape(*rows.shape)
         if block_amax is not None:
-            return block_amax.reshape(shape)
+            return block_amax.stored.reshape(shape)
         if amax.weight is not None:
             return amax.weight.expand(shape)
         return scaled.largest(rows, self.share)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale, amax_of_scale
-from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, BlockAmax, GroupAmax
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.e2m1 import NOT_FINITE
@@ -29,7 +29,7 @@ from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring and quantizing
-NO_AMAX: Mapping[str, Tensor] = MappingProxyType({})
+NO_AMAX: Mapping[str, BlockAmax] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,19 @@ class Scheme(ABC):
         """The tensor that holds the codes of a weight."""
         return "weight"
 
+    @property
+    def input_format(self) -> str | None:
+        """The format of ModelOpt's input quantizers, as in a `QuantState`; None if inputs have no quantizer."""
+        return None if self.input_quantizer is None else self.input_quantizer.input_format
+
+    def suited(self, found: str) -> "Scheme | None":
+        """The scheme as weights with quantizers of a format need it; None if it cannot write them.
+
+        Args:
+            found: a format in a `QuantState`: `nvfp4`, `nvfp4 four_over_six`.
+        """
+        return self if found == self.format else None
+
     def with_group_size(self, group_size: int) -> "Scheme | None":
         """The same scheme with groups of another size, -1 for whole rows; None if its blocks are fixed."""
         return None
@@ -175,13 +188,13 @@ class Scheme(ABC):
         return {self.input_scale.tensor: self.input_scale.stored(amax.input)}
 
     @abstractmethod
-    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         """The other tensors, for some rows of a weight.
 
         Args:
             rows: `[n, in]`, beginning at a multiple of `row_step`.
             amax: amax of the fused group, measured if necessary.
-            block_amax: `[blocks down, blocks across]` of these rows, if training kept them.
+            block_amax: those of these rows, if training kept them.
 
         Raises:
             ValueError: the rows hold NaN or Inf.
@@ -255,7 +268,7 @@ def quantize_group(
     scheme: Scheme,
     weights: Mapping[str, Rows],
     amax: GroupAmax | None = None,
-    block_amax: Mapping[str, Tensor] = NO_AMAX,
+    block_amax: Mapping[str, BlockAmax] = NO_AMAX,
 ) -> Iterator[Written]:
     """Yields what is written for a fused group.
 
@@ -263,7 +276,7 @@ def quantize_group(
         scheme: the scheme.
         weights: module → weight `[out, in]`, all members of the group.
         amax: the group's calibrated amax; a None in it comes from the weights. None: data-free.
-        block_amax: module → amax of each block, `[blocks down, blocks across]`, if training kept them.
+        block_amax: module → amax of each block, if training kept them.
 
     Raises:
         MappingError: a weight holds NaN or Inf (names the module), or weights of several dtypes share an amax.
@@ -280,7 +293,7 @@ def quantize_group(
         count, step = weight.spec.shape[0], scheme.row_step
         blocks = block_amax.get(module)
         for first, rows in weight.parts(step):
-            part = None if blocks is None else blocks[first // step : -(-(first + len(rows)) // step)]
+            part = None if blocks is None else blocks.rows(first // step, -(-(first + len(rows)) // step))
             with naming(module):
                 quantized = scheme.quantize_rows(rows, amax, part)
             for name, tensor in quantized.items():
@@ -291,7 +304,7 @@ def quantize_tensors(
     scheme: Scheme,
     weights: Mapping[str, Tensor],
     amax: GroupAmax | None = None,
-    block_amax: Mapping[str, Tensor] = NO_AMAX,
+    block_amax: Mapping[str, BlockAmax] = NO_AMAX,
 ) -> Iterator[tuple[str, Tensor]]:
     """As `quantize_group`, for weights in memory: name and whole tensor of each."""
     whole = {module: WholeTensor(weight) for module, weight in weights.items()}

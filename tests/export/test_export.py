@@ -1,6 +1,7 @@
 """Layout, writer, fused scales and finalizer: from Hugging Face tensors to files, no Megatron involved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,10 +301,35 @@ class TestMissingAmax:
 def test_state_that_the_scheme_has_no_place_for_is_refused() -> None:
     """Output quantizers, input scales: never dropped in silence."""
     state = state_for(GOOD)
-    for name in ("q_proj.output_quantizer._amax", "q_proj.input_quantizer._pre_quant_scale"):
+    for name, message in (
+        ("q_proj.output_quantizer._amax", "no place for 1 quantizer values"),
+        ("q_proj.input_quantizer._pre_quant_scale", "multiply inputs by a vector .*, which no engine does"),
+    ):
         more = QuantState({**state.amax, f"model.layers.0.{name}": torch.tensor(1.0)}, state.formats)
-        with pytest.raises(UsageError, match=rf"no place for 1 quantizer values:\n  model\.layers\.0\.{name}"):
+        with pytest.raises(UsageError, match=rf"{message}:\n  model\.layers\.0\.{name}"):
             Finalizer(specs_of(MODEL), find_scheme("nvfp4"), more)
+
+
+def test_quantizers_of_weights_that_stay_plain_are_refused() -> None:
+    """An input quantizer alone, dynamic or not, and the quantizer of a weight that is no matrix."""
+    state = replace(state_for(GOOD), inputs=None)
+    inputs = dict.fromkeys(state.formats, "e2m1 in blocks of 16 with e4m3 scales")
+    for name in ("lm_head", "norm"):
+        specs = specs_of({**MODEL, "norm.weight": torch.ones(4)})
+        with pytest.raises(UsageError, match=rf"1 quantizers round what scheme=nvfp4 writes .*\n  {name}: inputs int8"):
+            Finalizer(specs, find_scheme("nvfp4"), replace(state, inputs={**inputs, name: "int8 per token"}))
+
+
+def test_other_inputs_than_in_training_are_refused() -> None:
+    state = state_for(GOOD)
+    for inputs, message in (
+        ({}, "not quantized"),
+        (dict.fromkeys(state.formats, "e4m3 per tensor"), "e4m3 per tensor"),
+    ):
+        with pytest.raises(
+            UsageError, match=rf"has other inputs than .* in training:\n  .*: {message}, nvfp4 has e2m1"
+        ):
+            Finalizer(specs_of(MODEL), find_scheme("nvfp4"), replace(state, inputs=inputs))
 
 
 def test_an_input_scale_is_folded_into_a_plain_weight() -> None:

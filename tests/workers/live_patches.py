@@ -19,6 +19,7 @@ from megatron.core.ssm import mamba_mixer  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from modelopt.torch.quantization import tensor_quant  # noqa: E402
 from modelopt.torch.quantization.nn import QuantModuleRegistry  # noqa: E402
+from modelopt.torch.quantization.nn.modules import tensor_quantizer  # noqa: E402
 
 from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
 
@@ -28,6 +29,8 @@ WATCHED = [
     (torch.Tensor, "cuda"),
     (fused_softmax, "get_sliding_window_causal_mask"),
     (tensor_quant, "dynamic_block_quantize_op"),
+    (tensor_quantizer, "static_blockwise_fp4_fake_quant"),
+    (tensor_quantizer, "fp4_cast_ste"),
     (mamba_mixer, "HAVE_MAMBA_SSM"),
     (mamba_mixer, "ExtendedRMSNorm"),
     (mamba_mixer, "mamba_chunk_scan_combined"),

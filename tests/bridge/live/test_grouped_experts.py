@@ -17,7 +17,7 @@ from amaxbridge.bridge.live.model_walk import unwrap, walk_parameters
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.mappings import AmaxFanoutMapping, AmaxMapping, GatedMLPMapping, RowParallelMapping
 from amaxbridge.mappings.amax import per_expert_amax_map
-from amaxbridge.mappings.errors import CheckpointError, UnmappedParameterError, UsageError
+from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks, ThreadRanks, run_threads
 
@@ -118,7 +118,7 @@ def test_quantizers_of_grouped_experts_get_global_numbers(size: int) -> None:
 
 
 def test_stages_of_a_chain_of_quantizers_are_not_taken_for_experts() -> None:
-    with pytest.raises(UnmappedParameterError, match=r"linear_fc1\.weight_quantizer"):
+    with pytest.raises(UsageError, match=r"linear_fc1\.weight_quantizer\.\[0\]: class=SequentialQuantizer"):
         collect(2, lambda local: (SequentialQuantizer(quantizer(1.0), quantizer(2.0)), quantizer(10.0)))
 
 

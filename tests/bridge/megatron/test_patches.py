@@ -13,6 +13,7 @@ from megatron.core.ssm import mamba_mixer
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from modelopt.torch.quantization import tensor_quant
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
+from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
 from amaxbridge.bridge.megatron import cache_quantizers, patches
 from amaxbridge.bridge.megatron.mamba_in_torch import TorchMambaMixer, mixer_class
@@ -27,6 +28,8 @@ ON_A_CPU = [
     (torch.Tensor, "cuda"),
     (fused_softmax, "get_sliding_window_causal_mask"),
     (tensor_quant, "dynamic_block_quantize_op"),
+    (tensor_quantizer, "static_blockwise_fp4_fake_quant"),
+    (tensor_quantizer, "fp4_cast_ste"),
 ]
 
 
@@ -87,7 +90,7 @@ def test_what_is_replaced_is_announced_once(caplog: pytest.LogCaptureFixture) ->
             pass
     assert [record.message for record in caplog.records] == [
         "No CUDA here: Megatron and ModelOpt run on the CPU. Meanwhile torch.cuda.current_device, "
-        "torch.cuda.synchronize, Tensor.cuda and two functions of theirs are replaced"
+        "torch.cuda.synchronize, Tensor.cuda and four functions of theirs are replaced"
     ]
 
 

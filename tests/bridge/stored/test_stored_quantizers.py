@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from amaxbridge.bridge.live.model_walk import Quantizer
+from amaxbridge.bridge.plan.quantizer_gate import refusals
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.errors import CheckpointError
@@ -109,7 +110,7 @@ def test_layers_and_experts_in_one_tensor(tmp_path: Path) -> None:
     }
 
 
-def test_a_chain_of_quantizers_is_refused(tmp_path: Path) -> None:
+def test_a_chain_of_quantizers_is_not_taken_for_experts(tmp_path: Path) -> None:
     """Stages of W4A8 in experts that are a module each are named as the experts of a rank would be."""
     chain = {"weight_quantizer.0": STATIC, "weight_quantizer.1": STATIC}
     saved: dict[str, Any] = {}
@@ -117,5 +118,46 @@ def test_a_chain_of_quantizers_is_refused(tmp_path: Path) -> None:
         saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state(chain)
         for stage in range(2):
             saved[f"{EXPERTS}.{expert}.linear_fc1.weight_quantizer.{stage}._amax"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match="amax without a quantizer configuration"):
+    found = quantizers_in(tmp_path, saved)
+    assert list(found) == [
+        f"{CANONICAL}.weight_quantizer.{expert}.{stage}" for expert in range(4) for stage in range(2)
+    ]
+    assert [each.value for each in refusals(found.values())] == ["SequentialQuantizer"] * 8
+
+
+def test_experts_that_share_a_quantizer_and_disagree_about_it(tmp_path: Path) -> None:
+    saved: dict[str, Any] = {f"{EXPERTS}.linear_fc1.input_quantizer._amax": torch.tensor([9.0])}
+    for expert, setting in enumerate((STATIC, DISABLED, STATIC, STATIC)):
+        own = {"input_quantizer": setting, "weight_quantizer.0": STATIC}
+        saved[f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1"] = state(own)
+    with pytest.raises(CheckpointError, match=r"experts disagree .*\n.*linear_fc1\.input_quantizer"):
         quantizers_in(tmp_path, saved)
+
+
+def test_blocks_of_grouped_experts_keep_their_own_shape(tmp_path: Path) -> None:
+    """ModelOpt saves them as `[rows · blocks of a rank, ranks]`; weights here have one block of 16 in 4 rows."""
+    saved: dict[str, Any] = {}
+    for expert in range(4):
+        saved[f"{EXPERTS}.{expert}.linear_fc2._extra_state/shard_0_1"] = state({"weight_quantizer.0": STATIC})
+        saved[f"{EXPERTS}.{expert}.linear_fc2.weight"] = torch.ones(4, 64)
+        saved[f"{EXPERTS}.{expert}.linear_fc2.weight_quantizer._amax"] = torch.arange(16.0).reshape(8, 2)
+    quantizers_in(tmp_path, saved)
+    stored = StoredModel(DistCheckpoint(tmp_path))
+    amax = stored[f"{CANONICAL.replace('fc1', 'fc2')}.weight_quantizer.2._amax"]
+    assert amax[1].tolist() == [4.0, 6.0, 5.0, 7.0]  # both blocks of the first rank, then those of the second
+    assert stored.tensors[f"{CANONICAL.replace('fc1', 'fc2')}.weight_quantizer.2._amax"].spec.shape == (4, 4)
+
+
+def test_a_buffer_that_modelopt_did_not_save_is_noticed(tmp_path: Path) -> None:
+    metadata = {
+        "params": {},
+        "buffers": {"_amax": {"shape": torch.Size([])}, "_bias_value": {"shape": torch.Size([2])}},
+    }
+    saved: dict[str, Any] = {
+        "decoder.layers.0.mlp.linear_fc2._extra_state/shard_0_1": state(
+            {"weight_quantizer": {**STATIC, "_pytorch_state_metadata": metadata}}
+        ),
+        "decoder.layers.0.mlp.linear_fc2.weight_quantizer._amax": torch.tensor([3.0]),
+    }
+    (found,) = refusals(quantizers_in(tmp_path, saved).values())
+    assert (found.attribute, found.value) == ("_bias_value", "not in the checkpoint")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import amax_of_divisor, amax_of_scale
-from amaxbridge.export.amax.fused_group_amax import GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels import nvfp4
@@ -110,7 +110,7 @@ def test_every_scheme_comes_back(name: str, tmp_path: Path) -> None:
     assert not source.changed, source.changed
     state = source.state
     amax = {module: state.amax.get(module + WEIGHT_QUANTIZER) for module in weights}
-    blocks = {m: each for m, each in amax.items() if each is not None and each.numel() > 1}
+    blocks = {m: BlockAmax(each) for m, each in amax.items() if each is not None and each.numel() > 1}
     one = None if blocks else amax["a.q_proj"]
     found = dict(quantize_tensors(scheme, again, GroupAmax(one, state.amax.get("a.q_proj" + INPUT_QUANTIZER)), blocks))
     assert found.keys() == tensors.keys()

@@ -19,7 +19,7 @@ from modelopt.torch.quantization.tensor_quant import _fp8_eager, _tensor_quant
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amaxbridge.export.amax.fused_group_amax import DATA_FREE, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, BlockAmax, GroupAmax
 from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import unpack_codes
@@ -226,7 +226,7 @@ def test_fp8_codes_at_ties_are_those_of_the_fake_quantizer(dtype: torch.dtype) -
     """Its 448 / amax rounds twice: under amax 0.234375 it takes 0.087890625, 168 of 448, to 176, not to 160."""
     weight = torch.tensor([[0.087890625, -0.02197265625, 0.234375]]).to(dtype)
     amax = weight.float().abs().amax(1, keepdim=True)
-    found = quantized("fp8_dynamic", weight, GroupAmax(None, None), block_amax={"m": amax})
+    found = quantized("fp8_dynamic", weight, GroupAmax(None, None), block_amax={"m": BlockAmax(amax)})
     codes = _fp8_eager(weight.float(), amax) / (1 / (448.0 / amax))
     assert found["weight"].float().tolist() == codes.round().tolist() == [[176.0, -44.0, 448.0]]
 
@@ -241,7 +241,7 @@ def test_integer_codes_are_those_of_the_fake_quantizer(name: str, bits: int, blo
     bound = 2 ** (bits - 1) - 1
     values = _tensor_quant(weight.float(), spread, bits, narrow_range=False)
     scheme = named_scheme(name, 256 // blocks if blocks > 1 else None)
-    found = dict(quantize_tensors(scheme, {"m": weight}, GroupAmax(None, None), block_amax={"m": amax}))
+    found = dict(quantize_tensors(scheme, {"m": weight}, GroupAmax(None, None), block_amax={"m": BlockAmax(amax)}))
     codes = unpack_codes(found["m.weight_packed"], 256, bits) if blocks > 1 else found["m.weight"]
     assert torch.equal(codes.float(), (values * (bound / spread)).round())
     # The contract has bf16 scales beside packed integers: an engine would round others to it, unseen.

@@ -1,0 +1,85 @@
+"""Real Megatron ranks with AWQ and SmoothQuant: input quantizers that multiply inputs, enabled or not.
+
+    torchrun --nproc-per-node N live_awq.py HF_DIR OUT_DIR SIZES_JSON
+
+For each case: the checkpoint, live exports of all modules but those without a norm before them, what an export of
+those too raises, and at TP=1 the logits of the quantized model and an oracle, CASE.safetensors: the fake-quantized
+weight and the vector of each Hugging Face weight.
+"""
+
+import copy
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import modelopt.torch.quantization as mtq  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge.live.model_walk import walk_all_quantizers  # noqa: E402
+from amaxbridge.mappings.errors import UsageError  # noqa: E402
+from tests.workers.model import forward  # noqa: E402
+
+CASES = {"int4_awq": mtq.INT4_AWQ_CFG, "nvfp4_awq_lite": mtq.NVFP4_AWQ_LITE_CFG}
+WITHOUT_NORM = ("*linear_proj*", "*linear_fc2*")
+
+
+def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    out.mkdir(parents=True, exist_ok=True)
+    alone = sizes.get("tp", 1) == 1
+    with megatron.distributed(**sizes):
+        for case, preset in CASES.items():
+            whole = calibrated(bridge, preset, ())
+            ignore = ["re:.*o_proj", "re:.*down_proj"]
+            bridge.save_hf_pretrained(whole, out / f"{case}_ignoring", scheme="auto", ignore=ignore)
+            bridge.save_hf_pretrained(whole, out / f"{case}_plain", scheme="none")
+            if alone:
+                (out / f"{case}.txt").write_text(refusal(bridge, whole, out))
+            model = calibrated(bridge, preset, WITHOUT_NORM)
+            bridge.save_hf_pretrained(model, out / case, scheme="auto")
+            megatron.save_checkpoint(model, out / f"checkpoint_{case}", iteration=1)
+            if alone:
+                save_file({**oracle(bridge, model), "logits": forward(model)}, out / f"{case}.safetensors")
+
+
+def calibrated(bridge: AutoBridge, preset: Any, disabled: tuple[str, ...]) -> Any:
+    model = megatron.build_model(bridge.hf)
+    bridge.load_hf_weights(model)
+    config = copy.deepcopy(preset)
+    config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in disabled]
+    mtq.quantize(model, config, forward)
+    return model.bfloat16()
+
+
+def refusal(bridge: AutoBridge, model: Any, out: Path) -> str:
+    try:
+        bridge.save_hf_pretrained(model, out / "refused", scheme="auto")
+    except UsageError as error:
+        return str(error)
+    return "written"
+
+
+@torch.no_grad()
+def oracle(bridge: AutoBridge, model: Any) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    modules = {id(each.weight_quantizer): each for each in model.modules() if hasattr(each, "weight_quantizer")}
+    for each in walk_all_quantizers([model]):
+        mapping = bridge.hf.registry.megatron_to_hf_lookup(each.name.replace(".weight_quantizer", ".weight"))
+        if mapping is None or ".weight_quantizer" not in each.name or not each.module.is_enabled:
+            continue
+        linear = modules[id(each.module)]
+        for name, weight in mapping.join([each.module(linear.weight)], bridge.hf.model_config).items():
+            made[f"{name}.fake"] = weight.contiguous()
+            made[f"{name}.vector"] = linear.input_quantizer.pre_quant_scale.flatten().clone()
+    return made
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
