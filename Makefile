@@ -15,7 +15,7 @@ FAST := -m 'not slow'
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity engines sweep lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -113,6 +113,10 @@ bench: peer
 # Every architecture of transformers, tiny and random: the table of docs/architectures.md. TYPES=qwen3,llama runs a few.
 sweep: setup
 	$(BIN)/python -m tests.sweep.run $(if $(TYPES),--types $(TYPES))
+
+# Every preset of ModelOpt on a tiny model, exported or refused: the table of docs/quantizers.md.
+presets: setup
+	$(BIN)/python -m tests.presets.walk
 
 lint: setup
 	$(BIN)/ruff check .

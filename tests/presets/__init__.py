@@ -1,0 +1,1 @@
+"""Every preset of ModelOpt, exported or refused."""
