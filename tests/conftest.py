@@ -1,17 +1,20 @@
 """Shared fixtures: a tiny Hugging Face model, and real Megatron processes exporting it."""
 
 import contextlib
+import gc
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from tests.support.hf_models import make_deepseek_v3, make_qwen3_moe
+from tests.support.hf_models import make_deepseek_v3, make_nemotron_h, make_qwen3, make_qwen3_moe
 from tests.support.launcher import Launcher, LiveRanks
-from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
+from tests.support.made_once import made_once, shared_root
+from tests.support.slow_tests import Measuring, mark_and_order
 
 
 class _TorchRandom:
@@ -36,23 +39,35 @@ def seeded() -> None:
     torch.manual_seed(20)
 
 
-SLOW = frozenset({"launch", "transformers"})
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--measure", action="store_true", help="measure all tests, and write tests/slow_tests.txt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("measure"):
+        config.pluginmanager.register(Measuring())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what starts Megatron ranks or loads transformers; `make test-fast` leaves these tests out.
+    mark_and_order(items)
 
-    Other slow tests carry the marker themselves.
-    """
-    for item in items:
-        if isinstance(item, pytest.Function) and SLOW & set(item.fixturenames):
-            item.add_marker(pytest.mark.slow)
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     """The library, whose import takes seconds."""
     return importlib.import_module("transformers")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the whole run, whichever worker process of pytest-xdist asks."""
+    return shared_root(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -64,119 +79,81 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="session")
-def qwen3(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3(transformers: ModuleType, shared: Path) -> Path:
     """A tiny random Qwen3 in Hugging Face's format: grouped-query attention, a vocabulary that TP=2 must pad."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    directory = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(7)
-    config = Qwen3Config(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.08,
-    )
-    model = Qwen3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif "proj" in name:  # a largest element whose scale has an exact reciprocal, so that forwards can be compared
-            parameter.data[0, 0] = 0.5
-    model.bfloat16().save_pretrained(directory)
-    (directory / "tokenizer_config.json").write_text('{"model_max_length": 64}')
-    return directory
+    return made_once(shared / "qwen3", make_qwen3)
 
 
 @pytest.fixture(scope="session")
-def live(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+def live(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
     """What real Megatron ranks exported, at TP=1, TP=2 and PP=2."""
-    return LiveRanks(launch, "live_export.py", qwen3, tmp_path_factory.mktemp("live"))
+    return LiveRanks(launch, "live_export.py", qwen3, shared / "live")
 
 
 @pytest.fixture(scope="session")
-def qwen3_moe(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3_moe(transformers: ModuleType, shared: Path) -> Path:
     """A tiny random Qwen3-MoE: two layers of eight experts, two for each token."""
     sizes = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True}
-    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"), sizes)
+    return made_once(shared / "qwen3_moe", lambda directory: make_qwen3_moe(directory, sizes))
 
 
 @pytest.fixture(scope="session")
-def qwen3_moe_mixed(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3_moe_mixed(transformers: ModuleType, shared: Path) -> Path:
     """One with a dense layer among four, tied embeddings, and expert weights that do not add up to one."""
-    sizes = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
-    directory = tmp_path_factory.mktemp("qwen3_moe_mixed")
-    return make_qwen3_moe(directory, {**sizes, "mlp_only_layers": [2], "tie_word_embeddings": True})
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 32}
+    sizes |= {"norm_topk_prob": False, "mlp_only_layers": [2], "tie_word_embeddings": True}
+    return made_once(shared / "qwen3_moe_mixed", lambda directory: make_qwen3_moe(directory, sizes))
 
 
 @pytest.fixture(scope="session")
-def deepseek_v3(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deepseek_v3(transformers: ModuleType, shared: Path) -> Path:
     """A tiny random DeepSeek-V3: a dense layer, then two with experts in four groups; YaRN."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-    sizes = {"num_hidden_layers": 3, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "q_lora_rank": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+    }
     scales = {"mscale": 1.0, "mscale_all_dim": 0.5}
-    return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3"), 0, {**sizes, "rope_parameters": {**yarn, **scales}})
+    sizes["rope_parameters"] = {**yarn, **scales}
+    return made_once(shared / "deepseek_v3", lambda directory: make_deepseek_v3(directory, 0, sizes))
 
 
 @pytest.fixture(scope="session")
-def deepseek_v3_mtp(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deepseek_v3_mtp(transformers: ModuleType, shared: Path) -> Path:
     """One with two layers for multi-token prediction, queries that are projected at once, two shared experts."""
-    sizes = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    return make_deepseek_v3(tmp_path_factory.mktemp("deepseek_v3_mtp"), 2, {**sizes, "n_shared_experts": 2})
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
+    sizes |= {"num_experts_per_tok": 2, "n_shared_experts": 2}
+    return made_once(shared / "deepseek_v3_mtp", lambda directory: make_deepseek_v3(directory, 2, sizes))
 
 
 @pytest.fixture(scope="session")
-def nemotron_h(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nemotron_h(transformers: ModuleType, shared: Path) -> Path:
     """A tiny random Nemotron-H: two layers of Mamba, one each of MLP, attention and experts; two layers for MTP."""
-    from safetensors.torch import load_file, save_file
-    from transformers import NemotronHForCausalLM
-
-    directory = tmp_path_factory.mktemp("nemotron_h")
-    torch.manual_seed(19)
-    mtp = {"num_nextn_predict_layers": 2, "mtp_layers_block_type": ["full_attention", "moe"]}
-    model = NemotronHForCausalLM(config("NemotronHForCausalLM", **NEMOTRON_H, **mtp)())
-    randomize(model)
-    model.bfloat16()
-    expert_biases(model)
-    model.save_pretrained(directory)
-    tensors = load_file(directory / "model.safetensors")
-    for layer, like in enumerate(("backbone.layers.2", "backbone.layers.3") * 2):  # transformers does not build them
-        likes = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(f"{like}.")}
-        if layer % 2 == 0:
-            norm, projection = tensors["backbone.norm_f.weight"], torch.empty(64, 128, dtype=torch.bfloat16)
-            likes |= {".enorm.weight": norm, ".hnorm.weight": norm, ".eh_proj.weight": projection}
-        else:
-            likes[".final_layernorm.weight"] = norm
-        for name, tensor in likes.items():
-            tensors[f"mtp.layers.{layer}{name}"] = (0.1 * torch.randn(tensor.shape)).to(tensor.dtype)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return made_once(shared / "nemotron_h", make_nemotron_h)
 
 
 @pytest.fixture(scope="session")
-def live_mla(launch: Launcher, deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+def live_mla(launch: Launcher, deepseek_v3: Path, shared: Path) -> LiveRanks:
     """What real Megatron ranks exported of the model with latent attention."""
-    return LiveRanks(launch, "live_mla.py", deepseek_v3, tmp_path_factory.mktemp("live_mla"))
+    return LiveRanks(launch, "live_mla.py", deepseek_v3, shared / "live_mla")
 
 
 @pytest.fixture(scope="session")
-def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, shared: Path) -> LiveRanks:
     """The same of the model with layers for multi-token prediction."""
-    return LiveRanks(launch, "live_mla.py", deepseek_v3_mtp, tmp_path_factory.mktemp("live_mtp"))
+    return LiveRanks(launch, "live_mla.py", deepseek_v3_mtp, shared / "live_mtp")
 
 
 @pytest.fixture(scope="session")
-def live_moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+def live_moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
     """What real Megatron ranks exported of the MoE model."""
-    return LiveRanks(launch, "live_moe.py", qwen3_moe, tmp_path_factory.mktemp("live_moe"))
+    return LiveRanks(launch, "live_moe.py", qwen3_moe, shared / "live_moe")
 
 
 @pytest.fixture(scope="session")
-def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
+def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, shared: Path) -> LiveRanks:
     """The same of the model with a dense layer."""
-    return LiveRanks(launch, "live_moe.py", qwen3_moe_mixed, tmp_path_factory.mktemp("live_moe_mixed"))
+    return LiveRanks(launch, "live_moe.py", qwen3_moe_mixed, shared / "live_moe_mixed")

@@ -1,9 +1,36 @@
-"""Tiny random models in Hugging Face's format: the ones that several fixtures make in different sizes."""
+"""Tiny random models in Hugging Face's format."""
 
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny_models import expert_biases, randomize
+from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
+
+
+def make_qwen3(directory: Path) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+    )
+    model = Qwen3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "proj" in name:  # a largest element whose scale has an exact reciprocal, so that forwards can be compared
+            parameter.data[0, 0] = 0.5
+    model.bfloat16().save_pretrained(directory)
+    (directory / "tokenizer_config.json").write_text('{"model_max_length": 64}')
 
 
 def make_qwen3_moe(directory: Path, sizes: dict[str, Any]) -> Path:
@@ -78,4 +105,29 @@ def add_mtp_layers(directory: Path, first: int, count: int) -> None:
             tensors[f"model.layers.{layer}.{name}"] = (0.1 * torch.randn(like.shape)).to(like.dtype)
         tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_nemotron_h(directory: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import NemotronHForCausalLM
+
+    torch.manual_seed(19)
+    mtp = {"num_nextn_predict_layers": 2, "mtp_layers_block_type": ["full_attention", "moe"]}
+    model = NemotronHForCausalLM(config("NemotronHForCausalLM", **NEMOTRON_H, **mtp)())
+    randomize(model)
+    model.bfloat16()
+    expert_biases(model)
+    model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for layer, like in enumerate(("backbone.layers.2", "backbone.layers.3") * 2):  # transformers does not build them
+        likes = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(f"{like}.")}
+        if layer % 2 == 0:
+            norm, projection = tensors["backbone.norm_f.weight"], torch.empty(64, 128, dtype=torch.bfloat16)
+            likes |= {".enorm.weight": norm, ".hnorm.weight": norm, ".eh_proj.weight": projection}
+        else:
+            likes[".final_layernorm.weight"] = norm
+        for name, tensor in likes.items():
+            tensors[f"mtp.layers.{layer}{name}"] = (0.1 * torch.randn(tensor.shape)).to(tensor.dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

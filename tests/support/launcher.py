@@ -1,11 +1,14 @@
 """Real Megatron processes: a launcher of scripts on ranks, and what the ranks of a topology wrote."""
 
 import json
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.made_once import made_once
 from tests.support.paths import ENVIRONMENT, ROOT, WORKERS
 
 
@@ -40,19 +43,30 @@ class Launcher:
         assert status == "0", f"{' '.join(argv)} ended with {status or 'the zygote'}:\n{log.read_text()}"
         return log.read_text()
 
+    def results(self, function: Callable[[int], Any], directory: Path, *, processes: int) -> list[Any]:
+        """What a function of a module returns on each rank, given the rank; in rank order."""
+        self(WORKERS / "on_ranks.py", function.__module__, function.__name__, directory, processes=processes)
+        return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(processes)]
+
     def close(self) -> None:
         self._zygote.communicate()
 
 
 class LiveRanks:
-    """Runs a worker once per topology, when first asked for."""
+    """Runs a worker once per topology, when first asked for.
+
+    Args:
+        launch: starts the ranks.
+        worker: name of the script.
+        hf: directory of the model.
+        root: where each topology gets a directory.
+    """
 
     def __init__(self, launch: Launcher, worker: str, hf: Path, root: Path) -> None:
         self.hf = hf
         self._launch = launch
         self._worker = WORKERS / worker
         self._root = root
-        self._done = set[Path]()
 
     def at(self, *, processes: int = 0, **sizes: int) -> Path:
         """The directory of everything that the ranks of a topology wrote.
@@ -64,10 +78,11 @@ class LiveRanks:
         sizes = {"tp": 1, **sizes}
         processes = processes or sizes["tp"] * sizes.get("pp", 1)
         directory = self._root / f"{processes}_{''.join(f'{axis}{size}' for axis, size in sizes.items())}"
-        if directory not in self._done:
+
+        def run(directory: Path) -> None:
             self._launch(self._worker, self.hf, directory, json.dumps(sizes), processes=processes)
-            self._done.add(directory)
-        return directory
+
+        return made_once(directory, run)
 
     def report(self, **sizes: int) -> dict[str, Any]:
         """What the worker noted down: messages of warnings and errors."""

@@ -8,7 +8,9 @@ Protocol: one JSON request a line on standard input, {"argv", "processes", "log"
 """
 
 import contextlib
+import gc
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -17,8 +19,10 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 
 IMPORTED = (
+    "amaxbridge.bridge.megatron",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.dist_checkpointing",
     "modelopt.torch.opt.plugins",
@@ -32,18 +36,32 @@ IMPORTED = (
 def serve() -> None:
     """Answers requests until standard input closes."""
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # a compiler warms up in each rank for a handful of tokens
     with contextlib.redirect_stdout(sys.stderr):
         for name in IMPORTED:
             importlib.import_module(name)
+        conversions = importlib.import_module("transformers.conversion_mapping")
+        conversions.get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, which it then keeps
+    ports = _ports()
+    gc.collect()
+    gc.freeze()  # or each rank would walk, and so copy, a million objects that never change
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(_run(**request)), flush=True)
+        print(json.dumps(_run(**request, port=next(ports))), flush=True)
 
 
-def _run(argv: list[str], processes: int, log: str, cwd: str) -> int:
+def _ports() -> Iterator[str]:
+    """Free ports below those that the kernel gives to connections, each once, and others in another zygote."""
+    for port in itertools.cycle(range(10_000, 30_000)[os.getpid() * 200 % 20_000 :]):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        yield str(port)
+
+
+def _run(argv: list[str], processes: int, log: str, cwd: str, port: str) -> int:
     """Forks the ranks and waits for all; the first that fails gives the status and ends the others, who wait for it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
     children = set[int]()
     for rank in range(processes):
         child = os.fork()

@@ -1,26 +1,21 @@
 """Who moves what: any mesh gives the same bundles, each Hugging Face tensor once, shards to their owner only."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amaxbridge.bridge.live.bundle_stream import stream_bundles
-from amaxbridge.bridge.live.process_ranks import ProcessRanks
 from amaxbridge.bridge.plan.export_plan import plan_export
 from amaxbridge.mappings.errors import MappingError, UnmappedParameterError
-from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks, run_threads
-from benchmarks.meshes import Mesh, Model, as_parameters, process_groups
-from benchmarks.traffic import CountingRanks
-
-DENSE = family_of({"architectures": ["Qwen3ForCausalLM"]}).registry
-MOE = family_of({"architectures": ["Qwen3MoeForCausalLM"]}).registry
+from benchmarks.meshes import Mesh, Model, as_parameters
+from tests.support import mesh_exports
+from tests.support.launcher import Launcher
+from tests.support.mesh_exports import DENSE, as_lists, export
 
 MESHES = [
     Mesh(tp=2),
@@ -35,20 +30,6 @@ MESHES = [
     Mesh(tp=2, dp=2, etp=4),
     Mesh(tp=2, dp=4, pp=2, ep=2, etp=2),
 ]
-
-
-def export(ranks: Ranks, model: Model, mesh: Mesh, bucket_bytes: int = 1 << 20) -> tuple[dict[str, Tensor], int]:
-    """What one rank owns, and the bytes it received."""
-    registry = MOE if model.experts else DENSE
-    tensors = model.parameters(mesh, ranks.rank(Axis.WORLD), registry)
-    counting = CountingRanks(ranks)
-    plan = plan_export(as_parameters(tensors), registry, model.config, counting, skip=frozenset())
-    owned: dict[str, Tensor] = {}
-    for bundle in stream_bundles(plan, tensors, model.config, counting, bucket_bytes=bucket_bytes):
-        assert owned.keys().isdisjoint(bundle.tensors)
-        for name, rows in bundle.tensors.items():
-            ((_, owned[name]),) = rows.parts()
-    return owned, counting.received
 
 
 def together(exports: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
@@ -82,26 +63,12 @@ def test_work_is_spread_and_nothing_moves_that_need_not(mesh: Mesh) -> None:
         assert received <= 1.05 * share * (width - 1) / width, "a rank receives what it joins, less its own shard"
 
 
-def test_threads_and_processes_give_the_same_bytes(tmp_path: Any) -> None:
-    mesh, model = Mesh(tp=2, dp=2, ep=2, etp=2), Model(heads=8, groups=2, experts=8)
-    results = mp.get_context("spawn").SimpleQueue()
-    processes = mp.spawn(_process, (str(tmp_path / "store"), mesh, model, results), nprocs=mesh.world, join=False)
-    by_rank = dict(results.get() for _ in range(mesh.world))
-    processes.join()
-    threads = run_threads(mesh.world, lambda ranks: _as_lists(export(ranks, model, mesh)), mesh.groups())
-    assert [by_rank[rank] for rank in range(mesh.world)] == threads
-
-
-def _process(rank: int, store: str, mesh: Mesh, model: Model, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=mesh.world)
-    results.put((rank, _as_lists(export(ProcessRanks(process_groups(mesh, rank)), model, mesh))))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _as_lists(exported: tuple[dict[str, Tensor], int]) -> Any:
-    owned, received = exported
-    return {name: tensor.view(torch.uint8).tolist() for name, tensor in owned.items()}, received
+def test_threads_and_processes_give_the_same_bytes(launch: Launcher, tmp_path: Path) -> None:
+    mesh, model = mesh_exports.ON_PROCESSES
+    by_rank = launch.results(mesh_exports.on_processes, tmp_path, processes=mesh.world)
+    threads = run_threads(mesh.world, lambda ranks: as_lists(export(ranks, model, mesh)), mesh.groups())
+    assert len(threads) == 4
+    assert by_rank == threads
 
 
 class TestProblemsAreFoundOnEveryRank:
