@@ -10,6 +10,7 @@ import sysconfig
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ class Environment:
             "-q",
             "--offline",
             "--no-deps",
+            "--compile-bytecode",
             "--python",
             self.python,
             *words,
@@ -111,7 +113,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
     return environment
 
 
-@pytest.mark.slow
 class TestWheel:
     def test_top_level_names(self, wheel: Path) -> None:
         names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
@@ -153,7 +154,6 @@ class TestWheel:
         assert wheel.name.split("-")[1] == printed
 
 
-@pytest.mark.slow
 def test_an_editable_installation(source: Path, tmp_path: Path) -> None:
     environment = fresh_environment(tmp_path / "venv")
     environment.install("--no-build-isolation", "--editable", source)
@@ -194,7 +194,6 @@ PROJECTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 """Projects that have the words for themselves: their files, and what runs them."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
 def test_beside_a_project_with_the_same_words(name: str, installed: Environment, tmp_path: Path) -> None:
     """The project finds its own modules although we are installed, and we find ours although they are there."""
@@ -208,7 +207,6 @@ def test_beside_a_project_with_the_same_words(name: str, installed: Environment,
     assert "scheme=" in options
 
 
-@pytest.mark.slow
 def test_the_installed_command_quantizes(installed: Environment, tmp_path: Path) -> None:
     """In a folder whose own modules have our words, and whose `configs` has a scheme of our name."""
     for name in ROOMS:
@@ -220,7 +218,6 @@ def test_the_installed_command_quantizes(installed: Environment, tmp_path: Path)
     assert sum(name.endswith(".weight_packed") for name in tensors_of(tmp_path / "out")) == 7
 
 
-@pytest.mark.slow
 def test_help_loads_nothing_heavy() -> None:
     """So that it answers at once: the list of commands from the standard library, options of one without torch."""
     code = (
@@ -278,6 +275,7 @@ PACKAGES = sorted(
 )
 
 
+@cache
 def importers() -> dict[str, set[str]]:
     """Package → every name that a file of the repository imports from its `__init__`."""
     found: dict[str, set[str]] = {}

@@ -26,8 +26,6 @@ from tests.support.paths import PUBLISHED_MODELS, WORKERS
 from tests.support.published_models import PARAMETERS, published
 from tests.support.tiny_models import LLAMA3, TINY_MODELS, YARN
 
-pytestmark = pytest.mark.slow  # models of published sizes in transformers
-
 
 def hf_model(config: Any) -> HFModel:
     fields = config.to_dict()

@@ -16,8 +16,6 @@ from amaxbridge.mappings.tensors import TensorSpec
 from tests.support.launcher import LiveRanks
 from tests.support.paths import PUBLISHED_MODELS
 
-pytestmark = pytest.mark.slow  # transformers' models of published sizes
-
 
 def published(name: str, directory: Path) -> HFModel:
     """A directory that holds nothing but config.json."""

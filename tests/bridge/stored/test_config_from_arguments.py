@@ -21,8 +21,6 @@ from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_ar
 from tests.support.published_models import PARAMETERS, published
 from tests.support.tiny_models import TINY_MODELS
 
-pytestmark = pytest.mark.slow  # transformers' configurations
-
 NOT_OF_MEGATRON = {"initializer_range", "chunk_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 TWO_KINDS = ("Qwen3-MoE", "OLMoE")  # which the arguments do not tell apart; `test_parity.py` has their tensors
 IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part

@@ -70,7 +70,6 @@ def test_gpt_oss_reads_gate_and_up_from_even_and_odd_columns() -> None:
     assert torch.equal(written["mlp.experts.down_proj"], expert["mlp.experts.0.down_proj.weight"].t())
 
 
-@pytest.mark.slow
 def test_published_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -8,8 +8,6 @@ import pytest
 
 from tests.support.paths import ENVIRONMENT
 
-pytestmark = pytest.mark.slow  # processes that compile
-
 PROGRAM = """
 import sys, torch
 from amaxbridge.export.kernels import e2m1

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between E2M1 values
 
 
-@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """In a process of its own: Triton chooses when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -276,7 +276,6 @@ class TestDisk:
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """SIGKILL: the target is as it was, and the run after it ends with the bytes of one that was never disturbed.
 

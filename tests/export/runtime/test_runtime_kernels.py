@@ -3,12 +3,9 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.support.paths import ENVIRONMENT, ROOT
 
 
-@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     chosen = "kernel and (tokens5 or act_order or no_tokens) and not bfloat16"  # it multiplies the bits of bf16
     command = [
