@@ -19,7 +19,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 IMPORTED = (
     "amaxbridge.bridge.megatron",
@@ -38,16 +38,21 @@ def serve() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # a compiler warms up in each rank for a handful of tokens
     with contextlib.redirect_stdout(sys.stderr):
-        for name in IMPORTED:
-            importlib.import_module(name)
-        conversions = importlib.import_module("transformers.conversion_mapping")
-        conversions.get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, which it then keeps
+        prepare(IMPORTED)
     ports = _ports()
-    gc.collect()
-    gc.freeze()  # or each rank would walk, and so copy, a million objects that never change
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(_run(**request, port=next(ports))), flush=True)
+
+
+def prepare(modules: Sequence[str]) -> None:
+    """Does what every forked process would do: imports, and what transformers does at the first model."""
+    for name in modules:
+        importlib.import_module(name)
+    conversions = importlib.import_module("transformers.conversion_mapping")
+    conversions.get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, which it then keeps
+    gc.collect()
+    gc.freeze()  # or each process would walk, and so copy, a million objects that never change
 
 
 def _ports() -> Iterator[str]:

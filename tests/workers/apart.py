@@ -6,7 +6,6 @@ bundles makes the file LOG.paused, and goes on when it is removed.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from amaxbridge.export.disk import shard_writer
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.scripts import progress_bar
 from amaxbridge.scripts.export import export
+from tests.support.zygote import prepare
 
 IMPORTED = (
     "amaxbridge.bridge.auto",
@@ -78,7 +78,6 @@ def answer(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
-        importlib.import_module(name)
+    prepare(IMPORTED)
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)
