@@ -59,7 +59,7 @@ test-lowest: setup
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --upgrade --resolution lowest-direct --editable '.[test]'
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST) \
-		--deselect tests/bridge/test_megatron.py::test_weights_are_what_modelopt_makes_of_them  # ModelOpt 0.44 needs CUDA for it
+		--ignore tests/bridge/live/test_grouped_experts.py  # ModelOpt 0.44 has no GroupedQuantizer
 
 test-newest: setup
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)

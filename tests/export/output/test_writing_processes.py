@@ -40,7 +40,7 @@ class Process:
         return Path(f"{self.log}.paused")
 
     def until_paused(self) -> None:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300  # on a busy machine
         while not self.paused.exists():
             assert time.monotonic() < limit, self.log.read_text()
             time.sleep(0.01)
