@@ -80,7 +80,7 @@ class StoredTensor:
         length = total
         if self.spec.nbytes > limit and self.spec.shape:
             length = max(limit // (self.spec.nbytes // total) // step, 1) * step
-        for first in range(0, total, length):
+        for first in range(0, total, max(length, 1)):
             part = self if length == total else self.rows(first, min(length, total - first))
             if into is None:
                 yield Part(first, part.look())

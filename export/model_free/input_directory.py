@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from amaxbridge.export.output.config_and_index import read_config_json
-from amaxbridge.export.schemes.targets import is_named
+from amaxbridge.export.schemes.recipe import Groups, Recipe
+from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_named
 from amaxbridge.mappings.errors import UsageError, listing
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -73,6 +74,33 @@ def check_ignored(ignore: Sequence[str], modules: Iterable[str]) -> None:
         raise UsageError(
             f"{len(idle)} entries of ignore match no module:{listing(idle)}\n"
             r"Give full names, or patterns that match from the beginning: re:.*\.gate$"
+        )
+
+
+def check_targets(recipe: Recipe | None, modules: Iterable[str], *, tied: bool) -> None:
+    """Refuses targets that nothing can come of.
+
+    Args:
+        recipe: what is asked for; targets of its groups by name or pattern are looked at.
+        modules: every module with a weight.
+        tied: True if config.json says that the head is the embedding.
+
+    Raises:
+        UsageError: a target matches no module, or a tied head.
+    """
+    modules = list(modules)
+    groups = recipe.groups if isinstance(recipe, Groups) else ()
+    targets = [target for group in groups for target in group.targets if target != EVERY_LINEAR]
+    heads = [target for target in targets if tied and target == HEAD]
+    if heads:
+        raise UsageError(
+            f"{HEAD} is tied to the embedding, so no engine reads it quantized: leave it out of the targets"
+        )
+    idle = [target for target in targets if not any(is_named(module, [target]) for module in modules)]
+    if idle:
+        raise UsageError(
+            f"{len(idle)} targets match no module:{listing(idle)}\n"
+            r"Give full names, or patterns that match from the beginning: re:.*\.o_proj$"
         )
 
 

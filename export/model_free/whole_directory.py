@@ -24,6 +24,7 @@ from amaxbridge.export.model_free.converters.quantized_source import QuantizedSo
 from amaxbridge.export.model_free.input_directory import (
     check_apart,
     check_ignored,
+    check_targets,
     fingerprint_of,
     model_directory,
     read_config,
@@ -129,6 +130,7 @@ def model_free_ptq(
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
         plan = _plan(checkpoint, recipe, quant_state, config, quantized, chain, missing)
         plan.finalizer.finite = finite
+        check_targets(recipe, plan.modules, tied=bool(config.get("tie_word_embeddings")))
         check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
         if lonely := plan.incomplete_groups:
             _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))

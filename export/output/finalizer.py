@@ -141,6 +141,7 @@ class Finalizer:
         self.data_free = recipe is not None and state is None
         if recipe is not None:
             self._schemes = _choose(recipe, linears, state, kept)
+            _check_can_be_quantized(self._schemes, tensors)
             if state is not None:
                 _check_no_format_is_lost(recipe, tensors, state, {*self._schemes, *kept})
                 self._take(recipe, state, specs, missing)
@@ -311,6 +312,24 @@ def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 def _block_amax(module: str, state: Mapping[str, Tensor]) -> BlockAmax | None:
     stored = state.get(module + WEIGHT_QUANTIZER, state.get(module + LEARNED_POST))
     return None if stored is None else BlockAmax(stored, state.get(module + LEARNED_PRE))
+
+
+def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuses what shapes and names alone tell to be in vain.
+
+    Raises:
+        UsageError: embeddings, which engines look up and never multiply.
+        MappingError: weights without rows or columns.
+    """
+    modules = list(modules)
+    if embeddings := [module for module in modules if module.endswith(EMBEDDINGS)]:
+        raise UsageError(
+            f"{len(embeddings)} targets are embeddings, which no engine reads quantized:{listing(embeddings)}\n"
+            "Leave them out of the targets"
+        )
+    shapes = {module: specs[f"{module}.weight"] for module in modules if f"{module}.weight" in specs}
+    if empty := [f"{module}: {spec}" for module, spec in shapes.items() if 0 in spec.shape]:
+        raise MappingError(f"{len(empty)} weights to be quantized are empty:{listing(empty)}\nName them in ignore")
 
 
 def _choose(
