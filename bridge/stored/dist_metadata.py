@@ -96,7 +96,8 @@ class _Unpickler(pickle.Unpickler):
             return self._made.setdefault((module, name), type(name, (_StandIn,), {}))
         if (module, name) in self._made:
             return self._made[module, name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        named = f"{module}.{name}"
+        raise pickle.UnpicklingError(f"it names {named if named.isprintable() else ascii(named)}")
 
 
 def _metadata(found: Any, file: Path) -> Metadata:
