@@ -10,6 +10,7 @@ BROWSER := .browser
 CORE := .venv-core
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
+ARCHITECTURES := .venv-architectures
 READY := $(VENV)/.ready
 FAST := -m 'not slow'
 # Two at a time, each a file at a time: the order is that of the files' measured seconds.
@@ -17,7 +18,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -100,6 +101,12 @@ fuzz: setup
 real-model: $(REAL_MODEL)/.ready
 	$(BIN)/python -m tests.real_model.run --packages $(REAL_MODEL)
 
+# The table of architectures, made anew from transformers' own models; CHECK=--check only compares, for minutes.
+architectures: setup
+	test -x $(ARCHITECTURES)/bin/python || $(PYTHON) -m venv $(ARCHITECTURES)
+	$(BIN)/uv pip install --quiet --python $(ARCHITECTURES)/bin/python --editable '.[test]' pillow timm torchvision
+	$(ARCHITECTURES)/bin/python -m tests.architectures.generate $(CHECK) $(NAMES)
+
 # Logits of every family in transformers and in Megatron: the table of docs/families.md.
 parity: setup
 	$(BIN)/python -m tests.support.parity
@@ -151,3 +158,4 @@ $(REAL_MODEL)/.ready: $(READY) tests/real_model/requirements.txt
 
 clean:
 	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) $(BROWSER) .engines demo-output
+	rm -rf $(VENV) $(PEER) $(VLLM) $(REAL_MODEL) $(CORE) $(LOWEST) $(NEWEST) $(BROWSER) $(ARCHITECTURES) .engines demo-output

@@ -152,6 +152,9 @@ class QuantizeConfig(CommonConfig):
         "gptq, gpt_oss; null to choose it from what the source says and holds.",
         None,
     )
+    architecture: str | None = option(
+        "Null for that of config.json; the name of a known one with the same tensors; or guess, by usual names.", None
+    )
     workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
     device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
     nonfinite: str = shared("nonfinite")

@@ -25,6 +25,7 @@ def quantize(options: QuantizeConfig) -> None:
             device=options.device,
             converter=options.converter,
             quant_state=options.quant_state,
+            architecture=options.architecture,
             **output_keywords(options, "quantize", shown),
         )
     quantize_table(report, options)

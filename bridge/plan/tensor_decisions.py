@@ -9,10 +9,11 @@ from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.input_multipliers import norms_with_linears
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.architectures.facts import GUESS, architecture_of
 from amaxbridge.export.output.finalizer import Finalizer, FoldedNorms
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
 from amaxbridge.mappings.errors import UsageError, listing
-from amaxbridge.mappings.names import is_quantizer_state, module_of
+from amaxbridge.mappings.names import is_quantizer_state
 from amaxbridge.mappings.tensors import TensorSpec
 
 _log = logging.getLogger("amaxbridge")
@@ -58,8 +59,8 @@ def decide(
     norms = FoldedNorms(
         folded_norms(plan), bool(hf.family.transformer_config(hf.config).get("layernorm_zero_centered_gamma"))
     )
-    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing, norms=norms)
-    finalizer.ignore += map(module_of, hf.tied_head)  # a Linear to every engine, though it has no tensor of its own
+    known = architecture_of(hf.config) or GUESS
+    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing, norms=norms, knowledge=known)
     if warn:
         casting.announce()
         _warn(state, finalizer.filled)

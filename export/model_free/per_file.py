@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from amaxbridge.export.architectures.facts import GUESS, architecture_of
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.staging import StagedDirectory
@@ -123,10 +124,11 @@ def _file_plan(
             if name in files[path].tensors
         }
         source = None if chain else recognize(stored, declared_quantization(config, directory), wanted=named)
+        known = architecture_of(config) or GUESS
         try:
-            plan = plan_shards(maps, files, recipe, None, config, source=source, chain=chain)
+            plan = plan_shards(maps, files, recipe, None, config, known, source=source, chain=chain)
         except NothingToQuantizeError:
-            plan = plan_shards(maps, files, None, None, config, source=source, chain=chain)
+            plan = plan_shards(maps, files, None, None, config, known, source=source, chain=chain)
         yield plan
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.architectures.facts import GUESS, MEANINGS, Architecture, Guess
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.model_free.converters.chain import ConverterChain
@@ -19,8 +20,9 @@ from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundl
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.finished_directory import BundleSize
 from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.amax import GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, WEIGHT_QUANTIZER
-from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.errors import CheckpointError, MappingError, UsageError, listing
 from amaxbridge.mappings.families import packed_experts_of
 from amaxbridge.mappings.fused_groups import group_of, groups_among
 from amaxbridge.mappings.names import is_routed_expert, kind_of, module_of
@@ -80,6 +82,7 @@ def plan_shards(
     recipe: Recipe | None,
     state: QuantState | None,
     config: Mapping[str, Any],
+    knowledge: Architecture | Guess = GUESS,
     *,
     source: QuantizedSource | None = None,
     chain: ConverterChain | None = None,
@@ -89,23 +92,26 @@ def plan_shards(
 
     Args:
         files: path → the opened file.
-        config: config.json, as far as it is known; says how experts are packed and whether the head is tied.
+        config: config.json, as far as it is known.
+        knowledge: what is known of the architecture.
         source: the quantized modules of the files; None if there are none.
         chain: converters of others, in place of `source`.
 
     Raises:
         CheckpointError: the source is not whole, or not for the converters.
-        MappingError: weights that cannot be quantized; all are named.
+        MappingError: tensors that the architecture does not explain, or weights that cannot be quantized; all are
+            named.
         UsageError: the scheme cannot work on this checkpoint, or the state is of another model.
         AmaxError: amax that are missing or make no scale; all are named.
     """
-    packed, conversion = packed_experts_of(config), None
+    shapes = {name: tensor.spec.shape for file in files.values() for name, tensor in file.tensors.items()}
+    knowledge, conversion = knowledge.with_axes_of(shapes), None
     if source is not None:
         names = [name for wanted in maps.values() for inside in wanted.values() for name in inside]
         wanted = recipe if state is None else None  # a state asks for the bytes that its amax make
-        conversion = decide(source, wanted, names, packed=packed, dtype=weight_dtype(config))
+        conversion = decide(source, wanted, names, packed=packed_experts_of(config), dtype=weight_dtype(config))
     kept: Mapping[str, Scheme] = {} if conversion is None else conversion.kept_modules
-    bundles = read_bundles(maps, files, conversion=conversion, chain=chain, packed=packed)
+    bundles = read_bundles(maps, files, conversion=conversion, chain=chain, experts=knowledge.experts_in)
     if not _quantizes_experts(bundles, recipe, state, kept):
         bundles = read_bundles(maps, files, conversion=conversion, chain=chain)
     specs: dict[str, TensorSpec] = {}
@@ -117,6 +123,9 @@ def plan_shards(
     if chain is not None:
         kept = kept_modules(specs, chain.quantization(config.get("quantization_config")))
     check_plain(specs, kept)
+    if isinstance(knowledge, Architecture) and recipe is not None:
+        plain = {name: spec for name, spec in specs.items() if module_of(name) not in kept}
+        _check_known(knowledge, plain, recipe, state)
     scalars, tensors = _by_granularity(state, specs)
     finalizer = Finalizer(
         specs | {name: TensorSpec.of(each) for name, each in tensors.items()},
@@ -124,14 +133,50 @@ def plan_shards(
         scalars,
         missing=missing,
         kept=kept,
+        knowledge=knowledge,
     )
-    if config.get("tie_word_embeddings") and "lm_head.weight" not in specs:
-        finalizer.ignore.append("lm_head")  # a Linear to every consumer, though it has no tensor of its own
     contents: dict[str, dict[str, TensorSpec]] = {}
     for bundle in bundles:
         for name in bundle.specs:
             contents.setdefault(bundle.output, {}).update(finalizer.outputs[name])
     return ShardPlan(bundles, finalizer, Layout.of(contents), tensors)
+
+
+def _check_known(
+    architecture: Architecture, specs: Mapping[str, TensorSpec], recipe: Recipe, state: QuantState | None
+) -> None:
+    """Checks every tensor against what is known of the architecture, before any is read.
+
+    Raises:
+        MappingError: tensors that are unknown, of another shape, or in a layout that cannot be quantized.
+    """
+    unknown = [
+        name for name in specs if architecture.fact(name) is None and not is_named(module_of(name), recipe.ignore)
+    ]
+    if unknown:
+        raise MappingError(
+            f"{len(unknown)} tensors are not known of {architecture.name}:{listing(unknown)}\n"
+            "Name their modules in ignore to carry them over unquantized, or give architecture=guess"
+        )
+    misfits = [found for name, spec in specs.items() if (found := architecture.misfits(name, spec.shape))]
+    if misfits:
+        raise MappingError(
+            f"{len(misfits)} tensors do not fit config.json:{listing(misfits)}\nGive the config.json of this model"
+        )
+    if state is not None:
+        return
+    asked = [
+        f"{name}: {meaning}"
+        for name in specs
+        if (fact := architecture.fact(name)) is not None
+        and (meaning := MEANINGS.get(fact.role)) is not None
+        and recipe.scheme_of(module_of(name), None, architecture.stays_unquantized) is not None
+    ]
+    if asked:
+        raise MappingError(
+            f"{len(asked)} weights of {architecture.name} cannot be quantized:{listing(asked)}\n"
+            "Name their modules in ignore to leave them unquantized"
+        )
 
 
 def _quantizes_experts(

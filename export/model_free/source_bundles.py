@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
+from amaxbridge.export.disk.packed_experts import PackedSource
 from amaxbridge.export.disk.row_chunks import Part, Rows, WholeTensor
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.model_free.converters.chain import ConverterChain
@@ -27,6 +27,8 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _NUMBERS = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale", ".k_scale", ".v_scale")
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+type ExpertsIn = Callable[[str, tuple[int, ...]], Mapping[str, PackedSource]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def read_bundles(
     *,
     conversion: Conversion | None = None,
     chain: ConverterChain | None = None,
-    packed: PackedExperts | None = None,
+    experts: ExpertsIn | None = None,
 ) -> list[SourceBundle]:
     """Lists the bundles of these output files.
 
@@ -80,7 +82,7 @@ def read_bundles(
         files: path → the opened file.
         conversion: what becomes of the source's quantized modules; None if it has none.
         chain: converters of others, in place of `conversion`.
-        packed: layout of packed experts to split; None to keep them packed.
+        experts: the single experts in a tensor, by its name and shape; None to keep packed experts packed.
 
     Raises:
         CheckpointError: files lack tensors that the maps name; all of them are named. Or a converter refuses its input.
@@ -94,7 +96,7 @@ def read_bundles(
             held = files[path].tensors
             missing += [f"{name}: not in {path}" for name in names if name not in held]
             stored |= {name: held[name] for name in names if name in held}
-        bundles += _converted(output, stored, chain, packed) if chain else _stored(output, stored, packed, conversion)
+        bundles += _converted(output, stored, chain, experts) if chain else _stored(output, stored, experts, conversion)
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing:{listing(missing)}")
     return bundles
@@ -126,25 +128,25 @@ class _Together:
 
 
 def _stored(
-    output: str, stored: Mapping[str, StoredTensor], packed: PackedExperts | None, conversion: Conversion | None
+    output: str, stored: Mapping[str, StoredTensor], experts: ExpertsIn | None, conversion: Conversion | None
 ) -> Iterator[SourceBundle]:
     """Each fused group of an output file, and each other tensor."""
     together: dict[str, _Together] = {}
-    experts: dict[str, list[tuple[str, Mapping[str, StoredTensor]]]] = {}  # packed name → what is dequantized into it
+    packed: dict[str, list[tuple[str, Mapping[str, StoredTensor]]]] = {}  # packed name → what is dequantized into it
     plain, modules = _quantized_modules(stored, conversion)
     for name, tensor in plain.items():
-        for single, rows in _experts(name, tensor, packed).items():
+        for single, rows in _experts(name, tensor, experts).items():
             key = _key(single) if single.endswith(".weight") else single
             together.setdefault(key, _Together()).rows[single] = rows
     for module, local in modules.items():
         assert conversion is not None
-        packed_name = conversion.packed_name(module) if packed is None else None
+        packed_name = conversion.packed_name(module) if experts is None else None
         if packed_name is not None:
-            experts.setdefault(packed_name, []).append((module, local))
+            packed.setdefault(packed_name, []).append((module, local))
         else:
             key = _key(f"{next(iter(conversion.modules_of(module)))}.weight")
             together.setdefault(key, _Together()).modules[module] = local
-    for name, members in experts.items():
+    for name, members in packed.items():
         assert conversion is not None
         together[name] = _Together(rows={name: PackedRows(conversion, tuple(members))})
     for key, each in together.items():
@@ -174,9 +176,9 @@ def _quantized_modules(
     return plain, modules
 
 
-def _experts(name: str, tensor: StoredTensor, packed: PackedExperts | None) -> dict[str, Rows]:
+def _experts(name: str, tensor: StoredTensor, experts: ExpertsIn | None) -> dict[str, Rows]:
     """A tensor by name, or the single weights that are packed in it, by theirs."""
-    found = sources_in(name, tensor.spec.shape, packed) if packed else {}
+    found = experts(name, tensor.spec.shape) if experts else {}
     return {single: _rows_of(tensor, source) for single, source in found.items()} or {name: tensor}
 
 
@@ -191,26 +193,26 @@ def _rows_of(tensor: StoredTensor, source: PackedSource) -> Rows:
 
 
 def _converted(
-    output: str, stored: Mapping[str, StoredTensor], chain: ConverterChain, packed: PackedExperts | None
+    output: str, stored: Mapping[str, StoredTensor], chain: ConverterChain, experts: ExpertsIn | None
 ) -> Iterator[SourceBundle]:
     """What the converters of others make together. Packed experts are split before them, and those they make, after."""
     rows: dict[str, Rows] = {}
     for name, tensor in stored.items():
-        rows |= _experts(name, tensor, packed if tensor.spec.dtype in _PLAIN else None)
+        rows |= _experts(name, tensor, experts if tensor.spec.dtype in _PLAIN else None)
     for names in tensors_together(rows, chain.converters):
         given = {name: rows[name] for name in names}
         made = chain.plan({name: each.spec for name, each in given.items()}, partial(_read, given))
-        specs = {name: TensorSpec.of(each) for name, each in _finished(_on_meta(made), packed).items()}
+        specs = {name: TensorSpec.of(each) for name, each in _finished(_on_meta(made), experts).items()}
         if specs:  # a converter may drop tensors
-            yield SourceBundle(names[0], output, specs, partial(_load_converted, given, chain, made, packed))
+            yield SourceBundle(names[0], output, specs, partial(_load_converted, given, chain, made, experts))
 
 
 def _load_converted(
-    given: Mapping[str, Rows], chain: ConverterChain, planned: Mapping[str, TensorSpec], packed: PackedExperts | None
+    given: Mapping[str, Rows], chain: ConverterChain, planned: Mapping[str, TensorSpec], experts: ExpertsIn | None
 ) -> dict[str, Rows]:
     made = chain.process(_read(given))
     check_made(made, planned)
-    return {name: WholeTensor(tensor.contiguous()) for name, tensor in _finished(made, packed).items()}
+    return {name: WholeTensor(tensor.contiguous()) for name, tensor in _finished(made, experts).items()}
 
 
 def _read(given: Mapping[str, Rows]) -> dict[str, Tensor]:
@@ -226,11 +228,11 @@ def _on_meta(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
     return {name: spec.meta() for name, spec in specs.items()}
 
 
-def _finished(tensors: Mapping[str, Tensor], packed: PackedExperts | None) -> dict[str, Tensor]:
+def _finished(tensors: Mapping[str, Tensor], experts: ExpertsIn | None) -> dict[str, Tensor]:
     """What converters made: packed experts are split, and scales of one number have the dim that engines expect."""
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = sources_in(name, tuple(tensor.shape), packed) if packed and tensor.dtype in _PLAIN else {}
+        found = experts(name, tuple(tensor.shape)) if experts and tensor.dtype in _PLAIN else {}
         whole = tensor.reshape(1) if name.endswith(_NUMBERS) and not tensor.shape else tensor
         split |= {single: source.cut(tensor[source.expert]) for single, source in found.items()} or {name: whole}
     return split

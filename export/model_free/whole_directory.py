@@ -15,9 +15,11 @@ import torch
 from amaxbridge.export.amax.fused_group_amax import MissingAmax, missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.architectures.facts import Architecture, Guess
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.staging import ALONE, check_output
+from amaxbridge.export.model_free.architecture_of_input import knowledge_of, noted, unknown_architecture
 from amaxbridge.export.model_free.converters.chain import ConverterChain
 from amaxbridge.export.model_free.converters.protocol import Converter
 from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, check_cache, recognize
@@ -86,6 +88,7 @@ def model_free_ptq(
     converter: str | Converter | Sequence[Converter] | None = None,
     *,
     quant_state: QuantState | str | Path | None = None,
+    architecture: str | None = None,
     **options: Unpack[OutputKeywords],
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
@@ -103,6 +106,8 @@ def model_free_ptq(
             more converters of your own, applied first. None to choose the format from what the source says and holds.
             Modules that are in the scheme asked for already are kept as they are.
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
+        architecture: None for that of config.json; the name of a known one that has the same tensors; or `guess`, to
+            take tensors by the names that most models use. The model card then says so.
         options: `missing_amax`, `nonfinite`, `overwrite`, `dry_run`, `verify`, `progress`, `record`: `OutputOptions`.
 
     Raises:
@@ -122,13 +127,16 @@ def model_free_ptq(
     devices = devices_of(device)
     named, chain = chain_of(converter)
     config = read_config(source)
+    knowledge = knowledge_of(config, architecture)
     with SafetensorsCheckpoint(source) as checkpoint:
         declared = declared_quantization(config, source)
         quantized = None if chain else recognize(checkpoint.tensors, declared, wanted=named)
         check_cache(checkpoint.tensors, declared)
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
-        plan = _plan(checkpoint, recipe, quant_state, config, quantized, chain, missing)
+        plan = _plan(checkpoint, recipe, quant_state, config, knowledge, quantized, chain, missing)
+        if isinstance(knowledge, Guess) and architecture is None and recipe is not None:
+            raise UsageError(unknown_architecture(config, source, plan.finalizer))
         plan.finalizer.finite = finite
         check_targets(recipe, plan.modules, tied=bool(config.get("tie_word_embeddings")))
         check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
@@ -150,7 +158,11 @@ def model_free_ptq(
             config=chain.model_config(config) if chain else config,
             made_of=fingerprint_of(source, set(checkpoint.weight_map.values())),
             conversion=Conversion(
-                plan.finalizer, plan.layout, report.source_bytes, quant_state or QuantState(), asked.record or {}
+                plan.finalizer,
+                plan.layout,
+                report.source_bytes,
+                quant_state or QuantState(),
+                {**(asked.record or {}), **noted(knowledge, config)},
             ),
             keys=[bundle.key for bundle in plan.bundles],
             sizes=plan.sizes,
@@ -186,6 +198,7 @@ def _plan(
     recipe: Recipe | None,
     state: QuantState | None,
     config: Mapping[str, Any],
+    knowledge: Architecture | Guess,
     source: QuantizedSource | None,
     chain: ConverterChain | None,
     missing: MissingAmax,
@@ -196,7 +209,7 @@ def _plan(
     partners = source.partners() if source else {}
     maps = _at_the_top(build_microscale_inverse_weight_maps(weight_map, model_files, converters, partners=partners))
     files = {path: checkpoint.file(name) for name, path in model_files.items()}
-    return plan_shards(maps, files, recipe, state, config, source=source, chain=chain, missing=missing)
+    return plan_shards(maps, files, recipe, state, config, knowledge, source=source, chain=chain, missing=missing)
 
 
 def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeightMap]:

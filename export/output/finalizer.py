@@ -24,6 +24,7 @@ from amaxbridge.export.amax.fused_group_amax import (
     split_groups,
 )
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.architectures.facts import GUESS, Knowledge
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.output.config_and_index import quantization_config
@@ -31,7 +32,7 @@ from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
 from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.scheme import naming, quantize_group
-from amaxbridge.export.schemes.targets import EMBEDDINGS, is_targeted
+from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.amax import (
     GLOBAL_AMAX,
     INPUT_QUANTIZER,
@@ -110,6 +111,7 @@ class Finalizer:
         missing: what to do about an unusable amax.
         kept: modules that the tensors hold quantized already → their scheme. They are written as they are.
         norms: the norms that may take vectors of input quantizers.
+        knowledge: what is known of the model's architecture.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
@@ -126,6 +128,7 @@ class Finalizer:
         missing: MissingAmax = MissingAmax.ERROR,
         kept: Mapping[str, Scheme] = NOTHING_KEPT,
         norms: FoldedNorms = _NO_NORMS,
+        knowledge: Knowledge = GUESS,
     ) -> None:
         self._norms = norms
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
@@ -140,14 +143,19 @@ class Finalizer:
         self.finite = FiniteCheck(NonFinite.WARN)
         self.data_free = recipe is not None and state is None
         if recipe is not None:
-            self._schemes = _choose(recipe, linears, state, kept)
-            _check_can_be_quantized(self._schemes, tensors)
+            self._schemes = _choose(recipe, linears, state, kept, knowledge)
+            _check_can_be_quantized(self._schemes, tensors, knowledge)
             if state is not None:
                 _check_no_format_is_lost(recipe, tensors, state, {*self._schemes, *kept})
                 self._take(recipe, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
-        self.ignore = [module for module in self.left if not module.endswith(EMBEDDINGS)]
+        self.ignore = [module for module in self.left if not knowledge.is_embedding(module)]
+        packed = (module_of(name) for name, spec in tensors.items() if knowledge.packs_experts(name, spec.shape))
+        self.ignore += dict.fromkeys(packed)  # as engines name the layer
+        if (head := knowledge.head_without_tensor(tensors)) is not None:
+            self.ignore.append(head)  # a Linear to every engine, though it has no tensor of its own
+        self.ignore += [name for name in knowledge.other_names(self.ignore) if name not in self.ignore]
 
     @property
     def output_specs(self) -> dict[str, TensorSpec]:
@@ -314,7 +322,7 @@ def _block_amax(module: str, state: Mapping[str, Tensor]) -> BlockAmax | None:
     return None if stored is None else BlockAmax(stored, state.get(module + LEARNED_PRE))
 
 
-def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec]) -> None:
+def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec], knowledge: Knowledge) -> None:
     """Refuses what shapes and names alone tell to be in vain.
 
     Raises:
@@ -322,7 +330,7 @@ def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSp
         MappingError: weights without rows or columns.
     """
     modules = list(modules)
-    if embeddings := [module for module in modules if module.endswith(EMBEDDINGS)]:
+    if embeddings := list(filter(knowledge.is_embedding, modules)):
         raise UsageError(
             f"{len(embeddings)} targets are embeddings, which no engine reads quantized:{listing(embeddings)}\n"
             "Leave them out of the targets"
@@ -333,10 +341,14 @@ def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSp
 
 
 def _choose(
-    recipe: Recipe, linears: Iterable[str], state: QuantState | None, kept: Mapping[str, Scheme]
+    recipe: Recipe,
+    linears: Iterable[str],
+    state: QuantState | None,
+    kept: Mapping[str, Scheme],
+    knowledge: Knowledge,
 ) -> dict[str, Scheme]:
     """The scheme of each module to quantize, checked against the fused groups and the quantizers."""
-    treated = {module: recipe.scheme_of(module, state) for module in linears}
+    treated = {module: recipe.scheme_of(module, state, knowledge.stays_unquantized) for module in linears}
     chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
     if not chosen and not kept:
         raise NothingToQuantizeError(

@@ -1,7 +1,7 @@
 """Recipes: one scheme for all modules, several for different modules, or each module's by its quantizers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,15 @@ _LEFT_ALONE = re.compile(
     r"(^|.*\.)(lm_head|output_layer|score|gate|router|router\.\w+|shared_expert_gate|eh_proj|\w*norm\d*|\w*embed\w*|wte|wpe)"
     r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp)\..*"
 )
+
+
+def is_left_alone(module: str) -> bool:
+    """True if `Linear` does not target a module without calibration; only its own name does.
+
+    These are heads, embeddings, routers and gates of shared experts, norms, image and audio towers, and layers for
+    multi-token prediction, under their usual names. Engines run them unquantized.
+    """
+    return _LEFT_ALONE.fullmatch(module) is not None
 
 
 class Recipe(Protocol):
@@ -31,8 +40,14 @@ class Recipe(Protocol):
     def ignore(self) -> tuple[str, ...]:
         """Targets that stay unquantized, whatever else targets them."""
 
-    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
-        """The scheme of a linear module; None to leave it unquantized. Without a state, nothing was calibrated.
+    def scheme_of(
+        self, module: str, state: QuantState | None, stays_unquantized: Callable[[str], bool] = ...
+    ) -> Scheme | None:
+        """The scheme of a linear module; None to leave it unquantized.
+
+        Args:
+            state: of training; None if nothing was calibrated.
+            stays_unquantized: modules that `Linear` does not target without calibration; by default `is_left_alone`.
 
         Raises:
             UsageError: no scheme fits the module's quantizers.
@@ -67,10 +82,12 @@ class Groups:
     def name(self) -> str:
         return "+".join(group.scheme.name for group in self.groups)
 
-    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
+    def scheme_of(
+        self, module: str, state: QuantState | None, stays_unquantized: Callable[[str], bool] = is_left_alone
+    ) -> Scheme | None:
         if is_targeted(module, self.ignore) or (state is not None and module not in state.formats):
             return None
-        if state is None and is_left_alone(module):
+        if state is None and stays_unquantized(module):
             return next((group.scheme for group in self.groups if is_named(module, group.targets)), None)
         return next((group.scheme for group in self.groups if is_targeted(module, group.targets)), None)
 
@@ -87,7 +104,9 @@ class FromQuantizers:
     def __post_init__(self) -> None:
         check_sound(self.ignore)
 
-    def scheme_of(self, module: str, state: QuantState | None) -> Scheme | None:
+    def scheme_of(
+        self, module: str, state: QuantState | None, stays_unquantized: Callable[[str], bool] = is_left_alone
+    ) -> Scheme | None:
         if state is None:
             raise UsageError("scheme=auto reads the formats from quantizers, and there are none: name a scheme")
         if module not in state.formats or is_targeted(module, self.ignore):
@@ -114,12 +133,3 @@ def _inputs_of(module: str, state: QuantState) -> str:
     if state.inputs is None:
         return "calibrated inputs" if state.calibrates_input(module) else "no calibrated inputs"
     return f"{state.inputs[module]} inputs" if module in state.inputs else "inputs that are not quantized"
-
-
-def is_left_alone(module: str) -> bool:
-    """True if `Linear` does not target a module without calibration; only its own name does.
-
-    These are heads, embeddings, routers and gates of shared experts, norms, image and audio towers, and layers for
-    multi-token prediction, under their usual names. Engines run them unquantized.
-    """
-    return _LEFT_ALONE.fullmatch(module) is not None

@@ -137,7 +137,12 @@ class TestTensors:
     def test_columns_not_divisible(self, source: Path, tmp_path: Path) -> None:
         tensors = {"a.down_proj.weight": torch.ones(8, 24), "b.down_proj.weight": torch.ones(8, 40)}
         other = write_checkpoint(tmp_path / "other", tensors)
-        refuse(other, MappingError, r"2 weights .*\n  a\.down_proj\.weight: .*\[8, 24\]\n  b\.down_proj\.weight: ")
+        refuse(
+            other,
+            MappingError,
+            r"2 weights .*\n  a\.down_proj\.weight: .*\[8, 24\]\n  b\.down_proj\.weight: ",
+            architecture="guess",
+        )
 
     def test_a_partner_that_is_missing_is_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Another layer has it. The rest of the group is quantized as a group."""
@@ -155,7 +160,12 @@ class TestTensors:
 
     def test_packed_experts_that_do_not_divide(self, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "in", {"m.experts.gate_up_proj": torch.ones(2, 5, 32)})
-        refuse(source, MappingError, r"m\.experts\.gate_up_proj: \[2, 5, 32\] does not divide into gate and up")
+        refuse(
+            source,
+            MappingError,
+            r"m\.experts\.gate_up_proj: \[2, 5, 32\] does not divide into gate and up",
+            architecture="guess",
+        )
 
 
 class TestArguments:

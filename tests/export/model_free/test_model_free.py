@@ -157,11 +157,12 @@ def test_towers_routers_and_norms_are_left_alone(tmp_path: Path) -> None:
     tensors = dense_model(1) | {f"{name}.weight": torch.ones(16, 16).bfloat16() for name in left}
     tensors |= {"conv1.weight": torch.ones(4, 1, 4).bfloat16(), "model.layers.0.scale": torch.ones(()).bfloat16()}
     source = write_checkpoint(tmp_path / "in", tensors)
-    report = model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
+    report = model_free_ptq(source, tmp_path / "out", "fp8_dynamic", architecture="guess")
     assert set(left) < set(report.left)
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[f"{name}.weight"], tensors[f"{name}.weight"]) for name in left)
-    named = model_free_ptq(source, tmp_path / "named", Groups((SchemeGroup(SCHEMES["fp8_dynamic"], ("lm_head",)),)))
+    head = Groups((SchemeGroup(SCHEMES["fp8_dynamic"], ("lm_head",)),))
+    named = model_free_ptq(source, tmp_path / "named", head, architecture="guess")
     assert named.quantized == {"lm_head": "fp8_dynamic"}
 
 

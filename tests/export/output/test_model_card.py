@@ -60,7 +60,12 @@ def source(tmp_path: Path) -> Path:
          for name in ("gate_proj", "up_proj", "down_proj")} | {"lm_head.weight": torch.randn(32, 32).bfloat16()},
         directory / "model.safetensors",
     )  # fmt: skip
-    for name, content in {**CARRIED, **LEFT, "config.json": "{}", "README.md": README}.items():
+    for name, content in {
+        **CARRIED,
+        **LEFT,
+        "config.json": '{"architectures": ["LlamaForCausalLM"]}',
+        "README.md": README,
+    }.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(content)
     return directory

@@ -1,0 +1,380 @@
+"""What is known of a Hugging Face architecture's tensors: the role, the axes and the sizes of each.
+
+One file for each architecture of transformers lies in `known/`, made from transformers' own models by `make
+architectures` (`tests/architectures/`). Its keys are patterns of tensor names, `*` for a number, in every spelling that
+files have: as transformers names its modules, and as it saves them.
+
+Not every tensor of a file is in its architecture's table. Layers for multi-token prediction behind the last layer,
+buffers that old files keep, and what transformers itself leaves unread are known by rule.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
+from amaxbridge.export.schemes.recipe import is_left_alone
+from amaxbridge.export.schemes.targets import EMBEDDINGS
+from amaxbridge.mappings.errors import MappingError, listing
+from amaxbridge.mappings.family import PackedExperts
+from amaxbridge.mappings.names import module_of
+
+KNOWN = Path(__file__).parent / "known"
+"""The table: a file for each architecture."""
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+_BUFFERS = re.compile(r".*(\.|^)(inv_freq|masked_bias|position_ids|num_batches_tracked|attn\.bias|attention\.bias)")
+"""Buffers that older files hold and no model reads."""
+_LAYER = re.compile(r".*?\.?layers\.(\d+)\.")
+
+
+class Role(StrEnum):
+    """What a tensor is to an engine. All but `LINEAR` and `EXPERTS` stay unquantized unless a target names them."""
+
+    LINEAR = "linear"
+    EXPERTS = "experts"
+    INPUTS_FIRST = "inputs_first"
+    OPAQUE = "opaque"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+    ROUTER = "router"
+    INDEXER = "indexer"
+    TOWER = "tower"
+    RECURRENT = "recurrent"
+    CONVOLUTION = "convolution"
+    PARAMETER = "parameter"
+    VECTOR = "vector"
+    MTP = "mtp"
+    BUFFER = "buffer"
+
+
+MEANINGS: Mapping[Role, str] = {
+    Role.INPUTS_FIRST: "a weight stored as [in, out], for which engines have no quantized layers",
+    Role.OPAQUE: "experts in a layout that is not taken apart",
+}
+"""Why a weight cannot be quantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What is known of the tensors of one pattern.
+
+    Args:
+        shape: an expression in the fields of config.json for each dim, None where there is none; in the files' order
+            of axes, with outputs first for experts.
+        module: the tensor's pattern as transformers names its modules.
+        holds: projections that a tensor of packed experts holds.
+        inputs_first: packed experts with inputs before outputs; None if files have either, and sizes decide.
+        interleaved: gate and up rows alternate.
+    """
+
+    role: Role
+    module: str
+    shape: tuple[str | None, ...] | None = None
+    holds: tuple[str, ...] = ()
+    inputs_first: bool | None = False
+    interleaved: bool = False
+
+
+class Knowledge(Protocol):
+    """What is known, or guessed, of the tensors of a model."""
+
+    def stays_unquantized(self, module: str) -> bool:
+        """True if `Linear` does not target a module without calibration; only its own name does."""
+
+    def experts_in(self, name: str, shape: tuple[int, ...]) -> Mapping[str, PackedSource]:
+        """The single experts in a tensor: name → where it lies; empty if the tensor packs no experts."""
+
+    def other_names(self, modules: Iterable[str]) -> Sequence[str]:
+        """What transformers calls these modules where it is not what the files call them."""
+
+    def is_embedding(self, module: str) -> bool:
+        """True if the module looks rows of its weight up, and is no linear layer to any engine."""
+
+    def with_axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The same for files with tensors of these shapes."""
+
+    def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
+        """True if the tensor holds several experts, in whatever layout."""
+
+    def head_without_tensor(self, names: Iterable[str]) -> str | None:
+        """The output layer, if none of these tensors is its weight: it is tied to the embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """An architecture that is not known, read by the names that most models use."""
+
+    tied_head: str | None = None
+
+    def stays_unquantized(self, module: str) -> bool:
+        return is_left_alone(module)
+
+    def experts_in(self, name: str, shape: tuple[int, ...]) -> Mapping[str, PackedSource]:
+        return sources_in(name, shape, PackedExperts())
+
+    def with_axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        return self
+
+    def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
+        return bool(self.experts_in(name, shape))
+
+    def other_names(self, modules: Iterable[str]) -> Sequence[str]:
+        return ()
+
+    def is_embedding(self, module: str) -> bool:
+        return module.endswith(EMBEDDINGS)
+
+    def head_without_tensor(self, names: Iterable[str]) -> str | None:
+        return self.tied_head if f"{self.tied_head}.weight" not in names else None
+
+
+GUESS = Guess()
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """An entry of `architectures` in config.json, and the configuration of one model of it.
+
+    Args:
+        sizes: the fields of the language model's configuration.
+        base: prefix that names may have or lack, as `model` or `transformer`.
+        facts: pattern of a tensor's name → what is known of it.
+        towers: prefix of names of models beside the language model → the same as transformers spells it.
+        renamed_towers: those whose modules transformers names otherwise.
+        head: the module of the output layer; None if there is none.
+        tied: the head is the embedding, unless the file has a tensor of its own for it.
+        unread: what transformers leaves unread in files.
+        inputs_first: the order of axes in the files of this model, where files of the architecture have either.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    base: str
+    facts: Mapping[str, Fact]
+    towers: Mapping[str, str] = field(default_factory=dict)
+    renamed_towers: frozenset[str] = frozenset()
+    head: str | None = None
+    tied: bool = False
+    unread: tuple[re.Pattern[str], ...] = ()
+    inputs_first: bool = False
+
+    def fact(self, name: str) -> Fact | None:
+        """What is known of a tensor; None if nothing is."""
+        pattern = _NUMBER.sub("*", name)
+        for spelled in (pattern, f"{self.base}.{pattern}", pattern.removeprefix(f"{self.base}.")):
+            if (found := self.facts.get(spelled)) is not None:
+                return found
+        for prefix in self.towers:
+            if pattern.startswith(prefix):
+                return Fact(Role.TOWER, pattern)
+        if pattern.endswith(".bias") and (weight := self.fact(name.removesuffix("bias") + "weight")) is not None:
+            return Fact(weight.role if weight.role is Role.HEAD else Role.VECTOR, pattern)
+        if _BUFFERS.fullmatch(name):
+            return Fact(Role.BUFFER, pattern)
+        if any(each.search(name) for each in self.unread) or self._is_behind_the_last_layer(name):
+            return Fact(Role.MTP, pattern)
+        return None
+
+    def _is_behind_the_last_layer(self, name: str) -> bool:
+        layer, layers = _LAYER.match(name), self.sizes.get("num_hidden_layers")
+        return layer is not None and isinstance(layers, int) and int(layer[1]) >= layers
+
+    def stays_unquantized(self, module: str) -> bool:
+        """True if `Linear` does not target a module without calibration; only its own name does."""
+        found = self.fact(f"{module}.weight")
+        return found is not None and found.role not in (Role.LINEAR, Role.EXPERTS, *MEANINGS)
+
+    def with_axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The architecture of these files, where files hold experts in either order of axes.
+
+        A tensor of equal sides does not tell; another of the same files does.
+
+        Raises:
+            MappingError: the files do not tell, or not the same.
+        """
+        found: dict[bool, list[str]] = {False: [], True: []}
+        either = []
+        for name, shape in shapes.items():
+            fact = self.fact(name)
+            if fact is None or fact.role is not Role.EXPERTS or fact.inputs_first is not None:
+                continue
+            either.append(f"{name}: {list(shape)}")
+            fits = [order for order in (False, True) if self._fits(shape, fact, inputs_first=order)]
+            if len(fits) == 1:
+                found[fits[0]].append(name)
+        if either and bool(found[False]) == bool(found[True]):
+            raise MappingError(
+                f"files of {self.name} hold the inputs of experts as the second or the last dim, and sizes in "
+                f"config.json do not tell which it is here:{listing(either)}\n"
+                "Correct config.json, or name the experts in ignore"
+            )
+        return replace(self, inputs_first=bool(found[True]))
+
+    def is_embedding(self, module: str) -> bool:
+        """True if the module looks rows of its weight up, and is no linear layer to any engine."""
+        found = self.fact(f"{module}.weight")
+        return module.endswith(EMBEDDINGS) if found is None else found.role is Role.EMBEDDING
+
+    def head_without_tensor(self, names: Iterable[str]) -> str | None:
+        """The output layer, if none of these tensors is its weight: it is tied to the embeddings."""
+        if self.head is None:
+            return None
+        heads = (found.module for name in names if (found := self.fact(name)) is not None and found.role is Role.HEAD)
+        return None if f"{self.head}.weight" in heads else self.head
+
+    def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
+        """True if the tensor holds several experts, in whatever layout."""
+        found = self.fact(name)
+        return found is not None and found.role in (Role.EXPERTS, Role.OPAQUE) and len(shape) > 1
+
+    def experts_in(self, name: str, shape: tuple[int, ...]) -> dict[str, PackedSource]:
+        """The single experts in a tensor: name → where it lies; empty if the tensor packs no experts.
+
+        Raises:
+            MappingError: the outputs do not divide into the projections that the tensor holds.
+        """
+        found = self.fact(name)
+        if found is None or found.role is not Role.EXPERTS or not found.holds or len(shape) < 2:
+            return {}
+        transposed = self.inputs_first if found.inputs_first is None else found.inputs_first
+        outputs = shape[-1] if transposed or len(shape) < 3 else shape[1]
+        if outputs % len(found.holds):
+            parts = " and ".join(found.holds)
+            raise MappingError(f"{name}: {list(shape)} does not divide into {parts} of {shape[0]} experts")
+        layout = PackedExperts(transposed=transposed, interleaved=found.interleaved)
+        parent, kind = _experts_module(name, found), "bias" if name.endswith("bias") else "weight"
+        return {
+            f"{parent}.{expert}.{projection}.{kind}": PackedSource(
+                name, expert, part if len(found.holds) > 1 else None, layout
+            )
+            for expert in range(shape[0])
+            for part, projection in enumerate(found.holds)
+        }
+
+    def _size(self, expression: str | None) -> int | None:
+        return None if expression is None else value_of(expression, self.sizes)
+
+    def _fits(self, shape: tuple[int, ...], fact: Fact, *, inputs_first: bool) -> bool:
+        found = (shape[0], shape[2], shape[1]) if inputs_first and len(shape) == 3 else shape
+        if fact.shape is None:
+            return True
+        sizes = [self._size(each) for each in fact.shape]
+        return len(sizes) == len(found) and all(size in (None, have) for size, have in zip(sizes, found, strict=True))
+
+    def misfits(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """What config.json says of a tensor's shape, if the tensor has another; None if it fits."""
+        found = self.fact(name)
+        if found is None or found.shape is None or not found.shape:
+            return None
+        orders = (False, True) if found.inputs_first is None else (False,)
+        if any(self._fits(shape, found, inputs_first=order) for order in orders):
+            return None
+        sizes = " × ".join(f"{each} = {self._size(each)}" if each else "any" for each in found.shape)
+        return f"{name}: {list(shape)}, but config.json says {sizes}"
+
+    def other_names(self, modules: Iterable[str]) -> list[str]:
+        """What transformers calls these modules where it is not what the files call them, and patterns for towers.
+
+        Engines that build transformers' modules look for these names in `ignore`.
+        """
+        names: dict[str, None] = {}
+        for module in modules:
+            tensor = f"{module}.weight"
+            found, prefix = self.fact(tensor), next((each for each in self.towers if tensor.startswith(each)), None)
+            if prefix is not None:
+                if prefix in self.renamed_towers:
+                    names["re:" + re.escape(self.towers[prefix]).replace(r"\*", r"\d+")] = None
+            elif found is not None and found.module != _NUMBER.sub("*", tensor):
+                numbers = _NUMBER.findall(tensor)
+                if found.module.count("*") == len(numbers) and found.module.endswith(".weight"):
+                    parts = found.module.split("*")
+                    pairs = zip(parts, [*numbers, ""], strict=True)
+                    names[module_of("".join(part + number for part, number in pairs))] = None
+        return list(names)
+
+
+def _experts_module(name: str, fact: Fact) -> str:
+    """The module of the experts, spelled as the file spells its layers."""
+    stored, inside = _NUMBER.sub("*", name), module_of(fact.module)
+    if ".experts." in f".{name}":
+        return name[: name.rindex("experts") + len("experts")]
+    last = max((found.end() for found in _NUMBER.finditer(name)), default=0)
+    return name[:last] + (inside[inside.rindex("*") + 1 :] if "*" in stored else inside)
+
+
+def value_of(expression: str, sizes: Mapping[str, Any]) -> int | None:
+    """The value of a sum of products of fields and numbers; None if the configuration lacks a field of it."""
+    total = 0
+    for term in expression.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            value = int(factor) if factor.isdecimal() else sizes.get(factor)
+            if not isinstance(value, int) or isinstance(value, bool):
+                return None
+            product *= value
+        total += product
+    return total
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The architecture that config.json names; None if it is not known."""
+    for name in config.get("architectures") or ():
+        if isinstance(name, str) and (table := _table(name)) is not None:
+            return _architecture(name, table, config)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _table(name: str) -> Mapping[str, Any] | None:
+    file = KNOWN / f"{name}.json"
+    if not name.isidentifier() or not file.is_file():
+        return None
+    table: Mapping[str, Any] = json.loads(file.read_bytes())
+    return table
+
+
+def _architecture(name: str, table: Mapping[str, Any], config: Mapping[str, Any]) -> Architecture:
+    part = config.get(table.get("text_config", ""))
+    sizes = part if isinstance(part, Mapping) else config
+    facts: dict[str, Fact] = {}
+    for role in Role:
+        for pattern, entry in table.get(role.value, {}).items():
+            facts[pattern] = fact = _fact(role, pattern, entry)
+            if role is Role.EXPERTS:
+                for projection in fact.holds:
+                    kind = "bias" if entry.get("bias") else "weight"
+                    single = f"{_experts_module(pattern, fact)}.*.{projection}.{kind}"
+                    facts.setdefault(single, Fact(Role.VECTOR if kind == "bias" else Role.LINEAR, single))
+    output = table["output"]
+    said = (sizes if output.get("nested") else config).get("tie_word_embeddings")
+    towers = table.get("towers", {})
+    return Architecture(
+        name=name,
+        sizes=sizes,
+        base=table["base"],
+        facts=facts,
+        towers={prefix: each["module"] for prefix, each in towers.items()},
+        renamed_towers=frozenset(prefix for prefix, each in towers.items() if each.get("renamed")),
+        head=output["module"],
+        tied=bool(output.get("ties") and (output["tied"] if said is None else said)),
+        unread=tuple(re.compile(each) for each in table.get("unused", ())),
+    )
+
+
+def _fact(role: Role, pattern: str, entry: Mapping[str, Any]) -> Fact:
+    shape = entry.get("shape")
+    inputs_first = entry.get("inputs_first", False)
+    return Fact(
+        role,
+        entry.get("module", pattern),
+        None if shape is None else tuple(shape),
+        tuple(entry.get("holds", ())),
+        None if inputs_first == "either" else inputs_first,
+        entry.get("interleaved", False),
+    )

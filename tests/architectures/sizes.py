@@ -1,0 +1,64 @@
+"""Sizes of a tensor as expressions in the fields of a configuration, found by comparing several models."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+LARGER = "larger"
+"""The model whose sizes differ from the others'."""
+
+
+def expressions(
+    shapes: Mapping[str, tuple[int, ...]], configs: Mapping[str, Mapping[str, Any]]
+) -> list[str | None] | None:
+    """For each dim an expression that is right in every model, or None; None for all if the rank differs.
+
+    Args:
+        shapes: model → the tensor's shape there.
+        configs: model → the fields of its language model's configuration.
+    """
+    ranks = {len(shape) for shape in shapes.values()}
+    if len(ranks) > 1:
+        return None
+    seen = [(shape, _sizes(configs[model])) for model, shape in shapes.items()]
+    if LARGER not in shapes:
+        return [None] * ranks.pop()
+    return [_expression([(shape[dim], sizes) for shape, sizes in seen]) for dim in range(ranks.pop())]
+
+
+def value_of(expression: str, sizes: Mapping[str, Any]) -> int | None:
+    """The value of an expression; None if the configuration lacks a field of it."""
+    total = 0
+    for term in expression.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            value = int(factor) if factor.isdecimal() else sizes.get(factor)
+            if not isinstance(value, int) or isinstance(value, bool):
+                return None
+            product *= value
+        total += product
+    return total
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    return {name: value for name, value in config.items() if type(value) is int and value > 1}
+
+
+def _expression(seen: list[tuple[int, Mapping[str, int]]]) -> str | None:
+    fields = sorted(set.intersection(*(set(sizes) for _, sizes in seen)), key=lambda name: (len(name), name))
+    return next(
+        (each for each in _candidates(fields) if all(value_of(each, sizes) == size for size, sizes in seen)), None
+    )
+
+
+def _candidates(fields: list[str]) -> Iterator[str]:
+    dims = [name for name in fields if "dim" in name or "size" in name or "rank" in name]
+    counts = [
+        name for name in fields if ("head" in name or "shared" in name) and "dim" not in name and "size" not in name
+    ]
+    yield from fields
+    yield from (f"{factor}*{name}" for factor in (2, 3, 4) for name in fields)
+    yield from (f"{count}*{dim}" for count in counts for dim in dims)
+    yield from (f"2*{count}*{dim}" for count in counts for dim in dims)
+    yield from (f"{one}+{other}" for one, other in combinations(dims, 2))
+    yield from (f"{count}*{one}+{count}*{other}" for count in counts for one, other in combinations(dims, 2))
