@@ -65,7 +65,8 @@ def test_every_file_of_the_table_is_sound() -> None:
     for file in files:
         known = architecture_of({"architectures": [file.stem]})
         assert known is not None and known.facts, file.stem
-        assert any(fact.role in (Role.LINEAR, Role.EXPERTS, Role.INPUTS_FIRST) for fact in known.facts.values()), file
+        weights = (Role.LINEAR, Role.EXPERTS, Role.INPUTS_FIRST, Role.RECURRENT)
+        assert any(fact.role in weights for fact in known.facts.values()), file
         for pattern, fact in known.facts.items():
             assert all(each is None or value_of(each, {}) is None for each in fact.shape or ()), (file.stem, pattern)
 
