@@ -45,7 +45,9 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _expression(seen: list[tuple[int, Mapping[str, int]]]) -> str | None:
-    fields = sorted(set.intersection(*(set(sizes) for _, sizes in seen)), key=lambda name: (len(name), name))
+    common = set.intersection(*(set(sizes) for _, sizes in seen))
+    varied = (name for name in common if len({sizes[name] for _, sizes in seen}) > 1)  # any other may fit by chance
+    fields = sorted(varied, key=lambda name: (len(name), name))
     return next(
         (each for each in _candidates(fields) if all(value_of(each, sizes) == size for size, sizes in seen)), None
     )
