@@ -231,7 +231,8 @@ class Architecture:
     def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
         """True if the tensor holds several experts, in whatever layout."""
         found = self.fact(name)
-        return found is not None and found.role in (Role.EXPERTS, Role.OPAQUE) and len(shape) > 1
+        in_tower = found is not None and found.role is Role.TOWER and ".experts." in name and len(shape) == 3
+        return in_tower or (found is not None and found.role in (Role.EXPERTS, Role.OPAQUE) and len(shape) > 1)
 
     def experts_in(self, name: str, shape: tuple[int, ...]) -> dict[str, PackedSource]:
         """The single experts in a tensor: name → where it lies; empty if the tensor packs no experts.
@@ -289,7 +290,8 @@ class Architecture:
             found, prefix = self.fact(tensor), next((each for each in self.towers if tensor.startswith(each)), None)
             if prefix is not None:
                 if prefix in self.renamed_towers:
-                    names["re:" + re.escape(self.towers[prefix]).replace(r"\*", r"\d+")] = None
+                    tower = re.escape(self.towers[prefix].removesuffix(".")).replace(r"\*", r"\d+")
+                    names[f"re:{tower}(\\.|$)"] = None
             elif found is not None and found.module != _NUMBER.sub("*", tensor):
                 numbers = _NUMBER.findall(tensor)
                 if found.module.count("*") == len(numbers) and found.module.endswith(".weight"):

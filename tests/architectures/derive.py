@@ -70,14 +70,14 @@ class TensorFact:
 
     Args:
         role: `linear`, `experts`, or why the tensor stays unquantized.
-        shapes: the shape in each model where there is one.
+        shapes: the shape in each model where there is one; None where layers differ.
         module: the module's pattern in transformers, if it is spelled in another way.
         layout: of packed experts: which projections, the order of axes, if gate and up alternate, as in the table.
     """
 
     role: str
     module: str
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -116,7 +116,8 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
                 role, layout = _packed(model, stored, target, shape, shapes[target])
             fact = TensorFact(role, pattern_of(target), {variant: shape}, layout)
             known = facts.setdefault(pattern_of(stored), fact)
-            known.shapes.setdefault(variant, shape)
+            if known.shapes.setdefault(variant, shape) != shape:
+                known.shapes[variant] = None
             if (known.role, known.layout) != (fact.role, fact.layout) and {known.role, fact.role} & {
                 "linear",
                 "experts",
@@ -179,7 +180,7 @@ def _role(
     if any(map(_RECURRENT.fullmatch, classes)):
         return "recurrent"
     if isinstance(module, nn.Linear | Conv1D):
-        if _ROUTER_NAMES.fullmatch(last) or any(map(_ROUTERS.fullmatch, classes[:2])):
+        if _ROUTER_NAMES.fullmatch(last) or any(map(_ROUTERS.fullmatch, classes[:4])):
             return "router"
         return "linear" if isinstance(module, nn.Linear) else "inputs_first"
     if classes[0].endswith(("Experts", "ParallelExperts", "ExpertGLU")):
@@ -199,9 +200,12 @@ def _packed(
     model: PreTrainedModel, stored: str, target: str, shape: tuple[int, ...], in_memory: tuple[int, ...]
 ) -> tuple[str, dict[str, Any]]:
     """How a file's tensor holds experts: one expert's projection, or some projections of all."""
+    layout: dict[str, Any]
     path, _, part = target.rpartition(".")
     if part.endswith("bias"):
-        return "experts", {"holds": list(_HOLDS.get(part.removesuffix("_bias"), ())), "bias": True}
+        layout = {"holds": list(_HOLDS.get(part.removesuffix("_bias"), ())), "bias": True}
+        alternate = not getattr(model.get_submodule(path), "is_concatenated", True)
+        return "experts", {**layout, "interleaved": True} if alternate else layout
     if len(in_memory) != 3:
         return "opaque", {}
     if len(shape) == 2:
@@ -222,7 +226,7 @@ def _packed(
         if isinstance(conversion, WeightConverter) and conversion.rename_source_key(stored)[1] is not None
         for operation in conversion.operations
     ]
-    layout: dict[str, Any] = {"holds": list(holds)}
+    layout = {"holds": list(holds)}
     if any(isinstance(each, Transpose) and each.check_dims for each in operations):
         layout["inputs_first"] = "either"  # transformers takes the one that fits the configuration
     elif transposed != any(isinstance(each, Transpose) for each in operations):

@@ -27,7 +27,8 @@ _FACTORS: tuple[Mapping[str, int], ...] = (
         **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 5),
         **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 7),
         **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 11),
-        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 2),
         **dict.fromkeys(("head_dim", "v_head_dim", "q_lora_rank"), 3),
         **dict.fromkeys(("qk_nope_head_dim", "kv_lora_rank"), 5),
@@ -71,7 +72,8 @@ def variants(architecture: str) -> Iterator[tuple[str, PreTrainedModel]]:
     """Models whose configurations differ in one field, by that field; first the one that differs in none, as ""."""
     base = config_of(architecture)
     yield "", build(architecture, base)
-    for name, value in vars(text_config_of(base)).items():
+    fields = {**dict.fromkeys(_OPTIONAL_SIZES), **vars(text_config_of(base))}  # optional ones need not be declared
+    for name, value in fields.items():
         other: Any = None
         if isinstance(value, bool) and name not in _NOT_OF_WEIGHTS and not name.startswith("_"):
             other = not value

@@ -1,6 +1,6 @@
 """Sizes of a tensor as expressions in the fields of a configuration, found by comparing several models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -9,18 +9,18 @@ LARGER = "larger"
 
 
 def expressions(
-    shapes: Mapping[str, tuple[int, ...]], configs: Mapping[str, Mapping[str, Any]]
+    shapes: Mapping[str, tuple[int, ...] | None], configs: Mapping[str, Mapping[str, Any]]
 ) -> list[str | None] | None:
     """For each dim an expression that is right in every model, or None; None for all if the rank differs.
 
     Args:
-        shapes: model → the tensor's shape there.
+        shapes: model → the tensor's shape there; None if it has several.
         configs: model → the fields of its language model's configuration.
     """
-    ranks = {len(shape) for shape in shapes.values()}
-    if len(ranks) > 1:
+    seen = [(shape, _sizes(configs[model])) for model, shape in shapes.items() if shape is not None]
+    ranks = {len(shape) for shape, _ in seen}
+    if len(seen) < len(shapes) or len(ranks) > 1:
         return None
-    seen = [(shape, _sizes(configs[model])) for model, shape in shapes.items()]
     if LARGER not in shapes:
         return [None] * ranks.pop()
     return [_expression([(shape[dim], sizes) for shape, sizes in seen]) for dim in range(ranks.pop())]
@@ -48,19 +48,22 @@ def _expression(seen: list[tuple[int, Mapping[str, int]]]) -> str | None:
     common = set.intersection(*(set(sizes) for _, sizes in seen))
     varied = (name for name in common if len({sizes[name] for _, sizes in seen}) > 1)  # any other may fit by chance
     fields = sorted(varied, key=lambda name: (len(name), name))
-    return next(
-        (each for each in _candidates(fields) if all(value_of(each, sizes) == size for size, sizes in seen)), None
-    )
+    for candidates in _candidates(fields):
+        fitting = [each for each in candidates if all(value_of(each, sizes) == size for size, sizes in seen)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None  # several: some fit by chance
+    return None
 
 
-def _candidates(fields: list[str]) -> Iterator[str]:
+def _candidates(fields: list[str]) -> Iterator[Iterable[str]]:
+    """Expressions, the simplest kinds first."""
     dims = [name for name in fields if "dim" in name or "size" in name or "rank" in name]
     counts = [
         name for name in fields if ("head" in name or "shared" in name) and "dim" not in name and "size" not in name
     ]
-    yield from fields
-    yield from (f"{factor}*{name}" for factor in (2, 3, 4) for name in fields)
-    yield from (f"{count}*{dim}" for count in counts for dim in dims)
-    yield from (f"2*{count}*{dim}" for count in counts for dim in dims)
-    yield from (f"{one}+{other}" for one, other in combinations(dims, 2))
-    yield from (f"{count}*{one}+{count}*{other}" for count in counts for one, other in combinations(dims, 2))
+    yield fields
+    yield (f"{factor}*{name}" for factor in (2, 3, 4) for name in fields)
+    yield (f"{count}*{dim}" for count in counts for dim in dims)
+    yield (f"2*{count}*{dim}" for count in counts for dim in dims)
+    yield (f"{one}+{other}" for one, other in combinations(dims, 2))
+    yield (f"{count}*{one}+{count}*{other}" for count in counts for one, other in combinations(dims, 2))
