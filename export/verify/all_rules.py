@@ -10,6 +10,7 @@ from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import (
     config_rules,
     engine_rules,
+    fact_rules,
     file_rules,
     fused_group_rules,
     name_rules,
@@ -29,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     *file_rules.RULES,
     *config_rules.RULES,
     *name_rules.RULES,
+    *fact_rules.RULES,
     *target_rules.RULES,
     *engine_rules.RULES,
     *fused_group_rules.RULES,

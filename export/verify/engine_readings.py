@@ -15,7 +15,8 @@ from amaxbridge.export.architectures.engines import (
     as_named_by,
     read_layer,
 )
-from amaxbridge.export.schemes.targets import HEAD
+from amaxbridge.export.architectures.facts import Architecture, architecture_of
+from amaxbridge.export.schemes.targets import HEAD, is_pattern
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.mappings.names import is_routed_expert
 
@@ -74,6 +75,15 @@ def readings(view: CheckpointView) -> list[EngineReading]:
     return found
 
 
+def _in_transformers(known: Architecture, module: str) -> str:
+    """What transformers calls a module of the files."""
+    prefix = next((each for each in known.renamed_towers if f"{module}.".startswith(each)), None)
+    if prefix is not None and "*" not in known.towers[prefix]:
+        return known.towers[prefix] + module[len(prefix) :]
+    others = [name for name in known.other_names([module]) if not is_pattern(name)]
+    return others[0] if others else module
+
+
 def _in_16_bits(build: Build, path: str) -> bool:
     """True if a layer, or the fused layer that it would be part of, is built without quantization."""
     return build.builds_unquantized(path) or build.builds_unquantized(build.fused(path))
@@ -83,19 +93,23 @@ def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[En
     """The layers that an engine asks about, each with the modules of the files that its answer is for."""
     experts: dict[str, list[str]] = {}
     layers: dict[str, list[str]] = {}
+    known = None if engine.fuses else architecture_of(view.config)
     for name in view.modules:
-        path = build.path_of(name)
+        path = build.path_of(name) if known is None else _in_transformers(known, name)
         if engine.asks_first_expert and (found := EXPERT.fullmatch(path)):
             experts.setdefault(found[1], []).append(name)
         elif engine.fuses and not is_routed_expert(f"{name}."):
             layers.setdefault(build.fused(path), []).append(name)
         else:
             layers[path] = [name]
-    if view.tied and engine.head_is_linear:
-        layers[HEAD] = [HEAD]
+    tied = HEAD if view.tied else None
+    if known is not None:  # the class's default decides where config.json is silent, and heads have other names
+        tied = known.head_without_tensor(view.tensors) if known.tied else None
+    if tied is not None and engine.head_is_linear:
+        layers[tied] = [tied]
     for path, modules in layers.items():
         # a member alone is no fused layer: queries that are projected at once, a tower's `fc1`
-        own = path if len(modules) > 1 else build.path_of(modules[0])
+        own = build.path_of(modules[0]) if engine.fuses and len(modules) == 1 else path
         asked = build.asked(own)
         members = build.members_of(asked) if engine.fuses else (asked,)
         yield EngineLayer(own, Layer(asked, members), tuple(modules))

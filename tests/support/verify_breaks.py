@@ -143,6 +143,11 @@ def plain(module: str, *shape: int) -> Callable[[Made], object]:
     return change
 
 
+def turn_experts(made: Made) -> None:
+    """The model has other sizes than the files: experts are [hidden, ffn] in place of [ffn, hidden]."""
+    made.config["moe_intermediate_size"], made.config["hidden_size"] = 64, 32
+
+
 def rename_group(made: Made) -> None:
     made.quantization["config_groups"] = {"mlp": made.group}
 
@@ -276,6 +281,15 @@ NAMES = {
     "an expert is gone": at("experts", EXPERT, drop_all, model=MOE),
     "the last experts are gone": Break("experts", f"{LAYER}.mlp.experts.7", drop_all(".experts.7."), model=MOE),
     "an expert's scale is gone": at("experts", f"{EXPERT}.up_proj.weight_scale", drop, model=MOE),
+    "an architecture that is not known": Break("known-architecture", "architectures", say(architectures=["Unheard"])),
+    "an expert along the wrong side": Break("shapes", f"{EXPERT}.down_proj.weight", turn_experts, model=MOE),
+    "packed experts that nobody mentions": Break(
+        "accounted",
+        f"{LAYER}.mlp.experts.gate_up_proj",
+        put(f"{LAYER}.mlp.experts.gate_up_proj", torch.ones(8, 128, 64)),
+        model=MOE,
+    ),
+    "a weight of no architecture": at("accounted", f"{LAYER}.mlp.more.weight", put, torch.ones(2, 3, 4)),
     "stacked scales": Break(
         "stacked-experts", f"{LAYER}.mlp.experts.gate_up_proj_weight_global_scale", stack_experts, model=MOE
     ),
