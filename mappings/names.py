@@ -19,6 +19,8 @@ _DIGITS = re.compile(r"(\d+)")
 _NUMBER_INSIDE = re.compile(r"(?<=\.)(\d+)(?=\.)")  # number of a layer or expert, but not the 1 of w1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")  # but not the 1 of fc1
 
+_QUANTIZER = re.compile(r"(?<!vector)_quantizer")
+
 Captures = tuple[str, ...]
 
 
@@ -90,8 +92,11 @@ def module_of(tensor_name: str) -> str:
 
 
 def is_quantizer_state(name: str) -> bool:
-    """True if a Megatron or HF name is that of a quantizer, or of a quantizer's buffer."""
-    return "_quantizer" in name
+    """True if a Megatron or HF name is that of a quantizer, or of a quantizer's buffer.
+
+    The vector quantizers of audio codecs are layers with weights.
+    """
+    return _QUANTIZER.search(name) is not None
 
 
 def is_routed_expert(name: str) -> bool:

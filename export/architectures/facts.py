@@ -145,8 +145,8 @@ class Architecture:
         sizes: the fields of the language model's configuration.
         base: prefix that names may have or lack, as `model` or `transformer`.
         facts: pattern of a tensor's name → what is known of it.
-        towers: prefix of names of models beside the language model → the same as transformers spells it.
-        renamed_towers: those whose modules transformers names otherwise.
+        towers: prefix of names of models beside the language model → the prefixes that transformers gives their
+            modules, none if it names all as the files do.
         head: the module of the output layer; None if there is none.
         tied: the head is the embedding, unless the file has a tensor of its own for it.
         unread: what transformers leaves unread in files.
@@ -157,8 +157,7 @@ class Architecture:
     sizes: Mapping[str, Any]
     base: str
     facts: Mapping[str, Fact]
-    towers: Mapping[str, str] = field(default_factory=dict)
-    renamed_towers: frozenset[str] = frozenset()
+    towers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     head: str | None = None
     tied: bool = False
     unread: tuple[re.Pattern[str], ...] = ()
@@ -289,8 +288,8 @@ class Architecture:
             tensor = f"{module}.weight"
             found, prefix = self.fact(tensor), next((each for each in self.towers if tensor.startswith(each)), None)
             if prefix is not None:
-                if prefix in self.renamed_towers:
-                    tower = re.escape(self.towers[prefix].removesuffix(".")).replace(r"\*", r"\d+")
+                for each in self.towers[prefix]:
+                    tower = re.escape(each.removesuffix(".")).replace(r"\*", r"\d+")
                     names[f"re:{tower}(\\.|$)"] = None
             elif found is not None and found.module != _NUMBER.sub("*", tensor):
                 numbers = _NUMBER.findall(tensor)
@@ -355,14 +354,12 @@ def _architecture(name: str, table: Mapping[str, Any], config: Mapping[str, Any]
                     facts.setdefault(single, Fact(Role.VECTOR if kind == "bias" else Role.LINEAR, single))
     output = table["output"]
     said = (sizes if output.get("nested") else config).get("tie_word_embeddings")
-    towers = table.get("towers", {})
     return Architecture(
         name=name,
         sizes=sizes,
         base=table["base"],
         facts=facts,
-        towers={prefix: each["module"] for prefix, each in towers.items()},
-        renamed_towers=frozenset(prefix for prefix, each in towers.items() if each.get("renamed")),
+        towers={prefix: tuple(each.get("modules", ())) for prefix, each in table.get("towers", {}).items()},
         head=output["module"],
         tied=bool(output.get("ties") and (output["tied"] if said is None else said)),
         unread=tuple(re.compile(each) for each in table.get("unused", ())),

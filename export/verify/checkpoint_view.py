@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
+from amaxbridge.export.architectures.facts import GUESS, architecture_of
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import misfit, read_json_object
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -23,7 +24,6 @@ from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, Q
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Scheme
 from amaxbridge.export.schemes.stored_specs import stored_specs
-from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
@@ -156,9 +156,10 @@ class CheckpointView:
             module, _, suffix = name.rpartition(".")
             parts.setdefault(module, {})[suffix] = stored
         modules: dict[str, Module] = {}
+        knowledge = architecture_of(self.config) or GUESS
         for name, tensors in parts.items():
             weight = tensors.get("weight")
-            plain = weight is not None and len(weight.spec.shape) == 2 and not name.endswith(EMBEDDINGS)
+            plain = weight is not None and len(weight.spec.shape) == 2 and not knowledge.is_embedding(name)
             if plain or not QUANTIZED_SUFFIXES.isdisjoint(tensors):
                 group = self.quantization.group_of(name)
                 scheme = None if group is None else self.quantization.groups[group].scheme

@@ -77,9 +77,9 @@ def readings(view: CheckpointView) -> list[EngineReading]:
 
 def _in_transformers(known: Architecture, module: str) -> str:
     """What transformers calls a module of the files."""
-    prefix = next((each for each in known.renamed_towers if f"{module}.".startswith(each)), None)
-    if prefix is not None and "*" not in known.towers[prefix]:
-        return known.towers[prefix] + module[len(prefix) :]
+    prefix = next((each for each in known.towers if f"{module}.".startswith(each)), None)
+    if prefix is not None and known.towers[prefix] and "*" not in known.towers[prefix][0]:
+        return (known.towers[prefix][0] + module[len(prefix) :]).removesuffix(".")
     others = [name for name in known.other_names([module]) if not is_pattern(name)]
     return others[0] if others else module
 

@@ -6,8 +6,9 @@ group gives its tensors. A reference checkpoint, or the caller of `verify`, give
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+from amaxbridge.export.architectures.facts import Role, architecture_of
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.model_config import number_of_experts
@@ -62,15 +63,28 @@ def is_mtp(view: CheckpointView, name: str) -> bool:
 
 def _layers(view: CheckpointView) -> Iterator[Problem]:
     wanted = view.text_config.get("num_hidden_layers")
+    known = architecture_of(view.config)
     stacks: dict[str, set[int]] = {}
     for name in view.tensors:
+        fact = None if known is None else known.fact(name)
+        if fact is not None and fact.role is Role.TOWER:
+            continue  # its lists may hold modules without weights
         if (found := _LAYER.match(name)) and "mtp" not in found[1]:
             stacks.setdefault(found[1], set()).add(int(found[2]))
     for stack, numbers in stacks.items():
         is_main = stack in ("model.layers", "backbone.layers", "model.language_model.layers", "language_model.layers")
         count = wanted if isinstance(wanted, int) and is_main else max(numbers) + 1
-        for number in sorted(set(range(count)) - numbers):
-            yield Problem(f"{stack}.{number}", "has no tensors")
+        for numbered in _gaps(numbers, count):
+            yield Problem(f"{stack}.{numbered}", "has no tensors")
+
+
+def _gaps(numbers: Collection[int], count: int) -> Iterator[str]:
+    """The numbers below `count` that are not there, several in a row as `3 to 9`: a name may say any number."""
+    following = 0
+    for number in sorted({*(number for number in numbers if number < count), count}):
+        if number > following:
+            yield str(following) if number == following + 1 else f"{following} to {number - 1}"
+        following = number + 1
 
 
 def _mtp(view: CheckpointView) -> Iterator[Problem]:
@@ -97,9 +111,9 @@ def _experts(view: CheckpointView) -> Iterator[Problem]:
             layers.setdefault(f"{layer}.experts", {}).setdefault(int(expert), set()).add(part)
     for layer, experts in sorted(layers.items(), key=lambda item: natural_key(item[0])):
         count = wanted or max(experts) + 1
-        for number in sorted(set(range(count)) - experts.keys()):
-            yield Problem(f"{layer}.{number}", f"is not there; config.json has {count} experts")
-        for number in sorted(experts.keys() - set(range(count))):
+        for numbered in _gaps(experts, count):
+            yield Problem(f"{layer}.{numbered}", f"is not there; config.json has {count} experts")
+        for number in sorted(number for number in experts if number >= count):
             yield Problem(f"{layer}.{number}", f"is one more than the {count} of config.json")
         everything = Counter(part for parts in experts.values() for part in parts)
         for number, parts in experts.items():

@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import takewhile
 from typing import Any
 
 import transformers
@@ -89,13 +88,13 @@ def _prefixes(facts: Mapping[str, TensorFact]) -> list[str]:
 
 
 def _tower(prefix: str, facts: Mapping[str, TensorFact]) -> dict[str, Any]:
-    """The prefix that all modules under a prefix of the files have in transformers."""
-    names = {pattern: fact.module for pattern, fact in facts.items() if pattern.startswith(prefix)}
-    parts = zip(*(name.split(".") for name in names.values()), strict=False)
-    module = ".".join(next(iter(each)) for each in takewhile(lambda each: len(set(each)) == 1, parts)) + "."
-    if all(name == pattern for pattern, name in names.items()):
-        return {"module": prefix}
-    return {"module": module, "renamed": True}
+    """What transformers calls the modules under a prefix of the files, if it is something else."""
+    inside = {pattern: fact for pattern, fact in facts.items() if pattern.startswith(prefix)}
+    if all(fact.module == pattern for pattern, fact in inside.items()):
+        return {}
+    modules = {fact.module: fact for fact in inside.values()}
+    others = {fact.module: fact for fact in facts.values() if fact.role != "tower"}
+    return {"modules": _prefixes({**others, **modules})}
 
 
 def _described(pattern: str, fact: TensorFact, configs: Mapping[str, Mapping[str, Any]]) -> Any:
