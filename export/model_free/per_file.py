@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.staging import StagedDirectory
@@ -51,7 +52,7 @@ def process_file(
     Returns:
         Bytes of all tensors, and tensor → file name.
     """
-    save_path = Path(save_path).absolute()
+    save_path = resolved_output(save_path)
     with (
         _file_plan(inverse_weight_map, save_path, scheme, ignore, converter) as plan,
         StagedDirectory(save_path) as staged,
