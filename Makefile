@@ -67,9 +67,10 @@ test-newest: setup
 	$(BIN)/uv pip install --quiet --python $(NEWEST)/bin/python --upgrade --editable '.[test]'
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) $(FAST)
 
-# A run that is killed at a hundred moments, and taken up.
+# Runs that are killed, more than a thousand times, and errors of the file system at every operation: the tables of
+# docs/reliability.md. They are fast where syncing is: give TMPDIR=/dev/shm.
 test-faults: setup
-	KILLS=100 $(BIN)/python -m pytest tests/export/model_free/test_faults.py
+	KILLS=260 EVERY=1 $(BIN)/python -m pytest -s tests/export/disk tests/export/model_free/test_faults.py
 
 # Whole checkpoints against llm-compressor's own model_free_ptq, byte for byte.
 test-peer: peer

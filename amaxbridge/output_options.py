@@ -47,6 +47,12 @@ class OutputOptions:
         "NaN or Inf in a tensor that stays unquantized: warn, or error. Quantized ones are refused.",
     )
     overwrite: bool = _option(False, "io.overwrite", "Replace what is at output.")
+    hash_source: bool = _option(
+        False,
+        "io.hash_source",
+        "Tell from the hash of every byte if the source changed, in place of inodes and times, which mounts of object "
+        "stores make up. Reads the source twice more.",
+    )
     dry_run: bool = _option(False, "dry_run", "Plan and check everything, write nothing.")
     verify: bool = _option(True, "verify", "Check the output before it is moved into place.")
     progress: "Progress | None" = _option(None, None, "Is told how far the export is.")
@@ -79,6 +85,7 @@ class OutputKeywords(TypedDict, total=False):
     missing_amax: str
     nonfinite: str
     overwrite: bool
+    hash_source: bool
     dry_run: bool
     verify: bool
     progress: "Progress | None"

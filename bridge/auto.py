@@ -32,10 +32,11 @@ from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.identification import check_described, stored_model
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, files_of
 from amaxbridge.export.amax.fused_group_amax import missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
+from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
@@ -216,9 +217,10 @@ class AutoBridge:
         Raises:
             CheckpointError: not a distributed checkpoint, a damaged one, or not the model of config.json.
         """
-        checkpoint, path = Path(checkpoint).expanduser(), Path(path).expanduser()
+        checkpoint, path = Path(checkpoint).expanduser(), resolved_output(path)
         check_spared(checkpoint, path)
         saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
+        files = files_of(checkpoint, hashed=saver.options.hash_source)
         opened = DistCheckpoint(checkpoint)
         if share.rank == 0:
             for note in self.hf.notes:
@@ -233,7 +235,7 @@ class AutoBridge:
             plan,
             lambda needed: (join_bundle(bundle, stored, config) for bundle in needed if bundle.owner == share.rank),
             lambda: collect_scalars(quantizers, self.hf.registry, LOCAL),
-            source=opened.fingerprint,
+            source=files,
         )
 
     def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:

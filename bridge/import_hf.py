@@ -4,7 +4,6 @@ Training can continue from it: the quantizers compute what a serving engine comp
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,12 @@ from amaxbridge.bridge.live.model_walk import layer_pattern, walk_all_quantizers
 from amaxbridge.bridge.megatron.build_model import ModelClass
 from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.export.dequantized import Changed, DequantizedCheckpoint
-from amaxbridge.export.disk.atomic_move import replace_directory
-from amaxbridge.export.disk.staging import check_output
+from amaxbridge.export.disk.output_place import resolved_output
+from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.disk.source_files import SourceFiles
+from amaxbridge.export.disk.staging import StagedDirectory, check_output
+from amaxbridge.export.output.config_and_index import Companions
+from amaxbridge.export.output.writing_processes import Together
 from amaxbridge.export.schemes import Scheme
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
@@ -58,19 +61,26 @@ def import_hf(
     dtype: torch.dtype = torch.bfloat16,
     model_class: str | None = None,
     overwrite: bool = False,
+    hash_source: bool = False,
 ) -> ImportReport:
     """Writes a Megatron checkpoint of the model at the parallel sizes of Megatron's parallel state. Collective.
 
     Nothing appears at `target` before everything is written.
 
+    Args:
+        hash_source: as in `OutputOptions`.
+
     Raises:
         UsageError: the output is not empty, Megatron does not compute the model, or ModelOpt lacks quantizers for it
             at these sizes.
-        CheckpointError: the directory is incomplete, or not what its config.json says.
+        CheckpointError: the directory is incomplete or changed meanwhile, or is not what its config.json says.
         MappingError: modules that form one Megatron weight are quantized differently.
     """
-    target = target.absolute()
+    target = resolved_output(target)
     check_output(target, overwrite=overwrite)
+    companions = Companions.of(hf.directory)
+    read = [*companions.read, *companions.weights]
+    files = companions.source and SourceFiles.of(companions.source, read, hashed=hash_source)
     hf.family.check_buildable(hf.config)
     ranks = megatron.process_ranks()
     bridge = AutoBridge(hf, ranks)
@@ -84,7 +94,12 @@ def import_hf(
         if any_quantized:
             bridge.load_quant_state(chunks, weights.state)
     report = _report(weights, quantized, ranks)
-    _save(chunks, hf, target, ranks)
+    arguments = megatron_arguments(hf, chunks[0].config, layer_pattern(chunks))
+    writers = Together(ranks)
+    with StagedDirectory(target, overwrite=overwrite) as staged:
+        writers.open(staged, Layout(()))
+        megatron.save_checkpoint(chunks, staged.path, iteration=None, arguments=arguments)
+        writers.end(staged, (), lambda: files.check_unchanged() if files else None)
     return report
 
 
@@ -169,22 +184,3 @@ def _warn(report: ImportReport) -> None:
             len(rows),
             listing(rows),
         )
-
-
-def _save(chunks: Sequence[nn.Module], hf: HFModel, target: Path, ranks: Ranks) -> None:
-    """Saves beside the target; moves the checkpoint into place when all ranks are done."""
-    staged, first = target.with_name(target.name + ".partial"), ranks.rank(Axis.WORLD) == 0
-    if first:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    ranks.all_gather_object(Axis.WORLD, None)
-    try:
-        arguments = megatron_arguments(hf, chunks[0].config, layer_pattern(chunks))
-        megatron.save_checkpoint(chunks, staged, iteration=None, arguments=arguments)
-        if first:
-            replace_directory(staged, target)
-        ranks.all_gather_object(Axis.WORLD, None)
-    except BaseException:
-        if first:
-            shutil.rmtree(staged, ignore_errors=True)
-        raise

@@ -12,9 +12,12 @@ from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.export.amax.fused_group_amax import missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state
+from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard, plan_layout
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.model_free.input_directory import check_apart, check_ignored
+from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.finished_directory import BundleSize, BundleWriter, DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
@@ -67,11 +70,12 @@ class Saver:
     """
 
     def __init__(self, hf: HFModel, writers: Writers, target: Path, options: SaveOptions) -> None:
-        self._hf, self._writers, self._options = hf, writers, options
-        self._target = target.expanduser().absolute()
+        self._hf, self._writers, self.options = hf, writers, options
+        self._target = resolved_output(target)
         if hf.directory is not None:
             check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=options.overwrite)
+        self._companions = Companions.of(hf.directory)
         self.recipe = find_scheme(options.scheme, options.ignore)
         self._missing = missing_policy(options.missing_amax)
         self._finite = FiniteCheck(nonfinite_policy(options.nonfinite))
@@ -82,17 +86,17 @@ class Saver:
         stream: Stream,
         collect: Callable[[], QuantState],
         *,
-        source: str | None = None,
+        source: SourceFiles | None = None,
     ) -> ExportReport:
         """Writes the bundles of a plan. Collective if the writers are ranks of a live model.
 
         Args:
             stream: planned bundles → those that this process owns.
             collect: returns the per-tensor state; called if needed.
-            source: fingerprint of the source, with which an interrupted export can continue. None for a live model,
-                whose weights may have changed.
+            source: the files that the bundles are read from, with which an interrupted export can continue. None for a
+                live model, whose weights may have changed.
         """
-        options, specs = self._options, specs_of(plan)
+        options, specs = self.options, specs_of(plan)
         state = collect() if self.recipe or options.quant_state else QuantState()
         casting = Casting.of(self._hf, specs, options.dtype)
         self._hf = casting.described(self._hf)
@@ -108,9 +112,10 @@ class Saver:
         notes = {"notes": self._hf.notes} if self._hf.notes else {}
         directory = DirectoryPlan(
             target=self._target,
-            source=self._hf.directory,
+            companions=self._companions,
+            sources=tuple(each for each in (source, self._files(bool(carried))) if each is not None),
             config=self._hf.written,
-            made_of=source,
+            made_of=None if source is None else source.fingerprint,
             conversion=Conversion(
                 finalizer,
                 plan_layout({**packer.specs, **carried}, options.max_shard_bytes),
@@ -144,6 +149,13 @@ class Saver:
             finalizer.filled,
             ended,
         )
+
+    def _files(self, weights: bool) -> SourceFiles | None:
+        """What is read of the Hugging Face directory."""
+        companions = self._companions
+        names = [*companions.read, *(companions.weights if weights else ())]
+        hashed = self.options.hash_source
+        return None if companions.source is None else SourceFiles.of(companions.source, names, hashed=hashed)
 
     def _state_shards(self, state: QuantState, specs: Mapping[str, TensorSpec]) -> tuple[Shard]:
         if any(name.endswith(STORED_SCALES) for name in specs):

@@ -49,6 +49,7 @@ class IoConfig:
     """The output directory."""
 
     overwrite: bool = shared("overwrite")
+    hash_source: bool = shared("hash_source")
 
 
 @dataclass

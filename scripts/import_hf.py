@@ -4,7 +4,6 @@ torchrun --nproc-per-node 4 -m amaxbridge import hf=HF_DIR output=CKPT parallel.
 """
 
 from dataclasses import asdict
-from pathlib import Path
 
 from amaxbridge import cli
 from amaxbridge.configs.schema import ImportConfig
@@ -17,11 +16,13 @@ def import_hf(options: ImportConfig) -> None:
     from amaxbridge.bridge.plan.dry_run import plan_import
     from amaxbridge.bridge.plan.mesh import Mesh
     from amaxbridge.bridge.weight_dtypes import dtype_option
+    from amaxbridge.export.disk.output_place import resolved_output
     from amaxbridge.export.disk.staging import check_output
     from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
     hf, sizes = read_hf_model(options.hf), asdict(options.parallel)
-    check_output(Path(options.output), overwrite=options.io.overwrite)
+    output = resolved_output(options.output)
+    check_output(output, overwrite=options.io.overwrite)
     if options.dry_run:
         if world_rank() == 0:
             import_plan_table(plan_import(hf, Mesh.smallest(**sizes)), options)
@@ -34,10 +35,11 @@ def import_hf(options: ImportConfig) -> None:
     with process_group(), megatron.distributed(**sizes):
         report = importing.import_hf(
             hf,
-            Path(options.output),
+            output,
             dtype=dtype_option("model.dtype", options.model.dtype),
             model_class=options.model.model_class,
             overwrite=options.io.overwrite,
+            hash_source=options.io.hash_source,
         )
     if world_rank() == 0:
         import_table(report, options)

@@ -26,6 +26,7 @@ def output_keywords(
         "missing_amax": options.amax.missing,
         "nonfinite": options.nonfinite,
         "overwrite": options.io.overwrite,
+        "hash_source": options.io.hash_source,
         "dry_run": options.dry_run,
         "verify": options.verify,
         "progress": progress,

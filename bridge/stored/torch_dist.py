@@ -7,7 +7,6 @@ Checkpoints are untrusted, so no pickle in them may run code: PyTorch loads tens
 returned as bytes (`inert_pickle` reads them), and `dist_metadata` reads `.metadata`.
 """
 
-import hashlib
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
 from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -57,6 +57,17 @@ def checkpoint_iteration(path: Path) -> Path:
             f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
         )
     return directory
+
+
+def files_of(path: Path, *, hashed: bool = False) -> SourceFiles:
+    """The files of a distributed checkpoint, as they are now; take them before it is opened.
+
+    Args:
+        path: as for `DistCheckpoint`.
+        hashed: as in `SourceFiles`.
+    """
+    directory = checkpoint_iteration(path)
+    return SourceFiles.of(directory, [file.name for file in directory.iterdir() if file.is_file()], hashed=hashed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +100,6 @@ class DistCheckpoint:
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identifies this checkpoint: another checkpoint, or a rewritten one, has another fingerprint."""
-        digest = hashlib.sha256((self.directory / METADATA).read_bytes())
-        for file in sorted(self.directory.iterdir()):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-        return digest.hexdigest()
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:

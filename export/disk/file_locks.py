@@ -16,10 +16,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Mutex:
-    """A mutual exclusion between processes: a locked file, which exists while the mutex is held.
+    """A mutual exclusion between processes: a locked file in a directory that may come and go.
 
     Args:
-        path: path of the file.
+        path: path of the file. Its directory is made where it is not there; who removes the directory holds the mutex
+            and removes the file last.
         required: True to refuse a file system without locks; False to go on without waiting there.
     """
 
@@ -34,15 +35,23 @@ class Mutex:
             WriteError: the file system has no locks, and they are required.
         """
         while self._file < 0:
-            file = hold(self._path, wait=True, required=self._required)
+            self._path.parent.mkdir(exist_ok=True)
+            try:
+                file = hold(self._path, wait=True, required=self._required)
+            except FileNotFoundError:  # its last holder removed the directory just now
+                continue
             if is_at(file, self._path):
                 self._file = file
             else:  # its last holder removed the file; a third process may hold a new one by now
                 os.close(file)
 
+    @property
+    def held(self) -> bool:
+        """True if this process holds it."""
+        return self._file >= 0
+
     def release(self) -> None:
         if self._file >= 0:
-            self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
 

@@ -1,5 +1,6 @@
 """Reading a Hugging Face directory of safetensors, tensor by tensor."""
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Self
 from torch import Tensor
 
 from amaxbridge.export.disk.input_paths import refuse_leaving, weight_file_name
+from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.packed_experts import packed_source
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import read_json_object
@@ -31,6 +34,7 @@ class SafetensorsCheckpoint:
         self.directory = directory
         self._packed = packed or PackedExperts()
         self._files: dict[str, SafetensorsFile] = {}
+        self._open_files = OpenFiles()
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -90,7 +94,7 @@ class SafetensorsCheckpoint:
         if name not in self._files:
             path = self.directory / name
             refuse_leaving(path, self.directory)
-            self._files[name] = SafetensorsFile(path)
+            self._files[name] = SafetensorsFile(path, self._open_files)
         return self._files[name]
 
     def has(self, name: str) -> bool:
@@ -118,7 +122,9 @@ class SafetensorsCheckpoint:
         raise CheckpointError(f"{self.directory} has no tensor {name}")
 
     def _files_of_weights(self) -> list[str]:
-        return sorted(path.name for path in self.directory.glob("*.safetensors") if path.name != QUANT_STATE_FILE)
+        with explaining_reads(self.directory):
+            names = os.listdir(self.directory)
+        return sorted(name for name in names if name.endswith(".safetensors") and name != QUANT_STATE_FILE)
 
     def _find(self, name: str) -> StoredTensor | None:
         file = self.weight_map.get(name)
@@ -130,9 +136,8 @@ class SafetensorsCheckpoint:
         return stored
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
         self._files.clear()
+        self._open_files.close()
 
     def __enter__(self) -> Self:
         return self

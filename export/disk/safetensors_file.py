@@ -8,7 +8,6 @@ See `shard_layout` for the file format.
 """
 
 import math
-import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +18,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.mapped_file import MappedFile
+from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.row_chunks import Part
 from amaxbridge.export.disk.shard_layout import DTYPE_NAMES
 from amaxbridge.export.disk.strict_json import parse_json_object
@@ -84,6 +86,7 @@ class StoredTensor:
             part = self if length == total else self.rows(first, min(length, total - first))
             if into is None:
                 yield Part(first, part.look())
+                self.file.check()
                 if not again:
                     self.file.forget(part.begin, part.spec.nbytes)
             else:
@@ -93,55 +96,67 @@ class StoredTensor:
 
 @dataclass(slots=True)
 class SafetensorsFile:
-    """An open safetensors file whose header is read and checked.
+    """A safetensors file whose header is read and checked.
+
+    Args:
+        files: where files that are being read are kept open; those of one checkpoint share it.
 
     Raises:
         CheckpointError: the file is truncated or is not a safetensors file.
     """
 
     path: Path
+    files: OpenFiles = field(default_factory=OpenFiles, repr=False)
     tensors: dict[str, StoredTensor] = field(init=False)
     metadata: dict[str, str] = field(init=False)
-    _file: int = field(init=False)
-    _map: mmap.mmap = field(init=False)
+    _map: MappedFile = field(init=False)
+    _identity: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
+        file = self._open()
         try:
-            self._file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would never open
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
-        try:
-            self.tensors = self._read_header()
-            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        except (ValueError, OSError) as error:
-            self.close()
-            why = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(f"{self.path} cannot be read: {why}; copy the file again") from error
+            with explaining_reads(self.path):
+                self._identity = _identity(file)
+                self.tensors = self._read_header(file)
+                self._map = MappedFile(file, self.path)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}; copy the file again") from error
+        finally:
+            os.close(file)
 
     def read(self, begin: int, memory: Tensor) -> None:
         """Fills `memory`, uint8, from the file."""
+        file = self.files.get(str(self.path), self._open)
         data = memoryview(memory.numpy())
-        while data:
-            count = os.preadv(self._file, [data], begin)
-            if not count:
-                raise CheckpointError(f"{self.path} ends at byte {begin:,}: it became shorter while it was read")
-            data, begin = data[count:], begin + count
+        with explaining_reads(self.path):
+            while data:
+                count = os.preadv(file.number, [data], begin)
+                if not count:
+                    raise CheckpointError(f"{self.path} ends at byte {begin:,}: it became shorter while it was read")
+                data, begin = data[count:], begin + count
 
     def look(self, begin: int, nbytes: int) -> Tensor:
-        """A part of the file as uint8, without a copy. The kernel is asked to read ahead."""
-        start = begin - begin % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start, begin + nbytes - start)
-        return torch.frombuffer(self._map, dtype=torch.uint8, offset=begin, count=nbytes)
+        """As `MappedFile.look`."""
+        return self._map.look(begin, nbytes)
 
     def forget(self, begin: int, nbytes: int) -> None:
-        """Drops these pages from the process's memory; they stay in the page cache."""
-        start = begin + -begin % mmap.PAGESIZE
-        end = (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if start < end:
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        """As `MappedFile.forget`."""
+        self._map.forget(begin, nbytes)
+
+    def check(self) -> None:
+        """As `MappedFile.check`."""
+        self._map.check()
 
     def close(self) -> None:
-        os.close(self._file)
+        self.files.drop(str(self.path))
+
+    def _open(self) -> int:
+        with explaining_reads(self.path):
+            file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would never open
+        if self._identity and _identity(file) != self._identity:
+            os.close(file)
+            raise CheckpointError(f"{self.path} was replaced while it was read: run the same command again")
+        return file
 
     def __enter__(self) -> Self:
         return self
@@ -149,17 +164,17 @@ class SafetensorsFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_header(self) -> dict[str, StoredTensor]:
-        found = os.fstat(self._file)
+    def _read_header(self, file: int) -> dict[str, StoredTensor]:
+        found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a file")
         size = found.st_size
-        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        length = int.from_bytes(os.pread(file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            if os.pread(self._file, len(_LFS_POINTER), 0) == _LFS_POINTER:
+            if os.pread(file, len(_LFS_POINTER), 0) == _LFS_POINTER:
                 raise ValueError("a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
-        entries = parse_json_object(os.pread(self._file, length, 8))
+        entries = parse_json_object(os.pread(file, length, 8))
         self.metadata = _texts(entries.pop("__metadata__", None) or {})
         specs = {name: _entry(name, entry) for name, entry in entries.items()}
         begin, tensors = 8 + length, {}
@@ -206,3 +221,9 @@ def _are_sizes(value: Any) -> bool:
 def _shown(value: Any) -> str:
     """A value in a message, of bounded length."""
     return repr(value)[:80]
+
+
+def _identity(file: int) -> tuple[int, ...]:
+    """Tells an open file from another one that took its path."""
+    state = os.fstat(file)
+    return state.st_dev, state.st_ino, state.st_size

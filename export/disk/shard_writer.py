@@ -4,44 +4,55 @@ A thread of its own syncs, so that the disk works while weights are quantized. S
 write the same shard.
 """
 
-import contextlib
 import errno
-import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor, uint8
 
+from amaxbridge.export.disk.io_errors import explaining
+from amaxbridge.export.disk.open_files import Descriptor, OpenFiles
 from amaxbridge.export.disk.shard_layout import Layout
-from amaxbridge.mappings.errors import WriteError
+from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
 _SYNC_BYTES = 64 << 20
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Owner(Protocol):
+    """The run that writes, as its shards know it: `StagedDirectory`."""
+
+    def check_mine(self) -> None:
+        """Raises WriteError if another run has taken the directory over."""
+
+    def note_done(self, bundles: Sequence[str]) -> None:
+        """Notes bundles whose bytes are synced."""
 
 
 class ShardWriter:
     """Writes rows at their planned places. Each process has one, which its threads share.
 
     Args:
-        directory: the staging directory, with all shards.
+        directory: the directory with all shards.
         layout: the places of all tensors.
-        journal: file that lists the bundles whose bytes are synced; None to keep no journal.
+        owner: the run that the directory belongs to, asked at each write whether it still does; None for a directory
+            that nobody else knows.
     """
 
-    def __init__(self, directory: Path, layout: Layout, journal: Path | None = None) -> None:
+    def __init__(self, directory: Path, layout: Layout, owner: Owner | None = None) -> None:
         self._directory = directory
         self._places = layout.places
+        self._owner = owner
         self._mutex = threading.Lock()
-        self._files: dict[str, int] = {}
+        self._files = OpenFiles(before=os.fdatasync)  # NFS tells of a failed write when the file is synced or closed
         # A lock for each file: threads that wait for the kernel's own lock would spin.
         self._turns = {shard.file_name: threading.Lock() for shard in layout.shards}
+        self._unsynced: dict[str, int] = {}  # file → bytes since the last sync
         self._done: list[str] = []  # since the last sync
-        self._unsynced = 0
-        self._journal = journal
         self._syncing: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, "sync")
 
@@ -55,7 +66,8 @@ class ShardWriter:
 
         Raises:
             ValueError: the rows do not fit the planned tensor: a bug, not a user's mistake.
-            WriteError: the disk is full.
+            WriteError: the disk is full or fails, or another run has taken the directory over.
+            CheckpointError: the rows are a view of a source file that became shorter.
         """
         shard, at = self._places[name]
         planned, given = shard.specs[name], TensorSpec.of(rows)
@@ -67,24 +79,34 @@ class ShardWriter:
             raise ValueError(f"{name}: planned {planned}, given {given} at row {first}")
         at += first * TensorSpec(planned.shape[1:], planned.dtype).nbytes
         data = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
-        file, size = self._open(shard.file_name), len(data)
-        with self._turns[shard.file_name], explaining(self._directory / shard.file_name):
-            while data:
-                written = os.pwrite(file, data, at)
-                data, at = data[written:], at + written
+        file_name, size = shard.file_name, len(data)
+        with self._turns[file_name], explaining(self._directory / file_name):
+            file = self._open(file_name)
+            if self._owner is not None:  # after opening: the file may be of a run that came later
+                self._owner.check_mine()
+            try:
+                while data:
+                    written = os.pwrite(file.number, data, at)
+                    data, at = data[written:], at + written
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                raise CheckpointError(
+                    f"{name} cannot be read any more: a source file became shorter while it was read, or the disk "
+                    "failed: copy it again, and leave it as it is until the command ends"
+                ) from error
         with self._mutex:
-            self._unsynced += size
+            self._unsynced[file_name] = self._unsynced.get(file_name, 0) + size
 
     def done(self, bundle: str) -> None:
         """Reports that a bundle is written; it enters the journal once it is synced."""
         with self._mutex:
             self._done.append(bundle)
             idle = self._syncing is None or self._syncing.done()
-            if self._unsynced < _SYNC_BYTES or not idle:
+            if sum(self._unsynced.values()) < _SYNC_BYTES or not idle:
                 return
             if self._syncing is not None:
                 self._syncing.result()  # raises if it failed
-            self._unsynced = 0
             self._syncing = self._background.submit(self._sync)
 
     def close(self) -> None:
@@ -95,36 +117,18 @@ class ShardWriter:
             self._sync()
         finally:
             self._background.shutdown()
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            self._files.close()
 
     def _sync(self) -> None:
         with self._mutex:
             done, self._done = self._done, []
-            files = dict(self._files)
-        for name, file in files.items():
+            names, self._unsynced = list(self._unsynced), {}
+        for name in names:
             with explaining(self._directory / name):
-                os.fdatasync(file)
-        if done and self._journal is not None:
-            with explaining(self._journal), open(self._journal, "a") as journal:
-                journal.writelines(json.dumps(bundle) + "\n" for bundle in done)
-                journal.flush()
-                os.fsync(journal.fileno())
+                os.fdatasync(self._open(name).number)
+        if done and self._owner is not None:
+            self._owner.note_done(done)
 
-    def _open(self, file_name: str) -> int:
-        with self._mutex:
-            if file_name not in self._files:
-                self._files[file_name] = os.open(self._directory / file_name, os.O_WRONLY)
-            return self._files[file_name]
-
-
-@contextlib.contextmanager
-def explaining(path: Path) -> Iterator[None]:
-    """Turns the OSError of a full disk into a WriteError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
-            raise
-        raise WriteError(f"{path}: {os.strerror(error.errno)}; free space and run the same command again") from error
+    def _open(self, file_name: str) -> Descriptor:
+        path = self._directory / file_name
+        return self._files.get(file_name, lambda: os.open(path, os.O_WRONLY))

@@ -1,43 +1,56 @@
 """The staging directory, in which an output grows: the target is whole or untouched, and an interrupted run can
 continue.
 
-Everything is written to `OUT.partial`, beside the target. Shards are created there at full size; ranks and threads then
-write rows of tensors at the planned offsets, in any order. Journals list the bundles whose bytes are synced. A later
-run of the same plan keeps these and makes only the rest. At the end one move puts the directory into place.
+Shards are created there at full size; ranks and threads then write rows of tensors at the planned offsets, in any
+order. Journals list the bundles whose bytes are synced. A later run of the same plan keeps these and makes only the
+rest. When all is written, verified and synced, the directory is marked complete, and one move puts it into place; if
+that fails, the next run only moves. `output_place` says where the directory lies, `atomic_move` how it moves.
 
+    OUT.partial/.amaxbridge.lock    tells that the directory is ours; locked by who opens, completes or removes it
     OUT.partial/.plan               the fingerprint of everything that decides the bytes
     OUT.partial/.done-RANK-of-N     the bundles that a process has written and synced, one a line; locked by the process
-    OUT.partial.lock                locked by the process that opens, completes or removes the directory
+    OUT.partial/.complete           the inode of `new` once it is complete: what is there after the move is another
+    OUT.partial/new                 the output
 
 Processes that share the work never talk; they meet here. Each computes the same plan and writes its own share. The
 process that finds every bundle in the journals completes the work, while later ones wait for the lock. All that must be
-known
-about another process is that it is running: it holds the lock on its journal until it dies.
+known about another process is that it is running: it holds the lock on its journal until it dies. A process knows that
+the directory is still its own by its journal, which is where it was.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from amaxbridge.export.disk.atomic_move import replace_directory, restore_previous, sync_directory
+from amaxbridge.export.disk.atomic_move import NEW, is_moving, move_into_place, sync_directory, sync_tree
 from amaxbridge.export.disk.file_locks import Mutex, hold, is_at, is_held
+from amaxbridge.export.disk.io_errors import explaining
+from amaxbridge.export.disk.output_place import MARK, check_ours, contents, must_stay, staging_directory
 from amaxbridge.export.disk.shard_layout import Layout, Shard
-from amaxbridge.export.disk.shard_writer import explaining
 from amaxbridge.export.output.provenance import made_from
 from amaxbridge.mappings.errors import AmaxbridgeError, OutputExistsError, UsageError, WriteError
 
 _PLAN = ".plan"
+_COMPLETE = ".complete"
 _JOURNAL = ".done-"
 _AT_ONCE = 8  # shards to allocate in parallel: on tmpfs, allocating takes as long as writing
 _BYTES = "1"  # changes when the program makes different bytes from the same plan
+_CANNOT_BE_MADE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL,
+)  # fmt: skip
+
+_log = logging.getLogger("amaxbridge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +73,16 @@ ALONE = Share()
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError if `output` is not empty and must not be replaced."""
-    restore_previous(output)
+    """Raises OutputExistsError if `output` must not be replaced, or if something else has the staging directory's name.
+
+    Args:
+        output: the directory, as `resolved_output` returns it.
+    """
+    staging = staging_directory(output)
+    check_ours(staging)
     if output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {output} exists and is not a directory")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
+    if not overwrite and contents(output) and not is_moving(staging):
         raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
 
 
@@ -77,11 +95,11 @@ def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
 class StagedDirectory:
     """A directory that becomes `target` in one move.
 
-    As a context manager it removes itself at the end, unless it was committed, another process is working in it, or it
-    holds bundles that another run can continue from.
+    As a context manager it removes itself at the end, unless it was committed, another process is working in it, it is
+    complete, or it holds bundles that another run can continue from.
 
     Args:
-        target: the directory to write.
+        target: the directory to write, as `resolved_output` returns it.
         plan: fingerprint of everything that decides the bytes; None if a later run could not know that they are the
             same.
         share: this process among those that share the work.
@@ -100,17 +118,28 @@ class StagedDirectory:
         overwrite: bool = True,
     ) -> None:
         self.target = target
-        self.path = target.with_name(target.name + ".partial")
         self._plan, self._share, self._output, self._overwrite = plan, share, output, overwrite
-        self._mutex = Mutex(target.with_name(target.name + ".partial.lock"), required=share.world > 1)
-        self._journal = self.path / f"{_JOURNAL}{share.rank}-of-{share.world}"
         self._held = -1
+        self._joined = False
         self._ending = False
+        self._settle(staging_directory(target))
 
     @property
-    def journal(self) -> Path | None:
-        """The journal of this process; None if no other run could continue from it."""
-        return self._journal if self._plan is not None else None
+    def path(self) -> Path:
+        """The directory in which the output grows."""
+        return self.root / NEW
+
+    @property
+    def journal(self) -> Path:
+        """The journal of this process."""
+        return self.root / f"{_JOURNAL}{self._share.rank}-of-{self._share.world}"
+
+    @property
+    def is_complete(self) -> bool:
+        """True if only the move is missing."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.root / _COMPLETE).read_text()) == self.path.stat().st_ino
+        return False
 
     def open(self, layout: Layout) -> frozenset[str] | None:
         """Creates the directory with every shard at full size, or continues one that was made by the same plan.
@@ -119,34 +148,65 @@ class StagedDirectory:
             The bundles that are done; None if the other processes have already moved the output into place.
 
         Raises:
-            OutputExistsError: another run is writing to it, or another process has the same rank.
+            OutputExistsError: another run is writing to it, another process has the same rank, or something else has
+                its name.
             UsageError: the directory cannot be created.
-            WriteError: the disk has too little room, or no locks for several processes.
+            WriteError: the disk has too little room or fails, or no locks for several processes.
         """
+        self._enter()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._mutex.acquire()
-        except OSError as error:
-            raise UsageError(
-                f"{self.path} cannot be made: {error.filename}: {error.strerror}; choose another output"
-            ) from error
-        try:
-            if self._is_made():
-                return None
-            if not self._overwrite:
-                check_output(self.target, overwrite=False)
-            self._refuse_others()
-            if not self._continues():
-                self._make(layout)
-            self._held = hold(self._journal, required=self._share.world > 1)
-            os.ftruncate(self._held, self._journal.read_bytes().rfind(b"\n") + 1)  # drops a line that was cut short
-            return frozenset(self._done())
+            with explaining(self.root):
+                if self._is_made():
+                    return None
+                self._refuse_others()
+                continues = self._continues()
+                if is_moving(self.root) and self.is_complete and not continues:
+                    self._move()  # the move of an earlier run was cut short
+                if not self._overwrite and not (continues and self.is_complete):
+                    check_output(self.target, overwrite=False)
+                if not continues or not self._is_whole(layout):
+                    self._make(layout)
+                self._held = hold(self.journal, required=self._share.world > 1)
+                os.ftruncate(self._held, self.journal.read_bytes().rfind(b"\n") + 1)  # drops a line that was cut short
+                os.lseek(self._held, 0, os.SEEK_END)
+                if must_stay(self.target):
+                    _log.info(
+                        "%s must stay, so the files will be moved into it one by one, config.json last",
+                        self.target,
+                    )
+                return frozenset(self._done())
         finally:
+            if self._held < 0:
+                self._leave()
             self._mutex.release()
 
+    def join(self, root: Path) -> None:
+        """Joins the directory that another process has opened as `root`, to write there on its behalf."""
+        self._settle(root)
+        self._joined = True
+        with explaining(self.journal):
+            self._held = os.open(self.journal, os.O_RDONLY)
+
+    def check_mine(self) -> None:
+        """Raises WriteError if the directory was removed, or made anew by another run."""
+        if not is_at(self._held, self.journal):
+            raise WriteError(
+                f"{self.root} was removed or made anew by another run, while this one was writing to it: this one "
+                "stops. Run the same command again when no other is running"
+            )
+
+    def note_done(self, bundles: Sequence[str]) -> None:
+        """Notes in the journal that bundles are written and synced."""
+        if self._plan is None:  # no other run could continue from it
+            return
+        with explaining(self.journal):
+            os.write(self._held, "".join(json.dumps(bundle) + "\n" for bundle in bundles).encode())
+            os.fsync(self._held)
+
     def write_file(self, name: str, content: bytes) -> None:
-        """Writes one small file, synced; `name` may lie in a sub-directory."""
-        with self._created(name) as file:
+        """Writes one small file of the output; `name` may lie in a sub-directory."""
+        self.check_mine()
+        with self._created(self.path / name) as file:
             file.write(content)
 
     def left(self, bundles: Collection[str]) -> int | None:
@@ -158,31 +218,47 @@ class StagedDirectory:
         Raises:
             WriteError: another process was completing the work and gave up.
         """
-        self._mutex.acquire()
-        if is_at(self._held, self._journal):
-            left = len(frozenset(bundles).difference(self._done()))
-            self._ending = left == 0
-            if left:
-                self._mutex.release()
-            return left
-        self._mutex.release()
+        with explaining(self.root):
+            self._mutex.acquire()
+            try:
+                if is_at(self._held, self.journal):
+                    left = len(frozenset(bundles).difference(self._done()))
+                    self._ending = left == 0
+                    return left
+                self._leave()
+            finally:
+                if not self._ending:
+                    self._mutex.release()
         if not self._is_made():
-            raise WriteError(f"another process has given up {self.path}, which was complete: it says why")
+            raise WriteError(f"another process has given up {self.root}, which was complete: it says why")
         return None
 
     def commit(self) -> None:
-        """Moves the directory to the target in one step, replacing what was there."""
-        self._mutex.acquire()
-        for note in (self.path / _PLAN, *self._journals()):
-            note.unlink(missing_ok=True)
-        sync_directory(self.path)
-        replace_directory(self.path, self.target)
+        """Syncs everything, and moves the directory to the target in one step.
+
+        Raises:
+            OutputExistsError: without `overwrite`, something appeared at the target meanwhile.
+            WriteError: the directory is not this run's any more, or the file system refuses.
+
+        In each case the target is left as it is, and the finished output is kept.
+        """
+        with explaining(self.root):
+            self.check_mine()
+            self._mutex.acquire()
+            self.check_mine()
+            if not self.is_complete:
+                sync_tree(self.path)
+                with self._created(self.root / _COMPLETE) as file:
+                    file.write(str(self.path.stat().st_ino).encode())
+                sync_directory(self.root)
+        self._move()
         self._close()
 
     def discard(self) -> None:
         """Removes the staging directory with everything in it."""
-        self._mutex.acquire()
-        self._clear()
+        with explaining(self.root):
+            self._mutex.acquire()
+            self._clear()
         self._close()
 
     def __enter__(self) -> Self:
@@ -193,42 +269,112 @@ class StagedDirectory:
     ) -> None:
         if isinstance(error, AmaxbridgeError) and self._share.world > 1:
             error.rank = self._share.rank
-        if self._held < 0:  # committed, or never opened
-            return
+        try:
+            # else committed, never opened, opened by another rank, or not ours any more
+            if self._held >= 0 and not self._joined and is_at(self._held, self.journal):
+                with explaining(self.root):
+                    self._end(error)
+        except WriteError as problem:
+            if error is None:
+                raise
+            error.add_note(f"and {problem}")
+        finally:
+            self._close()
+
+    def _end(self, error: BaseException | None) -> None:
         self._mutex.acquire()
+        if not is_at(self._held, self.journal):
+            return
         kept = len(set(self._done())) if self._resumable(error) else 0
-        if error is not None and kept:
-            error.add_note(f"{self.path} keeps {kept:,} finished bundles: the same command continues from there")
-        if not kept and is_at(self._held, self._journal) and (self._ending or not self._others()):
-            self._clear()
-        self._close()
+        if self.is_complete:
+            by = "move it there yourself" if self._plan is None else "the same command only moves it"
+            note = f"{self.path} is finished, and kept for {self.target}: {by}"
+        elif kept:
+            note = f"{self.root} keeps {kept:,} finished bundles: the same command continues from there"
+        else:
+            note = ""
+            if self._ending or not self._others():
+                self._clear()
+        if error is not None and note:
+            error.add_note(note)
 
     def _resumable(self, error: BaseException | None) -> bool:
-        """True if the same plan may succeed the next time: a run that failed alone by its input never does."""
-        fails = isinstance(error, AmaxbridgeError) and not isinstance(error, WriteError)
+        """True if the same plan may succeed the next time: a run that failed alone by its input never does.
+
+        What the system refused, writing or reading, may go well then.
+        """
+        by_the_system = isinstance(error, WriteError) or (error and isinstance(error.__cause__, OSError))
+        fails = isinstance(error, AmaxbridgeError) and not by_the_system
         others = self._share.world > 1 and not self._ending
         return self._plan is not None and (not fails or others)
 
+    def _settle(self, root: Path) -> None:
+        self.root = root
+        self._mutex = Mutex(root / MARK, required=self._share.world > 1)
+
+    def _enter(self) -> None:
+        """Makes and marks the directory, and holds its mutex."""
+        try:
+            with explaining(self.root):
+                try:
+                    self.root.parent.mkdir(parents=True, exist_ok=True)
+                    check_ours(self.root)
+                    self._mutex.acquire()
+                except OSError as error:
+                    if error.errno not in _CANNOT_BE_MADE:
+                        raise
+                    raise UsageError(
+                        f"{self.root} cannot be made: {error.filename}: {error.strerror}; choose another output"
+                    ) from error
+        except AmaxbridgeError:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()  # unless something is in it
+            raise
+
+    def _leave(self) -> None:
+        """Removes the directory if it holds nothing but its mark. The mutex is held."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.root) == [MARK]:
+                (self.root / MARK).unlink()
+                self.root.rmdir()
+
+    def _move(self) -> None:
+        """Moves the complete output into place, then removes what was there before."""
+        with explaining(self.target):
+            move_into_place(self.root, self.target, overwrite=self._overwrite)
+        try:
+            self._clear()
+        except OSError as error:
+            _log.warning(
+                "%s is in place. What was there before could not all be removed from %s (%s); remove it",
+                self.target,
+                self.root,
+                error,
+            )
+
     def _make(self, layout: Layout) -> None:
         self._clear()
-        self.path.mkdir()
         try:
+            self.path.mkdir()
             self._allocate(layout)
         except BaseException:
             self._clear()
             raise
 
     def _allocate(self, layout: Layout) -> None:
-        room, needed = shutil.disk_usage(self.path).free, sum(shard.nbytes for shard in layout.shards)
+        room, needed = shutil.disk_usage(self.root).free, sum(shard.nbytes for shard in layout.shards)
         if needed > room:
-            raise WriteError(f"{self.path}: {needed:,} bytes are to be written, the disk has room for {room:,}")
+            raise WriteError(f"{self.root}: {needed:,} bytes are to be written, the disk has room for {room:,}")
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(self._make_shard, layout.shards))
+        sync_directory(self.path)
         if self._plan is not None:  # last, so that a directory with a plan has all its shards
-            self.write_file(_PLAN, self._plan.encode())
+            with self._created(self.root / _PLAN) as file:
+                file.write(self._plan.encode())
+        sync_directory(self.root)
 
     def _make_shard(self, shard: Shard) -> None:
-        with self._created(shard.file_name) as file:
+        with self._created(self.path / shard.file_name) as file:
             os.posix_fallocate(file.fileno(), 0, shard.nbytes)  # so that a full disk shows before the work
             file.write(shard.header)
 
@@ -237,46 +383,78 @@ class StagedDirectory:
         return self._share.world > 1 and self._output is not None and made_from(self.target) == self._output
 
     def _continues(self) -> bool:
-        plan = self.path / _PLAN
-        return self._plan is not None and plan.is_file() and plan.read_text() == self._plan
+        plan = self.root / _PLAN
+        return self._plan is not None and plan.is_file() and plan.read_bytes() == self._plan.encode()
+
+    def _is_whole(self, layout: Layout) -> bool:
+        """True if all shards are there at full size. If not, everything is made anew: journals may speak of them."""
+        if is_moving(self.root) and self.is_complete:
+            return True
+        damaged = [shard.file_name for shard in layout.shards if not _has_its_size(self.path / shard.file_name, shard)]
+        if damaged and self._others():
+            raise WriteError(
+                f"{self.path} lacks {damaged[0]}, or a part of it, while other processes write there: stop them, and "
+                "run all of them again"
+            )
+        if damaged:
+            _log.warning("%s lacks %s, or a part of it: everything is made anew", self.path, ", ".join(damaged))
+        return not damaged
 
     def _refuse_others(self) -> None:
         others, rank, world = self._others(), self._share.rank, self._share.world
         ours = self._continues() and all(name.endswith(f"-of-{world}") for name in others)
         if others and (world == 1 or not ours):
-            raise OutputExistsError(f"another run is writing {self.path}: wait for it, or stop it")
-        if self._journal.name in others:
-            raise OutputExistsError(f"another process of rank {rank} is writing {self.path}: wait for it, or stop it")
+            raise OutputExistsError(f"another run is writing {self.root}: wait for it, or stop it")
+        if self.journal.name in others:
+            raise OutputExistsError(f"another process of rank {rank} is writing {self.root}: wait for it, or stop it")
 
     def _others(self) -> list[str]:
         """The journals of other running processes."""
         return [path.name for path in self._journals() if not is_at(self._held, path) and is_held(path)]
 
     def _journals(self) -> list[Path]:
-        return list(self.path.glob(_JOURNAL + "*"))
+        # not by glob, which takes a directory that cannot be read for an empty one
+        return [self.root / name for name in os.listdir(self.root) if name.startswith(_JOURNAL)]
 
     def _done(self) -> Iterator[str]:
         for journal in self._journals():
-            for line in journal.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):  # else it is being written, or its run was killed
-                    yield json.loads(line)
+            for line in journal.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):  # else it is being written, or its run was killed
+                    with contextlib.suppress(ValueError):  # damaged on the disk: its bundle is made once more
+                        if isinstance(bundle := json.loads(line), str):
+                            yield bundle
 
     @contextlib.contextmanager
-    def _created(self, name: str) -> Iterator[BinaryIO]:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with explaining(path), open(path, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    def _created(self, path: Path) -> Iterator[BinaryIO]:
+        with explaining(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
 
     def _clear(self) -> None:
-        (self.path / _PLAN).unlink(missing_ok=True)  # first: without it nothing can be continued
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Removes everything but the mark."""
+        for note in (_COMPLETE, _PLAN):  # first: without them nothing is moved or continued
+            (self.root / note).unlink(missing_ok=True)
+        for name in os.listdir(self.root):
+            path = self.root / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif name != MARK:
+                path.unlink()
 
     def _close(self) -> None:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
+        if self._mutex.held:
+            self._leave()
         self._mutex.release()
+
+
+def _has_its_size(path: Path, shard: Shard) -> bool:
+    if not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(shard.header)) == shard.header

@@ -1,6 +1,6 @@
 """The directory that model-free PTQ reads: finding it, and checking it and the arguments before any tensor is read."""
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,23 @@ def model_directory(name: str | Path, *, weights: bool) -> Path:
 
 def check_spared(source: Path, target: Path) -> None:
     """Raises UsageError if replacing `target` would remove `source`."""
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
+    if _lies_in(source, target):
         raise UsageError(f"output {target} would replace {source}, which is read: choose another output")
 
 
 def check_apart(source: Path, target: Path) -> None:
     """Raises UsageError if writing `target` would touch `source`."""
-    here, there = source.resolve(), target.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    if _lies_in(source, target) or _lies_in(target, source):
         raise UsageError(f"output {target} and input {source} must not lie in one another: choose another output")
+
+
+def _lies_in(path: Path, directory: Path) -> bool:
+    """True if `path` is `directory` or inside it, also by another path, as a bind mount has one."""
+    here, there = path.resolve(), directory.resolve()
+    if there in (here, *here.parents):
+        return True
+    parents = [each for each in (here, *here.parents) if each.exists()]
+    return there.exists() and any(os.path.samefile(each, there) for each in parents)
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -102,9 +110,3 @@ def check_targets(recipe: Recipe | None, modules: Iterable[str], *, tied: bool) 
             f"{len(idle)} targets match no module:{listing(idle)}\n"
             r"Give full names, or patterns that match from the beginning: re:.*\.o_proj$"
         )
-
-
-def fingerprint_of(source: Path, files: Iterable[str]) -> str:
-    """Names the source: a file that was written anew is another."""
-    found = [(name, (source / name).stat()) for name in sorted(set(files))]
-    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
+from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.staging import StagedDirectory
@@ -52,7 +53,7 @@ def process_file(
     Returns:
         Bytes of all tensors, and tensor → file name.
     """
-    save_path = Path(save_path).absolute()
+    save_path = resolved_output(save_path)
     with (
         _file_plan(inverse_weight_map, save_path, scheme, ignore, converter) as plan,
         StagedDirectory(save_path) as staged,

@@ -4,6 +4,7 @@ Everything is planned and checked on headers alone; then bundles are quantized o
 Each output file corresponds to a source file; `inverse_weight_maps` says which tensors move between files.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,10 @@ from amaxbridge.export.amax.fused_group_amax import MissingAmax, missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.architectures.facts import Architecture, Guess
+from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.disk.staging import ALONE, check_output
 from amaxbridge.export.model_free.architecture_of_input import knowledge_of, noted, unknown_architecture
 from amaxbridge.export.model_free.converters.chain import ConverterChain
@@ -27,13 +30,13 @@ from amaxbridge.export.model_free.input_directory import (
     check_apart,
     check_ignored,
     check_targets,
-    fingerprint_of,
     model_directory,
     read_config,
 )
 from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap, build_microscale_inverse_weight_maps
 from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
+from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finished_directory import DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
 from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
@@ -108,24 +111,27 @@ def model_free_ptq(
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
         architecture: None for that of config.json; the name of a known one that has the same tensors; or `guess`, to
             take tensors by the names that most models use. The model card then says so.
-        options: `missing_amax`, `nonfinite`, `overwrite`, `dry_run`, `verify`, `progress`, `record`: `OutputOptions`.
+        options: `missing_amax`, `nonfinite`, `overwrite`, `hash_source`, `dry_run`, `verify`, `progress`, `record`; see
+            `OutputOptions`.
 
     Raises:
         UsageError: the arguments cannot work.
-        CheckpointError: the source is incomplete, or the output would not serve.
+        CheckpointError: the source is incomplete or changed meanwhile, or the output would not serve.
         MappingError: weights cannot be quantized, or hold NaN or Inf; they are named.
         AmaxError: amax are missing, zero, negative or not finite; all are named.
-        WriteError: the disk is full; what is written is kept for the next run.
+        WriteError: the disk is full or fails; what is written is kept for the next run.
     """
     asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
     recipe, missing = find_scheme(scheme, asked.ignore), missing_policy(asked.missing_amax)
     finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
     source = model_directory(model_stub, weights=True).absolute()
-    target = Path(save_directory).expanduser().absolute()
+    target = resolved_output(save_directory)
     check_apart(source, target)
     check_output(target, overwrite=asked.overwrite)
     devices = devices_of(device)
     named, chain = chain_of(converter)
+    companions = Companions.of(source)
+    files = SourceFiles.of(source, [*companions.read, *companions.weights], hashed=asked.hash_source)
     config = read_config(source)
     knowledge = knowledge_of(config, architecture)
     with SafetensorsCheckpoint(source) as checkpoint:
@@ -154,9 +160,10 @@ def model_free_ptq(
             return report
         directory = DirectoryPlan(
             target=target,
-            source=source,
+            companions=companions,
+            sources=(files,),
             config=chain.model_config(config) if chain else config,
-            made_of=fingerprint_of(source, set(checkpoint.weight_map.values())),
+            made_of=json.dumps([files.fingerprint, named, *map(_described, chain.converters if chain else ())]),
             conversion=Conversion(
                 plan.finalizer,
                 plan.layout,
@@ -191,6 +198,12 @@ def chain_of(
     if any(isinstance(each, str) for each in converters):
         raise UsageError(f"converter={converters}: give one name, or converters, not both")
     return None, ConverterChain(converters) if converters else None
+
+
+def _described(converter: Converter) -> str:
+    """Tells converters apart. Two that print alike have the same settings; others start anew."""
+    settings = getattr(converter, "__dict__", converter)
+    return f"{type(converter).__module__}.{type(converter).__qualname__} {settings!r}"
 
 
 def _plan(

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from amaxbridge.export.disk.atomic_move import raise_it
 from amaxbridge.export.disk.input_paths import leaves
+from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.output_place import INSIDE
 from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
 from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.provenance import RECORD_FILE
@@ -30,6 +35,7 @@ _WEIGHT_SUFFIXES = (
 _WRITTEN_ANEW = (
     CONFIG_FILE, CARD_FILE, RECORD_FILE, "report.html", "report.json",
     *FILES_OF_QUANTIZATION,
+    INSIDE,  # the name of a staging directory
 )  # fmt: skip
 
 
@@ -112,55 +118,115 @@ def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:
     return json_bytes({"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map})
 
 
-def carried_files(source: Path) -> dict[str, Path]:
-    """The files of a Hugging Face directory that are carried over unchanged: path in the output → file.
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """The files of a Hugging Face directory beside its weights, sorted out once.
 
-    Tokenizer, chat templates, remote code, generation config, licence, images of the card; also directories, except
-    hidden ones and those with weights of their own (`original/`, `onnx/`), which hold the model again.
+    Carried over unchanged are tokenizer, chat templates, remote code, generation config, licence and images of the
+    card; also directories, except hidden ones and those with weights of their own (`original/`, `onnx/`), which hold
+    the model again. Links out of the directory are never followed.
+
+    Args:
+        source: the directory; None where there is none.
+        files: what is carried over: path in the output → file.
+        weights: paths of all safetensors files, also in directories that are not carried over.
+        left: the directories that are not carried over because they hold weights.
+        leaving: the links that lead out of the directory.
     """
-    carried, left = _sorted_out(source)
-    if leaving := [f"{file} → {file.resolve()}" for file in _links_out(source)]:
-        _log.warning("%s: links to files outside of it are not carried over:%s", source, listing(leaving))
-    if left:
-        _log.warning("%s: directories with weights of their own are not carried over:%s", source, listing(left))
-    return carried
+
+    source: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    weights: Sequence[str] = ()
+    left: Sequence[str] = ()
+    leaving: Sequence[Path] = ()
+
+    @classmethod
+    def of(cls, source: Path | None) -> Self:
+        """Sorts out what is in `source` now."""
+        if source is None:
+            return cls()
+        with explaining_reads(source):
+            found, leaving = _walk(source)
+        weights = [name for name in found if name.endswith(".safetensors")]
+        left = sorted({name.split("/")[0] for name in found if "/" in name and name.endswith(_WEIGHT_SUFFIXES)})
+        files = {name: file for name, file in found.items() if name.split("/")[0] not in left and _is_carried(name)}
+        return cls(source, files, weights, left, leaving)
+
+    @property
+    def card(self) -> str:
+        """The model card; empty if there is none, or if it is a link to a file outside."""
+        card = None if self.source is None else self.source / CARD_FILE
+        if card is None or self.source is None or not card.is_file() or leaves(card, self.source):
+            return ""
+        with explaining_reads(card):
+            return card.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def read(self) -> list[str]:
+        """The files of the directory that decide an output, weights not included."""
+        source = self.source
+        if source is None:
+            return []
+        names = (CONFIG_FILE, INDEX_FILE, CARD_FILE, *FILES_OF_QUANTIZATION)
+        others = [name for name in names if (source / name).is_file()]
+        return [*self.files, *(name for name in others if not leaves(source / name, source))]
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """The files that are carried over, one by one: path in the output, content.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        for name, file in self.files.items():
+            with explaining_reads(file):
+                yield name, file.read_bytes()
+
+    def warn(self) -> None:
+        """Names what is not carried over."""
+        if self.leaving:
+            leaving = [f"{file} → {file.resolve()}" for file in self.leaving]
+            _log.warning("%s: links to files outside of it are not carried over:%s", self.source, listing(leaving))
+        if self.left:
+            _log.warning(
+                "%s: directories with weights of their own are not carried over:%s", self.source, listing(self.left)
+            )
+
+    def fingerprint(self, plan: str, config: Mapping[str, Any]) -> str:
+        """A hash of everything that an output is made from: the plan, config.json and these files."""
+        digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
+        for name, content in (*self.contents(), (CARD_FILE, self.card.encode())):
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
 
 
-def output_fingerprint(plan: str, config: Mapping[str, Any], source: Path | None) -> str:
-    """A hash of everything that an output is made from: the plan, config.json and the source's other files."""
-    digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
-    others = {} if source is None else {name: file.read_bytes() for name, file in _sorted_out(source)[0].items()}
-    for name, content in {**others, CARD_FILE: source_card(source).encode()}.items():
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+def _walk(source: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The files of a directory by their paths in it, without hidden directories and caches; the links that lead out."""
+    found: dict[str, Path] = {}
+    leaving: list[Path] = []
+    entered = {source.resolve()}  # through links: each directory once, because links may lead in a circle
+    for path, directories, files in os.walk(source, followlinks=True, onerror=raise_it):
+        here = Path(path)
+        inside = []
+        for name in sorted([*directories, *files]):
+            file = here / name
+            if file.is_symlink() and leaves(file, source):
+                leaving.append(file)
+            elif file.is_file():
+                found[file.relative_to(source).as_posix()] = file
+            elif name in directories and not _is_passed_over(file, source) and file.resolve() not in entered:
+                entered.add(file.resolve())
+                inside.append(name)
+        directories[:] = inside
+    return found, leaving
 
 
-def source_card(source: Path | None) -> str:
-    """The model card of a source; empty if it has none, or if it is a link to a file outside of it."""
-    card = None if source is None else source / CARD_FILE
-    if source is None or card is None or not card.is_file() or leaves(card, source):
-        return ""
-    return card.read_text(encoding="utf-8", errors="replace")
+def _is_passed_over(directory: Path, source: Path) -> bool:
+    hidden = directory.parent == source and directory.name.startswith((".", "__"))
+    return hidden or directory.name == "__pycache__"
 
 
-def _sorted_out(source: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files that are carried over, and the directories that are not. Links out of the source are never followed."""
-    carried = {}
-    left = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in _WRITTEN_ANEW and not path.name.endswith(_WEIGHT_SUFFIXES):
-            carried[path.name] = path
-        elif path.is_dir() and not path.name.startswith((".", "__")):
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
-            if any(file.name.endswith(_WEIGHT_SUFFIXES) for file in inside):
-                left.append(path.name)
-            else:
-                carried |= {file.relative_to(source).as_posix(): file for file in inside}
-    return {name: file for name, file in carried.items() if not leaves(file, source)}, left
-
-
-def _links_out(source: Path) -> list[Path]:
-    return [path for path in sorted(source.rglob("*")) if path.is_symlink() and leaves(path, source)]
+def _is_carried(name: str) -> bool:
+    return "/" in name or (name not in _WRITTEN_ANEW and not name.endswith(_WEIGHT_SUFFIXES))
 
 
 def json_bytes(content: object) -> bytes:

@@ -18,14 +18,16 @@ from torch import Tensor
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.disk.staging import StagedDirectory, plan_fingerprint
-from amaxbridge.export.output.config_and_index import output_fingerprint
+from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.output.model_card import Conversion, files_beside
 from amaxbridge.export.output.provenance import MADE_FROM
 from amaxbridge.export.output.writing_processes import Writers
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import verify
+from amaxbridge.mappings.errors import AmaxError, CheckpointError, MappingError
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import OutputOptions
 
@@ -78,7 +80,7 @@ class BundleWriter:
             nbytes=sum(size.nbytes for size in sizes.values()),
             kept=sum(size.nbytes for key, size in sizes.items() if key in done),
         )
-        self._writer = ShardWriter(staged.path, files, staged.journal)
+        self._writer = ShardWriter(staged.path, files, staged)
 
     def write(self, bundle: Bundle, fetched: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
         """Quantizes one bundle, writes it, and records it as done.
@@ -112,8 +114,9 @@ class DirectoryPlan:
     """What a directory will hold, before a byte of it is written.
 
     Args:
-        target: the directory to write.
-        source: the Hugging Face directory whose tokenizer, templates and so on are carried over; None if there is none.
+        target: the directory to write, as `resolved_output` returns it.
+        companions: tokenizer, templates and so on, carried over from the Hugging Face directory of the source.
+        sources: what is read, as it was at the start; compared before the directory is moved into place.
         config: config.json of the source.
         made_of: identifies what the bundles are made from, so that an interrupted run can continue. None for a live
             model, whose weights may differ the next time.
@@ -127,7 +130,8 @@ class DirectoryPlan:
     """
 
     target: Path
-    source: Path | None
+    companions: Companions
+    sources: tuple[SourceFiles, ...]
     config: Mapping[str, Any]
     made_of: str | None
     conversion: Conversion
@@ -152,6 +156,11 @@ class DirectoryPlan:
     def fingerprint(self) -> str | None:
         """A hash of everything that decides the bytes of `files`."""
         return self.made_of and plan_fingerprint(self.made_of, self.conversion.finalizer.fingerprint, self.files)
+
+    def check_sources(self) -> None:
+        """Raises CheckpointError if what is read has changed since the start."""
+        for source in self.sources:
+            source.check_unchanged()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,47 +192,54 @@ def write_directory(
 
     Raises:
         OutputExistsError: the target is not empty, or another run is writing it.
-        CheckpointError: the output would not serve.
-        WriteError: the disk is full; what is written is kept for the next run.
+        CheckpointError: the output would not serve, or the source changed while it was read.
+        WriteError: the disk is full or fails; what is written is kept for the next run.
     """
     fingerprint = plan.fingerprint
-    made_from = fingerprint and output_fingerprint(fingerprint, plan.config, plan.source)
+    made_from = fingerprint and plan.companions.fingerprint(fingerprint, plan.config)
     conversion = replace(plan.conversion, record={**plan.conversion.record, MADE_FROM: made_from})
 
     def finish() -> None:
+        if staged.is_complete:  # an earlier run did this, and could not move it
+            return
         _write_beside(plan, conversion, staged)
         if options.verify:
             verify(staged.path, expected=plan.expected()).conclude(plan.target)
+        plan.check_sources()
 
     overwrite = options.overwrite
     with StagedDirectory(plan.target, fingerprint, writers.share, output=made_from, overwrite=overwrite) as staged:
         done = writers.open(staged, plan.files)
         if done is None:
             return Outcome(ended=False, resumed=0)
-        with BundleWriter(
-            staged,
-            plan.files,
-            conversion.finalizer,
-            plan.sizes,
-            done=done,
-            packer=plan.packer,
-            keeps_state=plan.keeps_state,
-            progress=options.progress,
-        ) as writer:
-            make(done, writer)
-        return Outcome(writers.end(staged, plan.keys, finish), len(done))
+        try:
+            with BundleWriter(
+                staged,
+                plan.files,
+                conversion.finalizer,
+                plan.sizes,
+                done=done,
+                packer=plan.packer,
+                keeps_state=plan.keeps_state,
+                progress=options.progress,
+            ) as writer:
+                make(done, writer)
+            return Outcome(writers.end(staged, plan.keys, finish), len(done.intersection(plan.keys)))
+        except (CheckpointError, MappingError, AmaxError):  # may all come of a source that changes
+            plan.check_sources()
+            raise
 
 
 def _write_beside(plan: DirectoryPlan, conversion: Conversion, staged: StagedDirectory) -> None:
     """Writes what any process could write, in the one that completes the work."""
-    writer = ShardWriter(staged.path, plan.files)
+    writer = ShardWriter(staged.path, plan.files, staged)
     try:
         _write_all(writer, plan.carried())
         if plan.keeps_state:
             _write_all(writer, conversion.state.amax.items())
     finally:
         writer.close()
-    for name, content in files_beside(plan.source, plan.config, conversion, alone=not plan.keeps_state):
+    for name, content in files_beside(plan.companions, plan.config, conversion, alone=not plan.keeps_state):
         staged.write_file(name, content)
 
 

@@ -27,11 +27,10 @@ from amaxbridge.export.output.config_and_index import (
     CARD_FILE,
     CONFIG_FILE,
     INDEX_FILE,
-    carried_files,
+    Companions,
     config_json,
     index_json,
     json_bytes,
-    source_card,
 )
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.provenance import RECORD_FILE, read_record, versions
@@ -66,31 +65,31 @@ class Conversion:
 
 
 def files_beside(
-    source: Path | None, config: Mapping[str, Any], conversion: Conversion, *, alone: bool = True
+    companions: Companions, config: Mapping[str, Any], conversion: Conversion, *, alone: bool = True
 ) -> Iterator[tuple[str, bytes]]:
     """Every file of an output but the weights: the companions, config.json made from `config`, the index if needed.
 
     Args:
         alone: as in `index_json`.
     """
-    yield from companion_files(source, conversion)
+    yield from companion_files(companions, conversion)
     yield CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config)
     index = index_json(conversion.layout, alone=alone)
     if index is not None:
         yield INDEX_FILE, index
 
 
-def companion_files(source: Path | None, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
+def companion_files(companions: Companions, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
     """All small files of an output but config.json and the index: path in the output, content.
 
     Args:
-        source: Hugging Face directory whose tokenizer, chat template and so on go along; None where there is none.
+        companions: what goes along from the source.
     """
-    for name, file in (carried_files(source) if source else {}).items():
-        yield name, file.read_bytes()
-    facts = {**conversion.record, **_facts(source, conversion), "versions": versions()}
+    companions.warn()
+    yield from companions.contents()
+    facts = {**conversion.record, **_facts(companions.source, conversion), "versions": versions()}
     yield RECORD_FILE, json_bytes(facts)
-    yield CARD_FILE, model_card(source_card(source), facts).encode()
+    yield CARD_FILE, model_card(companions.card, facts).encode()
 
 
 def model_card(original: str, facts: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Protocol
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.staging import ALONE, Share, StagedDirectory, check_output
 from amaxbridge.export.output.provenance import made_from
-from amaxbridge.mappings.errors import AmaxbridgeError
+from amaxbridge.mappings.errors import AmaxbridgeError, WriteError
 from amaxbridge.mappings.ranks import Axis, Ranks
 
 _log = logging.getLogger("amaxbridge")
@@ -68,7 +68,10 @@ class Together:
         check_output(target, overwrite=overwrite)
 
     def open(self, staged: StagedDirectory, layout: Layout) -> frozenset[str] | None:
-        return self._from_first(lambda: staged.open(layout))
+        done, root = self._from_first(lambda: (staged.open(layout), staged.root))
+        if not self.first:
+            staged.join(root)
+        return done
 
     def end(self, staged: StagedDirectory, bundles: Collection[str], finish: Callable[[], None]) -> bool:
         def commit() -> None:
@@ -114,6 +117,11 @@ class Apart:
 
     def end(self, staged: StagedDirectory, bundles: Collection[str], finish: Callable[[], None]) -> bool:
         left = staged.left(bundles)
+        if left and self.share.world == 1:
+            raise WriteError(
+                f"{staged.root}: the journal lacks {left:,} bundles, though all were written: something else changed "
+                "it. Run the same command again"
+            )
         if left:
             _log.info(
                 "rank %d of %d has written its share; other ranks still have to write %d of %d bundles, and the last "

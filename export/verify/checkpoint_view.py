@@ -6,6 +6,7 @@ numbers in runs and larger ones in the file's own memory, each once. Weights are
 reference, and by no others.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
+from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import misfit, read_json_object
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -108,12 +111,17 @@ class CheckpointView:
         self._plans: dict[tuple[int | None, tuple[int, int]], dict[str, frozenset[TensorSpec]] | str] = {}
         self._made: dict[Callable[[CheckpointView], Any], Any] = {}
         self.files: dict[str, SafetensorsFile] = {}
-        for path in sorted(directory.glob("*.safetensors")):
+        self._open_files = OpenFiles()
+        with explaining_reads(directory):
+            names = os.listdir(directory)
+        for path in (directory / name for name in sorted(names) if name.endswith(".safetensors")):
             if path.name == QUANT_STATE_FILE:  # may lie beside a checkpoint and is no part of it
                 continue
             try:
-                self.files[path.name] = SafetensorsFile(path)
+                self.files[path.name] = SafetensorsFile(path, self._open_files)
             except CheckpointError as error:
+                if isinstance(error.__cause__, OSError):  # says nothing of the file's content
+                    raise
                 self.broken[path.name] = str(error)
         self.config, self.config_problem = _read_json(directory / CONFIG_FILE, check_all_fields)
         index, self.index_problem = _read_json(directory / INDEX_FILE, _check_index)
@@ -233,8 +241,7 @@ class CheckpointView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self.files.values():
-            file.close()
+        self._open_files.close()
 
 
 def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[int, int] | None:
@@ -271,6 +278,8 @@ def _read_json(
         content = read_json_object(path)
         check(content, path)
     except AmaxbridgeError as error:
+        if isinstance(error.__cause__, OSError):  # says nothing of the file's content
+            raise
         return {}, str(error)
     return content, None
 

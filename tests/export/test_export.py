@@ -19,7 +19,7 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import plan_layout
 from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.disk.staging import StagedDirectory, check_output
-from amaxbridge.export.output.config_and_index import carried_files, config_json, index_json
+from amaxbridge.export.output.config_and_index import Companions, config_json, index_json
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.schemes import SCHEMES, find_scheme
 from amaxbridge.mappings.errors import AmaxError, CheckpointError, MappingError, OutputExistsError, UsageError
@@ -120,7 +120,7 @@ def test_a_tensor_that_was_not_planned_is_refused(tmp_path: Path) -> None:
 def test_config_and_carried_files(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "x.py"):
         (tmp_path / name).write_text("{}")
-    assert list(carried_files(tmp_path)) == ["tokenizer.json", "x.py"]
+    assert list(Companions.of(tmp_path).files) == ["tokenizer.json", "x.py"]
     config = json.loads(config_json({"a": 1, "quantization_config": {"old": 1}}, {"quant_method": "new"}))
     assert config == {"a": 1, "quantization_config": {"quant_method": "new"}}
     assert json.loads(config_json({"a": 1, "quantization_config": {}}, None)) == {"a": 1}
