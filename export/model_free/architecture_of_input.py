@@ -7,11 +7,9 @@ from typing import Any
 
 from amaxbridge.export.architectures.facts import KNOWN, Architecture, Guess, architecture_of
 from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.provenance import GUESS
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import kind_of
-
-GUESS = "guess"
-"""What users say to have an architecture guessed."""
 
 
 def knowledge_of(config: Mapping[str, Any], asked: str | None) -> Architecture | Guess:

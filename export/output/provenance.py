@@ -9,6 +9,8 @@ from amaxbridge.export.disk.strict_json import misfit, read_json_object
 from amaxbridge.mappings.errors import CheckpointError
 
 RECORD_FILE = "amaxbridge.json"
+GUESS = "guess"
+"""What it says of an architecture whose tensors were taken by their names, and what users say to have it so."""
 MADE_FROM = "made_from"
 """Its key for the fingerprint of all that an output is made from; null where no other run could tell."""
 
@@ -62,6 +64,15 @@ def read_record(output: Path) -> dict[str, Any] | None:
     if wrong:
         raise CheckpointError(f"{file} was not written by amaxbridge, or was changed: {wrong}. Remove it")
     return record
+
+
+def was_guessed(output: Path) -> bool:
+    """True if an output records that what its architecture's tensors are was guessed."""
+    try:
+        record = read_record(output)
+    except CheckpointError:
+        return False
+    return record is not None and record.get("architecture") == GUESS
 
 
 def made_from(output: Path) -> str | None:

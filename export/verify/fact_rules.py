@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from amaxbridge.export.architectures.facts import Architecture, Role, architecture_of, value_of
 from amaxbridge.export.disk.safetensors_file import StoredTensor
+from amaxbridge.export.output.provenance import was_guessed
 from amaxbridge.export.verify.checkpoint_view import QUANTIZED_SUFFIXES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.names import module_of
@@ -19,14 +20,15 @@ _QUANTIZABLE = (Role.LINEAR, Role.EXPERTS, Role.INPUTS_FIRST, Role.OPAQUE)
 
 
 def architecture(view: CheckpointView) -> Architecture | None:
-    """What is known of the checkpoint's architecture; None if it is unknown or not stated."""
-    return architecture_of(view.config)
+    """What is known of the checkpoint's architecture; None if it is unknown, not stated, or was guessed."""
+    return None if was_guessed(view.directory) else architecture_of(view.config)
 
 
 def _unknown(view: CheckpointView) -> Iterator[Problem]:
     named = view.config.get("architectures")
     if named and view.once(architecture) is None:
-        yield Problem("architectures", f"{', '.join(map(str, named))} is not known: roles and shapes are not checked")
+        why = "was guessed (architecture=guess)" if was_guessed(view.directory) else "is not known"
+        yield Problem("architectures", f"{', '.join(map(str, named))} {why}: roles and shapes are not checked")
 
 
 def _shapes(view: CheckpointView) -> Iterator[Problem]:
