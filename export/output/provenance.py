@@ -32,6 +32,7 @@ _TEXT, _TEXTS, _COUNT = (str, None), ([str], None), (int, None)
 _FORM = {
     MADE_FROM: _TEXT,
     "base_model": _TEXT,
+    "architecture": _TEXT,
     "scheme": _TEXT,
     "formats": _TEXTS,
     "kv_cache": (bool, None),
