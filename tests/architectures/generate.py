@@ -31,9 +31,9 @@ def known(architecture: str) -> dict[str, Any]:
         seen.append(found)
         derive(model, name, facts)
         configs[name] = text_config_of(model.config).to_dict()
-    if (larger := resized(architecture)) is not None:
-        derive(larger, LARGER, facts)
-        configs[LARGER] = text_config_of(larger.config).to_dict()
+    for number, larger in enumerate(resized(architecture)):
+        derive(larger, f"{LARGER}{number}", facts)
+        configs[f"{LARGER}{number}"] = text_config_of(larger.config).to_dict()
     model = build(architecture, config_of(architecture))
     entry: dict[str, Any] = {"model_type": model.config.model_type, "base": model.base_model_prefix}
     if (part := _text_part(model.config)) is not None:

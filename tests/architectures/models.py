@@ -33,10 +33,18 @@ _FACTORS: tuple[Mapping[str, int], ...] = (
         **dict.fromkeys(("head_dim", "v_head_dim", "q_lora_rank"), 3),
         **dict.fromkeys(("qk_nope_head_dim", "kv_lora_rank"), 5),
     },
+    {
+        **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 5),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 3),
+        **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 11),
+        **dict.fromkeys(("head_dim", "kv_lora_rank"), 7),
+        **dict.fromkeys(("qk_rope_head_dim", "q_lora_rank"), 2),
+        **dict.fromkeys(("v_head_dim", "qk_nope_head_dim"), 3),
+    },
     {"hidden_size": 2, "intermediate_size": 3, "moe_intermediate_size": 5, "d_model": 2, "d_ff": 3, "n_embd": 2},
     {"intermediate_size": 3, "moe_intermediate_size": 5, "d_ff": 3, "ffn_dim": 3},
 )
-"""Factors by which sizes are changed; a later set where a model cannot be built with an earlier one."""
+"""Factors by which sizes are changed, for a model each where one can be built."""
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _DENSE_LAYERS: Mapping[str, Any] = MappingProxyType(
     {"first_k_dense_replace": 1, "decoder_sparse_step": 2, "mlp_only_layers": [0], "mlp_layer_types": "dense"}
@@ -91,8 +99,8 @@ def variants(architecture: str) -> Iterator[tuple[str, PreTrainedModel]]:
             continue
 
 
-def resized(architecture: str) -> PreTrainedModel | None:
-    """A model with other sizes, no two changed by the same factor where it can be built so; None if it cannot."""
+def resized(architecture: str) -> Iterator[PreTrainedModel]:
+    """Models with other sizes, in each of which no two sizes are changed by the same factor if possible."""
     for factors in _FACTORS:
         config = copy.deepcopy(config_of(architecture))
         text = text_config_of(config)
@@ -103,10 +111,9 @@ def resized(architecture: str) -> PreTrainedModel | None:
             for name, factor in factors.items():
                 if type(value := getattr(text, name, None)) is int and value > 1:
                     setattr(text, name, value * factor)
-            return build(architecture, config)
+            yield build(architecture, config)
         except Exception:  # sizes that must divide each other do not
             continue
-    return None
 
 
 def _changed(base: PreTrainedConfig, name: str, value: Any) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 LARGER = "larger"
-"""The model whose sizes differ from the others'."""
+"""What the names of models whose sizes differ from the others' begin with."""
 
 
 def expressions(
@@ -21,7 +21,7 @@ def expressions(
     ranks = {len(shape) for shape, _ in seen}
     if len(seen) < len(shapes) or len(ranks) > 1:
         return None
-    if LARGER not in shapes:
+    if not any(model.startswith(LARGER) for model in shapes):
         return [None] * ranks.pop()
     return [_expression([(shape[dim], sizes) for shape, sizes in seen]) for dim in range(ranks.pop())]
 
