@@ -58,7 +58,7 @@ def check_known_to_torch(config: Mapping[str, Any], where: str = "config.json") 
     for field in _stated(config):
         name = config[field]
         if isinstance(name, str) and not isinstance(getattr(torch, name, None), torch.dtype):
-            raise UsageError(f"{where}: {field}={name} is no dtype; known: {', '.join(DTYPES)}; correct it")
+            raise UsageError(f"{where}: {field}={_shown(name)} is no dtype; known: {', '.join(DTYPES)}; correct it")
     for name, part in config.items():
         if isinstance(part, Mapping):
             check_known_to_torch(part, f"{where}: {name}")
@@ -68,11 +68,16 @@ def _stated(fields: Mapping[str, Any]) -> Iterator[str]:
     return (field for field in DTYPE_FIELDS if fields.get(field) is not None)
 
 
+def _shown(name: object) -> str:
+    """What a field holds, without characters that would not print."""
+    return name if isinstance(name, str) and name.isprintable() else repr(name)
+
+
 def _dtype(field: str, name: object) -> torch.dtype:
     found = DTYPES.get(name) if isinstance(name, str) else None
     if found is None:
         raise UsageError(
-            f"config.json says {field}={name}, which is no dtype of weights; known: {', '.join(DTYPES)}: correct it, "
-            "or give dtype="
+            f"config.json says {field}={_shown(name)}, which is no dtype of weights; known: {', '.join(DTYPES)}: "
+            "correct it, or give dtype="
         )
     return found

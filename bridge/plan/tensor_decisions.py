@@ -57,7 +57,7 @@ def decide(
     if recipe is not None and data_free:
         _check_needs_no_data(recipe)
     norms = FoldedNorms(
-        folded_norms(plan), bool(hf.family.transformer_config(hf.config).get("layernorm_zero_centered_gamma"))
+        folded_norms(plan), bool(hf.family.weight_settings(hf.config).get("layernorm_zero_centered_gamma"))
     )
     known = architecture_of(hf.config) or GUESS
     finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing, norms=norms, knowledge=known)

@@ -218,7 +218,9 @@ class Architecture:
     def is_embedding(self, module: str) -> bool:
         """True if the module looks rows of its weight up, and is no linear layer to any engine."""
         found = self.fact(f"{module}.weight")
-        return module.endswith(EMBEDDINGS) if found is None else found.role is Role.EMBEDDING
+        if found is None or found.role in (Role.MTP, Role.TOWER):
+            return module.endswith(EMBEDDINGS)
+        return found.role is Role.EMBEDDING
 
     def head_without_tensor(self, names: Iterable[str]) -> str | None:
         """The output layer, if none of these tensors is its weight: it is tied to the embeddings."""
@@ -333,9 +335,15 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
 
 @lru_cache(maxsize=8)
 def _table(name: str) -> Mapping[str, Any] | None:
-    file = KNOWN / f"{name}.json"
-    if not name.isidentifier() or not file.is_file():
+    if not name.isidentifier():
         return None
+    file = KNOWN / f"{name}.json"
+    if not file.is_file():  # published files may spell it as their authors did: KimiK25… for Kimi_K25…
+        plain = name.replace("_", "").lower()
+        spelled = [each for each in KNOWN.glob("*.json") if each.stem.replace("_", "").lower() == plain]
+        if len(spelled) != 1:
+            return None
+        file = spelled[0]
     table: Mapping[str, Any] = json.loads(file.read_bytes())
     return table
 

@@ -124,7 +124,11 @@ def plan_shards(
         kept = kept_modules(specs, chain.quantization(config.get("quantization_config")))
     check_plain(specs, kept)
     if isinstance(knowledge, Architecture) and recipe is not None:
-        plain = {name: spec for name, spec in specs.items() if module_of(name) not in kept}
+        plain = {
+            name: spec
+            for name, spec in specs.items()
+            if module_of(name) not in kept and not name.endswith((".k_scale", ".v_scale"))
+        }
         _check_known(knowledge, plain, recipe, state)
     scalars, tensors = _by_granularity(state, specs)
     finalizer = Finalizer(

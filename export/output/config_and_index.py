@@ -143,7 +143,7 @@ class Companions:
     @classmethod
     def of(cls, source: Path | None) -> Self:
         """Sorts out what is in `source` now."""
-        if source is None:
+        if source is None or not source.is_dir():  # a configuration may be in memory alone
             return cls()
         with explaining_reads(source):
             found, leaving = _walk(source)

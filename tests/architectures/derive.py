@@ -35,6 +35,12 @@ _BESIDE_TEXT = re.compile(
     r".*(\.|^)((vision|visual|image|img|video|audio|speech|protein|mm)\w*|multi_modal_projector|embed_tokens_extend"
     r"|\w*connector|\w*resampler\w*|\w*aligner|adapter|codec\w*)(\.|$).*"
 )
+_PUBLISHED_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+"""Where modules lie in transformers, and where older files have them."""
 _TEXT_BESIDE_TEXT = (
     "BertConfig",
     "BltGlobalTransformerConfig",
@@ -140,6 +146,15 @@ def _spellings(model: PreTrainedModel) -> Iterable[dict[str, tuple[str, tuple[in
 
     reverted = revert_weight_conversion(model, state)
     yield {name: (target(name), tuple(tensor.shape)) for name, tensor in reverted.items()}
+    # Reading takes several spellings where saving writes one, so candidates are held against the reading direction.
+    yield {
+        candidate: (name, tuple(tensor.shape))
+        for name, tensor in state.items()
+        for module, published in _PUBLISHED_PREFIXES
+        if name.startswith(module)
+        and (candidate := published + name.removeprefix(module)) not in state
+        and target(candidate) == name
+    }
     prefixes = [each.reverse_transform() for each in forward if isinstance(each, PrefixChange)]
     for prefix in prefixes:
         yield {

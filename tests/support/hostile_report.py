@@ -45,7 +45,14 @@ def make_hostile_report(directory: Path) -> Path:
     config = {"architectures": ["Qwen3MoeForCausalLM", *PAYLOADS], "hidden_size": 256, "num_experts": 4}
     source = write_checkpoint(directory / "source", tensors, config=config)
     output = directory / 'out"><script>ran(0)<'
-    model_free_ptq(source, output, "nvfp4a16", verify=False, record={"command_line": PAYLOADS[0], "notes": [*PAYLOADS]})
+    model_free_ptq(
+        source,
+        output,
+        "nvfp4a16",
+        architecture="guess",
+        verify=False,
+        record={"command_line": PAYLOADS[0], "notes": [*PAYLOADS]},
+    )
     record = output / "amaxbridge.json"
     said = json.loads(record.read_bytes())
     said["base_model"], said["versions"] = PAYLOADS[1], dict(zip(PAYLOADS, PAYLOADS, strict=True))

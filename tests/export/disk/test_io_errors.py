@@ -96,7 +96,7 @@ def test_at_every_operation(
         assert [path.name for path in tmp_path.iterdir()] == ["out"], wanted
     with capsys.disabled():
         print(json.dumps({errno.errorcode[number]: {"operations": count, "tried": len(tried), **outcomes}}))
-    assert sum(outcomes.values()) == len(tried) >= count // EVERY > 5
+    assert sum(outcomes.values()) == len(tried) >= count // EVERY > 4
     assert outcomes["WriteError"] > len(tried) / 2
 
 
@@ -129,7 +129,9 @@ class TestOpenFiles:
         """400 files in and out, quantized and verified, where a process may open 256."""
         torch.manual_seed(0)
         tensors = {f"model.layers.{index}.mlp.down_proj.weight": torch.randn(32, 32).bfloat16() for index in range(400)}
-        source = write_checkpoint(tmp_path / "in", tensors, cuts=list(tensors)[1:])
+        source = write_checkpoint(
+            tmp_path / "in", tensors, cuts=list(tensors)[1:], config={"architectures": ["LlamaForCausalLM"]}
+        )
         assert len(list(source.glob("*.safetensors"))) == 400
         code = (
             "import resource, sys\nfrom amaxbridge.export.model_free.whole_directory import model_free_ptq\n"

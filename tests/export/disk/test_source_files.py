@@ -238,7 +238,7 @@ assert handler() == before
         torch.manual_seed(0)
         names = [f"model.layers.{index}.mlp.down_proj.weight" for index in range(8)]
         tensors = {name: torch.randn(512, 2048).bfloat16() for name in names}
-        source = write_checkpoint(tmp_path / "in", tensors)
+        source = write_checkpoint(tmp_path / "in", tensors, config={"architectures": ["Qwen3ForCausalLM"]})
         code = """
 import os, sys, threading, time
 from pathlib import Path

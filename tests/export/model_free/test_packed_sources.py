@@ -134,7 +134,7 @@ def test_int4_of_kimi(converter: str | None, tmp_path: Path) -> None:
     said = json.loads((tmp_path / "served" / "config.json").read_text())["quantization_config"]
     config = {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"quantization_config": said}}
     source = write_checkpoint(tmp_path / "in", stored, config=config)
-    report = model_free_ptq(source, tmp_path / "out", "mxfp8", converter=converter, verify=False)
+    report = model_free_ptq(source, tmp_path / "out", "mxfp8", converter=converter, architecture="guess", verify=False)
     meant = {
         name: scheme.dequantize(of_module(name.removesuffix(".weight"), tensors_of(tmp_path / "served")))
         if "_proj" in name
@@ -144,7 +144,9 @@ def test_int4_of_kimi(converter: str | None, tmp_path: Path) -> None:
     wanted = expected({f"language_model.{name}": tensor for name, tensor in meant.items()}, "mxfp8")
     same(tensors_of(tmp_path / "out"), wanted)
     assert "pack-quantized" not in (tmp_path / "out" / "config.json").read_text()
-    kept = model_free_ptq(source, tmp_path / "kept", Groups.of(scheme), converter=converter, verify=False)
+    kept = model_free_ptq(
+        source, tmp_path / "kept", Groups.of(scheme), converter=converter, architecture="guess", verify=False
+    )
     assert len(kept.kept) == len(report.quantized) == 7
     same(tensors_of(tmp_path / "kept"), stored)
 

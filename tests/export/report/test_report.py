@@ -233,7 +233,7 @@ def qwen3_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(
         {name: torch.randn(32, 256, generator=generator).bfloat16() for name in names}, directory / "model.safetensors"
     )
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
     return directory
 
 
