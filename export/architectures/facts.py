@@ -66,7 +66,7 @@ class Fact:
 
     Args:
         shape: an expression in the fields of config.json for each dim, None where there is none; in the files' order
-            of axes, with outputs first for experts.
+            of axes, with outputs first where files have either order.
         module: the tensor's pattern as transformers names its modules.
         holds: projections that a tensor of packed experts holds.
         inputs_first: packed experts with inputs before outputs; None if files have either, and sizes decide.

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
+from amaxbridge.export.architectures.facts import value_of
+
 LARGER = "larger"
 """What the names of models whose sizes differ from the others' begin with."""
 
@@ -24,20 +26,6 @@ def expressions(
     if not any(model.startswith(LARGER) for model in shapes):
         return [None] * ranks.pop()
     return [_expression([(shape[dim], sizes) for shape, sizes in seen]) for dim in range(ranks.pop())]
-
-
-def value_of(expression: str, sizes: Mapping[str, Any]) -> int | None:
-    """The value of an expression; None if the configuration lacks a field of it."""
-    total = 0
-    for term in expression.split("+"):
-        product = 1
-        for factor in term.split("*"):
-            value = int(factor) if factor.isdecimal() else sizes.get(factor)
-            if not isinstance(value, int) or isinstance(value, bool):
-                return None
-            product *= value
-        total += product
-    return total
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
