@@ -218,7 +218,7 @@ class Architecture:
     def is_embedding(self, module: str) -> bool:
         """True if the module looks rows of its weight up, and is no linear layer to any engine."""
         found = self.fact(f"{module}.weight")
-        if found is None or found.role in (Role.MTP, Role.TOWER):
+        if found is None or found.role is Role.MTP:
             return module.endswith(EMBEDDINGS)
         return found.role is Role.EMBEDDING
 

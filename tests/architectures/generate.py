@@ -59,7 +59,8 @@ def _head(model: PreTrainedModel) -> dict[str, Any]:
 
     A model inside a model ties its own head, by its own configuration.
     """
-    head = model.get_output_embeddings()
+    parts = (each for each in model.modules() if isinstance(each, PreTrainedModel))
+    head = next((found for each in parts if (found := each.get_output_embeddings()) is not None), None)
     found: dict[str, Any] = {"module": next((name for name, each in model.named_modules() if each is head), None)}
     for name, owner in model.named_modules():
         keys = (owner._tied_weights_keys or ()) if isinstance(owner, PreTrainedModel) else ()
