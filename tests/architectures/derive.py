@@ -110,11 +110,8 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
     """Adds the facts of one model."""
     state = dict(model.state_dict())
     modules, prefixes = dict(model.named_modules()), language_prefixes(model)
-    tables = [each.weight for each in modules.values() if isinstance(each, nn.Embedding)]
     heads = [each.get_output_embeddings() for each in modules.values() if isinstance(each, PreTrainedModel)]
-    heads += [
-        each for each in modules.values() if isinstance(each, nn.Linear) and any(each.weight is t for t in tables)
-    ]
+    heads += [each for name, each in modules.items() if name.endswith("decoder.output_projection")]  # FSMT's own
     roles = {name: _role(model, name, tensor, modules, heads, *prefixes) for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for names in _spellings(model):
