@@ -102,8 +102,8 @@ class Knowledge(Protocol):
     def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
         """True if the tensor holds several experts, in whatever layout."""
 
-    def head_without_tensor(self, names: Iterable[str]) -> str | None:
-        """The output layer, if none of these tensors is its weight: it is tied to the embeddings."""
+    def heads_without_tensor(self, names: Iterable[str]) -> Sequence[str]:
+        """The output layers whose weight is none of these tensors: they are tied to the embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ class Guess:
     def is_embedding(self, module: str) -> bool:
         return module.endswith(EMBEDDINGS)
 
-    def head_without_tensor(self, names: Iterable[str]) -> str | None:
-        return self.tied_head if f"{self.tied_head}.weight" not in names else None
+    def heads_without_tensor(self, names: Iterable[str]) -> Sequence[str]:
+        return [self.tied_head] if self.tied_head and f"{self.tied_head}.weight" not in names else []
 
 
 GUESS = Guess()
@@ -147,8 +147,8 @@ class Architecture:
         facts: pattern of a tensor's name → what is known of it.
         towers: prefix of names of models beside the language model → the prefixes that transformers gives their
             modules, none if it names all as the files do.
-        head: the module of the output layer; None if there is none.
-        tied: the head is the embedding, unless the file has a tensor of its own for it.
+        heads: the modules of output layers, the model's own before those of models inside it.
+        tied: the model's own is the embedding, unless the file has a tensor of its own for it.
         unread: what transformers leaves unread in files.
         inputs_first: the order of axes in the files of this model, where files of the architecture have either.
     """
@@ -158,7 +158,7 @@ class Architecture:
     base: str
     facts: Mapping[str, Fact]
     towers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    head: str | None = None
+    heads: tuple[str, ...] = ()
     tied: bool = False
     unread: tuple[re.Pattern[str], ...] = ()
     inputs_first: bool = False
@@ -222,12 +222,10 @@ class Architecture:
             return module.endswith(EMBEDDINGS)
         return found.role is Role.EMBEDDING
 
-    def head_without_tensor(self, names: Iterable[str]) -> str | None:
-        """The output layer, if none of these tensors is its weight: it is tied to the embeddings."""
-        if self.head is None:
-            return None
-        heads = (found.module for name in names if (found := self.fact(name)) is not None and found.role is Role.HEAD)
-        return None if f"{self.head}.weight" in heads else self.head
+    def heads_without_tensor(self, names: Iterable[str]) -> list[str]:
+        """The output layers whose weight is none of these tensors: they are tied to the embeddings."""
+        stored = {found.module for name in names if (found := self.fact(name)) is not None}
+        return [head for head in self.heads if f"{head}.weight" not in stored]
 
     def packs_experts(self, name: str, shape: tuple[int, ...]) -> bool:
         """True if the tensor holds several experts, in whatever layout."""
@@ -368,7 +366,7 @@ def _architecture(name: str, table: Mapping[str, Any], config: Mapping[str, Any]
         base=table["base"],
         facts=facts,
         towers={prefix: tuple(each.get("modules", ())) for prefix, each in table.get("towers", {}).items()},
-        head=output["module"],
+        heads=(*filter(None, [output["module"]]), *output.get("inner", ())),
         tied=bool(output.get("ties") and (output["tied"] if said is None else said)),
         unread=tuple(re.compile(each) for each in table.get("unused", ())),
     )

@@ -153,8 +153,7 @@ class Finalizer:
         self.ignore = [module for module in self.left if not knowledge.is_embedding(module)]
         packed = (module_of(name) for name, spec in tensors.items() if knowledge.packs_experts(name, spec.shape))
         self.ignore += dict.fromkeys(packed)  # as engines name the layer
-        if (head := knowledge.head_without_tensor(tensors)) is not None:
-            self.ignore.append(head)  # a Linear to every engine, though it has no tensor of its own
+        self.ignore += knowledge.heads_without_tensor(tensors)  # Linear to every engine, though they have no tensors
         self.ignore += [name for name in knowledge.other_names(self.ignore) if name not in self.ignore]
 
     @property

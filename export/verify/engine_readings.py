@@ -104,7 +104,7 @@ def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[En
             layers[path] = [name]
     tied = HEAD if view.tied else None
     if known is not None:  # the class's default decides where config.json is silent, and heads have other names
-        tied = known.head_without_tensor(view.tensors) if known.tied else None
+        tied = next(iter(known.heads_without_tensor(view.tensors)), None) if known.tied else None
     if tied is not None and engine.head_is_linear:
         layers[tied] = [tied]
     for path, modules in layers.items():

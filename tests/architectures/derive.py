@@ -112,6 +112,7 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
     modules, prefixes = dict(model.named_modules()), language_prefixes(model)
     heads = [each.get_output_embeddings() for each in modules.values() if isinstance(each, PreTrainedModel)]
     heads += [each for name, each in modules.items() if name.endswith("decoder.output_projection")]  # FSMT's own
+    heads += [each for head in heads if head is not None for each in head.children()]  # of several codebooks
     roles = {name: _role(model, name, tensor, modules, heads, *prefixes) for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for names in _spellings(model):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from amaxbridge.export.architectures.facts import KNOWN
@@ -38,7 +39,7 @@ def known(architecture: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"model_type": model.config.model_type, "base": model.base_model_prefix}
     if (part := _text_part(model.config)) is not None:
         entry["text_config"] = part
-    entry["output"] = _head(model)
+    entry["output"] = _heads(model)
     if unused := sorted(model._keys_to_ignore_on_load_unexpected or ()):
         entry["unused"] = unused
     towers = _prefixes(facts)
@@ -54,24 +55,22 @@ def _text_part(config: PreTrainedConfig) -> str | None:
     return next((key for key, value in vars(config).items() if value is text and value is not config), None)
 
 
-def _head(model: PreTrainedModel) -> dict[str, Any]:
-    """The module of the head, and if it is the embedding where the configuration does not say.
+def _heads(model: PreTrainedModel) -> dict[str, Any]:
+    """The modules of output layers, and if the first is the embedding where the configuration does not say.
 
     A model inside a model ties its own head, by its own configuration.
     """
-    parts = (each for each in model.modules() if isinstance(each, PreTrainedModel))
-    head = next((found for each in parts if (found := each.get_output_embeddings()) is not None), None)
-    found: dict[str, Any] = {"module": next((name for name, each in model.named_modules() if each is head), None)}
-    for name, owner in model.named_modules():
-        keys = (owner._tied_weights_keys or ()) if isinstance(owner, PreTrainedModel) else ()
-        if f"{found['module']}.weight" in {f"{name}.{key}".removeprefix(".") for key in keys}:
+    parts = {name: each for name, each in model.named_modules() if isinstance(each, PreTrainedModel)}
+    outputs = [output for each in parts.values() if (output := each.get_output_embeddings()) is not None]
+    names = {name: each for name, each in model.named_modules() if any(each is output for output in outputs)}
+    first = next((name for name, each in names.items() if each is outputs[0]), None)
+    inner = [name for name, each in names.items() if name != first and isinstance(each, nn.Linear)]
+    found: dict[str, Any] = {"module": first, **({"inner": inner} if inner else {})}
+    for name, owner in parts.items():
+        if f"{first}.weight" in {f"{name}.{key}".removeprefix(".") for key in owner._tied_weights_keys or ()}:
             tied = bool(getattr(owner.config, "tie_word_embeddings", False))
-            return {
-                **found,
-                "ties": True,
-                "tied": tied,
-                **({"nested": True} if owner.config is not model.config else {}),
-            }
+            nested = {"nested": True} if owner.config is not model.config else {}
+            return {**found, "ties": True, "tied": tied, **nested}
     return found
 
 
