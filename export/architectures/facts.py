@@ -165,7 +165,7 @@ class Architecture:
 
     def fact(self, name: str) -> Fact | None:
         """What is known of a tensor; None if nothing is."""
-        pattern = _NUMBER.sub("*", name)
+        pattern = pattern_of(name)
         for spelled in (pattern, f"{self.base}.{pattern}", pattern.removeprefix(f"{self.base}.")):
             if (found := self.facts.get(spelled)) is not None:
                 return found
@@ -291,7 +291,7 @@ class Architecture:
                 for each in self.towers[prefix]:
                     tower = re.escape(each.removesuffix(".")).replace(r"\*", r"\d+")
                     names[f"re:{tower}(\\.|$)"] = None
-            elif found is not None and found.module != _NUMBER.sub("*", tensor):
+            elif found is not None and found.module != pattern_of(tensor):
                 numbers = _NUMBER.findall(tensor)
                 if found.module.count("*") == len(numbers) and found.module.endswith(".weight"):
                     parts = found.module.split("*")
@@ -300,9 +300,14 @@ class Architecture:
         return list(names)
 
 
+def pattern_of(name: str) -> str:
+    """A tensor's name with `*` for each of its numbers, as the table's keys are."""
+    return _NUMBER.sub("*", name)
+
+
 def _experts_module(name: str, fact: Fact) -> str:
     """The module of the experts, spelled as the file spells its layers."""
-    stored, inside = _NUMBER.sub("*", name), module_of(fact.module)
+    stored, inside = pattern_of(name), module_of(fact.module)
     if ".experts." in f".{name}":
         return name[: name.rindex("experts") + len("experts")]
     last = max((found.end() for found in _NUMBER.finditer(name)), default=0)

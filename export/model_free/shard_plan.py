@@ -17,7 +17,7 @@ from amaxbridge.export.model_free.converters.kept_modules import kept_modules
 from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, check_plain
 from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap
 from amaxbridge.export.model_free.source_bundles import SourceBundle, read_bundles
-from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.finalizer import CACHE_SCALES, Finalizer
 from amaxbridge.export.output.finished_directory import BundleSize
 from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.export.schemes.targets import is_named
@@ -127,7 +127,7 @@ def plan_shards(
         plain = {
             name: spec
             for name, spec in specs.items()
-            if module_of(name) not in kept and not name.endswith((".k_scale", ".v_scale"))
+            if module_of(name) not in kept and not name.endswith(CACHE_SCALES)
         }
         _check_known(knowledge, plain, recipe, state)
     scalars, tensors = _by_granularity(state, specs)

@@ -5,17 +5,15 @@ reference, unless its sides are equal. Nothing of what wrote the checkpoint is a
 those of the reference, or of transformers' model (`expected-names`).
 """
 
-import re
 from collections.abc import Iterator
 
-from amaxbridge.export.architectures.facts import Architecture, Role, architecture_of, value_of
+from amaxbridge.export.architectures.facts import Architecture, Role, architecture_of, pattern_of, value_of
 from amaxbridge.export.disk.safetensors_file import StoredTensor
 from amaxbridge.export.output.provenance import was_guessed
 from amaxbridge.export.verify.checkpoint_view import QUANTIZED_SUFFIXES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.names import module_of
 
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 _QUANTIZABLE = (Role.LINEAR, Role.EXPERTS, Role.INPUTS_FIRST, Role.OPAQUE)
 
 
@@ -37,7 +35,7 @@ def _shapes(view: CheckpointView) -> Iterator[Problem]:
         return
     singles = _expert_shapes(known)
     for module in view.modules.values():
-        right = singles.get(_NUMBER.sub("*", f"{module.name}.weight"))
+        right = singles.get(pattern_of(f"{module.name}.weight"))
         if right is not None and module.shape is not None and module.shape != right:
             yield Problem(f"{module.name}.weight", f"is {list(module.shape)}, by config.json {list(right)}")
     for name, stored in _unquantized(view):
@@ -57,7 +55,7 @@ def _expert_shapes(known: Architecture) -> dict[str, tuple[int, int]]:
         is_transposed = known.inputs_first if fact.inputs_first is None else fact.inputs_first
         shape = (1, inputs, outputs) if is_transposed else (1, outputs, inputs)
         for single in known.experts_in(pattern.replace("*", "0"), shape):
-            found[_NUMBER.sub("*", single)] = outputs // len(fact.holds), inputs
+            found[pattern_of(single)] = outputs // len(fact.holds), inputs
     return found
 
 

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from amaxbridge.export.architectures.facts import pattern_of
 from tests.architectures.models import text_config_of
 
 _ROUTERS = re.compile(r".*(Router|TopKGating|Gating)|.*AltUp")
@@ -63,11 +64,6 @@ _HOLDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _TRANSPOSED: Mapping[str, bool] = MappingProxyType({"Llama4TextExperts": True, "Step3p7Experts": False})
 """Read in `forward` of experts that do not declare it: True if they multiply with `@`, False with `F.linear`."""
-
-
-def pattern_of(name: str) -> str:
-    """A name with `*` for each of its numbers."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 @dataclass(slots=True)
