@@ -163,7 +163,9 @@ def model_free_ptq(
             companions=companions,
             sources=(files,),
             config=chain.model_config(config) if chain else config,
-            made_of=json.dumps([files.fingerprint, named, *map(_described, chain.converters if chain else ())]),
+            made_of=json.dumps(
+                [files.fingerprint, named, architecture, *map(_described, chain.converters if chain else ())]
+            ),
             conversion=Conversion(
                 plan.finalizer,
                 plan.layout,
