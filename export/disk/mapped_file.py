@@ -10,7 +10,6 @@ The mapping needs no open file, so a checkpoint may have more files than a proce
 
 import ctypes
 import mmap
-import os
 import signal
 import threading
 import weakref
@@ -33,14 +32,18 @@ class MappedFile:
 
     Args:
         file: the open file; it may be closed afterwards.
+        size: how many bytes it has, as its reader found when it decided what lies where.
         path: its path, for messages.
+
+    Raises:
+        RuntimeError: the file has fewer bytes than that by now.
     """
 
-    def __init__(self, file: int, path: Path) -> None:
+    def __init__(self, file: int, size: int, path: Path) -> None:
         self._path = path
-        self._size = os.fstat(file).st_size
+        self._size = size
         # by the descriptor: the path may lead to another file by now
-        self._bytes = torch.from_file(f"/proc/self/fd/{file}", shared=False, size=self._size, dtype=torch.uint8)
+        self._bytes = torch.from_file(f"/proc/self/fd/{file}", shared=False, size=size, dtype=torch.uint8)
         self._begin = self._bytes.data_ptr()
         self.gone = False
         """True once bytes were asked for that the file does not have any more."""

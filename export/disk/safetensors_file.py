@@ -116,9 +116,10 @@ class SafetensorsFile:
         file = self._open()
         try:
             with explaining_reads(self.path):
-                self._identity = _identity(file)
-                self.tensors = self._read_header(file)
-                self._map = MappedFile(file, self.path)
+                state = os.fstat(file)
+                self._identity = _identity(state)
+                self.tensors = self._read_header(file, state)
+                self._map = MappedFile(file, state.st_size, self.path)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}; copy the file again") from error
         finally:
@@ -153,7 +154,7 @@ class SafetensorsFile:
     def _open(self) -> int:
         with explaining_reads(self.path):
             file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would never open
-        if self._identity and _identity(file) != self._identity:
+        if self._identity and _identity(os.fstat(file)) != self._identity:
             os.close(file)
             raise CheckpointError(f"{self.path} was replaced while it was read: run the same command again")
         return file
@@ -164,11 +165,10 @@ class SafetensorsFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_header(self, file: int) -> dict[str, StoredTensor]:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
+    def _read_header(self, file: int, state: os.stat_result) -> dict[str, StoredTensor]:
+        if not stat.S_ISREG(state.st_mode):
             raise ValueError("it is not a file")
-        size = found.st_size
+        size = state.st_size
         length = int.from_bytes(os.pread(file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             if os.pread(file, len(_LFS_POINTER), 0) == _LFS_POINTER:
@@ -223,7 +223,6 @@ def _shown(value: Any) -> str:
     return repr(value)[:80]
 
 
-def _identity(file: int) -> tuple[int, ...]:
+def _identity(state: os.stat_result) -> tuple[int, ...]:
     """Tells an open file from another one that took its path."""
-    state = os.fstat(file)
     return state.st_dev, state.st_ino, state.st_size

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from amaxbridge.export.disk import safetensors_file
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.disk.source_files import SourceFiles
+from amaxbridge.export.disk.strict_json import parse_json_object
 from amaxbridge.export.model_free.whole_directory import _described, model_free_ptq
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.checkpoints import cuts_inside_groups, dense_model, write_checkpoint
@@ -168,7 +171,7 @@ from amaxbridge.export.disk.mapped_file import MappedFile
 how, path = sys.argv[1], Path(sys.argv[2])
 path.write_bytes(bytes([1]) * (8 << 20))
 file = os.open(path, os.O_RDONLY)
-mapped = MappedFile(file, path)
+mapped = MappedFile(file, path.stat().st_size, path)
 os.close(file)
 view = mapped.look(0, 8 << 20)
 os.truncate(path, 10_000)
@@ -205,7 +208,7 @@ del mapped, view
             "import mmap, os, sys\nfrom pathlib import Path\n"
             "from amaxbridge.export.disk.mapped_file import MappedFile\n"
             "path = Path(sys.argv[1]); path.write_bytes(bytes(1 << 20)); file = os.open(path, os.O_RDWR)\n"
-            "ours = MappedFile(file, path); theirs = mmap.mmap(file, 0); os.truncate(path, 0); theirs[99]\n"
+            "ours = MappedFile(file, 1 << 20, path); theirs = mmap.mmap(file, 0); os.truncate(path, 0); theirs[99]\n"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "file")]
         assert subprocess.run(command, env=ENVIRONMENT, cwd=ROOT).returncode == -signal.SIGBUS
@@ -223,7 +226,7 @@ path = Path(sys.argv[1])
 path.write_bytes(bytes(100))
 before = handler()
 with open(path, "rb") as file:
-    mapped = [mapped_file.MappedFile(file.fileno(), path) for _ in range(2)]
+    mapped = [mapped_file.MappedFile(file.fileno(), 100, path) for _ in range(2)]
 assert handler() != before
 del mapped[0]
 assert handler() != before
@@ -232,6 +235,20 @@ assert handler() == before
 """
         command = [sys.executable, "-c", code, str(tmp_path / "file")]
         assert subprocess.run(command, env=ENVIRONMENT, cwd=ROOT).returncode == 0
+
+    @pytest.mark.parametrize("left", [0, 1000, 400_000])
+    def test_after_the_header(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+        """The header says where the tensors lie, by the size that the file had then."""
+        path = tmp_path / "model.safetensors"
+        save_file({"w": torch.ones(512, 512)}, path)
+
+        def parse(data: bytes) -> dict[str, Any]:
+            os.truncate(path, left)
+            return parse_json_object(data)
+
+        monkeypatch.setattr(safetensors_file, "parse_json_object", parse)
+        with pytest.raises(CheckpointError, match=f"{path} cannot be read: .*copy the file again"):
+            SafetensorsFile(path)
 
     def test_in_the_middle_of_a_run(self, tmp_path: Path) -> None:
         """At twenty moments, of a file that is being read: an error each time, or the run was through."""
