@@ -37,6 +37,7 @@ from amaxbridge.export.amax.fused_group_amax import missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
 from amaxbridge.export.disk.output_place import resolved_output
+from amaxbridge.export.disk.packed_experts import found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
@@ -158,7 +159,7 @@ class AutoBridge:
     @contextlib.contextmanager
     def open_weights(self) -> Iterator[DequantizedCheckpoint]:
         """Opens the tensors of the Hugging Face directory."""
-        with SafetensorsCheckpoint(self.hf.weights_directory, self.hf.family.packed_experts) as checkpoint:
+        with SafetensorsCheckpoint(self.hf.weights_directory, found_in(self.hf.family.packed_experts)) as checkpoint:
             yield open_dequantized(checkpoint, self.hf.written)
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:

@@ -20,6 +20,7 @@ from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import open_dequantized
+from amaxbridge.export.disk.packed_experts import found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE
 from amaxbridge.export.output.finalizer import Bundle
@@ -114,7 +115,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, hf.model_config.padded_to(mesh.tp))
-    with SafetensorsCheckpoint(hf.weights_directory, hf.family.packed_experts) as checkpoint:
+    with SafetensorsCheckpoint(hf.weights_directory, found_in(hf.family.packed_experts)) as checkpoint:
         schemes = open_dequantized(checkpoint, hf.written).schemes
         missing = [
             name

@@ -6,6 +6,8 @@ A file is read when it is first asked for, in milliseconds.
     schemes        scheme → what serves `linear` layers, routed `experts` and the `head`: a class of the engine, or `!`
                    and the words with which it refuses; a head without an entry is a linear layer
     architectures  name in config.json → number of its build; null: the engine runs transformers' model
+    merges         architecture whose experts the engine packs → the projections that it takes of single ones; absent:
+                   it takes all
     builds         renames      what becomes of names of modules, step by step: [`prefix`, from, to]
                    packed       fused projection → members, as far as the engine's matcher of `ignore` knows them
                    fuses        path of a fused layer → its members, as the engine builds it
@@ -19,7 +21,7 @@ A file is read when it is first asked for, in milliseconds.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -147,6 +149,7 @@ class EngineTable:
         schemes: scheme → `linear` or `experts` → a class of the engine, or `!` and its words.
         builds: architecture → build; None for one that the engine runs as transformers' model.
         language_models: `model_type` → architecture of its language model.
+        merges: architecture whose experts the engine packs → the projections that it takes of single ones.
     """
 
     version: str
@@ -154,6 +157,7 @@ class EngineTable:
     schemes: Mapping[str, Mapping[str, str]]
     builds: Mapping[str, Build | None] = field(default_factory=dict)
     language_models: Mapping[str, str] = field(default_factory=dict)
+    merges: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def refusal(self, scheme: str, part: str) -> str | None:
         """Why the engine does not serve a scheme for `linear` layers, `experts` or the `head`; None if it does."""
@@ -179,7 +183,12 @@ def table_of(engine: str) -> EngineTable:
     numbered = [_build(each, first_only=engine == "sglang") for each in raw.get("builds", ())]
     builds = {name: None if at is None else numbered[at] for name, at in raw.get("architectures", {}).items()}
     return EngineTable(
-        raw["version"], raw["compressed_tensors"], raw["schemes"], builds, raw.get("language_models", {})
+        raw["version"],
+        raw["compressed_tensors"],
+        raw["schemes"],
+        builds,
+        raw.get("language_models", {}),
+        raw.get("merges", {}),
     )
 
 

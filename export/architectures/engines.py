@@ -74,6 +74,13 @@ class Engine:
     cuts: bool = False
     unread_experts: Mapping[str, str] = field(default_factory=dict)
 
+    def leaves_out(self, architecture: str, projection: str) -> str | None:
+        """What becomes of a projection of a single expert that the engine does not load; None if it loads it."""
+        if architecture in self.unread_experts:
+            return self.unread_experts[architecture]
+        merges = self.facts.merges if self.facts else {}
+        return "reinitialises it" if projection not in merges.get(architecture, (projection,)) else None
+
     @property
     def facts(self) -> EngineTable | None:
         """The engine's table; None for our runtime, whose schemes are those of this package."""
@@ -96,7 +103,7 @@ SGLANG = Engine(
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
-    head_is_linear=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "reinitialises it"}),
+    head_is_linear=True,
 )  # fmt: skip
 RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
 """Our own, which loads models of transformers."""

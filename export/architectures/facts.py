@@ -96,6 +96,9 @@ class Knowledge(Protocol):
     def is_embedding(self, module: str) -> bool:
         """True if the module looks rows of its weight up, and is no linear layer to any engine."""
 
+    def layout_of(self, name: str) -> PackedExperts:
+        """How a tensor packs experts."""
+
     def with_axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The same for files with tensors of these shapes."""
 
@@ -115,8 +118,11 @@ class Guess:
     def stays_unquantized(self, module: str) -> bool:
         return is_left_alone(module)
 
+    def layout_of(self, name: str) -> PackedExperts:
+        return PackedExperts()
+
     def experts_in(self, name: str, shape: tuple[int, ...]) -> Mapping[str, PackedSource]:
-        return sources_in(name, shape, PackedExperts())
+        return sources_in(name, shape, self.layout_of(name))
 
     def with_axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         return self
@@ -233,6 +239,14 @@ class Architecture:
         in_tower = found is not None and found.role is Role.TOWER and ".experts." in name and len(shape) == 3
         return in_tower or (found is not None and found.role in (Role.EXPERTS, Role.OPAQUE) and len(shape) > 1)
 
+    def layout_of(self, name: str) -> PackedExperts:
+        """How a tensor packs experts."""
+        found = self.fact(name)
+        if found is None:
+            return PackedExperts()
+        transposed = self.inputs_first if found.inputs_first is None else found.inputs_first
+        return PackedExperts(transposed=transposed, interleaved=found.interleaved)
+
     def experts_in(self, name: str, shape: tuple[int, ...]) -> dict[str, PackedSource]:
         """The single experts in a tensor: name → where it lies; empty if the tensor packs no experts.
 
@@ -242,12 +256,11 @@ class Architecture:
         found = self.fact(name)
         if found is None or found.role is not Role.EXPERTS or not found.holds or len(shape) < 2:
             return {}
-        transposed = self.inputs_first if found.inputs_first is None else found.inputs_first
-        outputs = shape[-1] if transposed or len(shape) < 3 else shape[1]
+        layout = self.layout_of(name)
+        outputs = shape[-1] if layout.transposed or len(shape) < 3 else shape[1]
         if outputs % len(found.holds):
             parts = " and ".join(found.holds)
             raise MappingError(f"{name}: {list(shape)} does not divide into {parts} of {shape[0]} experts")
-        layout = PackedExperts(transposed=transposed, interleaved=found.interleaved)
         parent, kind = _experts_module(name, found), "bias" if name.endswith("bias") else "weight"
         return {
             f"{parent}.{expert}.{projection}.{kind}": PackedSource(

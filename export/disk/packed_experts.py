@@ -11,8 +11,9 @@ the rank that has an expert writes it into its part of the packed tensor.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,6 +64,15 @@ class PackedSource:
         """
         rows = mx.dequantize(e2m1.unpack(blocks.flatten(1)), scales)
         return self.cut(rows.t() if self.layout.transposed else rows)
+
+
+type FindPacked = Callable[[str], PackedSource | None]
+"""Where an expert's weight or bias lies in a packed tensor; None for other names."""
+
+
+def found_in(layout: PackedExperts | None) -> FindPacked:
+    """Finds experts by the names that most models use, in this layout."""
+    return partial(packed_source, layout=layout or PackedExperts())
 
 
 def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:

@@ -12,27 +12,26 @@ from torch import Tensor
 from amaxbridge.export.disk.input_paths import refuse_leaving, weight_file_name
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.open_files import OpenFiles
-from amaxbridge.export.disk.packed_experts import packed_source
+from amaxbridge.export.disk.packed_experts import FindPacked, found_in
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.config_and_index import INDEX_FILE, QUANT_STATE_FILE
 from amaxbridge.mappings.errors import CheckpointError, listing
-from amaxbridge.mappings.family import PackedExperts
 
 
 class SafetensorsCheckpoint:
     """The tensors of a directory by name. Files are opened on first use and closed with the context.
 
     Args:
-        packed: the layout of packed experts, where the files have them.
+        packed: finds the experts of packed tensors, where the files have them.
 
     Raises:
         CheckpointError: there are no safetensors files, or the index names files that do not exist.
     """
 
-    def __init__(self, directory: Path, packed: PackedExperts | None = None) -> None:
+    def __init__(self, directory: Path, packed: FindPacked | None = None) -> None:
         self.directory = directory
-        self._packed = packed or PackedExperts()
+        self._packed = packed or found_in(None)
         self._files: dict[str, SafetensorsFile] = {}
         self._open_files = OpenFiles()
 
@@ -99,7 +98,7 @@ class SafetensorsCheckpoint:
 
     def has(self, name: str) -> bool:
         """True if `read` would find the tensor; opens no file."""
-        source = packed_source(name, self._packed)
+        source = self._packed(name)
         packed = (source.name, f"{source.name}_blocks") if source is not None else ()
         return any(each in self.weight_map for each in (name, *packed))
 
@@ -112,7 +111,7 @@ class SafetensorsCheckpoint:
         stored = self._find(name)
         if stored is not None:
             return stored.read()
-        source = packed_source(name, self._packed)
+        source = self._packed(name)
         if source is not None and (packed := self._find(source.name)) is not None:
             return source.cut(packed.row(source.expert).read())
         if source is not None and (blocks := self._find(f"{source.name}_blocks")) is not None:

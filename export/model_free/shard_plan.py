@@ -23,7 +23,6 @@ from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.export.schemes.targets import is_named
 from amaxbridge.mappings.amax import GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, MappingError, UsageError, listing
-from amaxbridge.mappings.families import packed_experts_of
 from amaxbridge.mappings.fused_groups import group_of, groups_among
 from amaxbridge.mappings.names import is_routed_expert, kind_of, module_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -109,7 +108,7 @@ def plan_shards(
     if source is not None:
         names = [name for wanted in maps.values() for inside in wanted.values() for name in inside]
         wanted = recipe if state is None else None  # a state asks for the bytes that its amax make
-        conversion = decide(source, wanted, names, packed=packed_experts_of(config), dtype=weight_dtype(config))
+        conversion = decide(source, wanted, names, knowledge=knowledge, dtype=weight_dtype(config))
     kept: Mapping[str, Scheme] = {} if conversion is None else conversion.kept_modules
     bundles = read_bundles(maps, files, conversion=conversion, chain=chain, experts=knowledge.experts_in)
     if not _quantizes_experts(bundles, recipe, state, kept):

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from amaxbridge.export.architectures.engines import ENGINES, Engine
+from amaxbridge.export.architectures.facts import GUESS
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import (
     config_rules,
@@ -19,6 +20,7 @@ from amaxbridge.export.verify import (
 )
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.export.verify.engine_readings import build_of
+from amaxbridge.export.verify.fact_rules import architecture
 from amaxbridge.export.verify.finding import Problem, Rule
 from amaxbridge.export.verify.parallel_sizes import parallel_sizes
 from amaxbridge.export.verify.reference_weights import Reference, WeightError, error_rules, one_by_one
@@ -74,8 +76,9 @@ def verify(
     with ExitStack() as stack:
         view = stack.enter_context(CheckpointView(directory))
         rules, errors = list(RULES), list[WeightError]()
+        knowledge = view.once(architecture) or GUESS
         if reference and reference.is_dir():
-            original = stack.enter_context(Reference(reference, view.config))
+            original = stack.enter_context(Reference(reference, knowledge))
             expected = original.shapes if expected is None else expected
             errors += original.errors(view, progress or NoProgress())
             rules += error_rules(errors)
@@ -84,7 +87,7 @@ def verify(
         if tp > 1 or ep > 1:
             rules.append(_parallel(tp, ep))
         if expected is not None:
-            view.expected = one_by_one(expected, view.tensors, view.config)
+            view.expected = one_by_one(expected, view.tensors, knowledge)
         findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
         return VerifyReport(
             directory,

@@ -88,10 +88,13 @@ def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
     named = view.config.get("architectures")
     architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     for engine in ENGINES:
-        does = next((engine.unread_experts[name] for name in architectures if name in engine.unread_experts), None)
-        for module in view.quantized if does else ():
-            if is_expert(module.name):
-                what = f"is {_treatment(module)}; {engine.label} takes packed experts only, and {does}"
+        for module in view.quantized:
+            projection = module.name.rpartition(".")[2]
+            does = is_expert(module.name) and next(
+                (found for name in architectures if (found := engine.leaves_out(name, projection))), None
+            )
+            if does:
+                what = f"is {_treatment(module)}; {engine.label} does not load it one by one, and {does}"
                 yield Problem(module.name, what, engine.key)
 
 

@@ -10,23 +10,24 @@ This is the only module of the package that reads weights: one module at a time,
 import math
 import statistics
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from amaxbridge.export.disk.packed_experts import sources_in
+from amaxbridge.export.architectures.facts import Architecture, Guess
+from amaxbridge.export.disk.packed_experts import PackedSource
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
-from amaxbridge.mappings.errors import CheckpointError
-from amaxbridge.mappings.families import packed_experts_of
+from amaxbridge.mappings.errors import CheckpointError, MappingError
 from amaxbridge.mappings.fused_groups import groups_among
-from amaxbridge.mappings.tensors import TensorSpec
 
 _ROWS = 4096  # read at a time; a multiple of every block's height
 _CLIPPED = 1e-3
@@ -94,14 +95,18 @@ class Reference:
 
     Args:
         directory: directory of the reference.
-        config: config.json of the checkpoint that is verified; its family knows how experts are packed.
+        knowledge: what is known of the architecture: how its files pack experts.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        self._packed = packed_experts_of(config)
-        self._checkpoint = SafetensorsCheckpoint(directory, self._packed)
+    def __init__(self, directory: Path, knowledge: Architecture | Guess) -> None:
+        self._knowledge = knowledge
+        self._checkpoint = SafetensorsCheckpoint(directory, lambda name: self._experts.get(name))
 
-    @property
+    @cached_property
+    def _experts(self) -> Mapping[str, PackedSource]:
+        return _experts_in(self.shapes, self._knowledge.with_axes_of(self.shapes))
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name; GPT-OSS's MXFP4 as the weights that it encodes."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -109,7 +114,9 @@ class Reference:
             if name.endswith("_blocks") and len(stored.spec.shape) == 4:
                 experts, rows, blocks, _ = stored.spec.shape
                 plain = (rows, blocks * 32)
-                shapes[name.removesuffix("_blocks")] = (experts, *(plain[::-1] if self._packed.transposed else plain))
+                packed = name.removesuffix("_blocks")
+                turned = self._knowledge.layout_of(packed).transposed
+                shapes[packed] = (experts, *(plain[::-1] if turned else plain))
             elif not (
                 name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in self._checkpoint.tensors
             ):
@@ -143,15 +150,26 @@ class Reference:
         self._checkpoint.close()
 
 
+def _experts_in(shapes: Mapping[str, tuple[int, ...]], knowledge: Architecture | Guess) -> dict[str, PackedSource]:
+    """The single experts that these tensors pack, by name."""
+    return {
+        single: source for name, shape in shapes.items() for single, source in knowledge.experts_in(name, shape).items()
+    }
+
+
 def one_by_one(
-    shapes: Mapping[str, tuple[int, ...]], held: Container[str], config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]], held: Container[str], knowledge: Architecture | Guess
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes, with packed experts split into single ones unless `held` has them packed, too."""
-    packed, single = packed_experts_of(config), dict[str, tuple[int, ...]]()
-    for name, shape in shapes.items():
-        sources = {} if name in held else sources_in(name, shape, packed)
-        part = TensorSpec(shape[1:], torch.bfloat16)
-        single |= {each: tuple(source.cut(part.meta()).shape) for each, source in sources.items()} or {name: shape}
+    packed = {name: shape for name, shape in shapes.items() if name not in held}
+    with suppress(MappingError):  # sizes that do not tell the order of axes are those of single experts in either
+        knowledge = knowledge.with_axes_of(packed)
+    experts = _experts_in(packed, knowledge)
+    split = {source.name for source in experts.values()}
+    single = {name: shape for name, shape in shapes.items() if name not in split}
+    for name, source in experts.items():
+        part = torch.empty(shapes[source.name][1:], device="meta")
+        single[name] = tuple(source.cut(part).shape)
     return single
 
 

@@ -17,9 +17,9 @@ from amaxbridge.mappings.families.qwen2 import QWEN2
 from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
 from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
-from amaxbridge.mappings.family import ModelFamily, PackedExperts
+from amaxbridge.mappings.family import ModelFamily
 
-__all__ = ["FAMILIES", "family_of", "packed_experts_of"]
+__all__ = ["FAMILIES", "family_of"]
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
@@ -58,11 +58,3 @@ def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
         f"{'nearest' if near else 'known'}: {', '.join(near or _BY_ARCHITECTURE)}. "
         "A family is one file in mappings/families/: see mappings/README.md"
     )
-
-
-def packed_experts_of(hf_config: Mapping[str, Any]) -> PackedExperts:
-    """How the files of a model pack experts; for an unknown family, as transformers mostly does."""
-    try:
-        return family_of(hf_config).packed_experts or PackedExperts()
-    except UnknownArchitectureError:
-        return PackedExperts()

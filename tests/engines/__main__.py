@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from amaxbridge.export.schemes import SCHEMES
 from tests.engines.architectures import SGLANG, VLLM, records
 from tests.engines.matchers import recorded_cases
+from tests.engines.merged_experts import merged_experts
 from tests.engines.transformers_runs import served as served_by_transformers
 from tests.support.paths import ROOT
 
@@ -96,7 +97,7 @@ def table_of_transformers() -> dict[str, Any]:
     import transformers
 
     versions = {"version": transformers.__version__, "compressed_tensors": compressed_tensors.__version__}
-    return {**versions, "schemes": served_by_transformers()}
+    return {**versions, "schemes": served_by_transformers(), "merges": merged_experts()}
 
 
 def text(found: Mapping[str, Any]) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
+from amaxbridge.export.architectures.facts import Knowledge
+from amaxbridge.export.disk.packed_experts import PackedSource
 from amaxbridge.export.disk.row_chunks import Part
 from amaxbridge.export.disk.safetensors_file import StoredTensor
 from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, is_from_packed
 from amaxbridge.export.model_free.converters.stored_weight import INPUT_SCALES, StoredWeight
 from amaxbridge.export.schemes import Recipe, Scheme
 from amaxbridge.mappings.errors import CheckpointError, MappingError, listing
-from amaxbridge.mappings.family import PackedExperts
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -36,12 +36,12 @@ class Conversion:
         source: the quantized modules.
         kept: modules that stay quantized → their scheme. The others are dequantized.
         dtype: dtype of dequantized weights.
-        packed: layout of packed experts.
+        knowledge: what is known of the architecture: how it packs experts.
     """
 
     source: QuantizedSource
     dtype: torch.dtype
-    packed: PackedExperts
+    knowledge: Knowledge
     kept: Mapping[str, Scheme]
 
     @property
@@ -51,17 +51,36 @@ class Conversion:
 
     def modules_of(self, module: str) -> dict[str, PackedSource | None]:
         """The modules of the output that are made from a quantized module, and which part of it each one is."""
-        weight = self.source.weights[module]
-        if not self._is_packed(module):
+        packed = self.packed_name(module)
+        if packed is None:
             return {module: None}
-        experts, _, part = module.rpartition(".")
-        layout = replace(self.packed, transposed=False) if weight.outputs_first else self.packed
+        experts = module.rpartition(".")[0]
         name, _, number = experts.rpartition(".")
-        found = sources_in(f"{name}.{part}", (1, *weight.shape), layout)
-        return {
-            single.replace(f"{name}.0.", f"{experts}.").removesuffix(".weight"): replace(source, expert=int(number))
+        found = self.knowledge.experts_in(packed, (1, *self.plain_shape(module)))
+        made: dict[str, PackedSource | None] = {
+            single.replace(f"{name}.0.", f"{experts}.").removesuffix(".weight"): replace(
+                source,
+                expert=int(number),
+                layout=replace(source.layout, transposed=source.layout.transposed and not self._is_turned(module)),
+            )
             for single, source in found.items()
         }
+        return made or {module: None}
+
+    def plain_shape(self, module: str) -> tuple[int, int]:
+        """The shape that a module's weight has where its architecture's files are not quantized."""
+        rows, columns = self.source.weights[module].shape
+        return (columns, rows) if self._is_turned(module) else (rows, columns)
+
+    def turned(self, module: str, weight: Tensor) -> Tensor:
+        """A dequantized weight with the axes of `plain_shape`."""
+        return weight.t() if self._is_turned(module) else weight
+
+    def _is_turned(self, module: str) -> bool:
+        """True if codes have their outputs first and the plain layout has its inputs first."""
+        packed = self.packed_name(module)
+        weight = self.source.weights[module]
+        return packed is not None and weight.outputs_first and self.knowledge.layout_of(packed).transposed
 
     def beside(self, name: str, stored: StoredTensor) -> tuple[str, StoredTensor]:
         """A tensor that is taken as it is; scales of a key-value cache with the name and the dim that engines know."""
@@ -132,20 +151,14 @@ class PackedRows:
 
     @property
     def spec(self) -> TensorSpec:
-        rows, columns = self.conversion.source.weights[self.experts[0][0]].shape
-        shape = (columns, rows) if self._turned else (rows, columns)
+        shape = self.conversion.plain_shape(self.experts[0][0])
         return TensorSpec((len(self.experts), *shape), self.conversion.dtype)
 
     def parts(self, step: int = 1, *, again: bool = False) -> Iterator[Part]:
         for at, (module, stored) in enumerate(self.experts):
             weight = self.conversion.source.weights[module]
             whole = weight.dequantize({name: stored[name].read() for name in weight.names}, self.conversion.dtype)
-            yield Part(at, (whole.t() if self._turned else whole).contiguous()[None])
-
-    @property
-    def _turned(self) -> bool:
-        """True if codes have their outputs first and the plain layout has its inputs first."""
-        return self.conversion.packed.transposed and self.conversion.source.weights[self.experts[0][0]].outputs_first
+            yield Part(at, self.conversion.turned(module, whole).contiguous()[None])
 
 
 def decide(
@@ -153,7 +166,7 @@ def decide(
     recipe: Recipe | None,
     names: Iterable[str],
     *,
-    packed: PackedExperts,
+    knowledge: Knowledge,
     dtype: torch.dtype,
 ) -> Conversion:
     """Decides which modules are kept.
@@ -161,10 +174,10 @@ def decide(
     Args:
         recipe: what is asked for; None to dequantize everything.
         names: the names of all stored tensors: a fused group with plain members is not kept.
-        packed: layout of packed experts.
+        knowledge: what is known of the architecture.
         dtype: dtype of dequantized weights.
     """
-    undecided = Conversion(source, dtype, packed, {})
+    undecided = Conversion(source, dtype, knowledge, {})
     if recipe is None:
         return undecided
     members: dict[str, dict[str, str]] = {}  # primary of a fused group → member → quantized module

@@ -13,6 +13,7 @@ from amaxbridge.export.architectures.facts import KNOWN, Role, architecture_of, 
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
 from amaxbridge.mappings.errors import MappingError, UsageError
 from amaxbridge.mappings.families import FAMILIES
+from amaxbridge.mappings.family import PackedExperts
 from tests.support.checkpoints import DENSE, dense_model, moe_model, write_checkpoint
 
 HIDDEN, FFN, EXPERTS = 64, 48, 3
@@ -75,6 +76,23 @@ def test_every_family_is_of_a_known_architecture() -> None:
     names = [name for family in FAMILIES for name in family.architectures]
     assert len(names) >= 15
     assert not [name for name in names if architecture_of({"architectures": [name]}) is None]
+
+
+def test_families_and_the_table_pack_experts_alike() -> None:
+    """Families state their layout for writing: the table is for reading."""
+    seen = 0
+    for family in FAMILIES:
+        for name in family.architectures:
+            known = architecture_of({"architectures": [name]})
+            assert known is not None
+            packed = [
+                pattern
+                for pattern, fact in known.facts.items()
+                if fact.role is Role.EXPERTS and fact.inputs_first is not None and not pattern.endswith("bias")
+            ]
+            assert {known.layout_of(pattern) for pattern in packed} <= {family.packed_experts or PackedExperts()}, name
+            seen += bool(packed)
+    assert seen >= 7
 
 
 class TestPackedExperts:

@@ -16,6 +16,10 @@ from tests.support.checkpoints import MOE, dense_model, moe_model, tensors_of, w
 from tests.support.hard_weights import of_module
 from tests.support.in_memory import expected, same
 
+VL_MOE = {
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "text_config": {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_experts": 4},
+}
 GPT_OSS = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "num_local_experts": 3}
 EXPERTS, HIDDEN, FFN = 3, 64, 96
 
@@ -99,9 +103,15 @@ def test_gpt_oss_as_transformers_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["none", "mxfp8", "fp8_block"])
-def test_fp8_in_packed_experts(scheme: str, tmp_path: Path) -> None:
-    """As transformers saves them: codes `[experts, out, in]`, and scales of the same dims."""
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_fp8_in_packed_experts(scheme: str, inputs_first: bool, tmp_path: Path) -> None:
+    """Codes `[experts, out, in]` as transformers saves them, or `[experts, in, out]`; and scales of the same dims."""
     plain = moe_model(packed=True)
+    if inputs_first:
+        plain = {
+            name.replace("model.", "model.language_model.", 1): each.mT.contiguous() if each.ndim == 3 else each
+            for name, each in plain.items()
+        }
     stored, meant, one_by_one = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in plain.items():
         if tensor.ndim != 3:
@@ -114,9 +124,11 @@ def test_fp8_in_packed_experts(scheme: str, tmp_path: Path) -> None:
         for expert, one in enumerate(each):
             experts, _, part = name.rpartition(".")
             parts = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {"down_proj": 0}
-            halves = one.weight.bfloat16().chunk(len(parts))
+            weight = one.weight.t() if inputs_first else one.weight
+            halves = weight.bfloat16().chunk(len(parts))
             one_by_one |= {f"{experts}.{expert}.{half}.weight": halves[at].contiguous() for half, at in parts.items()}
-    config = {**MOE, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {**(VL_MOE if inputs_first else MOE), "quantization_config": fp8}
     source = write_checkpoint(tmp_path / "in", stored, config=config)
     report = model_free_ptq(source, tmp_path / "out", scheme)
     assert not report.kept

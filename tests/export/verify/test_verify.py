@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amaxbridge import cli
+from amaxbridge.bridge.hf import expected_tensors
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
 from amaxbridge.export.schemes import SCHEMES, Groups, named_scheme
 from amaxbridge.export.schemes.w4a16 import w4a16
@@ -26,6 +27,8 @@ from tests.support.checkpoints_to_verify import Made, make, saved_amax
 from tests.support.launcher import LiveRanks
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.verify_breaks import BREAKS, DENSE, DOWN, LAYER, MOE, Break, Q, drop, scale, swap_nibbles
+from tests.sweep.architectures import PUBLISHED, rows
+from tests.sweep.random_models import build, save
 
 type Command = Callable[..., tuple[int, str, str]]
 
@@ -389,3 +392,19 @@ def test_an_export_that_would_not_serve_is_not_written(
     status, _, message = command("export", *words, "verify=false")
     assert (status, message) == (0, "")
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+class TestPackedReference:
+    """The table says which axis of a reference's experts is which, and what they are called there."""
+
+    @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "granitemoe"])
+    def test_other_layouts_than_most(self, tmp_path: Path, model_type: str) -> None:
+        (row,) = rows([model_type])
+        save(build(row.model_type, row.architecture), tmp_path / "hf", PUBLISHED)
+        model_free_ptq(tmp_path / "hf", tmp_path / "out", "fp8_dynamic")
+        report = verify(tmp_path / "out", reference=tmp_path / "hf", expected=expected_tensors(tmp_path / "out"))
+        assert len([each for each in report.errors if ".experts." in each.module]) >= 12
+        assert all(each.error < 0.04 for each in report.errors)
+        assert {name: report.verdict_of(name).serves for name in NAMES} == {
+            "vllm": True, "sglang": True, "transformers": False, "runtime": True,
+        }  # fmt: skip

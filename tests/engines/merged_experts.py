@@ -1,0 +1,32 @@
+"""Which single experts transformers takes where its modules have packed ones, asked of its models."""
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+from amaxbridge.export.architectures.facts import KNOWN, Role, architecture_of
+from tests.architectures.models import build, config_of
+
+
+def merged_experts() -> dict[str, list[str]]:
+    """Architecture whose experts are packed → the projections that it takes of single ones; none if it takes none."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(file.stem for file in KNOWN.glob("*.json")):
+        known = architecture_of({"architectures": [name]})
+        assert known is not None
+        if any(fact.role is Role.EXPERTS for fact in known.facts.values()):
+            found[name] = sorted(_projections(build(name, config_of(name))))
+    return found
+
+
+def _projections(model: PreTrainedModel) -> set[str]:
+    if any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()):
+        return {"gate_proj", "up_proj", "down_proj"}  # it has a module for each expert while the model is quantized
+    return {
+        pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(conversion, WeightConverter)
+        and any(isinstance(each, MergeModulelist) for each in conversion.operations)
+        for pattern in conversion.source_patterns
+    }
