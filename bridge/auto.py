@@ -222,7 +222,7 @@ class AutoBridge:
         check_spared(checkpoint, path)
         saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
         files = files_of(checkpoint, hashed=saver.options.hash_source)
-        opened = DistCheckpoint(checkpoint)
+        opened = DistCheckpoint(files.directory)  # training may have saved a later iteration by now
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)

@@ -19,10 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
+from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
-from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
+from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
@@ -66,6 +67,13 @@ class HFModel:
     filled: Mapping[str, Any]
     family: ModelFamily
     notes: tuple[str, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if config.json is another one by now."""
+        if self.directory is not None and read_config_json(self.directory) != self.written:
+            raise CheckpointError(
+                f"{self.directory / CONFIG_FILE} changed since it was read: run the same command again"
+            )
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -136,18 +144,21 @@ def read_hf_model(path: str | Path) -> HFModel:
         MissingExtraError: config.json lacks fields that only transformers fills in, which is not installed.
     """
     directory = model_directory(path, weights=False)
-    if not (directory / CONFIG_FILE).is_file() and is_training_output(directory):
-        raise UsageError(
-            f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there; it is what Megatron's "
-            "training saved: give it as checkpoint=, and hf= a directory with config.json"
-        )
+    with explaining_reads(directory):
+        if not (directory / CONFIG_FILE).is_file() and is_training_output(directory):
+            raise UsageError(
+                f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there; it is what Megatron's "
+                "training saved: give it as checkpoint=, and hf= a directory with config.json"
+            )
     written = read_config_json(directory)
     family = family_of(written)
     if not installed(_TRANSFORMERS):
         return _checked(HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,)))
     with _judged_by_transformers(directory / CONFIG_FILE):
-        filled = _auto_config(directory).to_dict()
-    return _checked(HFModel(directory, written, filled, family))
+        filled = _auto_config(directory, written).to_dict()
+    hf = _checked(HFModel(directory, written, filled, family))
+    hf.check_unchanged()  # transformers has read it once more
+    return hf
 
 
 def _checked(hf: HFModel) -> HFModel:
@@ -173,7 +184,7 @@ def _judged_by_transformers(file: Path | str) -> Iterator[None]:
         raise UsageError(f"{file} is refused by transformers: {why}; correct it") from error
 
 
-def _auto_config(directory: Path) -> Any:
+def _auto_config(directory: Path, written: Mapping[str, Any]) -> Any:
     """transformers' configuration of a directory with a config.json. Code that the directory brings is never run.
 
     A config.json may name a `model_type` of its own and code for it, and still be of an architecture that transformers
@@ -185,7 +196,6 @@ def _auto_config(directory: Path) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # late, because it takes seconds
 
-    written = read_config_json(directory)
     check_known_to_torch(written, str(directory / CONFIG_FILE))
     kind = None if written.get("model_type") in CONFIG_MAPPING else _class_of_architecture(written)
     if kind is None:
@@ -245,11 +255,11 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
         _log.warning("%s", NOT_COMPARED)
         return None
     try:
-        read_config_json(directory)
+        written = read_config_json(directory)
     except AmaxbridgeError:  # a rule of `verify` says why
         return None
     with _judged_by_transformers(directory / CONFIG_FILE):
-        tensors = _file_tensors(lambda: _auto_config(directory))
+        tensors = _file_tensors(lambda: _auto_config(directory, written))
     return None if tensors is None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

@@ -80,7 +80,13 @@ def import_hf(
     check_output(target, overwrite=overwrite)
     companions = Companions.of(hf.directory)
     read = [*companions.read, *companions.weights]
-    files = companions.source and SourceFiles.of(companions.source, read, hashed=hash_source)
+    files = None if companions.source is None else SourceFiles.of(companions.source, read, hashed=hash_source)
+
+    def check_unchanged() -> None:
+        hf.check_unchanged()
+        if files is not None:
+            files.check_unchanged()
+
     hf.family.check_buildable(hf.config)
     ranks = megatron.process_ranks()
     bridge = AutoBridge(hf, ranks)
@@ -99,7 +105,7 @@ def import_hf(
     with StagedDirectory(target, overwrite=overwrite) as staged:
         writers.open(staged, Layout(()))
         megatron.save_checkpoint(chunks, staged.path, iteration=None, arguments=arguments)
-        writers.end(staged, (), lambda: files.check_unchanged() if files else None)
+        writers.end(staged, (), check_unchanged)
     return report
 
 

@@ -25,7 +25,7 @@ from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
 from amaxbridge.export.output.writing_processes import Writers
 from amaxbridge.export.schemes import find_scheme
 from amaxbridge.mappings.amax import PRE_QUANT_SCALE, STORED_SCALES
-from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import SaveOptions
@@ -71,6 +71,7 @@ class Saver:
 
     def __init__(self, hf: HFModel, writers: Writers, target: Path, options: SaveOptions) -> None:
         self._hf, self._writers, self.options = hf, writers, options
+        self._described_by = hf
         self._target = resolved_output(target)
         if hf.directory is not None:
             check_apart(hf.directory, self._target)
@@ -103,6 +104,9 @@ class Saver:
         finalizer = decide(self._hf, plan, casting, self.recipe, state, self._missing, warn=self._writers.first)
         finalizer.finite = self._finite
         carried = carried_specs(self._hf, required=not options.dry_run)
+        files = self._files(bool(carried))
+        if carried and carried_specs(self._hf, required=True) != carried:
+            raise CheckpointError(f"{self._hf.directory}: the weights changed while they were read: run it again")
         finalizer.ignore += ignored(self._hf)
         if self.recipe is not None:
             check_ignored(options.ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})
@@ -113,7 +117,7 @@ class Saver:
         directory = DirectoryPlan(
             target=self._target,
             companions=self._companions,
-            sources=tuple(each for each in (source, self._files(bool(carried))) if each is not None),
+            sources=tuple(each for each in (source, files, self._described_by) if each is not None),
             config=self._hf.written,
             made_of=None if source is None else source.fingerprint,
             conversion=Conversion(

@@ -54,8 +54,7 @@ def declared_quantization(config: Mapping[str, Any], directory: Path | None = No
     """
     found = [Declared(f"{_CONFIG_FILE}: {path}", _method(raw), raw) for path, raw in _in_config(config)]
     for file in (directory / name for name in _FILES) if directory is not None else ():
-        if file.is_file():
-            raw = read_json_object(file)
+        if (raw := read_json_object(file)) is not None:
             inner = raw.get("quantization", raw)
             found.append(Declared(file.name, _method_of_file(file.name, raw), inner if isinstance(inner, dict) else {}))
     return found

@@ -1,6 +1,8 @@
 """Building a Megatron model of a Hugging Face configuration."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
 from amaxbridge.bridge.megatron.query_key_norm import with_norms_over_all_heads
 from amaxbridge.bridge.megatron.without_cuda import TRANSFORMER_CONFIG_FOR_CPU
-from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.errors import AmaxbridgeError, UsageError
 
 type ModelClass = Literal["gpt", "hybrid"]
 
@@ -56,7 +58,7 @@ def build_model(
         model_class: GPTModel or HybridModel; None for GPTModel if the family has one.
 
     Raises:
-        UsageError: Megatron does not have the model in this class.
+        UsageError: Megatron does not have the model in this class, or refuses its sizes.
     """
     (model,) = build_chunks(hf, dtype=dtype, initialize=initialize, model_class=model_class)
     return model
@@ -77,10 +79,23 @@ def build_chunks(
         raise UsageError(f"{', '.join(hf.family.architectures)} cannot be built as a HybridModel")
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     hybrid = only_hybrid or model_class == "hybrid"
-    config = _transformer_config(hf, dtype, initialize=initialize, hybrid=hybrid)
     build = _build_hybrid_chunk if hybrid else _build_chunk
     stages = [None] if chunks is None else range(chunks)
-    return [_keep_biases(build(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
+    with _judged_by_megatron(hf):
+        config = _transformer_config(hf, dtype, initialize=initialize, hybrid=hybrid)
+        return [_keep_biases(build(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
+
+
+@contextmanager
+def _judged_by_megatron(hf: HFModel) -> Iterator[None]:
+    """Turns whatever Megatron raises on sizes that it does not build into a UsageError."""
+    try:
+        yield
+    except AmaxbridgeError:
+        raise
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise UsageError(f"Megatron does not build the model of {hf.source}: {why}") from error
 
 
 def _keep_biases(chunk: LanguageModule) -> LanguageModule:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -199,7 +200,7 @@ def why_not(path: Path) -> str:
         return "it is a file; give the directory that contains it"
     found = iterations(path)
     if (path / LATEST).is_file():
-        text = (path / LATEST).read_text(errors="replace").strip()
+        text = (read_input(path / LATEST, path) or b"").decode(errors="replace").strip()
         there = f"there are {', '.join(found)}: give one of them" if found else "there is no iteration either"
         return f"{LATEST} says {text[:40]!r}, whose checkpoint is not there; {there}"
     if found:

@@ -38,7 +38,9 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     check_kind(opened)
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
     if arguments is None or embedding is None:
-        raise UsageError(f"hf= is required for config.json, or a checkpoint with arguments: {identify(checkpoint)}")
+        raise UsageError(
+            f"hf= is required for config.json, or a checkpoint with arguments: {identify(opened.directory)}"
+        )
     settings = from_arguments(arguments)
     size = vocab_size or settings.get("vocab_size")
     settings["vocab_size"] = size or embedding.shape[0]

@@ -5,14 +5,20 @@ each load, that keep what a pickle gives them. Nothing that a pickle does to the
 dataclasses are then built from checked values.
 
 `inert_pickle` reads pickles without an unpickler, which is safer still but ten times slower, and the metadata of a
-large model is tens of megabytes.
+large model is tens of megabytes. So the unpickler's own weakness needs care: a tuple of a million levels as the key of
+a dict is hashed level by level on the C stack, and would end the process. The load has a stack for as many levels as
+the file can have.
 
 Source: torch.distributed.checkpoint.metadata and .filesystem; `MCoreMetadata` of
 megatron.core.dist_checkpointing.strategies.torch.
 """
 
+import io
+import mmap
 import pickle
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.export.disk.input_paths import checked_name
 from amaxbridge.mappings.errors import CheckpointError
 
@@ -48,6 +55,12 @@ _KNOWN = {
 }  # fmt: skip
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _MOST = 1 << 62  # bytes or elements: no file is larger
+_MOST_BYTES = 1 << 30  # of `.metadata`
+_MOST_DIMS = 16
+_OF_TUPLES = (b"\x85", b"\x86", b"\x87", b"t", b"R")  # opcodes that make one, and may be in strings, too
+_STACK, _BYTES_OF_A_LEVEL = 8 << 20, 128
+_MOST_LEVELS = 1 << 25
+_STACK_SIZE = threading.Lock()  # the size is the process's, for threads that start
 
 
 def read_metadata(file: Path) -> Metadata:
@@ -57,14 +70,49 @@ def read_metadata(file: Path) -> Metadata:
         CheckpointError: the file is damaged, names classes or functions that do not describe a checkpoint, or names
             files outside its directory.
     """
+    data = read_input(file, file.parent, most=_MOST_BYTES)
+    if data is None:
+        raise CheckpointError(f"{file} is not there: copy the checkpoint again")
     try:
-        with file.open("rb") as stream:
-            found = _Unpickler(stream).load()
-        return _metadata(found, file)
+        found = _on_a_deep_stack(lambda: _Unpickler(io.BytesIO(data)).load(), data)
+        return _metadata(found, file, _Budget(len(data)))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{file} is not the metadata of a distributed checkpoint: {error}") from error
+
+
+def _on_a_deep_stack[T](load: Callable[[], T], data: bytes) -> T:
+    """Calls `load` on a stack that has room for the deepest tuple that a pickle can make."""
+    levels = sum(data.count(opcode) for opcode in _OF_TUPLES)
+    if levels > _MOST_LEVELS:
+        raise ValueError(f"it may have {levels:,} tuples in one another")
+    room = -(-(_STACK + levels * _BYTES_OF_A_LEVEL) // mmap.PAGESIZE) * mmap.PAGESIZE  # address space, not memory
+    with _STACK_SIZE:
+        before = threading.stack_size(room)
+        try:
+            pool = ThreadPoolExecutor(1)
+            loading = pool.submit(load)  # starts the thread
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return loading.result()
+
+
+class _Budget:
+    """Counts chunks: a file has no more of them than bytes, but may name one list of them again and again.
+
+    Args:
+        most: bytes of the file.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("more chunks than its bytes can name")
 
 
 class _StandIn:
@@ -100,9 +148,9 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {named if named.isprintable() else ascii(named)}")
 
 
-def _metadata(found: Any, file: Path) -> Metadata:
+def _metadata(found: Any, file: Path, budget: _Budget) -> Metadata:
     fields = _fields(found, "Metadata", "MCoreMetadata")
-    entries = {_text(name): _entry(entry) for name, entry in _dict(fields["state_dict_metadata"]).items()}
+    entries = {_text(name): _entry(entry, budget) for name, entry in _dict(fields["state_dict_metadata"]).items()}
     places = {_index(index): _place(place, file) for index, place in _dict(fields["storage_data"]).items()}
     absent = [name for name, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
     if any(MetadataIndex(name) not in places for name in absent):
@@ -110,16 +158,18 @@ def _metadata(found: Any, file: Path) -> Metadata:
     return Metadata(state_dict_metadata=entries, storage_data=places)
 
 
-def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _entry(entry: Any, budget: _Budget) -> TensorStorageMetadata | BytesStorageMetadata:
     if type(entry).__name__ == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(entry, "TensorStorageMetadata")
     state, size = _state(fields["properties"], "TensorProperties"), _size(fields["size"])
-    if not isinstance(state, tuple) or not isinstance(state[0], torch.dtype):
+    if not isinstance(state, tuple) or not state or not isinstance(state[0], torch.dtype):
         raise TypeError("a tensor without a dtype")
-    return TensorStorageMetadata(
-        TensorProperties(dtype=state[0]), size, [_chunk(each, size) for each in fields["chunks"]]
-    )
+    chunks = fields["chunks"]
+    if not isinstance(chunks, list):
+        raise TypeError(f"a {type(chunks).__name__} in the place of a list")
+    budget.spend(len(chunks))
+    return TensorStorageMetadata(TensorProperties(dtype=state[0]), size, [_chunk(each, size) for each in chunks])
 
 
 def _chunk(chunk: Any, whole: torch.Size) -> ChunkStorageMetadata:
@@ -175,6 +225,6 @@ def _count(value: Any) -> int:
 
 
 def _size(value: Any) -> torch.Size:
-    if not isinstance(value, tuple):
+    if not isinstance(value, tuple) or len(value) > _MOST_DIMS:
         raise TypeError(f"a {type(value).__name__} in the place of a shape")
     return torch.Size(map(_count, value))

@@ -10,6 +10,7 @@ from typing import Any
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.stored.inert_pickle import Made, Named, NotReadable, read_archive
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.mappings.errors import CheckpointError, MappingError
 from amaxbridge.mappings.megatron_settings import argument, differences, from_arguments, to_arguments, told
 
@@ -67,12 +68,13 @@ def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
     Raises:
         CheckpointError: they cannot be read.
     """
-    file = checkpoint.directory / _COMMON_FILE
     keys = [key for key in checkpoint.states if key.startswith(_COMMON)]
-    if not keys and not file.is_file():
+    file = checkpoint.directory / _COMMON_FILE
+    data = checkpoint.state_bytes(keys[0]) if keys else read_input(file, checkpoint.directory)
+    if data is None:
         return None
     try:
-        common = read_archive(checkpoint.state_bytes(keys[0]) if keys else file.read_bytes())
+        common = read_archive(data)
     except NotReadable as error:
         raise CheckpointError(f"{checkpoint.directory}: the saved arguments cannot be read: {error}") from error
     common = common[0] if isinstance(common, list) and common else common

@@ -7,18 +7,24 @@ Checkpoints are untrusted, so no pickle in them may run code: PyTorch loads tens
 returned as bytes (`inert_pickle` reads them), and `dist_metadata` reads `.metadata`.
 """
 
+import io
+import os
 import pickle
+import stat
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,10 +36,15 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
+from amaxbridge.export.disk.input_files import open_input, read_input
 from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
+from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec
+
+_MOST_OF_LATEST = 4096  # bytes of the file that names an iteration
+_TWICE_OR_MISSING = "{}: {} has chunks missing or twice in {}"
 
 RELEASE = "release"
 """Megatron's name, in place of an iteration, for the initial weights of a training."""
@@ -45,18 +56,18 @@ def checkpoint_iteration(path: Path) -> Path:
     Raises:
         CheckpointError: `path` has no distributed checkpoint.
     """
-    latest = path / LATEST
-    directory = path
-    if latest.is_file():
-        iteration = latest.read_text(errors="replace").strip()
+    with explaining_reads(path):
+        latest = path / LATEST
+        said = read_input(latest, path, most=_MOST_OF_LATEST)
+        iteration = (said or b"").decode(errors="replace").strip()
         name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
         directory = path / checked_name(name, latest) if name else path
-    if not (directory / METADATA).is_file():
-        looked_at = directory if directory.exists() else path
-        raise CheckpointError(
-            f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
-        )
-    return directory
+        if not (directory / METADATA).is_file():
+            looked_at = directory if directory.exists() else path
+            raise CheckpointError(
+                f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
+            )
+        return directory
 
 
 def files_of(path: Path, *, hashed: bool = False) -> SourceFiles:
@@ -67,7 +78,9 @@ def files_of(path: Path, *, hashed: bool = False) -> SourceFiles:
         hashed: as in `SourceFiles`.
     """
     directory = checkpoint_iteration(path)
-    return SourceFiles.of(directory, [file.name for file in directory.iterdir() if file.is_file()], hashed=hashed)
+    with explaining_reads(directory):
+        names = [file.name for file in directory.iterdir() if file.is_file()]
+    return SourceFiles.of(directory, names, hashed=hashed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,7 @@ class DistCheckpoint:
         self.directory = checkpoint_iteration(path)
         self._metadata = read_metadata(self.directory / METADATA)
         self._check_files()
+        self._checked = set[str]()
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -135,15 +149,17 @@ class DistCheckpoint:
         items: list[ReadItem] = []
         for number, region in enumerate(regions):
             spec, ones = self.spec(region), (1,) * len(region.index)
+            entry = self._entry(region)  # checks that the files hold so much
             targets[str(number)] = torch.empty((*ones, *spec.shape), dtype=spec.dtype)
             wanted = ChunkStorageMetadata(
                 torch.Size((*region.index, *(0 for _ in spec.shape))), torch.Size((*ones, *spec.shape))
             )
-            found = create_read_items_for_chunk_list(region.key, self._entry(region), [wanted])
+            found = create_read_items_for_chunk_list(region.key, entry, [wanted])
             if sum(item.lengths.numel() for item in found) != targets[str(number)].numel():
-                raise CheckpointError(f"{self.directory}: {region.key} has chunks missing or twice in {METADATA}")
+                raise CheckpointError(_TWICE_OR_MISSING.format(self.directory, region.key, METADATA))
             items += [_renamed(item, str(number)) for item in found]
         try:
+            self._check_archives(items)
             self._reader.read_data(LoadPlan(items), _Into(targets))
         except Exception as error:  # a damaged file makes torch raise anything
             keys = sorted({region.key for region in regions})
@@ -159,14 +175,19 @@ class DistCheckpoint:
     def state_bytes(self, key: str) -> bytes:
         """The bytes of one pickled state; `inert_pickle` reads them without running code."""
         place = self._metadata.storage_data[MetadataIndex(key)]
-        with open(self.directory / place.relative_path, "rb") as file:
-            file.seek(place.offset)
-            return file.read(place.length)
+        file = self.directory / place.relative_path
+        with explaining_reads(file), open(open_input(file, self.directory), "rb") as opened:
+            opened.seek(place.offset)
+            content = opened.read(place.length)
+        if len(content) < place.length:
+            raise CheckpointError(f"{file} became shorter while it was read: copy the file again")
+        return content
 
     def _entry(self, region: Region) -> TensorStorageMetadata:
         """The metadata of a tensor, reduced to the chunks that hold the region's index."""
         entry = self._metadata.state_dict_metadata[region.key]
         assert isinstance(entry, TensorStorageMetadata)
+        self._check_chunks(region.key, entry)
         if not region.index:
             return entry
         depth = len(region.index)
@@ -178,6 +199,37 @@ class DistCheckpoint:
                     chunks[index].append(chunk)
         return replace(entry, chunks=self._chunks[region.key, depth][region.index])
 
+    def _check_chunks(self, key: str, entry: TensorStorageMetadata) -> None:
+        """Refuses sizes that the files cannot hold, before memory or time is spent on them."""
+        if key in self._checked:
+            return
+        itemsize, total = entry.properties.dtype.itemsize, 0
+        for chunk in entry.chunks:
+            place = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            count = chunk.sizes.numel()
+            if place is None or place.length < count * itemsize:
+                raise CheckpointError(
+                    f"{self.directory}: {METADATA} says that {key} has a chunk {list(chunk.sizes)} of "
+                    f"{entry.properties.dtype}, for which it names no file, or too few bytes. Copy the checkpoint again"
+                )
+            total += count
+        if total != entry.size.numel():
+            raise CheckpointError(_TWICE_OR_MISSING.format(self.directory, key, METADATA))
+        self._checked.add(key)
+
+    def _check_archives(self, items: Sequence[ReadItem]) -> None:
+        """Refuses archives that hold more than their own bytes: packed, they could fill any memory."""
+        places = {(each.relative_path, each.offset): each for each in map(self._place, items)}
+        for name, of_file in groupby(sorted(places), key=itemgetter(0)):
+            file = self.directory / name
+            with open(open_input(file, self.directory), "rb") as opened:
+                for at in of_file:
+                    _check_archive(opened, places[at].offset, places[at].length)
+
+    def _place(self, item: ReadItem) -> _StorageInfo:
+        place: _StorageInfo = self._metadata.storage_data[item.storage_index]
+        return place
+
     def _check_files(self) -> None:
         needed: dict[str, int] = {}
         for place in self._metadata.storage_data.values():
@@ -186,12 +238,59 @@ class DistCheckpoint:
         for name, size in sorted(needed.items()):
             file = self.directory / name
             refuse_leaving(file, self.directory)
-            if not file.is_file():
+            try:
+                found = file.stat()
+            except FileNotFoundError:
                 problems.append(f"{name}: missing")
-            elif file.stat().st_size < size:
-                problems.append(f"{name}: truncated, {file.stat().st_size:,} of at least {size:,} bytes")
+                continue
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                problems.append(f"{name}: not a file")
+            elif found.st_size < size:
+                problems.append(f"{name}: truncated, {found.st_size:,} of at least {size:,} bytes")
         if problems:
             raise CheckpointError(f"{self.directory} is damaged:{listing(problems)}\nCopy these files again")
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        if self._at < 0:
+            raise ValueError("before the beginning")
+        return self._at
+
+    def readinto(self, memory: Any) -> int:
+        data = os.pread(self._file.fileno(), max(min(len(memory), self._length - self._at), 0), self._begin + self._at)
+        memory[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _check_archive(file: BinaryIO, begin: int, length: int) -> None:
+    try:
+        with zipfile.ZipFile(_Part(file, begin, length)) as archive:
+            unpacked = sum(each.file_size for each in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeError) as error:
+        raise ValueError("the bytes of a tensor are damaged, copy the files again") from error
+    if unpacked > length:
+        raise ValueError(
+            f"{length:,} bytes of a tensor unpack to {unpacked:,}, and torch.save does not pack. Do not use this "
+            "checkpoint unless you trust its source"
+        )
 
 
 class _Into(DefaultLoadPlanner):

@@ -134,22 +134,31 @@ def read_quant_state(file: Path, config: Mapping[str, Any], tensors: Iterable[st
         UsageError: the file does not exist, is of another kind, or holds the state of another model.
         CheckpointError: the file is damaged.
     """
-    if not file.is_file():
-        raise UsageError(f"quant_state={file}: no such file; an export writes {QUANT_STATE_FILE} with quant_state=true")
-    with SafetensorsFile(file) as opened:
+    with _opened(file) as opened:
         if _KEY not in opened.metadata:
             raise UsageError(
                 f"{file} holds no quantizer state: it is a safetensors file without {_KEY} in its metadata; {_HOW}"
             )
         content = _parsed(file, opened.metadata[_KEY])
         _check_model(file, content["model"], ModelIdentity.of(config, tensors))
+        amax = {name: stored.read() for name, stored in opened.tensors.items()}
+        opened.check_unchanged()
         return QuantState(
-            {name: stored.read() for name, stored in opened.tensors.items()},
+            amax,
             content["formats"],
             frozenset(content["missing"]),
             {name: Divergence(*values) for name, values in content["divergent"].items()},
             content.get("inputs"),
         )
+
+
+def _opened(file: Path) -> SafetensorsFile:
+    try:
+        return SafetensorsFile(file)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise UsageError(f"quant_state={file}: no such file; {_HOW}") from error
+        raise
 
 
 def _parsed(file: Path, text: str) -> dict[str, Any]:

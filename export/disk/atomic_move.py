@@ -11,12 +11,14 @@ Everything happens between a staging directory and the target, and a move that i
     STAGING/replaced    the old files, where the directory stays; STAGING/.replaced lists them before the first leaves
 """
 
+import contextlib
 import ctypes
 import errno
 import json
 import os
 from pathlib import Path
 
+from amaxbridge.export.disk.io_errors import explaining
 from amaxbridge.export.disk.output_place import contents, must_stay
 from amaxbridge.mappings.errors import OutputExistsError, WriteError
 
@@ -65,6 +67,28 @@ def move_into_place(staging: Path, target: Path, *, overwrite: bool) -> None:
     else:
         sync_directory(target.parent)
         sync_directory(staging)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file in one move. A link of this name is replaced, not followed.
+
+    Raises:
+        WriteError: the file system refuses.
+    """
+    unfinished = path.with_name(f".{path.name}.amaxbridge")
+    with explaining(path):
+        try:
+            unfinished.unlink(missing_ok=True)
+            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
 
 def is_moving(staging: Path) -> bool:

@@ -5,31 +5,60 @@ must stay inside the input's directory, and inside the output once it is used th
 absolute path would overwrite files of the user, and a link to `~/.ssh/id_ed25519` would publish one.
 """
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
-from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.errors import CheckpointError, listing
+
+_LONGEST = 255  # bytes of a part of a path, on every file system of Linux
+_MOST = 16  # parts
+_SHOWN = 200
 
 
 def checked_name(name: object, named_by: Path | str) -> str:
     """Returns a file name that an input gives, if it is relative and leads downwards.
 
-    Sub-directories are allowed, as on the Hub. Hidden names are not: the staging directory keeps its own there.
+    Sub-directories are allowed, as on the Hub. Hidden names are not: the staging directory keeps its own there. No part
+    may be longer than Linux allows.
 
     Args:
         name: the name as it was read.
         named_by: the file that names it, for the message.
 
     Raises:
-        CheckpointError: the name is absolute, leads upwards, is hidden, or is not a printable string.
+        CheckpointError: the name is absolute, leads upwards, is hidden, too long, or is not a printable string.
     """
     if isinstance(name, str) and name.isprintable() and "\\" not in name:
         parts = name.split("/")
-        if all(part and not part.startswith(".") for part in parts):
+        lengths = [len(part.encode()) for part in parts]
+        if all(part and not part.startswith(".") for part in parts) and max(lengths) <= _LONGEST and len(parts) < _MOST:
             return name
     raise CheckpointError(
-        f"{named_by} names the file {name!r}: a name must be relative, without '..' and hidden parts. Do not use this "
-        "checkpoint unless you trust its source; download it again from there"
+        f"{named_by} names the file {_shown(name)}: a name must be relative, short, without '..' and hidden parts. Do "
+        "not use this checkpoint unless you trust its source; download it again from there"
     )
+
+
+def refuse_alike(names: Iterable[str], named_by: Path | str) -> None:
+    """Refuses names that some file systems take for one: they differ in case, or in how accents are composed.
+
+    Raises:
+        CheckpointError: there are such names; all are listed.
+    """
+    spelled: dict[str, set[str]] = {}
+    for name in names:
+        spelled.setdefault(normalize("NFC", normalize("NFC", name).casefold()), set()).add(name)
+    alike = [", ".join(sorted(each)) for each in spelled.values() if len(each) > 1]
+    if alike:
+        raise CheckpointError(
+            f"{named_by} names files that are one file where case does not count:{listing(alike)}\nRename them"
+        )
+
+
+def _shown(name: object) -> str:
+    text = ascii(name)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters)"
 
 
 def weight_file_name(name: object, named_by: Path | str) -> str:
@@ -47,13 +76,29 @@ def leaves(path: Path, directory: Path) -> bool:
     """
     root = directory.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    return not any(path.resolve().is_relative_to(each) for each in roots)
+    return not any(resolved(path).is_relative_to(each) for each in roots)
 
 
-def refuse_leaving(path: Path, directory: Path) -> None:
-    """Raises CheckpointError if a path inside `directory` leads outside of it by a symbolic link."""
+def resolved(path: Path) -> Path:
+    """Where a path leads, through every link.
+
+    Raises:
+        CheckpointError: its links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # which of them depends on Python's version
+        raise CheckpointError(f"{path} is a link that leads in a circle: put the file there") from error
+
+
+def refuse_leaving(path: Path, directory: Path, *, named: Path | None = None) -> None:
+    """Raises CheckpointError if a path inside `directory` leads outside of it by a symbolic link.
+
+    Args:
+        named: the path as the user knows it; None for `path`.
+    """
     if leaves(path, directory):
         raise CheckpointError(
-            f"{path} is a link to {path.resolve()}, outside of {directory}: copy the file there, or give the directory "
-            "that the link points to"
+            f"{named or path} is a link to {resolved(path)}, outside of {directory}: copy the file there, or give the "
+            "directory that the link points to"
         )

@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
-from amaxbridge.export.disk.input_paths import refuse_leaving, weight_file_name
+from amaxbridge.export.disk.input_paths import weight_file_name
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.packed_experts import FindPacked, found_in
@@ -39,8 +39,9 @@ class SafetensorsCheckpoint:
     def weight_map(self) -> dict[str, str]:
         """Tensor name → file name, from the index."""
         index = self.directory / INDEX_FILE
-        if index.is_file():
-            stated = read_json_object(index).get("weight_map")
+        content = read_json_object(index)
+        if content is not None:
+            stated = content.get("weight_map")
             if not isinstance(stated, dict):
                 raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map")
             weight_map = {name: weight_file_name(file, index) for name, file in stated.items()}
@@ -91,10 +92,15 @@ class SafetensorsCheckpoint:
     def file(self, name: str) -> SafetensorsFile:
         """One file of the directory."""
         if name not in self._files:
-            path = self.directory / name
-            refuse_leaving(path, self.directory)
-            self._files[name] = SafetensorsFile(path, self._open_files)
+            self._files[name] = SafetensorsFile(self.directory / name, self._open_files, self.directory)
         return self._files[name]
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of weights changed since it was opened, or another index is there."""
+        for file in self._files.values():
+            file.check_unchanged()
+        if "weight_map" in self.__dict__ and SafetensorsCheckpoint(self.directory).weight_map != self.weight_map:
+            raise CheckpointError(f"{self.directory / INDEX_FILE} changed while the weights were read: run it again")
 
     def has(self, name: str) -> bool:
         """True if `read` would find the tensor; opens no file."""

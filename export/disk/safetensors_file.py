@@ -9,7 +9,6 @@ See `shard_layout` for the file format.
 
 import math
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from amaxbridge.export.disk.input_files import identity, open_input
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.mapped_file import MappedFile
 from amaxbridge.export.disk.open_files import OpenFiles
@@ -100,6 +100,7 @@ class SafetensorsFile:
 
     Args:
         files: where files that are being read are kept open; those of one checkpoint share it.
+        inside: the directory that the file must lie in, through every link; None for a file that the user named.
 
     Raises:
         CheckpointError: the file is truncated or is not a safetensors file.
@@ -107,6 +108,7 @@ class SafetensorsFile:
 
     path: Path
     files: OpenFiles = field(default_factory=OpenFiles, repr=False)
+    inside: Path | None = field(default=None, repr=False)
     tensors: dict[str, StoredTensor] = field(init=False)
     metadata: dict[str, str] = field(init=False)
     _map: MappedFile = field(init=False)
@@ -117,7 +119,7 @@ class SafetensorsFile:
         try:
             with explaining_reads(self.path):
                 state = os.fstat(file)
-                self._identity = _identity(state)
+                self._identity = identity(state)
                 self.tensors = self._read_header(file, state)
                 self._map = MappedFile(file, state.st_size, self.path)
         except (ValueError, RuntimeError) as error:
@@ -152,12 +154,15 @@ class SafetensorsFile:
         self.files.drop(str(self.path))
 
     def _open(self) -> int:
-        with explaining_reads(self.path):
-            file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would never open
-        if self._identity and _identity(os.fstat(file)) != self._identity:
+        file = open_input(self.path, self.inside)
+        if self._identity and identity(os.fstat(file)) != self._identity:
             os.close(file)
-            raise CheckpointError(f"{self.path} was replaced while it was read: run the same command again")
+            raise CheckpointError(f"{self.path} changed while it was read: run the same command again")
         return file
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if another file has its path by now, or if it was written to since it was opened."""
+        os.close(self._open())
 
     def __enter__(self) -> Self:
         return self
@@ -166,8 +171,6 @@ class SafetensorsFile:
         self.close()
 
     def _read_header(self, file: int, state: os.stat_result) -> dict[str, StoredTensor]:
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError("it is not a file")
         size = state.st_size
         length = int.from_bytes(os.pread(file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -221,8 +224,3 @@ def _are_sizes(value: Any) -> bool:
 def _shown(value: Any) -> str:
     """A value in a message, of bounded length."""
     return repr(value)[:80]
-
-
-def _identity(state: os.stat_result) -> tuple[int, ...]:
-    """Tells an open file from another one that took its path."""
-    return state.st_dev, state.st_ino, state.st_size

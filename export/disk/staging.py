@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +34,18 @@ from typing import BinaryIO, Self
 
 from amaxbridge.export.disk.atomic_move import NEW, is_moving, move_into_place, sync_directory, sync_tree
 from amaxbridge.export.disk.file_locks import Mutex, hold, is_at, is_held
+from amaxbridge.export.disk.input_files import open_input
 from amaxbridge.export.disk.io_errors import explaining
 from amaxbridge.export.disk.output_place import MARK, check_ours, contents, must_stay, staging_directory
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.output.provenance import made_from
-from amaxbridge.mappings.errors import AmaxbridgeError, OutputExistsError, UsageError, WriteError
+from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, OutputExistsError, UsageError, WriteError
 
 _PLAN = ".plan"
 _COMPLETE = ".complete"
 _JOURNAL = ".done-"
 _AT_ONCE = 8  # shards to allocate in parallel: on tmpfs, allocating takes as long as writing
+_MOST_OF_A_NOTE = 256 << 20
 _BYTES = "1"  # changes when the program makes different bytes from the same plan
 _CANNOT_BE_MADE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG,
@@ -51,6 +53,9 @@ _CANNOT_BE_MADE = (
 )  # fmt: skip
 
 _log = logging.getLogger("amaxbridge")
+
+type Content = bytes | Iterable[bytes]
+"""What a file holds, whole or in parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"output {output} exists and is not a directory")
     if not overwrite and contents(output) and not is_moving(staging):
         raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
+
+
+def check_room(directory: Path, nbytes: int) -> None:
+    """Raises WriteError if the disk of a directory, which need not exist, has no room for so many bytes."""
+    existing = next(each for each in (directory, *directory.parents) if each.is_dir())
+    room = shutil.disk_usage(existing).free
+    if nbytes > room:
+        raise WriteError(f"{directory}: {nbytes:,} bytes are to be written, the disk has room for {room:,}")
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
@@ -137,8 +150,8 @@ class StagedDirectory:
     @property
     def is_complete(self) -> bool:
         """True if only the move is missing."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.root / _COMPLETE).read_text()) == self.path.stat().st_ino
+        with contextlib.suppress(OSError, ValueError, WriteError):
+            return int(_read(self.root / _COMPLETE)) == self.path.stat().st_ino
         return False
 
     def open(self, layout: Layout) -> frozenset[str] | None:
@@ -167,7 +180,7 @@ class StagedDirectory:
                 if not continues or not self._is_whole(layout):
                     self._make(layout)
                 self._held = hold(self.journal, required=self._share.world > 1)
-                os.ftruncate(self._held, self.journal.read_bytes().rfind(b"\n") + 1)  # drops a line that was cut short
+                os.ftruncate(self._held, _read(self.journal).rfind(b"\n") + 1)  # drops a line that was cut short
                 os.lseek(self._held, 0, os.SEEK_END)
                 if must_stay(self.target):
                     _log.info(
@@ -203,11 +216,11 @@ class StagedDirectory:
             os.write(self._held, "".join(json.dumps(bundle) + "\n" for bundle in bundles).encode())
             os.fsync(self._held)
 
-    def write_file(self, name: str, content: bytes) -> None:
-        """Writes one small file of the output; `name` may lie in a sub-directory."""
+    def write_file(self, name: str, content: Content) -> None:
+        """Writes one file of the output that is no shard; `name` may lie in a sub-directory."""
         self.check_mine()
         with self._created(self.path / name) as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
 
     def left(self, bundles: Collection[str]) -> int | None:
         """The number of bundles that no process has written. If 0, this process must complete the work; others wait.
@@ -362,9 +375,7 @@ class StagedDirectory:
             raise
 
     def _allocate(self, layout: Layout) -> None:
-        room, needed = shutil.disk_usage(self.root).free, sum(shard.nbytes for shard in layout.shards)
-        if needed > room:
-            raise WriteError(f"{self.root}: {needed:,} bytes are to be written, the disk has room for {room:,}")
+        check_room(self.root, sum(shard.nbytes for shard in layout.shards))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(self._make_shard, layout.shards))
         sync_directory(self.path)
@@ -384,7 +395,7 @@ class StagedDirectory:
 
     def _continues(self) -> bool:
         plan = self.root / _PLAN
-        return self._plan is not None and plan.is_file() and plan.read_bytes() == self._plan.encode()
+        return self._plan is not None and _read(plan) == self._plan.encode()
 
     def _is_whole(self, layout: Layout) -> bool:
         """True if all shards are there at full size. If not, everything is made anew: journals may speak of them."""
@@ -418,7 +429,7 @@ class StagedDirectory:
 
     def _done(self) -> Iterator[str]:
         for journal in self._journals():
-            for line in journal.read_bytes().splitlines(keepends=True):
+            for line in _read(journal).splitlines(keepends=True):
                 if line.endswith(b"\n"):  # else it is being written, or its run was killed
                     with contextlib.suppress(ValueError):  # damaged on the disk: its bundle is made once more
                         if isinstance(bundle := json.loads(line), str):
@@ -451,6 +462,17 @@ class StagedDirectory:
         if self._mutex.held:
             self._leave()
         self._mutex.release()
+
+
+def _read(note: Path) -> bytes:
+    """One of our notes, to which another process may be writing; nothing if there is none, or far too much in it."""
+    try:
+        with open(open_input(note), "rb") as file:
+            return file.read() if os.fstat(file.fileno()).st_size <= _MOST_OF_A_NOTE else b""
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return b""
+        raise (error.__cause__ if isinstance(error.__cause__, OSError) else WriteError(str(error))) from None
 
 
 def _has_its_size(path: Path, shard: Shard) -> bool:

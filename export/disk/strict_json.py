@@ -14,28 +14,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.mappings.errors import CheckpointError
 
 _MOST_LEVELS = 64
-_MOST_BYTES = 100_000_000  # the safetensors library has the same limit for headers
 
 
 class NotStrictJson(ValueError):
     """Bytes that are not an object in strict JSON; the message completes "the file is not valid JSON: …"."""
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a file.
+def read_json_object(file: Path) -> dict[str, Any] | None:
+    """The object in a file of an input; None if there is no such file.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no object in strict JSON.
+        CheckpointError: the file cannot be read, holds no object in strict JSON, or is a link out of its directory.
     """
+    content = read_input(file, file.parent)
+    if content is None:
+        return None
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise NotStrictJson(f"{file.stat().st_size:,} bytes, more than any such file has")
-        return parse_json_object(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        return parse_json_object(content)
     except NotStrictJson as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}. Download or export it again") from error
 

@@ -5,7 +5,7 @@ empty map makes a file without tensors. config.json beside the files is read whe
 packed experts and of quantized tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
+from amaxbridge.export.disk.io_errors import explaining
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
 from amaxbridge.export.disk.shard_layout import Layout, Shard
@@ -55,14 +56,17 @@ def process_file(
     """
     save_path = resolved_output(save_path)
     with (
-        _file_plan(inverse_weight_map, save_path, scheme, ignore, converter) as plan,
+        _file_plan(inverse_weight_map, save_path, scheme, ignore, converter) as (plan, sources),
         StagedDirectory(save_path) as staged,
     ):
         layout = plan.layout if plan.layout.shards else Layout((Shard.of(save_path.name, {}),))
         staged.open(layout)
         with BundleWriter(staged, layout, plan.finalizer, plan.sizes) as writer:
             write_bundles(plan, writer, devices=devices_of(device)[:1])
-        (staged.path / save_path.name).replace(save_path)
+        for source in sources:
+            source.check_unchanged()
+        with explaining(save_path):
+            (staged.path / save_path.name).replace(save_path)
     return layout.total_size, layout.weight_map
 
 
@@ -84,7 +88,7 @@ def validate_file(
         MappingError: weights that cannot be quantized; all are named.
     """
     recipe = find_scheme(scheme, tuple(ignore))
-    with _file_plan(inverse_weight_map, Path(save_path), scheme, ignore, converter) as plan:
+    with _file_plan(inverse_weight_map, Path(save_path), scheme, ignore, converter) as (plan, _):
         specs = {name: spec for bundle in plan.bundles for name, spec in bundle.specs.items()}
         others = [
             f"{name}: {spec}"
@@ -106,8 +110,8 @@ def _file_plan(
     scheme: Any,
     ignore: Iterable[str],
     converter: str | Converter | Sequence[Converter] | None,
-) -> Iterator[ShardPlan]:
-    """The plan of one output file, while its sources are open."""
+) -> Iterator[tuple[ShardPlan, Collection[SafetensorsFile]]]:
+    """The plan of one output file, and its sources while they are open."""
     recipe = find_scheme(scheme, tuple(ignore))
     named, chain = chain_of(converter)
     with ExitStack() as stack:
@@ -130,7 +134,7 @@ def _file_plan(
             plan = plan_shards(maps, files, recipe, None, config, known, source=source, chain=chain)
         except NothingToQuantizeError:
             plan = plan_shards(maps, files, None, None, config, known, source=source, chain=chain)
-        yield plan
+        yield plan, files.values()
 
 
 def _config_beside(paths: Iterable[str]) -> tuple[Mapping[str, Any], Path | None]:

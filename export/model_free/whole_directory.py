@@ -17,6 +17,7 @@ from amaxbridge.export.amax.fused_group_amax import MissingAmax, missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.architectures.facts import Architecture, Guess
+from amaxbridge.export.disk.input_paths import refuse_alike
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
@@ -230,6 +231,7 @@ def _plan(
 def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeightMap]:
     """Names output files without sub-directories, in which vLLM and SGLang do not look: `a/b` becomes `a-b`."""
     renamed = {name.replace("/", "-"): tensors for name, tensors in maps.items()}
+    refuse_alike(renamed, "the index")
     if len(renamed) < len(maps):
         raise CheckpointError(f"the index has files that differ in / and - alone:{listing(maps)}\nRename them")
     return renamed

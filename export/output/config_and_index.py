@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from amaxbridge.export.disk.atomic_move import raise_it
+from amaxbridge.export.disk.input_files import parts_of, read_input
 from amaxbridge.export.disk.input_paths import leaves
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.output_place import INSIDE
@@ -20,7 +21,7 @@ from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, without_declarations
 from amaxbridge.export.schemes.scheme import Scheme, arguments
 from amaxbridge.mappings.config_fields import check_all_fields
-from amaxbridge.mappings.errors import UsageError, listing
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.names import split_at_numbers
 
 CONFIG_FILE = "config.json"
@@ -49,9 +50,9 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         UsageError: there is none, it is not an object in strict JSON, or fields have values that no model has.
     """
     file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
     config = read_json_object(file)
+    if config is None:
+        raise UsageError(f"{directory} is not a Hugging Face model directory: no {CONFIG_FILE} there")
     check_all_fields(config, file)
     return config
 
@@ -124,14 +125,14 @@ class Companions:
 
     Carried over unchanged are tokenizer, chat templates, remote code, generation config, licence and images of the
     card; also directories, except hidden ones and those with weights of their own (`original/`, `onnx/`), which hold
-    the model again. Links out of the directory are never followed.
+    the model again. Links out of the directory, or in a circle, are never followed.
 
     Args:
         source: the directory; None where there is none.
         files: what is carried over: path in the output → file.
         weights: paths of all safetensors files, also in directories that are not carried over.
         left: the directories that are not carried over because they hold weights.
-        leaving: the links that lead out of the directory.
+        leaving: the links that lead out of the directory, or in a circle.
     """
 
     source: Path | None = None
@@ -156,35 +157,41 @@ class Companions:
     def card(self) -> str:
         """The model card; empty if there is none, or if it is a link to a file outside."""
         card = None if self.source is None else self.source / CARD_FILE
-        if card is None or self.source is None or not card.is_file() or leaves(card, self.source):
+        if card is None or self.source is None or card in self.leaving:
             return ""
-        with explaining_reads(card):
-            return card.read_text(encoding="utf-8", errors="replace")
+        return (read_input(card, self.source) or b"").decode(errors="replace")
 
     @property
     def read(self) -> list[str]:
-        """The files of the directory that decide an output, weights not included."""
+        """The files of the directory that decide an output, weights not included; some may not be there."""
         source = self.source
         if source is None:
             return []
         names = (CONFIG_FILE, INDEX_FILE, CARD_FILE, *FILES_OF_QUANTIZATION)
-        others = [name for name in names if (source / name).is_file()]
-        return [*self.files, *(name for name in others if not leaves(source / name, source))]
+        return [*self.files, *(name for name in names if source / name not in self.leaving)]
 
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """The files that are carried over, one by one: path in the output, content.
+    @property
+    def nbytes(self) -> int:
+        """The size of everything that is carried over."""
+        total = 0
+        for file in self.files.values():
+            with explaining_reads(file):
+                total += file.stat().st_size
+        return total
+
+    def contents(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """The files that are carried over, one by one: path in the output, content in parts.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
         for name, file in self.files.items():
-            with explaining_reads(file):
-                yield name, file.read_bytes()
+            yield name, parts_of(file, self.source)
 
     def warn(self) -> None:
         """Names what is not carried over."""
         if self.leaving:
-            leaving = [f"{file} → {file.resolve()}" for file in self.leaving]
+            leaving = [f"{file} → {os.path.realpath(file)}" for file in self.leaving]
             _log.warning("%s: links to files outside of it are not carried over:%s", self.source, listing(leaving))
         if self.left:
             _log.warning(
@@ -194,8 +201,11 @@ class Companions:
     def fingerprint(self, plan: str, config: Mapping[str, Any]) -> str:
         """A hash of everything that an output is made from: the plan, config.json and these files."""
         digest = hashlib.sha256(plan.encode() + json.dumps(config, sort_keys=True).encode())
-        for name, content in (*self.contents(), (CARD_FILE, self.card.encode())):
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+        for name, parts in (*self.contents(), (CARD_FILE, iter([self.card.encode()]))):
+            of_file = hashlib.sha256()
+            for part in parts:
+                of_file.update(part)
+            digest.update(os.fsencode(name) + f" {of_file.hexdigest()}\n".encode())
         return digest.hexdigest()
 
 
@@ -209,7 +219,7 @@ def _walk(source: Path) -> tuple[dict[str, Path], list[Path]]:
         inside = []
         for name in sorted([*directories, *files]):
             file = here / name
-            if file.is_symlink() and leaves(file, source):
+            if file.is_symlink() and _leads_astray(file, source):
                 leaving.append(file)
             elif file.is_file():
                 found[file.relative_to(source).as_posix()] = file
@@ -218,6 +228,14 @@ def _walk(source: Path) -> tuple[dict[str, Path], list[Path]]:
                 inside.append(name)
         directories[:] = inside
     return found, leaving
+
+
+def _leads_astray(link: Path, source: Path) -> bool:
+    """True if a link leads out of the directory, or in a circle."""
+    try:
+        return leaves(link, source)
+    except CheckpointError:
+        return True
 
 
 def _is_passed_over(directory: Path, source: Path) -> bool:

@@ -1,25 +1,22 @@
 """From bundles to a finished directory: the one write path of every export.
 
 A live model, a Megatron checkpoint and a Hugging Face directory are different sources of bundles. What follows is the
-same for
-all: a staging directory with every shard at full size, the bundles in any order, tensors that belong to no bundle, the
-    small
-files, a verification of the whole, and one move to the target.
+same for all: a staging directory with every shard at full size, the bundles in any order, tensors that belong to no
+bundle, the small files, a verification of the whole, and one move to the target.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.shard_writer import ShardWriter
-from amaxbridge.export.disk.source_files import SourceFiles
-from amaxbridge.export.disk.staging import StagedDirectory, plan_fingerprint
+from amaxbridge.export.disk.staging import StagedDirectory, check_room, plan_fingerprint
 from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.output.model_card import Conversion, files_beside
@@ -27,9 +24,16 @@ from amaxbridge.export.output.provenance import MADE_FROM
 from amaxbridge.export.output.writing_processes import Writers
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import verify
-from amaxbridge.mappings.errors import AmaxError, CheckpointError, MappingError
+from amaxbridge.mappings.errors import UsageError, WriteError
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import OutputOptions
+
+
+class Source(Protocol):
+    """What a directory is made from: `SourceFiles`, or a model whose config.json was read."""
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if it is another one by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class DirectoryPlan:
     Args:
         target: the directory to write, as `resolved_output` returns it.
         companions: tokenizer, templates and so on, carried over from the Hugging Face directory of the source.
-        sources: what is read, as it was at the start; compared before the directory is moved into place.
+        sources: what is read, as it was when it was read; compared before the directory is moved into place.
         config: config.json of the source.
         made_of: identifies what the bundles are made from, so that an interrupted run can continue. None for a live
             model, whose weights may differ the next time.
@@ -131,7 +135,7 @@ class DirectoryPlan:
 
     target: Path
     companions: Companions
-    sources: tuple[SourceFiles, ...]
+    sources: tuple[Source, ...]
     config: Mapping[str, Any]
     made_of: str | None
     conversion: Conversion
@@ -195,6 +199,7 @@ def write_directory(
         CheckpointError: the output would not serve, or the source changed while it was read.
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
+    check_room(plan.target, plan.companions.nbytes)
     fingerprint = plan.fingerprint
     made_from = fingerprint and plan.companions.fingerprint(fingerprint, plan.config)
     conversion = replace(plan.conversion, record={**plan.conversion.record, MADE_FROM: made_from})
@@ -225,7 +230,9 @@ def write_directory(
             ) as writer:
                 make(done, writer)
             return Outcome(writers.end(staged, plan.keys, finish), len(done.intersection(plan.keys)))
-        except (CheckpointError, MappingError, AmaxError):  # may all come of a source that changes
+        except (WriteError, UsageError):
+            raise
+        except Exception:  # anything else may come of a source that changes
             plan.check_sources()
             raise
 

@@ -21,7 +21,10 @@ from huggingface_hub import CardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.disk.atomic_move import replace_file
+from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.export.disk.shard_layout import Layout
+from amaxbridge.export.disk.staging import Content
 from amaxbridge.export.disk.strict_json import misfit
 from amaxbridge.export.output.config_and_index import (
     CARD_FILE,
@@ -66,7 +69,7 @@ class Conversion:
 
 def files_beside(
     companions: Companions, config: Mapping[str, Any], conversion: Conversion, *, alone: bool = True
-) -> Iterator[tuple[str, bytes]]:
+) -> Iterator[tuple[str, Content]]:
     """Every file of an output but the weights: the companions, config.json made from `config`, the index if needed.
 
     Args:
@@ -79,7 +82,7 @@ def files_beside(
         yield INDEX_FILE, index
 
 
-def companion_files(companions: Companions, conversion: Conversion) -> Iterator[tuple[str, bytes]]:
+def companion_files(companions: Companions, conversion: Conversion) -> Iterator[tuple[str, Content]]:
     """All small files of an output but config.json and the index: path in the output, content.
 
     Args:
@@ -116,17 +119,19 @@ def note_snr(directory: Path, errors: Sequence[WeightError]) -> None:
     """
     record, card = directory / RECORD_FILE, directory / CARD_FILE
     inexact = [each for each in errors if math.isfinite(each.snr)]
-    if not record.is_file() or not inexact:
+    found_record = read_record(directory)
+    if found_record is None or not inexact:
         why = f"no {RECORD_FILE} there" if inexact else "no weight could be measured"
         raise UsageError(f"{directory}: {why}, so its card stays as it is; leave card= out")
     found = ErrorSummary.of(inexact)
     measured = {"mean": found.mean_snr, "lowest": found.worst.snr, "lowest_module": found.worst.module}
-    noted = {"base_model": None, **(read_record(directory) or {})}
+    noted = {"base_model": None, **found_record}
     if lacking := [key for key in _SHOWN if noted.get(key) is None]:
         raise UsageError(f"{record} lacks {', '.join(lacking)}, so the card stays as it is; leave card= out")
     facts = {**noted, "snr": measured}
-    record.write_bytes(json_bytes(facts))
-    card.write_bytes(model_card(card.read_text(encoding="utf-8") if card.is_file() else "", facts).encode())
+    text = (read_input(card, directory) or b"").decode(errors="replace")
+    replace_file(record, json_bytes(facts))
+    replace_file(card, model_card(text, facts).encode())
 
 
 def _without_ours(text: str) -> str:

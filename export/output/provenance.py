@@ -54,9 +54,9 @@ def read_record(output: Path) -> dict[str, Any] | None:
         CheckpointError: the file is not JSON, or fields that are read here are of another type.
     """
     file = output / RECORD_FILE
-    if not file.is_file():
-        return None
     record = read_json_object(file)
+    if record is None:
+        return None
     wrong = misfit(record, _FORM)
     divergent = (record.get("amax") or {}).get("divergent") or {} if wrong is None else {}
     wrong = wrong or next(

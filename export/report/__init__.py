@@ -7,6 +7,8 @@ README.md says what each part of the page is computed from.
 
 from pathlib import Path
 
+from amaxbridge.export.disk.atomic_move import replace_file
+from amaxbridge.export.disk.io_errors import explaining
 from amaxbridge.export.output.config_and_index import json_bytes
 from amaxbridge.export.output.model_card import note_snr
 from amaxbridge.export.progress import Progress
@@ -33,6 +35,7 @@ def write_report(
 
     Raises:
         UsageError: `card` without a reference, or for a directory that amaxbridge did not write; and as `gather`.
+        WriteError: the file system refuses.
     """
     if card and reference is None:
         raise UsageError("card=true needs reference=: the signal-to-noise ratio compares the weights with it")
@@ -40,7 +43,8 @@ def write_report(
     if card:
         note_snr(directory, facts.serving.errors)
     target = output or directory
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "report.html").write_text(render(facts), encoding="utf-8")
-    (target / "report.json").write_bytes(json_bytes(report_json(facts)))
+    with explaining(target):
+        target.mkdir(parents=True, exist_ok=True)
+    replace_file(target / "report.html", render(facts).encode())
+    replace_file(target / "report.json", json_bytes(report_json(facts)))
     return facts

@@ -5,6 +5,7 @@ serves. Sizes and amax are read here, from headers and scales.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
 from amaxbridge.export.output.provenance import read_record
 from amaxbridge.export.progress import Progress
@@ -136,18 +139,24 @@ def gather(
 
     Raises:
         UsageError: the directory does not exist, or the state is of another model.
-        CheckpointError: a metadata file is not JSON.
+        CheckpointError: a metadata file is not JSON, or a file changed meanwhile.
     """
+    if not directory.is_dir():
+        raise UsageError(f"{directory} does not exist: give a local directory")
+    with explaining_reads(directory):
+        names = [name for name in os.listdir(directory) if name.endswith((".json", ".safetensors"))]
+    noted = SourceFiles.of(directory, names)  # the directory is read three times
     config = read_config_json(directory)
     if reference is not None and not reference.is_dir():
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
-    state = read_quant_state(kept, config) if quant_state or kept.is_file() else None
+    state = read_quant_state(kept, config) if quant_state or os.path.lexists(kept) else None
     serving = verify(directory, reference=reference, progress=progress)
     errors = {error.module: error for error in serving.errors}
     with CheckpointView(directory) as view:
         quantized = sorted(view.quantized, key=lambda module: natural_key(module.name))
         modules = [_module(module, state, errors.get(module.name)) for module in quantized]
+        noted.check_unchanged()
         return Facts(
             directory.resolve().name,
             config,

@@ -24,7 +24,7 @@ from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.export.runtime.compressed_tensors_config import CompressedTensorsConfig
 from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
-from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, MappingError, UsageError, listing
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec, shard_of
 
@@ -115,7 +115,8 @@ def load_linear(
         A `CompressedLinear`, or an `nn.Linear` for a module that is not quantized.
 
     Raises:
-        CheckpointError: a tensor is missing, does not fit, or is one that its format does not know.
+        CheckpointError: a tensor is missing, does not fit, or is one that its format does not know; or a file changed.
+        MappingError: the format does not divide the layer into so many ranks.
     """
     with _Reader(Path(directory)) as reader:
         return reader.linear(module_name, dtype, (tp_rank, tp_size, tp_dim))
@@ -160,14 +161,22 @@ class _Reader:
         for name in self.checkpoint.tensors:
             self.modules[module_of(name)].append(name)
         self._read: set[str] = set()
-        quantization = _quantization_config(directory)
+        self._quantization = quantization = _quantization_config(directory)
         self._config = None if quantization is None else CompressedTensorsConfig.from_config(quantization)
 
     def __enter__(self) -> "_Reader":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.checkpoint.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, ValueError) and not isinstance(error, AmaxbridgeError):  # of a format, or of a kernel
+                raise MappingError(f"{self.directory}: {error}") from error
+            if error is None:
+                self.checkpoint.check_unchanged()
+                if _quantization_config(self.directory) != self._quantization:
+                    raise CheckpointError(f"{self.directory / CONFIG_FILE} changed while it was read: run it again")
+        finally:
+            self.checkpoint.close()
 
     def read(self, name: str) -> Tensor:
         self._read.add(name)
@@ -257,7 +266,10 @@ class _Reader:
 
 
 def _quantization_config(directory: Path) -> Mapping[str, Any] | None:
-    stated: Mapping[str, Any] | None = read_json_object(directory / CONFIG_FILE).get("quantization_config")
+    config = read_json_object(directory / CONFIG_FILE)
+    if config is None:
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}: give the directory of a checkpoint")
+    stated: Mapping[str, Any] | None = config.get("quantization_config")
     return stated
 
 

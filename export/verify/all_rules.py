@@ -81,6 +81,7 @@ def verify(
             original = stack.enter_context(Reference(reference, knowledge))
             expected = original.shapes if expected is None else expected
             errors += original.errors(view, progress or NoProgress())
+            original.check_unchanged()
             rules += error_rules(errors)
         elif reference:
             rules += state_rules(reference)
@@ -89,6 +90,7 @@ def verify(
         if expected is not None:
             view.expected = one_by_one(expected, view.tensors, knowledge)
         findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
+        view.check_unchanged()
         return VerifyReport(
             directory,
             tensors=len(view.tensors),

@@ -101,7 +101,7 @@ class Module:
 class CheckpointView:
     """The checkpoint in a directory, open until the context ends.
 
-    `expected` are the shapes by name of everything the unquantized model has, where that is known.
+    `expected` are the shapes by name of everything the unquantized model has, where that is known; `names`, the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -113,19 +113,24 @@ class CheckpointView:
         self.files: dict[str, SafetensorsFile] = {}
         self._open_files = OpenFiles()
         with explaining_reads(directory):
-            names = os.listdir(directory)
-        for path in (directory / name for name in sorted(names) if name.endswith(".safetensors")):
-            if path.name == QUANT_STATE_FILE:  # may lie beside a checkpoint and is no part of it
-                continue
+            self.names = sorted(os.listdir(directory))
+        # quantizer state may lie beside a checkpoint and is no part of it
+        weights = [name for name in self.names if name.endswith(".safetensors") and name != QUANT_STATE_FILE]
+        for path in (directory / name for name in weights):
             try:
-                self.files[path.name] = SafetensorsFile(path, self._open_files)
+                self.files[path.name] = SafetensorsFile(path, self._open_files, directory)
             except CheckpointError as error:
                 if isinstance(error.__cause__, OSError):  # says nothing of the file's content
                     raise
                 self.broken[path.name] = str(error)
-        self.config, self.config_problem = _read_json(directory / CONFIG_FILE, check_all_fields)
-        index, self.index_problem = _read_json(directory / INDEX_FILE, _check_index)
+        self._json = self._read_json()
+        (self.config, self.config_problem), (index, self.index_problem) = self._json
         self.index = index if self.index_problem is None else None
+
+    def _read_json(self) -> tuple[tuple[dict[str, Any], str | None], ...]:
+        """config.json and the index, each with what is wrong with it."""
+        config = _read_json(self.directory / CONFIG_FILE, check_all_fields)
+        return config, _read_json(self.directory / INDEX_FILE, _check_index)
 
     @cached_property
     def places(self) -> list[tuple[str, Place]]:
@@ -235,6 +240,16 @@ class CheckpointView:
         made: T = self._made[make]
         return made
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file changed since the view was made: the rules saw a mixture."""
+        for file in self.files.values():
+            file.check_unchanged()
+        if self._read_json() != self._json:
+            raise CheckpointError(
+                f"{self.directory}: {CONFIG_FILE} or {INDEX_FILE} changed while the weights were read: run the same "
+                "command again"
+            )
+
     def __enter__(self) -> Self:
         return self
 
@@ -272,10 +287,10 @@ def _read_json(
     path: Path, check: Callable[[Mapping[str, Any], Path], None] = lambda content, path: None
 ) -> tuple[dict[str, Any], str | None]:
     """The object in a file, and what is wrong with it."""
-    if not path.is_file():
-        return {}, "is not there"
     try:
         content = read_json_object(path)
+        if content is None:
+            return {}, "is not there"
         check(content, path)
     except AmaxbridgeError as error:
         if isinstance(error.__cause__, OSError):  # says nothing of the file's content

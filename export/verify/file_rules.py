@@ -1,6 +1,7 @@
 """Rules about files: headers, the index, their agreement."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
@@ -17,8 +18,7 @@ def _headers(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _index(view: CheckpointView) -> Iterator[Problem]:
-    indexed = (view.directory / INDEX_FILE).is_file()
-    if not indexed:
+    if INDEX_FILE not in view.names:
         if len(view.files) + len(view.broken) > 1:
             yield Problem(INDEX_FILE, f"is not there, for {len(view.files) + len(view.broken)} files")
     elif view.index is None or not isinstance(view.index.get("weight_map"), dict):
@@ -55,7 +55,7 @@ def _config(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _tokenizer(view: CheckpointView) -> Iterator[Problem]:
-    if not any(file for pattern in _TOKENIZERS for file in view.directory.glob(pattern)):
+    if not any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS for name in view.names):
         yield Problem("tokenizer", f"has none of {', '.join(_TOKENIZERS)}")
 
 

@@ -123,6 +123,10 @@ class Reference:
                 shapes[name] = stored.spec.shape
         return shapes
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file changed since it was opened."""
+        self._checkpoint.check_unchanged()
+
     def errors(self, view: CheckpointView, progress: Progress) -> Iterator[WeightError]:
         """Measures every quantized module that can be dequantized and that the reference has."""
         modules = {module.name: module for module in view.quantized if _is_whole(view, module)}

@@ -6,23 +6,30 @@ foreign, hang, silent   what must never happen: another exception; more CPU time
           done, although another reader refuses what was read or written
 """
 
+import contextlib
+import io
 import json
+import os
 import shutil
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 from safetensors import safe_open
 
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import expected_tensors, read_hf_model
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.export import model_free_ptq
+from amaxbridge.export.disk import staging
+from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.model_free.inverse_weight_maps import build_microscale_inverse_weight_maps
 from amaxbridge.export.model_free.per_file import process_file, validate_file
 from amaxbridge.export.report import write_report
@@ -30,8 +37,9 @@ from amaxbridge.export.runtime import load_linear
 from amaxbridge.export.verify import verify
 from amaxbridge.mappings.errors import AmaxbridgeError
 from tests.fuzz import mutations
-from tests.fuzz.inputs import INDEX
+from tests.fuzz.inputs import INDEX, TEXTS
 
+_AT_THE_TOP = 2  # the inputs, and the file outside
 _SECONDS = 20.0  # of CPU time; a case takes a tenth of one
 
 
@@ -84,6 +92,20 @@ def _quantize_with_state(root: Path) -> None:
     _keeps_everything(root / "plain", root / "out")
 
 
+def _quantize_again(root: Path) -> None:
+    model_free_ptq(root / "plain", root / "out", "fp8_dynamic", device="cpu")
+    _stands_up(root / "plain")
+    _stands_up(root / "out")
+
+
+def _quantize_on(root: Path) -> None:
+    model_free_ptq(root / "plain", root / "out", "nvfp4a16", device="cpu", overwrite=True)
+    if _weights(root / "out") != _weights(root / "expected"):
+        raise Silent("the output is not that of an undisturbed run")
+    if (root / "out.partial").exists():
+        raise Silent("out.partial is left")
+
+
 def _file_by_file(root: Path) -> None:
     weight_map = json.loads((root / "plain" / INDEX).read_bytes())["weight_map"]  # a caller's own, not ours to read
     files = {file.name: str(file) for file in (root / "plain").glob("*.safetensors")}
@@ -99,25 +121,40 @@ def _report(root: Path) -> None:
     _is_strict(root / "quantized" / "report.json")
 
 
+def _report_alone(root: Path) -> None:
+    write_report(root / "quantized", reference=root / "wide", card=True)
+    _is_strict(root / "quantized" / "report.json")
+
+
 def _describe(root: Path) -> None:
-    for directory in (root / "plain", root / "described"):
-        hf = read_hf_model(directory)
-        seen = (hf.registry, hf.model_config, hf.file_tensors, expected_tensors(directory))
-        assert len(seen) == 4
-        try:
-            hf.family.check_buildable(hf.config)
-        finally:
-            hf.family.layer_pattern(hf.config)
+    hf = read_hf_model(root / "described")
+    seen = (hf.registry, hf.model_config, hf.file_tensors, expected_tensors(root / "described"))
+    assert len(seen) == 4
+    try:
+        hf.family.check_buildable(hf.config)
+    finally:
+        hf.family.layer_pattern(hf.config)
 
 
-def _import(root: Path) -> None:
-    """What an import reads; building Megatron's model of it takes real ranks."""
+def _read_weights(root: Path) -> None:
+    """What an import reads, without Megatron."""
     bridge = AutoBridge.from_hf_pretrained(root / "quantized")
     with bridge.open_weights() as weights:
         for name in weights.checkpoint.weight_map:
             if name.endswith((".weight", ".weight_packed")):
                 weights.read(name.replace(".weight_packed", ".weight"))
         dict(weights.state.amax)
+
+
+def _import(root: Path) -> None:
+    """One rank, with Megatron's model."""
+    from amaxbridge.bridge import import_hf, megatron  # late: it takes seconds
+    from amaxbridge.bridge.live.process_ranks import process_group
+
+    hf = read_hf_model(root / "quantized")
+    with redirect_stdout(io.StringIO()), process_group(), megatron.distributed(tp=1):
+        import_hf.import_hf(hf, root / "out")
+    DistCheckpoint(root / "out")
 
 
 def _runtime(root: Path) -> None:
@@ -134,6 +171,54 @@ def _identify(root: Path) -> None:
     AutoBridge.from_megatron_checkpoint(root / "stored")
 
 
+# What is there before the change
+
+
+def _as_it_is(root: Path, random: Random) -> None:
+    pass
+
+
+def _one_of(directory: str, becomes: str) -> Callable[[Path, Random], None]:
+    """Chooses one of the inputs in a directory."""
+
+    def choose(root: Path, random: Random) -> None:
+        names = sorted(each.name for each in (root / directory).iterdir())
+        (root / directory / random.choice(names)).rename(root / becomes)
+
+    return choose
+
+
+class _Stop(BaseException):
+    """Ends a run in the middle."""
+
+
+def _begin(root: Path, random: Random) -> None:
+    """Leaves what a run leaves that was ended after some bundles, before the last step, or in the middle of it."""
+    model_free_ptq(root / "plain", root / "expected", "nvfp4a16", device="cpu")
+    (root / "out").mkdir()
+    (root / "out" / "config.json").write_text("{}")
+    wanted, seen = random.randrange(8), 0
+    done, move = ShardWriter.done, staging.move_into_place
+
+    def count(writer: ShardWriter, bundle: str) -> None:
+        nonlocal seen
+        done(writer, bundle)
+        seen += 1
+        if seen == wanted:
+            raise _Stop
+
+    def stop(*_: object, **__: object) -> None:
+        raise _Stop
+
+    with (
+        contextlib.suppress(_Stop),
+        patch.object(ShardWriter, "done", count),
+        patch.object(staging, "move_into_place", stop if wanted else move),
+        patch.object(staging.shutil, "rmtree", stop if not wanted else shutil.rmtree),
+    ):
+        model_free_ptq(root / "plain", root / "out", "nvfp4a16", device="cpu", overwrite=True)
+
+
 type Change = Callable[[Path, Random], None]
 
 
@@ -141,14 +226,38 @@ def _of(change: Change, *files: str) -> Mapping[str, tuple[Change, str]]:
     return {f"{change.__name__} {file}": (change, file) for file in files}
 
 
+def _in(directory: str, *names: str) -> list[str]:
+    return [f"{directory}/{name}" for name in names]
+
+
+_TEXTS = _in("plain", *TEXTS)
 _PLAIN = {
     **_of(mutations.json_file, "plain/config.json", f"plain/{INDEX}"),
     **_of(mutations.header, "plain/a.safetensors"),
-    **_of(mutations.raw, "plain/config.json", f"plain/{INDEX}", "plain/a.safetensors", "plain/tokenizer.json"),
+    **_of(mutations.raw, "plain/config.json", f"plain/{INDEX}", "plain/a.safetensors", *_TEXTS),
     **_of(mutations.values, "plain/a.safetensors"),
     **_of(mutations.card, "plain/README.md"),
+    **_of(mutations.odd, "plain/config.json", f"plain/{INDEX}", "plain/a.safetensors", "plain/README.md", *_TEXTS),
 }
-_CONFIG = _of(mutations.json_file, "plain/config.json", "described/config.json")
+_ALONE = {
+    **_of(mutations.json_file, "plain/config.json"),
+    **_of(mutations.header, "plain/model.safetensors"),
+    **_of(mutations.raw, "plain/config.json", "plain/model.safetensors"),
+    **_of(mutations.values, "plain/model.safetensors"),
+}
+_DECLARED = {
+    **_ALONE,
+    **_of(mutations.json_file, "plain/hf_quant_config.json"),
+    **_of(mutations.raw, "plain/hf_quant_config.json"),
+    **_of(mutations.odd, "plain/hf_quant_config.json"),
+}
+_CONFIG = _of(mutations.json_file, "described/config.json")
+_OF_A_SCHEME = {
+    **_of(mutations.json_file, "quantized/config.json", "quantized/amaxbridge.json"),
+    **_of(mutations.header, "quantized/model.safetensors"),
+    **_of(mutations.raw, "quantized/config.json", "quantized/model.safetensors"),
+    **_of(mutations.values, "quantized/model.safetensors"),
+}
 _QUANTIZED = {
     **_of(mutations.json_file, "quantized/config.json", f"quantized/{INDEX}", "quantized/amaxbridge.json"),
     **_of(mutations.header, "quantized/a.safetensors", "quantized/quant_state.safetensors"),
@@ -156,51 +265,108 @@ _QUANTIZED = {
     **_of(mutations.raw, "quantized/config.json", "quantized/a.safetensors", "quantized/amaxbridge.json"),
     **_of(mutations.values, "quantized/a.safetensors", "quantized/b.safetensors"),
     **_of(mutations.card, "quantized/README.md"),
+    **_of(
+        mutations.odd,
+        *_in("quantized", "config.json", INDEX, "a.safetensors", "amaxbridge.json", "README.md", "tokenizer.json"),
+        *_in("quantized", "quant_state.safetensors", "report.json", "report.html"),
+    ),
 }
 _STATE = {
     **_of(mutations.header, "state.safetensors"),
     **_of(mutations.state_metadata, "state.safetensors"),
     **_of(mutations.raw, "state.safetensors"),
     **_of(mutations.values, "state.safetensors"),
+    **_of(mutations.odd, "state.safetensors"),
 }
 _ITERATION = "stored/iter_0000005"
+_LATEST = "stored/latest_checkpointed_iteration.txt"
 _STORED = {
     **_of(mutations.json_file, "described/config.json"),
     **_of(mutations.pickled, f"{_ITERATION}/.metadata"),
-    **_of(mutations.raw, f"{_ITERATION}/.metadata", f"{_ITERATION}/__0_0.distcp"),
-    **_of(mutations.raw, "stored/latest_checkpointed_iteration.txt"),
-    **_of(mutations.raw, f"{_ITERATION}/common.pt"),
+    **_of(mutations.raw, f"{_ITERATION}/.metadata", f"{_ITERATION}/__0_0.distcp", f"{_ITERATION}/common.pt", _LATEST),
+    **_of(mutations.odd, *_in(_ITERATION, ".metadata", "__0_0.distcp", "common.pt"), _LATEST),
     **_of(mutations.saved, _ITERATION),
 }
-ENTRIES: Mapping[str, tuple[Callable[[Path], None], Mapping[str, tuple[Change, str]]]] = {
-    "verify": (_verify, _QUANTIZED),
-    "verify reference=directory": (_verify_against, {**_QUANTIZED, **_PLAIN}),
-    "verify reference=state": (_verify_state, {**_QUANTIZED, **_STATE}),
-    "quantize": (_quantize, _PLAIN),
-    "quantize quant_state=": (_quantize_with_state, {**_STATE, **_PLAIN}),
-    "process_file": (_file_by_file, {name: each for name, each in _PLAIN.items() if "a.safetensors" in name}),
-    "report": (_report, {**_QUANTIZED, **_PLAIN}),
-    "read_hf_model": (_describe, _CONFIG),
-    "import": (_import, _QUANTIZED),
-    "runtime": (_runtime, _QUANTIZED),
-    "export": (_export, _STORED),
-    "export without hf=": (_identify, _STORED),
+_BEGUN = {
+    **_of(mutations.journal, "out.partial/.done-0-of-1"),
+    **_of(mutations.raw, "out.partial/.plan", "out.partial/.complete"),
+    **_of(mutations.resized, "out.partial/new/a.safetensors", "out.partial/new/b.safetensors"),
+    **_of(mutations.odd, *_in("out.partial", "new", "new/a.safetensors", ".plan", ".done-0-of-1", ".complete")),
 }
-"""Each public entry, and the changes that it can meet: name → the change, and the file."""
 
 
-def run_case(inputs: Path, scratch: Path, entry: str, random: Random, *, changed: bool = True) -> Outcome:
-    """Changes a copy of the inputs and runs an entry on it; without a change if `changed` is False."""
-    run, changes = ENTRIES[entry]
-    name = random.choice(sorted(changes))
-    change, file = changes[name]
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A public entry.
+
+    Args:
+        run: runs it on a copy of the inputs.
+        changes: what the inputs can meet: name → the change, and the file.
+        needs: the inputs that it reads.
+        prepare: what is made of them before the change.
+    """
+
+    run: Callable[[Path], None]
+    changes: Mapping[str, tuple[Change, str]]
+    needs: tuple[str, ...]
+    prepare: Change = _as_it_is
+
+
+_scheme = _one_of("schemes", "quantized")
+ENTRIES: Mapping[str, Entry] = {
+    "verify": Entry(_verify, _QUANTIZED, ("quantized",)),
+    "verify, every scheme": Entry(_verify, _OF_A_SCHEME, ("schemes",), _scheme),
+    "verify reference=directory": Entry(_verify_against, {**_QUANTIZED, **_PLAIN}, ("quantized", "plain")),
+    "verify reference=state": Entry(_verify_state, {**_QUANTIZED, **_STATE}, ("quantized", "state.safetensors")),
+    "quantize": Entry(_quantize, _PLAIN, ("plain",)),
+    "quantize quant_state=": Entry(_quantize_with_state, {**_STATE, **_PLAIN}, ("plain", "state.safetensors")),
+    "quantize, from every format": Entry(_quantize_again, _DECLARED, ("foreign",), _one_of("foreign", "plain")),
+    "quantize, from every scheme": Entry(_quantize_again, _ALONE, ("schemes",), _one_of("schemes", "plain")),
+    "quantize, begun before": Entry(_quantize_on, _BEGUN, ("plain",), _begin),
+    "process_file": Entry(
+        _file_by_file, {name: each for name, each in _PLAIN.items() if "a.safetensors" in name}, ("plain",)
+    ),
+    "report": Entry(_report, {**_QUANTIZED, **_PLAIN}, ("quantized", "plain")),
+    "report, every scheme": Entry(_report_alone, _OF_A_SCHEME, ("schemes", "wide"), _scheme),
+    "read_hf_model": Entry(_describe, _CONFIG, ("described",)),
+    "read_hf_model, every family": Entry(_describe, _CONFIG, ("families",), _one_of("families", "described")),
+    "read for import": Entry(_read_weights, _QUANTIZED, ("quantized",)),
+    "read for import, every scheme": Entry(_read_weights, _OF_A_SCHEME, ("schemes",), _scheme),
+    "import": Entry(_import, _QUANTIZED, ("quantized",)),
+    "import, every scheme": Entry(_import, _OF_A_SCHEME, ("schemes",), _scheme),
+    "runtime": Entry(_runtime, _QUANTIZED, ("quantized",)),
+    "runtime, every scheme": Entry(_runtime, _OF_A_SCHEME, ("schemes",), _scheme),
+    "export": Entry(_export, _STORED, ("described", "stored")),
+    "export without hf=": Entry(_identify, _STORED, ("described", "stored")),
+}
+
+
+_SECRET = b'{"a secret": "of the user\'s"}'
+
+
+def run_case(inputs: Path, root: Path, entry: str, random: Random, *, changed: bool = True) -> Outcome:
+    """Changes a copy of the inputs and runs an entry on it; without a change if `changed` is False.
+
+    Args:
+        root: where the copy is made.
+    """
+    asked, scratch = ENTRIES[entry], root / mutations.SCRATCH
+    (root / mutations.OUTSIDE).write_bytes(_SECRET)
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(inputs, scratch)
+    scratch.mkdir()
+    for each in asked.needs:
+        copy = shutil.copytree if (inputs / each).is_dir() else shutil.copy2
+        copy(inputs / each, scratch / each)
+    asked.prepare(scratch, random)
+    possible = {name: each for name, each in asked.changes.items() if os.path.lexists(scratch / each[1])}
+    name = random.choice(sorted(possible))
+    change, file = possible[name]
     if changed:
         change(scratch / file, random)
     try:
         with _limited():
-            run(scratch)
+            asked.run(scratch)
+        _nothing_is_outside(root)
     except AmaxbridgeError as error:
         said = str(error)
         return Outcome(entry, name, "refused" if said.isprintable() or "\n" in said else "foreign", said)
@@ -234,6 +400,10 @@ class Silent(Exception):
     """An entry ended well on what another reader refuses."""
 
 
+def _weights(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+
+
 def _stands_up(directory: Path) -> None:
     """The safetensors library reads every file of weights, and every JSON file of ours is strict."""
     for file in directory.glob("*.safetensors"):
@@ -249,6 +419,15 @@ def _stands_up(directory: Path) -> None:
         is_read = name != "amaxbridge.json" or directory.name == "out"  # nothing but a report reads it
         if is_read and (directory / name).is_file():
             _is_strict(directory / name)
+
+
+def _nothing_is_outside(root: Path) -> None:
+    """Nothing was read or written behind a link that leads out of the inputs."""
+    if (root / mutations.OUTSIDE).read_bytes() != _SECRET or len(list(root.iterdir())) != _AT_THE_TOP:
+        raise Silent("something outside was written")
+    for file in (root / mutations.SCRATCH / "out").rglob("*"):
+        if file.is_file() and _SECRET in file.read_bytes():
+            raise Silent(f"{file.name} holds what lies outside")
 
 
 def _is_strict(file: Path) -> None:

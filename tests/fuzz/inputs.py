@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.export import model_free_ptq
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, quant_state_bytes
+from amaxbridge.export.schemes import SCHEMES
+from tests.support import quantized_sources as held
+from tests.support.quantized_sources import Held
 from tests.support.stored_checkpoints import megatron_state
+from tests.support.tiny_models import TINY_MODELS
 
 HIDDEN, FFN, VOCABULARY, EXPERTS = 32, 32, 32, 2
 
@@ -29,7 +34,7 @@ DENSE: Mapping[str, Any] = {
 }  # fmt: skip
 MOE: Mapping[str, Any] = {
     **DENSE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": EXPERTS,
-    "num_experts_per_tok": 1, "moe_intermediate_size": FFN, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": FFN, "norm_topk_prob": True, "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }  # fmt: skip
 CARD = "---\nlicense: apache-2.0\ntags:\n- text\nlanguage: en\n---\n# A model\n"
@@ -37,8 +42,35 @@ INDEX = "model.safetensors.index.json"
 ONE = {"_disabled": False, "_num_bits": (2, 1), "_axis": None, "_block_sizes": {-1: 16, "type": "dynamic"}}
 
 
+SIDE = 128
+WIDE: Mapping[str, Any] = {
+    **DENSE, "hidden_size": SIDE, "intermediate_size": SIDE, "vocab_size": SIDE, "head_dim": SIDE // 2,
+}  # fmt: skip
+_MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+_INT4 = {"bits": 4, "group_size": 64}
+FOREIGN: Mapping[str, tuple[Callable[[Tensor], Held], Mapping[str, Any]]] = {
+    "fp8 blocks": (held.blocks_of_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "modelopt nvfp4": (held.nvfp4, _MODELOPT),
+    "modelopt fp8": (held.fp8_per_tensor, _MODELOPT),
+    "modelopt mxfp4": (held.mxfp4, _MODELOPT),
+    "modelopt int4 awq": (held.int4_of_modelopt, _MODELOPT),
+    "awq": (held.awq, {"quant_method": "awq", "zero_point": True, "version": "gemm", **_INT4}),
+    "gptq": (held.gptq, {"quant_method": "gptq", "desc_act": False, **_INT4}),
+    "gptq, sorted": (partial(held.gptq, order=True), {"quant_method": "gptq", "desc_act": True, **_INT4}),
+}
+"""Formats of other programs: what holds a module, and what config.json says."""
+TEXTS: Mapping[str, str] = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": '{"chat_template": "{{ messages }}", "model_max_length": 64}',
+    "generation_config.json": '{"eos_token_id": [1, 2], "temperature": 0.6, "_from_model_config": true}',
+    "chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    "special_tokens_map.json": '{"eos_token": {"content": "</s>"}}',
+}
+"""Files beside weights that are carried over."""
+
+
 def make_inputs(root: Path) -> None:
-    """`plain`, `quantized`, `state.safetensors` and `stored` in a directory."""
+    """`plain`, `quantized`, `state.safetensors`, `stored`; a directory in each scheme, foreign format and family."""
     tensors = _weights()
     _write_plain(root / "plain", tensors)
     state = _state(tensors)
@@ -48,6 +80,63 @@ def make_inputs(root: Path) -> None:
     (root / "described").mkdir()
     (root / "described" / "config.json").write_text(json.dumps(DENSE))
     _write_stored(root / "stored", read_hf_model(root / "described"))
+    _write_schemes(root)
+    _write_foreign(root / "foreign")
+    for name, tiny in TINY_MODELS.items():
+        family = root / "families" / name
+        family.mkdir(parents=True)
+        tiny.make().save_pretrained(family)
+
+
+def _wide_weights() -> dict[str, Tensor]:
+    """A dense layer whose sides every scheme divides."""
+    generator = torch.Generator().manual_seed(5)
+    layer = "model.layers.0"
+    rows = {
+        "model.embed_tokens": SIDE, "lm_head": SIDE,
+        **{f"{layer}.mlp.{each}_proj": SIDE for each in ("gate", "up", "down")},
+        **{f"{layer}.self_attn.{each}_proj": SIDE for each in "qo"},
+        **{f"{layer}.self_attn.{each}_proj": SIDE // 2 for each in "kv"},
+    }  # fmt: skip
+    norms = {f"{layer}.input_layernorm": SIDE, f"{layer}.post_attention_layernorm": SIDE, "model.norm": SIDE}
+    norms |= {f"{layer}.self_attn.{each}_norm": SIDE // 2 for each in "qk"}
+    made = {
+        f"{name}.weight": (torch.randn(side, SIDE, generator=generator) * 0.05).bfloat16()
+        for name, side in rows.items()
+    }
+    return made | {f"{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
+
+
+def _write_schemes(root: Path) -> None:
+    tensors = _wide_weights()
+    _write_one_file(root / "wide", tensors, WIDE)
+    for name, scheme in SCHEMES.items():
+        state = _state(tensors, scheme.format) if scheme.needs_input_amax else None
+        model_free_ptq(root / "wide", root / "schemes" / name, name, quant_state=state)
+
+
+def _write_foreign(directory: Path) -> None:
+    """Each with what it says of itself in config.json, or beside it, as ModelOpt does."""
+    for kind, (hold, declared) in FOREIGN.items():
+        stored = dict[str, Tensor]()
+        for name, tensor in _wide_weights().items():
+            local = hold(tensor).tensors.items() if name.endswith("_proj.weight") else ()
+            stored |= {name.removesuffix("weight") + each: held_tensor for each, held_tensor in local} or {name: tensor}
+        beside = declared is _MODELOPT
+        _write_one_file(directory / kind, stored, WIDE if beside else {**WIDE, "quantization_config": declared})
+        if beside:
+            content = {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]},
+            }
+            (directory / kind / "hf_quant_config.json").write_text(json.dumps(content))
+
+
+def _write_one_file(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    directory.mkdir(parents=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def _weights() -> dict[str, Tensor]:
@@ -81,14 +170,15 @@ def _write_plain(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(MOE))
     (directory / "README.md").write_text(CARD)
-    (directory / "tokenizer.json").write_text("{}")
+    for name, text in TEXTS.items():
+        (directory / name).write_text(text)
 
 
-def _state(tensors: Mapping[str, Tensor]) -> QuantState:
+def _state(tensors: Mapping[str, Tensor], kind: str = "nvfp4") -> QuantState:
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
     amax = {f"{module}.weight_quantizer._amax": tensors[f"{module}.weight"].float().abs().max() for module in modules}
     amax |= {f"{module}.input_quantizer._amax": torch.tensor(3.0) for module in modules}
-    return QuantState(amax, dict.fromkeys(modules, "nvfp4"))
+    return QuantState(amax, dict.fromkeys(modules, kind))
 
 
 def _write_stored(directory: Path, hf: HFModel) -> None:

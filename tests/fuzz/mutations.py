@@ -3,14 +3,22 @@
 Every mutation draws from a `random.Random`, so a seed repeats it, and Hypothesis can give its own.
 """
 
+import contextlib
 import copy
 import json
+import os
 import pickle
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
+
+OUTSIDE = "outside"
+"""A file beside the directory of the inputs, to which nothing may lead."""
+SCRATCH = "scratch"
+"""The directory of the inputs."""
 
 _DEEP = "@@deep@@"  # replaced in the text: Python could not build it
 VALUES: tuple[Any, ...] = (
@@ -126,6 +134,70 @@ def values(file: Path, random: Random) -> None:
         pattern = random.choice((b"\x00", b"\xff", b"\x7f\x80", b"\xc0\x7f", b"\x80", b"\x7e"))
         data[at : at + count] = (pattern * count)[: len(data[at : at + count])]
     file.write_bytes(data)
+
+
+def odd(file: Path, random: Random) -> None:
+    """Puts something else in the place of a file: a directory, a pipe, a link that leads nowhere, in a circle, out."""
+    size = file.stat().st_size
+    outside = next(each for each in file.parents if each.name == SCRATCH).with_name(OUTSIDE)
+    kind = random.randrange(2 if file.is_dir() else 0, 10)
+    if kind == 0:  # as long as before, and no bytes in it
+        os.truncate(file, 0)
+        os.truncate(file, size)
+        return
+    if kind == 1:  # larger than any memory; takes no room on the disk
+        with contextlib.suppress(OSError):
+            os.truncate(file, 1 << 43)
+        return
+    moved = file.with_name(f"moved-{file.name}")
+    file.rename(moved)
+    match kind:
+        case 2:
+            file.mkdir()
+        case 3:
+            os.mkfifo(file)
+        case 4:
+            file.symlink_to("nowhere")
+        case 5:
+            file.symlink_to(file.name)
+        case 6:
+            file.symlink_to(random.choice(("/dev/zero", "/proc/self/maps", outside, outside, "..", ".")))
+        case 7:
+            file.symlink_to(f"{file.name}.2")
+            file.with_name(f"{file.name}.2").symlink_to(file.name)
+        case 8:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(os.path.relpath(file))
+        case _:
+            file.symlink_to(moved.name)
+
+
+def journal(file: Path, random: Random) -> None:
+    """Damages a journal as a crash would: cut short, lines lost, doubled or full of zeros, bytes of another file."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    match random.randrange(6):
+        case 0:
+            file.write_bytes(b"".join(lines)[: random.randrange(1 + sum(map(len, lines)))])
+            return
+        case 1:
+            lines = [line for line in lines if random.random() < 0.5]
+        case 2:
+            lines += lines
+        case 3:
+            lines.insert(
+                random.randrange(len(lines) + 1), bytes(random.randrange(1, 5000)) + b"\n" * random.randrange(2)
+            )
+        case 4:
+            lines.insert(0, mutate_json({"a": [1, "b"]}, random).encode("utf-8", "surrogatepass") + b"\n")
+        case _:
+            lines.insert(0, bytes(random.randrange(256) for _ in range(64)) + b"\n")
+    file.write_bytes(b"".join(lines))
+
+
+def resized(file: Path, random: Random) -> None:
+    """Cuts a file, or makes it longer."""
+    size = file.stat().st_size
+    os.truncate(file, random.choice((0, 7, 8, size // 2, size - 1, size + 1, 2 * size)))
 
 
 def card(file: Path, random: Random) -> None:

@@ -30,7 +30,7 @@ def test_no_input_ends_in_another_exception(inputs: Path, tmp_path: Path, entry:
     @settings(max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])
     @given(st.randoms(use_true_random=False))
     def cases(random: Random) -> None:
-        found = run_case(inputs, tmp_path / "scratch", entry, random)
+        found = run_case(inputs, tmp_path, entry, random)
         seen[found.what] += 1
         assert not found.is_bad, f"{found.change}: {found.what}\n{found.detail}"
 
@@ -40,5 +40,5 @@ def test_no_input_ends_in_another_exception(inputs: Path, tmp_path: Path, entry:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_the_inputs_themselves_are_good(inputs: Path, tmp_path: Path, entry: str) -> None:
-    found = run_case(inputs, tmp_path / "scratch", entry, Random(0), changed=False)
+    found = run_case(inputs, tmp_path, entry, Random(0), changed=False)
     assert found.what == "done", found.detail

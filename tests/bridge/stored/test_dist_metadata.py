@@ -128,6 +128,10 @@ PICKLES = {
     "nothing": b"",
     "text": b"<html>not found</html>",
     "a pickle cut short": pickle.dumps({"a": [1, 2, 3]})[:-4],
+    "a tuple of a million levels": b"\x80\x04" + b")" + b"\x85" * 1_000_000 + b".",
+    "the same as a key": b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"Ns.",
+    "the same in a set": b"\x80\x04\x8f(" + b")" + b"\x85" * 1_000_000 + b"\x90.",
+    "lists of a million levels": b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",
     "a claim of 8 GB": b"\x80\x04\x8e\x00\x00\x00\x00\x02\x00\x00\x00abc.",
 }
 
@@ -151,3 +155,14 @@ def test_state_given_to_a_known_class_does_not_last(saved: Path) -> None:
         read_metadata(saved.parent / "attack")
     assert not hasattr(_StorageInfo, "relative_path")
     assert {info.relative_path for info in read_metadata(saved).storage_data.values()} == {"__0_0.distcp"}
+
+
+def test_one_list_of_chunks_named_again_and_again(saved: Path) -> None:
+    """Time and memory are bounded by the file: 2,000 tensors of 2,000 chunks would be four million of a small file."""
+    chunks = [ChunkStorageMetadata(torch.Size([0]), torch.Size([1])) for _ in range(2000)]
+    entry = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([1]), chunks)
+    state = {f"w{index}": entry for index in range(2000)}
+    saved.write_bytes(pickle.dumps(Metadata(state_dict_metadata=state, storage_data={})))
+    assert saved.stat().st_size < 200_000
+    with pytest.raises(CheckpointError, match="more chunks than its bytes can name"):
+        read_metadata(saved)

@@ -1,20 +1,27 @@
 """Megatron checkpoints read in one process, without Megatron: the bytes of the live export, and clear refusals."""
 
+import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
-from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties
 
+from amaxbridge.bridge import auto
 from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
+from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.comparing import same_files
 from tests.support.launcher import Launcher, LiveRanks
@@ -154,6 +161,110 @@ class TestDamage:
     def test_no_iteration(self, dense: LiveRanks, saved: Path) -> None:
         (saved.parent / "latest_checkpointed_iteration.txt").write_text("8")
         assert "iter_0000008 is not a Megatron distributed checkpoint" in self.refuse(dense, saved)
+
+
+class TestHostile:
+    """What a small checkpoint may not do: take memory that it does not have, wait, or lead elsewhere."""
+
+    NAME = "embedding.word_embeddings.weight"
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path) -> Path:
+        (tmp_path / "saved").mkdir()
+        save({self.NAME: torch.ones(4, 8)}, storage_writer=FileSystemWriter(tmp_path / "saved"), no_dist=True)
+        return tmp_path / "saved"
+
+    def rewrite(self, saved: Path, change: Callable[[Metadata], None]) -> None:
+        metadata = pickle.loads((saved / ".metadata").read_bytes())
+        change(metadata)
+        (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    def refuse(self, saved: Path, match: str, *, index: tuple[int, ...] = ()) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            DistCheckpoint(saved).read([Region(self.NAME, index)])
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+    def test_a_packed_tensor(self, saved: Path, compression: int) -> None:
+        """32 MB of zeros in 32 kB; a larger one would fill any memory."""
+        (file,) = saved.glob("*.distcp")
+        made, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(file.read_bytes()))
+        with zipfile.ZipFile(made, "w", compression) as archive:
+            for each in source.infolist():
+                archive.writestr(each.filename, bytes(32 << 20) if "/data/" in each.filename else source.read(each))
+        file.write_bytes(made.getvalue())
+
+        def whole(metadata: Metadata) -> None:
+            for index, place in metadata.storage_data.items():
+                metadata.storage_data[index] = replace(place, offset=0, length=len(made.getvalue()))
+
+        self.rewrite(saved, whole)
+        self.refuse(saved, "unpack to 33,.* torch.save does not pack")
+
+    @pytest.mark.parametrize("index", [(), (3,)])
+    @pytest.mark.parametrize("rows", [1 << 20, 1 << 40, 1 << 58])
+    def test_a_tensor_larger_than_its_file(self, saved: Path, rows: int, index: tuple[int, ...]) -> None:
+        def larger(metadata: Metadata) -> None:
+            entry, size = metadata.state_dict_metadata[self.NAME], torch.Size([rows, 8])
+            chunk = ChunkStorageMetadata(torch.Size([0, 0]), size)
+            metadata.state_dict_metadata[self.NAME] = replace(entry, size=size, chunks=[chunk])
+
+        self.rewrite(saved, larger)
+        self.refuse(saved, r"names no file, or too few bytes", index=index)
+
+    def test_a_chunk_twice(self, saved: Path) -> None:
+        self.rewrite(saved, lambda metadata: metadata.state_dict_metadata[self.NAME].chunks.extend([
+            *metadata.state_dict_metadata[self.NAME].chunks
+        ]))  # fmt: skip
+        self.refuse(saved, "has chunks missing or twice")
+
+    def test_a_training_that_saves_meanwhile(
+        self, dense: LiveRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The iteration is found once: what is noted and what is read are the same files."""
+        checkpoint = tmp_path / "saved"
+        shutil.copytree(dense.at(tp=2, pp=2) / "nvfp4", checkpoint)
+        real = auto.files_of
+
+        def noted(path: Path, *, hashed: bool = False) -> SourceFiles:
+            files = real(path, hashed=hashed)
+            (checkpoint / "iter_0000008").mkdir()
+            (checkpoint / "latest_checkpointed_iteration.txt").write_text("8")
+            return files
+
+        monkeypatch.setattr(auto, "files_of", noted)
+        convert(dense, checkpoint, tmp_path / "out", "nvfp4")
+        assert (tmp_path / "out" / "config.json").is_file()
+
+    @pytest.mark.parametrize("name", [".metadata", "latest_checkpointed_iteration.txt", "__0_0.distcp", "common.pt"])
+    @pytest.mark.parametrize("kind", ["pipe", "circle", "directory", "sparse"])
+    def test_something_else_in_the_place_of_a_file(self, saved: Path, name: str, kind: str) -> None:
+        (saved / name).unlink(missing_ok=True)
+        match kind:
+            case "pipe":
+                os.mkfifo(saved / name)
+            case "circle":
+                (saved / name).symlink_to(name)
+            case "directory":
+                (saved / name).mkdir()
+            case _:
+                (saved / name).touch()
+                os.truncate(saved / name, 1 << 42)
+        with pytest.raises(CheckpointError):
+            opened = DistCheckpoint(saved)
+            opened.read([Region(self.NAME)])
+            read_arguments(opened)
+
+    def test_a_state_that_becomes_shorter(self, tmp_path: Path) -> None:
+        save({"state": b"bytes" * 100}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+        opened = DistCheckpoint(tmp_path)
+        assert opened.state_bytes("state")
+        (file,) = tmp_path.glob("*.distcp")
+        os.truncate(file, 10)
+        with pytest.raises(CheckpointError, match="became shorter"):
+            opened.state_bytes("state")
+        file.unlink()
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            opened.state_bytes("state")
 
 
 def test_a_region_is_read_alone(dense: LiveRanks) -> None:

@@ -1,6 +1,7 @@
 """Names and links of an input never lead out of it, nor out of the output."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from amaxbridge.export import model_free_ptq
 from amaxbridge.export.disk.input_paths import checked_name, leaves, weight_file_name
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.report import write_report
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.checkpoints import dense_model, write_checkpoint
 
@@ -142,3 +144,104 @@ def test_a_source_that_is_a_link_itself_is_fine(source: Path, tmp_path: Path) ->
     (tmp_path / "link").symlink_to(source)
     with SafetensorsCheckpoint(tmp_path / "link") as checkpoint:
         assert all(torch.is_tensor(stored.read()) for stored in checkpoint.tensors.values())
+
+
+LONG = "a" * 4096
+SPELLINGS = {
+    "a very long part": f"{LONG}.safetensors",
+    "many parts": "a/" * 2000 + "b.safetensors",
+    "half of a character": "\ud800.safetensors",
+    "a line break": "a\nb.safetensors",
+    "a terminal's command": "\x1b[2J.safetensors",
+    "a zero-width space": "a\u200b.safetensors",
+    "right to left": "a\u202esrotcenetefas.safetensors",
+}
+
+
+@pytest.mark.parametrize("what", SPELLINGS)
+def test_names_that_no_file_has(source: Path, tmp_path: Path, what: str) -> None:
+    """In an index: one error, of bounded length, that every terminal can show."""
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = SPELLINGS[what]
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"names the file|is not valid JSON") as raised:
+        model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("one", "other"), [("A", "a"), ("\u00e4", "a\u0308"), ("\u00df", "SS")])
+def test_names_that_are_one_where_case_does_not_count(tmp_path: Path, one: str, other: str) -> None:
+    directory = write_checkpoint(tmp_path / "source", dense_model(layers=1), config=CONFIG)
+    tensors = {name: each.read() for name, each in SafetensorsCheckpoint(directory).tensors.items()}
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for file, names in ((one, list(tensors)[::2]), (other, list(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, directory / f"{file}.safetensors")
+        weight_map |= dict.fromkeys(names, f"{file}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="one file where case does not count"):
+        model_free_ptq(directory, tmp_path / "out", "fp8_dynamic")
+
+
+ODD_NAMES = (b"\xff\xfe.txt", b"a\nb.txt", b"\x1b[2J.txt", b"CON", b"nul.txt", b"a:b.txt", b" ", b"-rf", b"a" * 255)
+
+
+def test_files_of_odd_names_are_carried(source: Path, tmp_path: Path) -> None:
+    """Their names come from the directory, not from a file's text; the same bytes arrive under the same name."""
+    for name in ODD_NAMES:
+        (source / os.fsdecode(name)).write_bytes(name)
+    for scheme in ("fp8_dynamic", "none"):
+        model_free_ptq(source, tmp_path / "out", scheme, overwrite=True)
+        found = {
+            name: Path(os.fsdecode(os.fsencode(tmp_path / "out") + b"/" + name)).read_bytes() for name in ODD_NAMES
+        }
+        assert found == {name: name for name in ODD_NAMES}
+
+
+def test_links_in_a_circle_are_named_and_left_out(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source / "self").symlink_to("self")
+    (source / "one").symlink_to("two")
+    (source / "two").symlink_to("one")
+    (source / "up").symlink_to(".")
+    (source / "deep").mkdir()
+    (source / "deep" / "again").symlink_to("..")
+    model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
+    assert all(f"{source / name} →" in caplog.text for name in ("self", "one", "two"))
+    assert not any((tmp_path / "out" / name).exists() for name in ("self", "one", "two", "up", "deep"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "hf_quant_config.json"])
+def test_a_description_behind_a_link_out_of_the_source_is_refused(source: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_text((source / name).read_text() if (source / name).exists() else "{}")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*outside\.json, outside of"):
+        model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json", "README.md", "amaxbridge.json"])
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_report_writes_through_no_link(source: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """What it replaces is the link, never a file that is somewhere else, too."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    model_free_ptq(source, out, "fp8_dynamic")
+    victim.write_bytes((out / name).read_bytes() if (out / name).exists() else b"precious")
+    before = victim.read_bytes()
+    (out / name).unlink(missing_ok=True)
+    if kind == "link":
+        (out / name).symlink_to(victim)
+    else:
+        (out / name).hardlink_to(victim)
+    try:
+        write_report(out, reference=source, card=True)
+    except CheckpointError as error:
+        assert kind == "link"
+        assert "outside of" in str(error)
+    assert victim.read_bytes() == before
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]

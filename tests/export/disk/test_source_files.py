@@ -294,7 +294,7 @@ class TestFingerprint:
             _replaced(source / SHARD)
             file.close()
             stored = next(iter(file.tensors.values()))
-            with pytest.raises(CheckpointError, match="was replaced while it was read"):
+            with pytest.raises(CheckpointError, match="changed while it was read"):
                 stored.read()
 
     @pytest.mark.parametrize("hashed", [False, True])
