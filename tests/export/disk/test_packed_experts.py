@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.export.disk.packed_experts import ExpertPacker, found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import plan_layout
 from amaxbridge.export.disk.shard_writer import ShardWriter
@@ -53,7 +53,7 @@ def test_written_by_several_and_read_one_by_one(tmp_path: Path, transposed: bool
         writer.close()
     staged.commit()
     packed = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
-    with SafetensorsCheckpoint(tmp_path / "out", layout) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path / "out", found_in(layout)) as checkpoint:
         assert checkpoint.weight_map.keys() == {f"mlp.experts.{name}" for name in packed} | {"mlp.router.weight"}
         for name, tensor in (item for bundle in bundles for item in bundle.items()):
             assert torch.equal(checkpoint.read(name), tensor), name
@@ -83,8 +83,8 @@ def test_published_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> Non
         (tmp_path / directory).mkdir()
         save_file(tensors, tmp_path / directory / "model.safetensors")
     with (
-        SafetensorsCheckpoint(tmp_path / "published", GPT_OSS) as found,
-        SafetensorsCheckpoint(tmp_path / "expected", GPT_OSS) as plain,
+        SafetensorsCheckpoint(tmp_path / "published", found_in(GPT_OSS)) as found,
+        SafetensorsCheckpoint(tmp_path / "expected", found_in(GPT_OSS)) as plain,
     ):
         for projection in ("gate_proj", "up_proj", "down_proj"):
             name = f"mlp.experts.2.{projection}.weight"
