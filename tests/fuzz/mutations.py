@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import pickle
-import socket
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +166,7 @@ def odd(file: Path, random: Random) -> None:
             file.symlink_to(f"{file.name}.2")
             file.with_name(f"{file.name}.2").symlink_to(file.name)
         case 8:
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(os.path.relpath(file))
+            os.mknod(file, stat.S_IFSOCK | 0o600)
         case _:
             file.symlink_to(moved.name)
 
