@@ -5,6 +5,7 @@ built once and changes with every commit: there the commit is asked for, and whe
 that `git archive` made has no version control; it wrote the commit into `archived_commit.txt`.
 """
 
+import os
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _ARCHIVED = Path(__file__).with_name("archived_commit.txt")
 _UNKNOWN = "0"  # neither installed nor in a checkout
+_OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them in its hooks
 
 
 @cache
@@ -35,7 +37,8 @@ def _archived() -> str:
 def _commit() -> str:
     """Of the checkout that this file lies in; empty where git is not installed or may not read it."""
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--exclude=*", "--abbrev=9", "--dirty=.dirty"]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Hugging Face model, and real Megatron processes exporting it."""
+"""Shared fixtures: tiny Hugging Face models, and what real Megatron processes export of them."""
 
 import contextlib
 import gc
@@ -29,7 +29,13 @@ _TORCH_RANDOM = _TorchRandom()
 with contextlib.suppress(ImportError):  # tests/gpu runs where Hypothesis is not installed
     hypothesis = importlib.import_module("hypothesis")
     hypothesis.register_random(_TORCH_RANDOM)
-    hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.register_profile(
+        "tests",
+        derandomize=True,  # the same examples in every run
+        database=None,
+        deadline=None,  # a busy machine is no failure
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # nor here
+    )
     hypothesis.settings.load_profile("tests")
 
 
@@ -53,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector need not walk it again and again."""
+    """Spares the garbage collector everything that is imported by now, which stays anyway."""
     gc.collect()
     gc.freeze()
 
@@ -66,7 +72,7 @@ def transformers() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of the whole run, whichever worker process of pytest-xdist asks."""
+    """One directory for the whole run, the same in every worker process of pytest-xdist."""
     return shared_root(tmp_path_factory)
 
 
@@ -86,7 +92,7 @@ def qwen3(transformers: ModuleType, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def live(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
-    """What real Megatron ranks exported, at TP=1, TP=2 and PP=2."""
+    """The exports of the Qwen3 by real Megatron ranks."""
     return LiveRanks(launch, "live_export.py", qwen3, shared / "live")
 
 
@@ -99,7 +105,7 @@ def qwen3_moe(transformers: ModuleType, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen3_moe_mixed(transformers: ModuleType, shared: Path) -> Path:
-    """One with a dense layer among four, tied embeddings, and expert weights that do not add up to one."""
+    """A tiny random Qwen3-MoE: one dense layer among four, tied embeddings, router weights that do not add up to 1."""
     sizes: dict[str, Any] = {"num_hidden_layers": 4, "num_experts": 4, "moe_intermediate_size": 32}
     sizes |= {"norm_topk_prob": False, "mlp_only_layers": [2], "tie_word_embeddings": True}
     return made_once(shared / "qwen3_moe_mixed", lambda directory: make_qwen3_moe(directory, sizes))
@@ -123,7 +129,7 @@ def deepseek_v3(transformers: ModuleType, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def deepseek_v3_mtp(transformers: ModuleType, shared: Path) -> Path:
-    """One with two layers for multi-token prediction, queries that are projected at once, two shared experts."""
+    """A tiny random DeepSeek-V3: two multi-token prediction layers, one query projection, two shared experts."""
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
     sizes |= {"num_experts_per_tok": 2, "n_shared_experts": 2}
     return made_once(shared / "deepseek_v3_mtp", lambda directory: make_deepseek_v3(directory, 2, sizes))
@@ -137,23 +143,23 @@ def nemotron_h(transformers: ModuleType, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def live_mla(launch: Launcher, deepseek_v3: Path, shared: Path) -> LiveRanks:
-    """What real Megatron ranks exported of the model with latent attention."""
+    """The exports of the DeepSeek-V3 by real Megatron ranks."""
     return LiveRanks(launch, "live_mla.py", deepseek_v3, shared / "live_mla")
 
 
 @pytest.fixture(scope="session")
 def live_mtp(launch: Launcher, deepseek_v3_mtp: Path, shared: Path) -> LiveRanks:
-    """The same of the model with layers for multi-token prediction."""
+    """The exports of the DeepSeek-V3 with multi-token prediction layers."""
     return LiveRanks(launch, "live_mla.py", deepseek_v3_mtp, shared / "live_mtp")
 
 
 @pytest.fixture(scope="session")
 def live_moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
-    """What real Megatron ranks exported of the MoE model."""
+    """The exports of the Qwen3-MoE by real Megatron ranks."""
     return LiveRanks(launch, "live_moe.py", qwen3_moe, shared / "live_moe")
 
 
 @pytest.fixture(scope="session")
 def live_moe_mixed(launch: Launcher, qwen3_moe_mixed: Path, shared: Path) -> LiveRanks:
-    """The same of the model with a dense layer."""
+    """The exports of the Qwen3-MoE with a dense layer."""
     return LiveRanks(launch, "live_moe.py", qwen3_moe_mixed, shared / "live_moe_mixed")

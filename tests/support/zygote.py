@@ -10,7 +10,6 @@ Protocol: one JSON request a line on standard input, {"argv", "processes", "log"
 import contextlib
 import gc
 import importlib
-import itertools
 import json
 import os
 import runpy
@@ -20,6 +19,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+
+from torch.distributed import TCPStore
 
 IMPORTED = (
     "amaxbridge.bridge.megatron",
@@ -39,10 +40,10 @@ def serve() -> None:
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # a compiler warms up in each rank for a handful of tokens
     with contextlib.redirect_stdout(sys.stderr):
         prepare(IMPORTED)
-    ports = _ports()
     for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(_run(**request, port=next(ports))), flush=True)
+        with _meeting_point() as port:
+            status = _run(**json.loads(line), port=port)
+        print(json.dumps(status), flush=True)
 
 
 def prepare(modules: Sequence[str]) -> None:
@@ -55,17 +56,29 @@ def prepare(modules: Sequence[str]) -> None:
     gc.freeze()  # or each process would walk, and so copy, a million objects that never change
 
 
-def _ports() -> Iterator[str]:
-    """Free ports below those that the kernel gives to connections, each once, and others in another zygote."""
-    for port in itertools.cycle(range(10_000, 30_000)[os.getpid() * 200 % 20_000 :]):
+@contextlib.contextmanager
+def _meeting_point() -> Iterator[int]:
+    """The port of a store where ranks find one another: torchrun's agent, in a process of its own.
+
+    The kernel chooses the port for the socket that listens, so no other process can take it meanwhile.
+    """
+    here, there = socket.socketpair()
+    host = os.fork()
+    if host == 0:
+        here.close()
         try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        yield str(port)
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            there.sendall(str(store.port).encode())
+            there.recv(1)  # until the other end is closed
+        finally:
+            os._exit(0)
+    there.close()
+    with here:
+        yield int(here.recv(16))
+    os.waitpid(host, 0)
 
 
-def _run(argv: list[str], processes: int, log: str, cwd: str, port: str) -> int:
+def _run(argv: list[str], processes: int, log: str, cwd: str, port: int) -> int:
     """Forks the ranks and waits for all; the first that fails gives the status and ends the others, who wait for it."""
     children = set[int]()
     for rank in range(processes):
@@ -86,14 +99,15 @@ def _run(argv: list[str], processes: int, log: str, cwd: str, port: str) -> int:
     return failure
 
 
-def _become_rank(argv: list[str], rank: int, processes: int, port: str, log: str) -> None:
+def _become_rank(argv: list[str], rank: int, processes: int, port: int, log: str) -> None:
     """Runs the script as the main program of this process and exits; never returns."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "zygote"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "zygote"}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     status = 0

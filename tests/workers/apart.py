@@ -1,8 +1,8 @@
 """Starts processes of scripts/export.py that know nothing of one another, forked from one that has all imported.
 
 A JSON request a line: {"words", "rank", "world", "cwd", "log", "pause"} starts one and answers its process id;
-{"join": PID} answers its exit status. Each bundle is synced and noted at once. A process that is to pause after some
-bundles makes the file LOG.paused, and goes on when it is removed.
+{"join": PID} answers its exit status. Each bundle is synced and noted before the next one begins. A process that is to
+pause after some bundles makes the file LOG.paused, and goes on when it is removed.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from amaxbridge import cli
-from amaxbridge.export.disk import shard_writer
+from amaxbridge.export.disk.shard_writer import ShardWriter
+from amaxbridge.export.output import finished_directory
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.scripts import progress_bar
 from amaxbridge.scripts.export import export
@@ -36,11 +37,18 @@ class Pausing(NoProgress):
 
     def advance(self, *, tensors: int, nbytes: int) -> None:
         self._left -= 1
-        time.sleep(0.01)  # until the bundle is noted
         if self._left == 0:
             self._mark.touch()
             while self._mark.exists():
                 time.sleep(0.01)
+
+
+class NotingWriter(ShardWriter):
+    """Notes each bundle in the thread that wrote it, not when the thread that syncs comes to it."""
+
+    def done(self, bundle: str) -> None:
+        self._done.append(bundle)
+        self._sync()
 
 
 def start(words: list[str], rank: int, world: int, cwd: str, log: str, pause: int) -> int:
@@ -52,7 +60,7 @@ def start(words: list[str], rank: int, world: int, cwd: str, log: str, pause: in
         os.dup2(output, stream)
     os.chdir(cwd)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    shard_writer._SYNC_BYTES = 0
+    finished_directory.ShardWriter = NotingWriter
 
     @contextlib.contextmanager
     def progress(what: str) -> Iterator[Progress]:

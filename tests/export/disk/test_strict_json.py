@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +145,8 @@ def test_a_sound_header_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "directory"])
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    """Nobody writes into the pipe, so that reading it would never end."""
     path = tmp_path / "a.safetensors"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    begin = time.monotonic()
     with pytest.raises(CheckpointError, match="cannot be read"):
         SafetensorsFile(path)
-    assert time.monotonic() - begin < 10

@@ -145,7 +145,7 @@ class TestTensors:
         )
 
     def test_a_partner_that_is_missing_is_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """Another layer has it. The rest of the group is quantized as a group."""
+        """A module that other layers have is missing in one: it is named, and the rest of the group is quantized."""
         tensors = dense_model()
         del tensors["model.layers.1.self_attn.k_proj.weight"]
         report = model_free_ptq(write_checkpoint(tmp_path / "in", tensors), tmp_path / "out", "nvfp4a16")
@@ -208,7 +208,7 @@ class TestArguments:
     def test_neither_a_directory_nor_a_model_of_the_hub(
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The real client, without leave to use the network."""
+        """The real Hub client runs offline."""
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "hf").mkdir()
@@ -222,10 +222,10 @@ class TestArguments:
 
     def test_another_run_is_writing(self, source: Path) -> None:
         code = (
-            "import fcntl, os, sys, time\n"
+            "import fcntl, os, signal, sys\n"
             "os.makedirs(sys.argv[1]); open(sys.argv[1] + '/' + sys.argv[2], 'w').close()\n"
             "lock = os.open(sys.argv[1] + '/.done-0-of-1', os.O_RDWR | os.O_CREAT)\n"
-            "fcntl.flock(lock, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)\n"
+            "fcntl.flock(lock, fcntl.LOCK_EX); print('locked', flush=True); signal.pause()\n"
         )
         partial = source.parent / "out.partial"
         with subprocess.Popen([sys.executable, "-c", code, partial, MARK], stdout=subprocess.PIPE, text=True) as other:
