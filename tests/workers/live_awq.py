@@ -10,21 +10,18 @@ weight and the vector of each Hugging Face weight.
 import copy
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import modelopt.torch.quantization as mtq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_all_quantizers  # noqa: E402
-from amaxbridge.mappings.errors import UsageError  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_all_quantizers
+from amaxbridge.mappings.errors import UsageError
+from tests.workers.model import forward
 
 CASES = {"int4_awq": mtq.INT4_AWQ_CFG, "nvfp4_awq_lite": mtq.NVFP4_AWQ_LITE_CFG}
 WITHOUT_NORM = ("*linear_proj*", "*linear_fc2*")

@@ -8,18 +8,15 @@ with a per-channel amax of their weights' own rows. For each: the checkpoint, an
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import modelopt.torch.quantization as mtq
+import torch
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
-from tests.workers.live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
@@ -41,7 +38,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
 
 
 def amax_of_each_row(model: Any) -> None:
-    """Where ranks hold whole rows; else one number, which does not depend on how they are cut."""
+    """Per-row amax where ranks hold whole rows; else one number, which does not depend on the cut."""
     modules = dict(model.named_modules())
     for quantizer in walk_quantizers([model]):
         if "weight_quantizer" not in quantizer.name:

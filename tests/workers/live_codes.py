@@ -7,21 +7,16 @@ Each form of `tests/support/stored_codes.py` takes the place of all linear weigh
 """
 
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import torch
 
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from amaxbridge.mappings.errors import AmaxbridgeError  # noqa: E402
-from tests.support import stored_codes  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.mappings.errors import AmaxbridgeError
+from tests.support import stored_codes
 
 FORMS = ("InBlocks", "MX", "InRows", "Swizzled", "OneScale", "Gradients")
 
@@ -63,7 +58,7 @@ def linear_weights(model: Any) -> list[tuple[Any, str, Any]]:
 
 
 def attempt(bridge: AutoBridge, model: Any, out: Path, **options: Any) -> str:
-    """What a refused export said; nothing if it went well."""
+    """Runs an export; returns the message of its refusal, or nothing."""
     try:
         bridge.save_hf_pretrained(model, out, **{"scheme": "auto", **options})
     except AmaxbridgeError as error:

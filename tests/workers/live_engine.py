@@ -13,29 +13,24 @@ whose result depends on it: a token's scale is that of the part of the token tha
 
 import copy
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import modelopt.torch.quantization as mtq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from amaxbridge.bridge.megatron import process_ranks  # noqa: E402
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint  # noqa: E402
-from amaxbridge.export.model_free.whole_directory import model_free_ptq  # noqa: E402
-from amaxbridge.export.schemes import SCHEMES  # noqa: E402
-from amaxbridge.mappings.ranks import Axis  # noqa: E402
-from tests.workers.model import TOKENS, forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.bridge.megatron import process_ranks
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.model_free.whole_directory import model_free_ptq
+from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.mappings.ranks import Axis
+from tests.workers.model import TOKENS, forward
 
 INT8_ROWS_AND_TOKENS = copy.deepcopy(mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG)
 for _entry in INT8_ROWS_AND_TOKENS["quant_cfg"]:

@@ -10,24 +10,20 @@ import hashlib
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from amaxbridge.bridge.stored.saved_arguments import megatron_arguments  # noqa: E402
-from amaxbridge.mappings.errors import AmaxbridgeError  # noqa: E402
-from tests.workers.model import TOKENS, forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
+from amaxbridge.mappings.errors import AmaxbridgeError
+from tests.workers.model import TOKENS, forward
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

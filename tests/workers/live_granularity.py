@@ -6,24 +6,19 @@ Each rank leaves what it got as OUT_DIR/CASE_RANK.pt; together the ranks have th
 """
 
 import copy
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import modelopt.torch.quantization as mtq
+import torch
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from amaxbridge.mappings.errors import UsageError  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.mappings.errors import UsageError
+from tests.workers.model import forward
 
 
 def static_blocks(model: Any) -> None:
@@ -83,7 +78,7 @@ def main(hf: Path, out: Path, tp: int) -> None:
 
 
 def whole(state: Any, bridge: AutoBridge) -> Any:
-    """The state of all ranks: per-channel and per-block values lie on their owners."""
+    """Joins the ranks' states; per-channel and per-block values lie on their owners."""
     from dataclasses import replace
 
     from amaxbridge.bridge.live.process_ranks import current_ranks

@@ -7,18 +7,13 @@ that, and notes what is refused.
 """
 
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.mappings.errors import AmaxbridgeError  # noqa: E402
-from tests.workers.live_moe import insert_quantizers, mirror_amax, set_amax_from_names  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.mappings.errors import AmaxbridgeError
+from tests.workers.live_moe import insert_quantizers, mirror_amax, set_amax_from_names
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:

@@ -7,21 +7,16 @@ the live model is exported to PATH instead. Or `{"sizes": …, "hf": …, "impor
 """
 
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import torch
 
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.import_hf import import_hf  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import process_group, world_rank  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.import_hf import import_hf
+from amaxbridge.bridge.live.process_ranks import process_group, world_rank
+from tests.workers.model import forward
 
 
 def main(steps: list[dict[str, Any]]) -> None:

@@ -10,26 +10,21 @@ there: it calibrates, and saves a checkpoint.
 
 import hashlib
 import json
-import logging
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import modelopt.torch.quantization as mtq
+import torch
+from megatron.core import parallel_state
+from modelopt.torch.quantization.nn import TensorQuantizer
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_parameters, walk_quantizers  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from amaxbridge.mappings.errors import AmaxError  # noqa: E402
-from tests.workers.model import TOKENS, forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_parameters, walk_quantizers
+from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.mappings.errors import AmaxError
+from tests.workers.model import TOKENS, forward
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
@@ -92,7 +87,7 @@ def set_amax_from_names(chunks: list[Any], parts: int = 1) -> None:
 
 
 def mirror_amax(bridge: AutoBridge, chunks: list[Any]) -> None:
-    """Out of Megatron in Hugging Face names, and back into quantizers that have forgotten everything."""
+    """Collects amax under Hugging Face names, resets the quantizers, and loads the amax back."""
     state = bridge.collect_quant_state(chunks)
     for quantizer in walk_quantizers(chunks):
         quantizer.module.amax = torch.zeros(())
@@ -100,7 +95,7 @@ def mirror_amax(bridge: AutoBridge, chunks: list[Any]) -> None:
 
 
 def note_names(chunks: list[Any], out: Path) -> None:
-    """What this rank holds, by global name."""
+    """Writes the global names of what this rank holds."""
     names = {
         "parameters": [each.name for each in walk_parameters(chunks)],
         "quantizers": [each.name for each in walk_quantizers(chunks)],

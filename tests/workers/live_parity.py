@@ -11,24 +11,19 @@ Megatron saves it.
 """
 
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import modelopt.torch.quantization as mtq
+import torch
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import layer_pattern, walk_parameters, walk_quantizers  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import current_ranks, process_group, world_rank  # noqa: E402
-from amaxbridge.bridge.stored.saved_arguments import megatron_arguments  # noqa: E402
-from amaxbridge.mappings.ranks import Axis  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import layer_pattern, walk_parameters, walk_quantizers
+from amaxbridge.bridge.live.process_ranks import current_ranks, process_group, world_rank
+from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
+from amaxbridge.mappings.ranks import Axis
+from tests.workers.model import forward
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:

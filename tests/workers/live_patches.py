@@ -7,21 +7,18 @@ Writes `patches.json`: for each moment, the watched attributes that are not the 
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.fusions import fused_softmax
+from megatron.core.ssm import mamba_mixer
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from modelopt.torch.quantization import tensor_quant
+from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
-import torch  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.fusions import fused_softmax  # noqa: E402
-from megatron.core.ssm import mamba_mixer  # noqa: E402
-from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
-from modelopt.torch.quantization import tensor_quant  # noqa: E402
-from modelopt.torch.quantization.nn import QuantModuleRegistry  # noqa: E402
-from modelopt.torch.quantization.nn.modules import tensor_quantizer  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
 
 WATCHED = [
     (torch.cuda, "current_device"),

@@ -7,20 +7,15 @@ Every parameter of the real model is there and none of its bytes: DeepSeek-V3, 6
 
 import gc
 import json
-import logging
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import torch
+from transformers import AutoConfig
 
-import torch  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.hf import HFModel  # noqa: E402
-from amaxbridge.mappings.families import family_of  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.hf import HFModel
+from amaxbridge.mappings.families import family_of
 
 
 def main(configs: Path, out: Path) -> None:
@@ -31,7 +26,7 @@ def main(configs: Path, out: Path) -> None:
 
 
 def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]]:
-    """What an export would write: name → shape."""
+    """The tensors that an export would write: name → shape."""
     written = json.loads(file.read_text())
     filled = AutoConfig.for_model(**written).to_dict()
     bridge = AutoBridge(HFModel(file.with_suffix(""), written, filled, family_of(written)))

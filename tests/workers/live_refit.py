@@ -6,26 +6,21 @@ Each rank leaves what it was given as OUT_DIR/KIND_RANK.safetensors, and how man
 """
 
 import json
-import logging
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.INFO)
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from safetensors.torch import save_file
+from torch import Tensor
 
-import torch  # noqa: E402
-from modelopt.torch.quantization.config import QuantizerAttributeConfig  # noqa: E402
-from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.process_ranks import world_rank  # noqa: E402
-from tests.workers.live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.process_ranks import world_rank
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 
 def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
@@ -48,7 +43,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
 
 
 def quantize_cache(chunk: Any) -> None:
-    """As ModelOpt does it to Transformer Engine's attention, which needs a GPU."""
+    """Adds cache quantizers as ModelOpt does to Transformer Engine's attention, which needs a GPU."""
     for layer in chunk.decoder.layers:
         for letter in "kv":
             quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3)))

@@ -9,20 +9,17 @@ ModelOpt 0.47 gives the experts of a grouped linear no amax but the first one's,
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import torch
 
-import torch  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
-from amaxbridge.bridge.megatron import megatron_checkpoint  # noqa: E402
-from amaxbridge.mappings.errors import CheckpointError  # noqa: E402
-from tests.workers.live_moe import insert_quantizers, set_amax_from_names  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from amaxbridge.bridge.megatron import megatron_checkpoint
+from amaxbridge.mappings.errors import CheckpointError
+from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 _restore = megatron_checkpoint.restore_sharded_modelopt_state
 
@@ -69,7 +66,7 @@ def nothing(model: Any) -> None:
 
 
 def of_experts(model: Any) -> None:
-    """As ModelOpt 0.47 leaves a grouped linear."""
+    """Removes amax as ModelOpt 0.47 does in a grouped linear."""
     for quantizer in walk_quantizers([model]):
         if quantizer.name.rpartition(".")[2] in ("1", "2", "3"):
             del quantizer.module._amax

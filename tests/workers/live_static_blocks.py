@@ -9,23 +9,20 @@ ModelOpt's fake quantizer makes of each weight, and the codes and scales of Mode
 import copy
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from safetensors.torch import save_file
+from torch import Tensor
 
-import modelopt.torch.quantization as mtq  # noqa: E402
-import torch  # noqa: E402
-from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer  # noqa: E402
-from modelopt.torch.quantization.qtensor import NVFP4QTensor  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
-from amaxbridge.bridge.live.model_walk import walk_quantizers  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
+from amaxbridge.bridge.live.model_walk import walk_quantizers
+from tests.workers.model import forward
 
 BLOCK = 16
 GLOBAL = 1.2718281  # of every quantizer and rank: above all weights, and such that no scale lies between two of E4M3

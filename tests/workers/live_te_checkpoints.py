@@ -7,12 +7,9 @@ CASES_DIR has cases of `tests/fixtures/te`, unpacked. What each gives is in `OUT
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
-
-from amaxbridge.bridge import AutoBridge, megatron  # noqa: E402
+from amaxbridge.bridge import AutoBridge, megatron
 
 
 def main(cases: Path, out: Path, sizes: dict[str, int]) -> None:

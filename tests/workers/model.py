@@ -1,4 +1,4 @@
-"""What the workers run: fixed tokens through a Megatron model."""
+"""The forward pass of the workers: fixed tokens through a Megatron model."""
 
 from typing import Any
 
