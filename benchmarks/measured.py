@@ -25,7 +25,7 @@ def measured(run: Callable[[], object]) -> dict[str, float]:
 
 
 def _status(field: str) -> int:
-    """Kilobytes."""
+    """A field of /proc/self/status in kilobytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def compare(source: Path, target: Path, scheme: str, options: Any) -> dict[str, dict[str, float]]:
-    """What each took."""
+    """Measures each program, and returns what it took."""
 
     def run(program: str, python: str = sys.executable) -> dict[str, float]:
         if program != "disk":

@@ -11,12 +11,12 @@ PRESETS = ("NVFP4A16", "MXFP4", "MXFP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W
 
 
 def bf16_weight() -> Tensor:
-    """Return a weight of 32 MiB."""
+    """A random weight of 32 MiB."""
     return (torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
 def best_seconds(job: Callable[[], object], runs: int = 7) -> float:
-    """Return the least CPU time of a run, after one that is not counted."""
+    """The least CPU time of several runs, in seconds, after one that is not counted."""
     job()
     times = []
     for _ in range(runs):

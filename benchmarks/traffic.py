@@ -63,7 +63,7 @@ class CountingRanks:
 
 
 def export(ranks: Ranks, model: Model, kind: str, tensors: dict[str, Tensor]) -> None:
-    """As `bridge.auto` does it, without quantizing and writing."""
+    """Exports as `bridge.auto` does, without quantizing and writing."""
     registry = REGISTRIES[kind]
     plan = plan_export(as_parameters(tensors), registry, model.config, ranks, skip=frozenset())
     for _ in stream_bundles(plan, tensors, model.config, ranks):
@@ -86,7 +86,7 @@ def naive(ranks: Ranks, model: Model, kind: str, tensors: dict[str, Tensor]) -> 
 
 
 def _share(ranks: Ranks, axis: Axis, shards: list[Tensor] | None) -> list[Tensor] | None:
-    """What one rank of the axis has, on all of them."""
+    """Sends one rank's tensor to all ranks of the axis."""
     held = ranks.all_gather_object(axis, shards and [(shard.shape, shard.dtype) for shard in shards])
     source = next((rank for rank, specs in enumerate(held) if specs), None)
     if source is None or all(held):
@@ -143,7 +143,7 @@ def _status(field: str) -> int:
 
 
 def run(kind: str, model: Model, mesh: Mesh) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """All processes of one case, in rank order."""
+    """The figures of one case's processes, in rank order."""
     results = mp.get_context("spawn").SimpleQueue()
     with TemporaryDirectory() as directory:
         arguments = (os.path.join(directory, "store"), kind, model, mesh, results)

@@ -72,7 +72,7 @@ def train(hf: str, address: str, output: str) -> None:
 
 @torch.no_grad()
 def forward(model: Any) -> None:
-    """What the quantizers are calibrated on."""
+    """The forward pass that calibrates the quantizers."""
     tokens = torch.arange(16)[None]
     mask = torch.ones(16, 16, dtype=torch.bool).triu(1)[None, None]
     model.eval()(tokens, tokens, mask)
@@ -80,7 +80,7 @@ def forward(model: Any) -> None:
 
 @torch.no_grad()
 def change_weights(model: Any) -> None:
-    """In place of an optimizer's step."""
+    """Stands for an optimizer's step."""
     for parameter in model.parameters():
         parameter.mul_(0.75)
 

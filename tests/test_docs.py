@@ -61,12 +61,12 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def plain_checkpoint(hf: Path, directory: Path) -> Path:
-    """Of a training without quantizers."""
+    """A Megatron checkpoint of a training without quantizers."""
     return write_state(directory / "checkpoint", megatron_state(read_hf_model(hf)))
 
 
 def block_quantized(directory: Path) -> Path:
-    """A small checkpoint in FP8 blocks as DeepSeek-V3 has them."""
+    """A small checkpoint in the FP8 blocks of DeepSeek-V3."""
     tensors = dense_model(layers=1)
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         module = name.removesuffix(".weight")
@@ -170,7 +170,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_every_message_is_one_of_the_program() -> None:
-    """Headings of the page about errors, with … for what differs from time to time."""
+    """The headings of docs/troubleshooting.md are the program's messages, with … for what varies."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     assert len(messages) > 20
@@ -179,7 +179,7 @@ def test_every_message_is_one_of_the_program() -> None:
 
 @cache
 def texts() -> tuple[str, ...]:
-    """All texts in the source, … for what is filled in."""
+    """All texts in the source, with … for what is filled in."""
     rooms = ("amaxbridge", "scripts", "bridge", "export", "mappings")
     trees = [ast.parse(file.read_text()) for room in rooms for file in (ROOT / room).rglob("*.py")]
     return tuple(found for tree in trees for node in ast.walk(tree) if (found := text_of(node)))

@@ -1,4 +1,4 @@
-"""The rooms and who may call whom: the arrows of the design, read from the imports."""
+"""The rooms of the design: which package may import which, read from the imports."""
 
 import ast
 import subprocess

@@ -64,7 +64,7 @@ class Environment:
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    """What a command printed, run without our folder on its path."""
+    """Runs a command without our folder on its path, and returns what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     words = [str(word) for word in command]
@@ -208,7 +208,7 @@ def test_beside_a_project_with_the_same_words(name: str, installed: Environment,
 
 
 def test_the_installed_command_quantizes(installed: Environment, tmp_path: Path) -> None:
-    """In a folder whose own modules have our words, and whose `configs` has a scheme of our name."""
+    """It works in a folder whose modules have our rooms' names, and whose `configs` has a scheme of our name."""
     for name in ROOMS:
         (tmp_path / f"{name}.py").write_text("raise ImportError('of the user')")
     (tmp_path / "configs" / "scheme").mkdir(parents=True)
@@ -219,7 +219,7 @@ def test_the_installed_command_quantizes(installed: Environment, tmp_path: Path)
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """So that it answers at once: the list of commands from the standard library, options of one without torch."""
+    """Help answers at once: the list of commands imports the standard library only, a command's options no torch."""
     code = (
         "import sys; from amaxbridge.__main__ import main\n"
         "try: main()\n"

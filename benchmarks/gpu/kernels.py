@@ -129,7 +129,7 @@ def fp8_job(name: str, blocks: Blocks, largest: float, arithmetic: Arithmetic) -
 
 
 def agrees(job: Job, weight: Tensor) -> bool:
-    """Whether the GPU gives the CPU's bytes. The amax of a group has no other public function: it is compared there."""
+    """True if the GPU gives the CPU's bytes. The group amax has no public function, so it is compared here."""
     if job.name == "amax of a group":
         return bool(amax_triton.tensor_amax([weight]) == weight.abs().max())
     found, expected = job.whole(weight), job.whole(weight.cpu())
@@ -138,18 +138,18 @@ def agrees(job: Job, weight: Tensor) -> bool:
 
 
 def copied(weight: Tensor) -> float:
-    """Bytes a second, read and written, of a copy within the memory."""
+    """Bytes per second, read plus written, of a copy within GPU memory."""
     copy = torch.empty_like(weight)
     return 2 * weight.nbytes / seconds(lambda: copy.copy_(weight))
 
 
 def seconds(job: Callable[[], object]) -> float:
-    """Median time of the GPU."""
+    """Median GPU time in seconds."""
     return do_bench(job, warmup=50, rep=300, return_mode="median") / 1e3
 
 
 def whole_seconds(job: Callable[[], object], runs: int = 15) -> float:
-    """Median wall time, to the end of the last kernel."""
+    """Median wall time in seconds, to the end of the last kernel."""
     times = []
     for _ in range(runs):
         torch.cuda.synchronize()

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def row(name: str, run: Callable[[], object], target: Path, nbytes: int, runs: int = 3) -> None:
-    """Prints a line of the table: what a run takes that writes to `target`."""
+    """Prints a line of the table for a run that writes to `target`."""
     with Watch() as watch:
         seconds = timed(run, runs)
     shutil.rmtree(target)
@@ -78,7 +78,7 @@ def row(name: str, run: Callable[[], object], target: Path, nbytes: int, runs: i
 
 
 def peer(source: Path, nbytes: int, workers: Sequence[int]) -> None:
-    """The same by llm-compressor, data-free NVFP4."""
+    """The same run by llm-compressor: data-free NVFP4."""
     sys.path[:] = [each for each in sys.path if each != str(Path(__file__).parent)]  # whose kernels.py is theirs too
     try:
         from llmcompressor import model_free_ptq as theirs
@@ -105,7 +105,7 @@ def same_as_cpu(directory: Path) -> None:
 
 
 def calibrated(source: Path) -> QuantState:
-    """An amax for every linear of the layers."""
+    """A state with an amax for every linear of the layers."""
     import json
 
     weight_map = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
@@ -115,7 +115,7 @@ def calibrated(source: Path) -> QuantState:
 
 
 def limits(files: list[Path], nbytes: int, directory: Path) -> None:
-    """What the machine does alone: reading the files, writing and syncing a third of that, copying to the GPU."""
+    """The machine's own limits: reading the files, writing and syncing a third of that, copying to the GPU."""
 
     def read(file: Path) -> None:
         buffer = bytearray(BLOCK)

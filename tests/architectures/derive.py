@@ -130,7 +130,7 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
 
 
 def _spellings(model: PreTrainedModel) -> Iterable[dict[str, tuple[str, tuple[int, ...]]]]:
-    """Name in the files → name in the model, and the shape in the files: as modules are named, and as files are."""
+    """Name in the files → name in the model and shape in the files, in the modules' spelling and in the files'."""
     state = dict(model.state_dict())
     yield {name: (name, tuple(tensor.shape)) for name, tensor in state.items()}
     forward = get_model_conversion_mapping(model, add_legacy=False)

@@ -56,7 +56,7 @@ def _text_part(config: PreTrainedConfig) -> str | None:
 
 
 def _heads(model: PreTrainedModel) -> dict[str, Any]:
-    """The modules of output layers, and if the first is the embedding where the configuration does not say.
+    """The output layers' modules, and True if the first is the embedding where the configuration does not say so.
 
     A model inside a model ties its own head, by its own configuration.
     """

@@ -72,7 +72,7 @@ def config_of(architecture: str) -> PreTrainedConfig:
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the language model; of its decoder, if there are two."""
+    """The language model's configuration; its decoder's, where an encoder stands beside it."""
     return config.get_text_config(decoder=True)
 
 

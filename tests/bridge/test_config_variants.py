@@ -99,7 +99,7 @@ class Checkpoint:
         return read_hf_model(directory)
 
     def export(self, hf: HFModel) -> Fields:
-        """What is written: tensors by name, and config.json."""
+        """The exported tensors by name, and the exported config.json."""
         output = self._root / f"out{self._count}"
         AutoBridge(hf).convert_checkpoint(self.checkpoint, output, scheme="none")
         return {"tensors": tensors_in(output), "config": json.loads((output / "config.json").read_text())}
@@ -124,7 +124,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def refused(hf: HFModel) -> bool:
-    """True if neither a plan nor a model is made: both with the same message."""
+    """True if neither a plan nor a model can be made; both refusals must have the same message."""
     try:
         hf.family.check_buildable(hf.config)
     except UsageError as error:
@@ -163,7 +163,7 @@ def test_what_is_computed_never_stops_an_export(model: Checkpoint) -> None:
 
 
 def test_weights_that_no_mapping_takes_are_refused_by_both(model: Checkpoint) -> None:
-    """Biases, where the architecture has a choice."""
+    """Biases, in architectures whose configuration can switch them on."""
     seen = 0
     for field in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"):
         if model.fields.get(field) is not False:

@@ -22,7 +22,7 @@ MODELS = ["Qwen3", "Llama 3, tied", "Qwen1.5-MoE", "DeepSeek-V3", "GPT-OSS", "Ne
 
 
 def recipe_of(name: str) -> Recipe:
-    """Of one scheme; groups so small that the tiny models divide into them."""
+    """A recipe of one scheme, with groups so small that they divide the tiny models' weights."""
     group_size = 32 if name in ("w4a16", "w4a16_asym", "w8a16") else None
     return Groups((SchemeGroup(named_scheme(name, group_size)),))
 

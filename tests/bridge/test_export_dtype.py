@@ -109,7 +109,7 @@ UNKNOWN = ["bf16", "bflot16", "torch.bfloat16", "auto", "float8_e4m3fn", "float6
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("said", UNKNOWN, ids=repr)
 def test_a_dtype_in_config_json_that_is_unknown(said: object, field: str, tmp_path: Path) -> None:
-    """It was taken for none. transformers is not asked, which refuses some of these with an AttributeError."""
+    """An unknown dtype was once ignored. transformers, which answers some with an AttributeError, is not asked."""
     hf = HFModel(tmp_path, {field: said}, {}, family_of({"architectures": ["Qwen3ForCausalLM"]}))
     message = re.escape(f"config.json says {field}={said}, which is no dtype of weights; known: bfloat16, float16,")
     with pytest.raises(UsageError, match=message):

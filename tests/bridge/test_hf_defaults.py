@@ -1,4 +1,4 @@
-"""config.json without transformers: what `hf_defaults` completes is what transformers makes of it, or is refused."""
+"""Without transformers, `hf_defaults` completes a config.json as transformers would, or it is refused."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_the_table_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_published_models(path: Path) -> None:
-    """As they are on the Hub, most of them written by older releases."""
+    """config.json as published on the Hub; most were written by older releases."""
     written = json.loads(path.read_text())
     family = family_of(written)
     if path.stem in REFUSED:
@@ -44,7 +44,7 @@ def test_every_refused_model_is_among_them() -> None:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_what_transformers_writes_now(name: str, tmp_path: Path) -> None:
-    """A config.json as `save_pretrained` leaves it has all that is read."""
+    """A config.json that `save_pretrained` wrote has every field that an export reads."""
     model = TINY_MODELS[name].make()
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

@@ -25,7 +25,7 @@ IMPORT = ROOT / "scripts" / "import_hf.py"
 
 
 def bring_in(launch: Launcher, source: Path, checkpoint: Path, **sizes: int) -> str:
-    """Runs the command at a topology, by as many processes as it needs."""
+    """Runs `amaxbridge import` at a topology, in as many processes as it needs."""
     processes = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("ep", 1)
     words = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
     return launch(IMPORT, f"hf={source}", f"output={checkpoint}", *words, processes=processes)
@@ -34,7 +34,7 @@ def bring_in(launch: Launcher, source: Path, checkpoint: Path, **sizes: int) -> 
 def assert_exports(
     checkpoint: Path, source: Path, out: Path, *, scheme: str = "nvfp4", shard_bytes: int = 30_000
 ) -> None:
-    """What comes out of a checkpoint is, byte for byte, what went in."""
+    """Asserts that a checkpoint exports, byte for byte, the directory that was imported."""
     bridge = AutoBridge.from_hf_pretrained(source)
     bridge.convert_checkpoint(checkpoint, out, scheme=scheme, max_shard_bytes=shard_bytes)
     same_files(out, source)
@@ -100,7 +100,7 @@ def wide(tmp_path: Path) -> Path:
 
 
 def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path) -> None:
-    """The quantizers of each are what the export knows as its own, and have the amax that make its scales."""
+    """Each format's quantizers have the settings that the export knows it by, and the amax that give its scales."""
     names = ("nvfp4a16", "fp8", "fp8_dynamic", "w8a8", "mxfp4", "mxfp8")
     sources = {name: quantized(qwen3, SCHEMES[name], tmp_path / name) for name in names}
     sources |= {name: quantized(wide, SCHEMES[name], tmp_path / name) for name in ("fp8_block", "w4a16")}
@@ -140,7 +140,7 @@ def with_cache_scales(source: Path, directory: Path, scheme: dict[str, object]) 
 
 
 def test_a_key_value_cache(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
-    """Its scales become amax of quantizers, which take part in the forward, and come out again."""
+    """Cache scales become the amax of cache quantizers, change the forward pass, and are exported again."""
     nvfp4 = quantized(qwen3, SCHEMES["nvfp4"], tmp_path / "nvfp4")
     source = with_cache_scales(nvfp4, tmp_path / "in", arguments(8, "float", "tensor"))
     checkpoint, plain = tmp_path / "checkpoint", tmp_path / "plain"

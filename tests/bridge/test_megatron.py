@@ -1,4 +1,4 @@
-"""The road on real Megatron ranks: byte-identical at every topology, right to the bit, and equal to its own forward."""
+"""Exports from real Megatron ranks: the same bytes at every topology, exact codes, and the logits of Megatron."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""HybridModel on real Megatron ranks: the bytes that a GPTModel exports, and a model that only it has."""
+"""HybridModel on real Megatron ranks: it exports the bytes of a GPTModel, and models that GPTModel cannot build."""
 
 import json
 from pathlib import Path
@@ -21,19 +21,19 @@ TOPOLOGIES: list[dict[str, int]] = [
 
 @pytest.fixture(scope="module")
 def live_hybrid(launch: Launcher, qwen3_moe_mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    """What ranks exported of a transformer that is a HybridModel, `*E*E*-*E`."""
+    """The exports of a transformer that is a HybridModel, `*E*E*-*E`."""
     return LiveRanks(launch, "live_hybrid.py", qwen3_moe_mixed, tmp_path_factory.mktemp("live_hybrid"))
 
 
 @pytest.fixture(scope="module")
 def live_mamba(launch: Launcher, nemotron_h: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    """What ranks exported of a Nemotron-H."""
+    """The exports of a Nemotron-H."""
     return LiveRanks(launch, "live_hybrid.py", nemotron_h, tmp_path_factory.mktemp("live_mamba"))
 
 
 @pytest.fixture(scope="module")
 def live_hybrid_mtp(launch: Launcher, deepseek_v3_mtp: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    """The same of one with latent attention and layers for multi-token prediction, `+-+E/+E/+E`."""
+    """The exports of a HybridModel with latent attention and multi-token prediction layers, `+-+E/+E/+E`."""
     return LiveRanks(launch, "live_hybrid.py", deepseek_v3_mtp, tmp_path_factory.mktemp("live_hybrid_mtp"))
 
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_exports_the_same_bytes(model: str, request: pytest.Fixture
 def test_its_files_export_the_same_bytes(
     model: str, sizes: dict[str, int], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Read from the disk, without Megatron, however it was cut when it was saved."""
+    """The checkpoint is read without Megatron, and its topology does not matter."""
     live: LiveRanks = request.getfixturevalue(model)
     bridge = AutoBridge.from_hf_pretrained(live.hf)
     bridge.convert_checkpoint(live.at(**sizes) / "checkpoint", tmp_path / "out", max_shard_bytes=60_000)

@@ -37,13 +37,13 @@ FAMILY = family_of(CONFIG)
 
 @pytest.mark.parametrize("sizes", TOPOLOGIES, ids=label)
 def test_every_topology_writes_the_same_bytes(live_mla: LiveRanks, sizes: dict[str, int]) -> None:
-    """Down projections are cut by Megatron's own layers, which these are."""
+    """The down projections are Megatron's own layers, so Megatron decides how they are cut."""
     compare_exports(live_mla, sizes)
 
 
 @pytest.mark.parametrize("sizes", MTP_TOPOLOGIES, ids=label)
 def test_mtp_layers_travel_both_ways(live_mtp: LiveRanks, sizes: dict[str, int]) -> None:
-    """With the copies of embedding and output layer that Hugging Face's files hold for each of them."""
+    """Hugging Face's files hold a copy of the embedding and of the output layer for each MTP layer."""
     compare_exports(live_mtp, sizes)
     layers = {name.split(".")[2] for name in tensors_in(live_mtp.at() / "plain") if name.startswith("model.layers")}
     assert layers == {"0", "1", "2", "3"}
@@ -83,7 +83,7 @@ def test_router_biases_stay_fp32_and_what_is_not_quantized_is_ignored(live_mtp: 
 
 
 def test_mtp_layers_that_are_not_quantized_are_ignored_whole(live_mtp: LiveRanks) -> None:
-    """ModelOpt's default configuration."""
+    """ModelOpt's default configuration leaves them unquantized."""
     exported = live_mtp.at(processes=2, pp=2) / "nvfp4"
     mtp = ("model.layers.2.", "model.layers.3.")
     source = {name: tensor for name, tensor in tensors_in(live_mtp.hf).items() if name.startswith(mtp)}
@@ -97,7 +97,7 @@ def test_mtp_layers_that_are_not_quantized_are_ignored_whole(live_mtp: LiveRanks
 
 
 def test_the_amax_of_an_mtp_layer_is_its_own(live_mtp: LiveRanks) -> None:
-    """Against the hashes that the worker made them from."""
+    """The oracle is the hash from which the worker made each amax."""
     tensors = tensors_in(live_mtp.at(processes=2, tp=2, ep=2, etp=1) / "nvfp4_mtp")
     for index, kind in itertools.product(range(2), ("weight", "input")):
         inner = f"mtp.layers.{index}.mtp_model_layer"

@@ -54,7 +54,7 @@ def test_dense_layers_among_them_and_virtual_pipeline_stages(live_moe_mixed: Liv
 
 
 def test_experts_differ_so_that_a_wrong_number_shows(live_moe: LiveRanks) -> None:
-    """Else the tests above would pass on a model whose ranks all initialized the same experts."""
+    """The tests above would pass on a model whose ranks had all initialized the same experts."""
     tensors = tensors_in(live_moe.at() / "nvfp4")
     for kind in ("weight_packed", "weight_global_scale", "input_global_scale"):
         values = [tensor.numpy().tobytes() for name, tensor in tensors.items() if name.endswith(f"down_proj.{kind}")]
@@ -63,7 +63,7 @@ def test_experts_differ_so_that_a_wrong_number_shows(live_moe: LiveRanks) -> Non
 
 
 def test_the_amax_of_each_expert_is_its_own(live_moe: LiveRanks) -> None:
-    """Against the hashes that the worker made them from; the other tests would not see all experts exchanged alike."""
+    """The oracle is the hash of each amax. Other tests would not notice if all experts were swapped alike."""
 
     def amax(quantizer: str) -> float:
         digest = hashlib.sha256(quantizer.encode()).digest()
@@ -99,7 +99,7 @@ def test_ranks_hold_experts_and_layers_under_global_numbers(live_moe: LiveRanks,
 
 @pytest.mark.parametrize("export", ["nvfp4", "calibrated"])
 def test_scales_of_every_expert(live_moe: LiveRanks, export: str) -> None:
-    """Finite, positive, there for all global experts, and one for gate and up: an engine takes the gate's for both."""
+    """Every expert has finite positive scales; gate and up share one, because an engine uses the gate's for both."""
     tensors = tensors_in(live_moe.at(processes=2, ep=2) / export)
     for kind in ("weight_global_scale", "input_global_scale"):
         scales = {name.removesuffix(f".{kind}"): t for name, t in tensors.items() if name.endswith(kind)}
@@ -144,7 +144,7 @@ def test_routers_stay_as_they_are_and_are_ignored(live_moe: LiveRanks) -> None:
 
 
 def test_a_tied_head_is_ignored_by_its_name(live_moe_mixed: LiveRanks) -> None:
-    """It has no tensor and is a Linear all the same: transformers would look for a quantized one, and fail to load."""
+    """A tied head has no tensor but is a Linear: if it were not ignored, transformers would fail to load it."""
     exported = live_moe_mixed.at() / "nvfp4"
     assert "lm_head.weight" not in tensors_in(exported)
     assert "lm_head" in json.loads((exported / "config.json").read_text())["quantization_config"]["ignore"]

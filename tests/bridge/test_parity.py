@@ -36,7 +36,7 @@ def of(cases: list[Case], model: str) -> list[Case]:
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_megatron_computes_what_transformers_computes(cases: list[Case], model: str) -> None:
-    """fp32 on both sides, so what differs is the order of sums."""
+    """Both sides compute in fp32, so only the order of sums differs."""
     errors = {case.label: case.found["logits"]["relative"] for case in of(cases, model)}
     assert len(errors) == len(TINY_MODELS[model].meshes)
     assert all(error < 1e-5 for error in errors.values()), errors
@@ -50,7 +50,7 @@ def test_weights_there_and_back(cases: list[Case], model: str) -> None:
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: list[Case], model: str) -> None:
-    """What `test_families.py` takes for the Megatron side of the published models."""
+    """`test_families.py` relies on these names for published models."""
     for case in of(cases, model):
         hf = read_hf_model(case.hf)
         found = [hf.registry.hf_to_megatron_lookup(name) for name in case.found["exported"]]
@@ -81,7 +81,7 @@ def test_every_quantizer_has_the_names_of_its_weight(cases: list[Case], model: s
 
 @pytest.mark.parametrize("model", BUILDABLE)
 def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str) -> None:
-    """And all other linears under their own names, whatever the plain files of the family are like."""
+    """All other linears keep their own names, whatever the layout of the family's plain files."""
     parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     for case in of(cases, model):
         names = case.found["exported"]
@@ -94,7 +94,7 @@ def test_quantized_experts_are_written_one_by_one(cases: list[Case], model: str)
 
 @pytest.mark.parametrize("model", [model for model in BUILDABLE if "images" not in model])
 def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], model: str, tmp_path: Path) -> None:
-    """From the files of every mesh, without its Hugging Face directory: the same bytes, and that directory's logits."""
+    """Without the Hugging Face directory, every mesh's files give the same bytes and the directory's logits."""
     for number, case in enumerate(of(cases, model)):
         out = tmp_path / str(number)
         AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], mo
 
 
 def test_what_is_carried_over_is_not_quantized(cases: list[Case]) -> None:
-    """A vision tower goes along, and loads in transformers beside a quantized language model."""
+    """A vision tower is copied, and transformers loads it beside the quantized language model."""
     case = next(case for case in cases if "images" in case.model)
     quantized = case.back / "nvfp4"
     model, loading = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)

@@ -1,4 +1,4 @@
-"""The options: the list of all, what Hydra says of wrong ones, and the config groups as recipes."""
+"""The options of every command, the errors for wrong ones, and the config groups as recipes."""
 
 import dataclasses
 import subprocess
@@ -22,7 +22,7 @@ OPTION_LIST = GOLDEN / "options.txt"
 
 
 def composed(command: str, *words: str) -> Any:
-    """The options of a command, as it would get them."""
+    """The options that a command gets from a command line."""
     register()
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
         return compose(command, list(words))
@@ -50,7 +50,7 @@ def all_options() -> str:
 
 
 def test_the_options_stay() -> None:
-    """Options are what scripts of users hold on to. A change is meant, and then made in the golden file too."""
+    """Users' scripts rely on the options. Whoever changes one on purpose changes the golden file too."""
     assert all_options() == OPTION_LIST.read_text()
 
 
@@ -100,7 +100,7 @@ def test_help_waits_for_no_torch(command: str) -> None:
 
 
 def test_one_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of those that torchrun starts on one terminal; one that was started alone has its own to say it on."""
+    """torchrun's ranks share one terminal, so one speaks for all; a rank that was started alone has its own."""
     monkeypatch.setenv("RANK", "3")
     assert "chekpoint" in run(monkeypatch, capsys, "export", "chekpoint=x")[2]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

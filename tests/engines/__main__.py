@@ -32,7 +32,7 @@ PINS = {"vllm": ("0.33.0", "0.17.0"), "sglang": ("0.5.23", "0.18.0")}
 
 
 def sources(package: str, version: str) -> Path:
-    """The Python files of a wheel, unpacked."""
+    """Unpacks the Python files of a wheel, and returns their directory."""
     target = SOURCES / f"{package}-{version}"
     if not target.is_dir():
         with tempfile.TemporaryDirectory() as work:
@@ -115,7 +115,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Compares, or writes."""
+    """Compares the tables with the committed ones, or writes them."""
     sys.setrecursionlimit(20_000)
     made = {TABLES / f"{engine}.json": text(table(engine)) for engine in PINS}
     made[TABLES / "transformers.json"] = text(table_of_transformers())

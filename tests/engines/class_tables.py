@@ -18,7 +18,7 @@ STEPS = ("regex", "substr", "prefix", "suffix")
 
 
 class Unreadable(Exception):
-    """An expression that is no literal."""
+    """Raised for an expression that is no literal."""
 
 
 @dataclass(frozen=True)

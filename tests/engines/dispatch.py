@@ -63,7 +63,7 @@ def _quiet(*_: object, **__: object) -> None:
 
 
 def names_for(capability: int) -> Names:
-    """What the engine's files import, for an NVIDIA GPU."""
+    """The globals that the engine's files import, as they are on an NVIDIA GPU."""
     import compressed_tensors
     import compressed_tensors.quantization as quantization
     import torch

@@ -54,7 +54,7 @@ NAMES = (
 
 
 def recorded_cases() -> dict[str, Any]:
-    """Every combination; the third packed mapping with few others."""
+    """All combinations of layers, ignores, targets and packed mappings; targets but the first with two ignores only."""
     cases = [
         {"layer": layer, "ignore": list(ignore), "targets": [list(each) for each in targets], "packed": packed}
         for layer, ignore, targets, packed in product(LAYERS, IGNORES, TARGETS, PACKED)

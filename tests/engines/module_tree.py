@@ -23,7 +23,7 @@ _PLATFORMS = {"is_cuda": True, "is_cuda_alike": True, "is_npu": False, "is_hip":
 
 
 class Kind(StrEnum):
-    """What a layer is to the quantization config of an engine."""
+    """The kinds of layers that an engine's quantization config tells apart."""
 
     LINEAR = "linear"
     PLAIN = "plain"  # torch's own class, which no engine quantizes
@@ -95,7 +95,7 @@ class New:
 
 @dataclass(frozen=True)
 class Many:
-    """Modules of a list."""
+    """The modules of a list."""
 
     members: "Values"
 
@@ -291,7 +291,7 @@ class Program:
         return UNKNOWN
 
     def mro(self, cls: Class) -> list[Class]:
-        """A class and what it derives from, depth first."""
+        """A class and its base classes, depth first."""
         if cls not in self._mro:
             self._mro[cls] = [cls]  # for a class whose base cannot be told from itself
             found = [cls]
@@ -307,7 +307,7 @@ class Program:
         return any(each.name == name for each in self.mro(cls))
 
     def method(self, cls: Class, name: str, after: Class | None = None) -> tuple[Class, ast.FunctionDef] | None:
-        """The method that a call finds; `after`: the next one, as `super()` does."""
+        """The method that a call finds. With `after`, the next one in the order, as `super()` finds it."""
         classes = self.mro(cls)
         if after is not None:
             classes = classes[classes.index(after) + 1 :] if after in classes else []
@@ -338,7 +338,7 @@ class Program:
         return self._found, list(dict.fromkeys(self._visited)), self._hosted
 
     def _place(self, values: Values, path: str) -> None:
-        """Modules that are assigned to an attribute."""
+        """Places the modules that are assigned to an attribute."""
         for value in values:
             match value:
                 case New():

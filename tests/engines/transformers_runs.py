@@ -1,4 +1,4 @@
-"""Which schemes transformers serves: tried, not read.
+"""Which schemes transformers serves, found by trying.
 
 A tiny Qwen3 and a tiny Qwen3-MoE are quantized in every scheme and loaded by transformers. The logits are compared with
 those of the same model with dequantized weights in 16 bits. Where they differ by more than quantized inputs explain,
@@ -46,7 +46,7 @@ def tiny(directory: Path, *, experts: bool, tied: bool = False) -> Path:
 
 
 def served() -> dict[str, dict[str, str]]:
-    """Scheme → what becomes of linear layers and experts: `loads`, or `!` and what happens."""
+    """Scheme → for linear layers and for experts: `loads`, or `!` and what went wrong."""
     found: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as work:
         for part, experts in (("linear", False), ("experts", True)):

@@ -260,7 +260,7 @@ class TestFinalizerRefuses:
 
 
 def test_files_are_as_safetensors_writes_them(tmp_path: Path) -> None:
-    """Its own reader sees the same tensors in the same file format."""
+    """The safetensors library reads the same tensors from our files."""
     tensors = {"a.weight": torch.randn(3, 5), "b.weight": torch.arange(6, dtype=torch.uint8)}
     write(tmp_path / "out", tensors)
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -268,7 +268,7 @@ def test_files_are_as_safetensors_writes_them(tmp_path: Path) -> None:
 
 
 class TestMissingAmax:
-    """The policies, on a group of two of which one has no usable amax."""
+    """The policies on a group of two modules, one of which has no usable amax."""
 
     def state(self, bad: str) -> QuantState:
         state = state_for(GOOD)
@@ -299,7 +299,7 @@ class TestMissingAmax:
 
 
 def test_state_that_the_scheme_has_no_place_for_is_refused() -> None:
-    """Output quantizers, input scales: never dropped in silence."""
+    """Output quantizers and input scales are never dropped in silence."""
     state = state_for(GOOD)
     for name, message in (
         ("q_proj.output_quantizer._amax", "no place for 1 quantizer values"),

@@ -81,7 +81,7 @@ def test_arguments_are_read_as_compressed_tensors_reads_them(more: dict[str, Any
 
 @every_scheme
 def test_what_compressed_tensors_writes_is_read(scheme: Scheme) -> None:
-    """Its own serialization has more keys, null or not, and leaves others out."""
+    """compressed-tensors' own serialization has additional keys, some null, and lacks others."""
     ours = quantization_config({"m": scheme}, ["lm_head"])
     theirs = QuantizationConfig.model_validate(ours).model_dump(mode="json")
     assert theirs.keys() > {"config_groups", "ignore", "format"}

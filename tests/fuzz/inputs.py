@@ -1,4 +1,4 @@
-"""What is fuzzed: one good input of each kind, as small as it can be, made once for each directory."""
+"""The inputs that are fuzzed: the smallest good one of each kind, made once for each directory."""
 
 import io
 import json

@@ -71,7 +71,7 @@ def fake_quantized(weight: Tensor, amax: Tensor) -> Tensor:
 
 
 def compared(weight: Tensor, amax: Tensor, fake: Tensor, exported: NVFP4Weight) -> tuple[dict[str, int], int]:
-    """How many elements the fake quantizer has otherwise, by the first reason that fits; how many our scale changes."""
+    """Counts the elements that differ from the fake quantizer, by reason, and those that our scale changes."""
     factor_2 = amax / torch.full_like(amax, 2688.0)
     step = (exported.block_scale.float() * factor_2).repeat_interleave(16, 1)
     expected = e2m1.unpack(exported.packed) * step

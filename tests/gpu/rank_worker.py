@@ -26,7 +26,7 @@ from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one rank: bytes of its shards, and seconds and bytes received of both ways."""
+    """Figures of one rank: bytes of its shards, and for both ways the seconds and the bytes received."""
 
     device: str
     shards: int
@@ -62,7 +62,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """From the moment that all ranks begin to the end of the last one."""
+    """Seconds from the moment that all ranks begin until the last one ends."""
     dist.barrier()
     begin = time.perf_counter()
     work()

@@ -89,7 +89,7 @@ def test_rows_of_amax_follow_rows_of_weights(size: int, blocks: int) -> None:
 
 
 def test_a_row_parallel_weight_has_one_per_channel_amax_on_all_ranks() -> None:
-    """Its columns are cut, so the ranks hold amax of the same rows: the maximum counts."""
+    """Its columns are cut, so all ranks hold an amax of each row: the maximum counts."""
     (amax,) = convert_to_amax_map([RowParallelMapping("d.linear_fc2.weight", "m.down_proj.weight")])
     one, other = torch.tensor([[1.0], [5.0]]), torch.tensor([[2.0], [4.0]])
     (joined,) = amax.join([one, other], None).values()

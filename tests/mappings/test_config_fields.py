@@ -1,4 +1,4 @@
-"""Fields of config.json with values that no model has are refused by name, where the file is read."""
+"""A field of config.json whose value no model has is refused by name when the file is read."""
 
 import json
 from pathlib import Path

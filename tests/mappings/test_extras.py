@@ -1,4 +1,4 @@
-"""Packages that only some commands need: one error names the extra, and every import of theirs is behind it."""
+"""Packages that only some commands need: one error names the extra, and guards every import of them."""
 
 import ast
 import re
@@ -73,7 +73,7 @@ ASKED_FOR = ("bridge/megatron/", "bridge/import_hf.py", "scripts/demo_text.py", 
 
 
 def test_everything_else_is_imported_without_them() -> None:
-    """Import by import, in one process."""
+    """Every module imports, one after the other, in one process."""
     files = [path.relative_to(ROOT) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     names = [".".join(path.with_suffix("").parts) for path in files if not str(path).startswith(ASKED_FOR)]
     modules = [f"amaxbridge.{name}" for name in names if not name.startswith("amaxbridge") and "__init__" not in name]
@@ -105,7 +105,7 @@ WITHOUT = {  # a program → what it says in an environment with core dependenci
 
 
 def test_one_error_names_the_extra() -> None:
-    """In one process for all, since torch takes seconds."""
+    """One process tries all extras, because importing torch takes seconds."""
     hidden = sorted(OPTIONAL)
     lines = [
         "from amaxbridge.mappings.errors import UsageError",

@@ -33,7 +33,7 @@ def hf_model(config: Any) -> HFModel:
 
 
 def packed(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """What files hold: packed experts where the family has them."""
+    """The names that files hold, with packed experts where the family packs them."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return ExpertPacker(specs, hf.family.packed_experts).specs if hf.family.packed_experts else specs
 

@@ -1,4 +1,4 @@
-"""HybridModel's layers under the names that mappings have."""
+"""HybridModel's layers get the names that the mappings use."""
 
 import pytest
 

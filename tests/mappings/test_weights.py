@@ -33,7 +33,7 @@ def numbered(*shape: int) -> Tensor:
 
 
 def round_trip(mapping: MegatronParamMapping, tensors: dict[str, Tensor], config: Any, size: int) -> list[Tensor]:
-    """Splits into shards and joins them again; the result must be what went in."""
+    """Splits a tensor into shards and joins them again, which must give the tensor."""
     shards = [mapping.split(tensors, config, rank, size) for rank in range(size)]
     joined = mapping.join(shards, config)
     assert list(joined) == list(mapping.targets)
@@ -165,7 +165,7 @@ def test_experts_are_sharded_over_their_own_axis() -> None:
 
 
 def test_megatron_to_hf_and_back_through_ranks() -> None:
-    """The public pair, each rank a thread with its own shard."""
+    """`megatron_to_hf` and `hf_to_megatron`, where each rank is a thread with its own shard."""
     config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     module = SimpleNamespace(config=config)
     mapping = QKVMapping("l.*.w", "l.*.q", "l.*.k", "l.*.v").resolve(["3"])
@@ -201,7 +201,7 @@ def test_wildcards_must_agree() -> None:
 
 
 def test_join_works_on_meta_tensors() -> None:
-    """The plan learns shapes this way."""
+    """The plan infers shapes this way."""
     config = ModelConfig(num_attention_heads=4, num_query_groups=2)
     joined = QKVMapping("w", "q", "k", "v").join([torch.empty(8, 3, device="meta")] * 2, config)
     assert {name: tuple(tensor.shape) for name, tensor in joined.items()} == {"q": (8, 3), "k": (4, 3), "v": (4, 3)}

@@ -1,4 +1,4 @@
-"""Write tests/golden/nvfp4_llmcompressor.safetensors: the NVFP4 bytes of llm-compressor's ``model_free_ptq``.
+"""Writes tests/golden/nvfp4_llmcompressor.safetensors: the NVFP4 bytes of llm-compressor's ``model_free_ptq``.
 
 It runs in llm-compressor's environment, not in ours, because the pins of torch and compressed-tensors differ
 (``make golden``). A small dense checkpoint is made on the spot, once for each dtype, quantized by the real
@@ -39,7 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def adversarial_rows() -> Tensor:
-    """Return ``[14, 64]`` fp32 whose maximum makes the global scale 2**10, so that ties are hit exactly."""
+    """``[14, 64]`` fp32 whose maximum makes the global scale 2**10, so that ties are hit exactly."""
     bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     ties = torch.cat([bounds, -bounds, torch.tensor([6.0, -0.0])])  # one block, effective scale 1
     just_above, just_below = ties * (1 + 2**-7), ties * (1 - 2**-8)
@@ -64,7 +64,7 @@ def adversarial_rows() -> Tensor:
 
 
 def make_checkpoint(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return three dense layers: normal weights, adversarial rows, and uneven, zero and tiny groups."""
+    """Three dense layers: normal weights, adversarial rows, and uneven, zero and tiny groups."""
     generator = torch.Generator().manual_seed(20261122)
     tensors = {}
     for layer, std in enumerate((0.02, 0.5, 1.0)):
@@ -80,7 +80,7 @@ def make_checkpoint(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def quantize_with_peer(tensors: dict[str, Tensor], scheme: str = "NVFP4A16") -> dict[str, Tensor]:
-    """Run ``model_free_ptq`` from a checkpoint directory to another, on the CPU."""
+    """Runs ``model_free_ptq`` from one checkpoint directory to another, on the CPU."""
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory, "source"), Path(directory, "target")
         source.mkdir()
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def save_golden(golden: dict[str, Tensor], path: Path) -> None:
-    """Write a golden file that says what made it."""
+    """Writes a golden file that says what made it."""
     packages = ("llmcompressor", "compressed-tensors", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     path.parent.mkdir(exist_ok=True)

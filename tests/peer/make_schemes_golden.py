@@ -1,4 +1,4 @@
-"""Write tests/golden/schemes_llmcompressor.safetensors: what llm-compressor's ``model_free_ptq`` makes of one small
+"""Writes tests/golden/schemes_llmcompressor.safetensors: what llm-compressor's ``model_free_ptq`` makes of one small
 checkpoint, dense and MoE, with every scheme that needs no data.
 
 It runs in llm-compressor's environment (``make golden``). The checkpoint is written once for each dtype, quantized by
@@ -17,7 +17,7 @@ COLUMNS = 256
 
 
 def hard_rows() -> Tensor:
-    """Return ``[18, 256]`` fp32: groups of zeros, of one sign, of one number, ties, tiny and huge values."""
+    """``[18, 256]`` fp32: groups of zeros, of one sign, of one number, ties, tiny and huge values."""
     ramp = torch.linspace(-1.0, 1.0, COLUMNS)
     rows = [ramp, ramp.abs() + 0.1, -ramp.abs() - 0.1, ramp * 1e-30, ramp * 3e3, ramp.round(decimals=1)]
     rows += [torch.cat([ramp[:128] * 0.0, ramp[128:]])]
@@ -25,7 +25,7 @@ def hard_rows() -> Tensor:
 
 
 def make_checkpoint(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a dense layer and, for bf16, one with packed experts and a weight of more than one block of rows."""
+    """A dense layer and, for bf16, one with packed experts and a weight of more than one block of rows."""
     generator = torch.Generator().manual_seed(20261122)
 
     def weight(*shape: int) -> Tensor:

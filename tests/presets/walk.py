@@ -102,7 +102,7 @@ def walk(place: Path, walked: Iterator[tuple[str, Any]]) -> dict[str, dict[str, 
 
 
 def model_directory(directory: Path) -> Path:
-    """Its weights divide into blocks of 128, also where Megatron fuses them."""
+    """Writes the tiny model, whose weights divide into blocks of 128, also where Megatron fuses them."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 2,
              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128,
              "mlp_only_layers": [0]}  # fmt: skip

@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def measure(packages: Path, out: Path) -> Found:
-    """Makes what is not there yet, with the commands that a user types, and scores it."""
+    """Makes every directory that is missing, with the commands that a user types, and scores it."""
     hf, trained = out / "hf", out / "trained"
     python, ranks = [sys.executable], ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     convert = [*python, "-m", "tests.real_model.convert", hf]
@@ -136,7 +136,7 @@ def measure(packages: Path, out: Path) -> Found:
 
 
 def make(target: Path, command: list[object], **environment: str) -> None:
-    """Runs a step whose target is not there, and shows it.
+    """Runs and shows a step whose target is missing.
 
     Raises:
         CalledProcessError: the step failed.
@@ -247,7 +247,7 @@ def trained_table(found: Found) -> Iterator[str]:
 
 
 def statements(found: Found) -> Iterator[str]:
-    """Markdown: what else was compared."""
+    """Markdown: the other comparisons, in sentences."""
     yield f"- Perplexity on {WINDOWS} windows of {CONTEXT} tokens."
     same = "equal, bit for bit" if not found.there_and_back else "**different**"
     yield f"- All tensors, imported at TP={RANKS} and exported again: {same}."

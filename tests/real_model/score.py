@@ -79,7 +79,7 @@ def _in_transformers(directory: Path, windows: Tensor) -> nn.Module:
 
 
 def _float(model: nn.Module) -> nn.Module:
-    """In fp32; transformers' own `float` refuses a quantized model."""
+    """Converts a model to fp32; transformers' own `float` refuses a quantized one."""
     return nn.Module.float(model)
 
 

@@ -106,7 +106,7 @@ def save_losses(model: Any, windows: Tensor, path: Path) -> None:
 
 
 def distil(model: Any, teacher: Any, tokens: Tensor) -> list[float]:
-    """Train in place towards the teacher's logits; return the divergence, in nats a token, of each step.
+    """Trains in place towards the teacher's logits; returns the divergence of each step, in nats a token.
 
     All ranks draw the same windows and compute the same loss over the whole vocabulary.
     """

@@ -53,7 +53,7 @@ GENERATED = 4
 
 
 class Loaded(Exception):
-    """Nothing more is asked of a model than to be loaded."""
+    """Raised once a model is loaded: nothing more is asked of it."""
 
 
 class Held:

@@ -23,7 +23,7 @@ PYTHON, PLATFORM = "3.12", "linux"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """A table of the file, which says what the fields mean."""
+    """One table of `environments.toml`, whose head explains the fields."""
 
     name: str
     pins: Sequence[str]
@@ -34,7 +34,7 @@ class Environment:
 
 
 def requirements(extras: Iterable[str]) -> list[str]:
-    """Ours, with those of some extras."""
+    """Our requirements, including those of some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
 

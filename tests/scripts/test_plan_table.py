@@ -16,7 +16,7 @@ def bf16(*shape: int) -> TensorSpec:
 
 
 def moe(layers: int, experts: int) -> dict[str, TensorSpec]:
-    """Every tensor of a model whose first layer is dense."""
+    """The rows of every tensor of a model whose first layer is dense."""
     specs = {"model.embed_tokens.weight": bf16(1000, 128), "lm_head.weight": bf16(1000, 128)}
     for layer in (f"model.layers.{number}" for number in range(layers)):
         dense = layer.endswith(".0")
@@ -64,7 +64,7 @@ def test_what_is_treated_otherwise_is_a_row_of_its_own() -> None:
 
 
 def test_what_has_no_source_is_counted_under_its_own_name() -> None:
-    """Scales of a key-value cache."""
+    """Scales of a key-value cache have no source tensor."""
     scale = TensorSpec((1,), torch.float32)
     weight = {"model.layers.3.self_attn.k_proj.weight": bf16(8, 8)}
     rows = plan_rows(weight, {**weight, "model.layers.3.self_attn.k_scale": scale}, {})

@@ -1,4 +1,4 @@
-"""Progress, and what is said when Ctrl-C ends the work."""
+"""Progress, and the message when Ctrl-C ends the work."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from tests.support.launcher import LiveRanks
 
 
 class Clock:
-    """Seconds that pass when told so."""
+    """A clock whose seconds pass when the test says so."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -72,7 +72,7 @@ def test_of_several_ranks_it_says_that_it_is_a_share(monkeypatch: pytest.MonkeyP
 
 
 def test_on_one_terminal_only_the_first_rank_shows_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that torchrun starts; those that were started one by one have an output of their own."""
+    """torchrun's ranks share a terminal; ranks that are started one by one have an output each."""
     monkeypatch.setenv("RANK", "1")
     with progress("exporting") as shown:
         assert isinstance(shown, Meter)

@@ -28,7 +28,7 @@ def dense_model(layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> dict[st
 
 
 def moe_model(layers: int = 2, *, packed: bool = False) -> dict[str, Tensor]:
-    """The same with a router and experts, one by one or packed; gate and up of an expert share their maximum."""
+    """A `dense_model` with a router and experts, packed or not; gate and up of an expert have the same maximum."""
     made = _Maker(torch.bfloat16)
     tensors = made.around()
     for layer in range(layers):

@@ -70,12 +70,12 @@ def make(hf: Path, scheme: str, *, cache: bool = False) -> Made:
 
 
 def recipe_of(scheme: str) -> Recipe:
-    """Packed integers in groups of 32, because the tiny models are narrow."""
+    """The recipe of a scheme, with groups of 32 because the tiny models are narrow."""
     return Groups.of(SCHEMES[scheme].with_group_size(32) or SCHEMES[scheme])
 
 
 def state_of(tensors: dict[str, Tensor], scheme: str, layers: int = 0) -> QuantState:
-    """Weights' own amax, inputs' of a few, and of the caches of some layers."""
+    """Amax of all weights, of the inputs that need one, and of the caches of some layers."""
     modules = [name.removesuffix(".weight") for name in tensors if "_proj" in name]
     amax = {f"{name}.weight_quantizer._amax": tensors[f"{name}.weight"].float().abs().max() for name in modules}
     for number, name in enumerate(modules):

@@ -1,4 +1,4 @@
-"""What needs no extra, with the wheel in an environment that has core dependencies only: `make test-core`.
+"""Everything that needs no extra works with the wheel and core dependencies alone: `make test-core`.
 
 The model and the checkpoint are made by this environment, which has all extras, and so is the export that the other is
 compared with: `python -m tests.support.core_only --python PYTHON_OF_THE_OTHER`.
@@ -45,13 +45,13 @@ def make_sources(root: Path, command: Command) -> None:
 
 
 def export(command: Command, root: Path, name: str) -> str:
-    """From the checkpoint to `root/NAME`."""
+    """Exports the checkpoint to `root/NAME`."""
     words = [f"checkpoint={root / 'checkpoint'}", f"hf={root / 'hf'}", f"output={root / name}", "scheme=nvfp4a16"]
     return succeed(command, "export", *words)
 
 
 def check(root: Path, command: Command) -> None:
-    """Runs what needs no extra, and what needs one, which says so.
+    """Runs commands that need no extra, and one that does and must say so.
 
     Args:
         command: without the extras.
@@ -83,14 +83,14 @@ def check(root: Path, command: Command) -> None:
 
 
 def succeed(command: Command, *words: object) -> str:
-    """What a command printed."""
+    """Runs a command, which must succeed, and returns what it printed."""
     status, said = command(*words)
     assert status == 0, f"{' '.join(map(str, words))} ended with {status}:\n{said}"
     return said
 
 
 def same_weights(one: Path, other: Path) -> None:
-    """The same bytes in the same files."""
+    """Asserts that both directories have the same weight files, byte for byte."""
     files = sorted(path.name for path in one.glob("*.safetensors"))
     assert files == sorted(path.name for path in other.glob("*.safetensors"))
     assert files
@@ -110,7 +110,7 @@ def run(python: Sequence[str], root: Path) -> Command:
 
 
 def main() -> None:
-    """Makes the sources here, and checks there."""
+    """Makes the sources with this interpreter, and runs the checks with the other."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--python", required=True)
     there = str(Path(parser.parse_args().python).absolute())  # not resolved: a link in an environment

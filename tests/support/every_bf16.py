@@ -1,4 +1,4 @@
-"""Weights that hold every bf16 there is, and the quantization they are put to."""
+"""Weights that hold every bf16 value, and the schemes that they are quantized with."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def nvfp4_of(arithmetic: Arithmetic, amax: float) -> Quantize:
 
 
 def every_block_amax(width: int) -> Tensor:
-    """Return a block for each magnitude: it comes first, then others below it, of both signs, and zeros of both."""
+    """A block for each magnitude: it comes first, then others below it, of both signs, and zeros of both."""
     share = torch.rand(INFINITY, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     blocks = (EVERY_MAGNITUDE.float().unsqueeze(1) * share).bfloat16()
     blocks[:, 0], blocks[:, 1], blocks[:, 2] = EVERY_MAGNITUDE, 0.0, -0.0
@@ -32,7 +32,7 @@ def every_block_amax(width: int) -> Tensor:
 
 
 def every_value(width: int) -> Tensor:
-    """Return blocks in which every bf16, of either sign, stands under each of `LARGEST` that is not below it."""
+    """Blocks in which every bf16, of either sign, stands under each of `LARGEST` that is not below it."""
     rows = []
     for largest in LARGEST:
         below = EVERY_MAGNITUDE[: largest + 1]

@@ -1,4 +1,4 @@
-"""Weights that find the corners of a quantizer, and what it means that bytes are the same."""
+"""Weights that reach a quantizer's corner cases, and byte-wise comparison."""
 
 from collections.abc import Callable, Mapping
 
@@ -23,7 +23,7 @@ def random_weight(rows: int = 24, columns: int = 96, std: float = 0.02, seed: in
 
 
 def zeros_and_negative_zeros() -> Tensor:
-    """Return whole zero blocks, -0.0 blocks, and both beside numbers."""
+    """Blocks of zeros, of -0.0, and of both beside numbers."""
     weight = random_weight()
     weight[:, :16] = 0.0
     weight[::2, 16:32] = -0.0
@@ -33,7 +33,7 @@ def zeros_and_negative_zeros() -> Tensor:
 
 
 def ties() -> Tensor:
-    """Return every rounding tie of E2M1, its neighbours, and 6.0, in blocks of scale 2**-10 to 2**-3."""
+    """Every rounding tie of E2M1, its neighbours, and 6.0, in blocks of scale 2**-10 to 2**-3."""
     bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     block = torch.cat([bounds, -bounds, torch.tensor([6.0, -6.0])])
     rows = torch.stack([block, block * (1 + 2**-10), block * (1 - 2**-10)])
@@ -42,7 +42,7 @@ def ties() -> Tensor:
 
 
 def block_scale_ties() -> Tensor:
-    """Return blocks whose scale lies on, or next to, a rounding tie of E4M3, down to its subnormals."""
+    """Blocks whose scale lies on, or next to, a rounding tie of E4M3, down to its subnormals."""
     e4m3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (e4m3[1:] + e4m3[:-1]) / 2
     scales = torch.cat([middles, middles * (1 + 2**-7), middles * (1 - 2**-8), e4m3[1:]])
@@ -51,7 +51,7 @@ def block_scale_ties() -> Tensor:
 
 
 def extremes() -> Tensor:
-    """Return blocks over the whole range of fp32, subnormals included, in one tensor."""
+    """Blocks over the whole range of fp32, subnormals included, in one tensor."""
     ramp = torch.arange(BLOCK) - 7.5
     exponents = ((0, 5, 10, 15), (20, 60, 126, 140))
     return torch.stack([torch.cat([ramp * 2.0**-k for k in row]) for row in exponents])

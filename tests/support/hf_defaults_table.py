@@ -54,7 +54,7 @@ def read_of(family: ModelFamily, config: Mapping[str, Any]) -> tuple[set[str], d
 
 
 def filled(written: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers has it."""
+    """A configuration completed by transformers."""
     from transformers import AutoConfig
 
     config: dict[str, Any] = AutoConfig.for_model(**written).to_dict()
@@ -62,7 +62,7 @@ def filled(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table() -> dict[str, Any]:
-    """All of the file."""
+    """The contents of the file."""
     from transformers import PreTrainedConfig
 
     common = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
@@ -117,7 +117,7 @@ def _aliases(architecture: str) -> Mapping[str, str]:
 
 
 def _divides(architecture: str, family: ModelFamily) -> bool:
-    """True if heads are as wide as the hidden size divided among them, where nothing is said."""
+    """True if the default head width is the hidden size divided by the number of heads."""
     wide = _configured(architecture, family, hidden_size=_WIDTH)
     return bool(wide["head_dim"] == _WIDTH // wide["num_attention_heads"])
 

@@ -1,4 +1,4 @@
-"""What model-free PTQ must make of weights, from the same weights in memory and all at once."""
+"""The oracle of model-free PTQ: the same weights, quantized in memory and all at once."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +21,6 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 
 def expected(tensors: Mapping[str, Tensor], scheme: Any, state: QuantState | None = None) -> dict[str, Tensor]:
-    """What is written for these tensors."""
+    """The tensors that must be written for these."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return dict(Finalizer(specs, find_scheme(scheme), state).finalize(Bundle.of(tensors)))

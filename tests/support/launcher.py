@@ -1,4 +1,4 @@
-"""Real Megatron processes: a launcher of scripts on ranks, and what the ranks of a topology wrote."""
+"""Launches scripts on real Megatron ranks, and keeps what the ranks of each topology wrote."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ class Launcher:
         )
 
     def __call__(self, *command: object, processes: int = 1, cwd: Path = ROOT) -> str:
-        """What the ranks printed, all of them, run in `cwd`.
+        """Runs a script on ranks, in the directory `cwd`, and returns what they all printed.
 
         Raises:
             AssertionError: a rank failed; shows what they printed.
@@ -44,7 +44,7 @@ class Launcher:
         return log.read_text()
 
     def results(self, function: Callable[[int], Any], directory: Path, *, processes: int) -> list[Any]:
-        """What a function of a module returns on each rank, given the rank; in rank order."""
+        """Calls a function of a module with the rank on each rank, and returns the results in rank order."""
         self(WORKERS / "on_ranks.py", function.__module__, function.__name__, directory, processes=processes)
         return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(processes)]
 
@@ -85,6 +85,6 @@ class LiveRanks:
         return made_once(directory, run)
 
     def report(self, **sizes: int) -> dict[str, Any]:
-        """What the worker noted down: messages of warnings and errors."""
+        """The worker's report: messages of warnings and errors."""
         report: dict[str, Any] = json.loads((self.at(**sizes) / "report.json").read_text())
         return report

@@ -20,7 +20,7 @@ ON_PROCESSES = Mesh(tp=2, dp=2, ep=2, etp=2), Model(heads=8, groups=2, experts=8
 
 
 def export(ranks: Ranks, model: Model, mesh: Mesh, bucket_bytes: int = 1 << 20) -> tuple[dict[str, Tensor], int]:
-    """What one rank owns, and the bytes it received."""
+    """Exports on one rank: the tensors that it owns, and the bytes that it received."""
     registry = MOE if model.experts else DENSE
     tensors = model.parameters(mesh, ranks.rank(Axis.WORLD), registry)
     counting = CountingRanks(ranks)
@@ -39,6 +39,6 @@ def as_lists(exported: tuple[dict[str, Tensor], int]) -> Any:
 
 
 def on_processes(rank: int) -> Any:
-    """What one of four processes exports."""
+    """The export of one of four processes."""
     mesh, model = ON_PROCESSES
     return as_lists(export(ProcessRanks(process_groups(mesh, rank)), model, mesh))

@@ -41,13 +41,13 @@ class Case:
 
     @property
     def same_weights(self) -> bool:
-        """Whether the exported tensors are the source's: the same names, the same bits."""
+        """True if the exported tensors have the source's names and bits."""
         source, exported = tensors_in(self.hf), tensors_in(self.back)
         return source.keys() == exported.keys() and all(exported[name].equal(source[name]) for name in source)
 
 
 def processes(sizes: dict[str, int]) -> int:
-    """How many a mesh needs."""
+    """The number of processes that a mesh needs."""
     return max(sizes["tp"] * sizes.get("pp", 1), sizes.get("ep", 1))
 
 

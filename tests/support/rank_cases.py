@@ -1,4 +1,4 @@
-"""Cases that threads and processes as ranks have to do alike."""
+"""Cases in which ranks that are threads and ranks that are processes must agree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ CASES: list[Callable[[Ranks], Any]] = [geometry, collectives, input_is_left_alon
 
 
 def on_processes(rank: int) -> list[Any]:
-    """The result of every case on one of four processes."""
+    """The results of all cases on one of four processes."""
     mine = {}  # new_group is collective: every rank makes every group, in the same order
     for axis, members in ((Axis.TP, TP), (Axis.EP, EP)):
         for ids in members:

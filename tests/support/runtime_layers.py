@@ -23,7 +23,7 @@ def random_inputs(columns: int, tokens: int = 5, seed: int = 9) -> Tensor:
 
 
 def written(scheme: Scheme, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What a scheme writes for a fused group: module → name → tensor."""
+    """The tensors that a scheme writes for a fused group: module → name → tensor."""
     amax = GROUP if scheme.needs_input_amax else None
     found: dict[str, dict[str, Tensor]] = {module: {} for module in weights}
     for name, tensor in quantize_tensors(scheme, weights, amax):

@@ -79,7 +79,7 @@ class Measuring:
 
 
 def processor_seconds() -> float:
-    """Of this process and of all that descend from it, at work or ended."""
+    """Processor seconds of this process and of all its descendants, running or ended."""
     this = psutil.Process()
     total = 0.0
     for process in (this, *this.children(recursive=True)):

@@ -50,7 +50,7 @@ class _Stored(torch.Tensor):
 
 
 class InBlocks(_Stored):
-    """As `Float8BlockwiseQTensor` with square blocks: scales `[out/128, in/128]`, padded to a multiple of 4 across."""
+    """Like `Float8BlockwiseQTensor` in square blocks: scales `[out/128, in/128]`, padded to a multiple of 4 across."""
 
     _is_2D_scaled = True
 
@@ -66,13 +66,13 @@ class InBlocks(_Stored):
 
 
 class InRows(InBlocks):
-    """The same with a scale for 128 elements of a row, which is for activations."""
+    """Like `InBlocks`, with a scale for 128 elements of a row, as activations have."""
 
     _is_2D_scaled = False
 
 
 class MX(_Stored):
-    """As `MXFP8Tensor`: exponents `[out, in/32]`, padded to multiples of 128 and 4."""
+    """Like `MXFP8Tensor`: exponents `[out, in/32]`, padded to multiples of 128 and 4."""
 
     _with_gemm_swizzled_scales = False
 
@@ -89,13 +89,13 @@ class MX(_Stored):
 
 
 class Swizzled(MX):
-    """Scales in the order of a kernel."""
+    """Like `MX`, with the scales in the order that a kernel reads."""
 
     _with_gemm_swizzled_scales = True
 
 
 class OneScale(_Stored):
-    """As `Float8Tensor`."""
+    """Like `Float8Tensor`: one scale."""
 
     def _quantize(self, weight: Tensor) -> None:
         self._scale_inv = weight.abs().max().float() / 448
@@ -106,13 +106,13 @@ class OneScale(_Stored):
 
 
 class Gradients(InBlocks):
-    """In the code of gradients."""
+    """Like `OneScale`, in the format of gradients."""
 
     _fp8_dtype = DType.kFloat8E5M2
 
 
 def quantize_in_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales; scales are no power of two, so that a wrong one shows."""
+    """Codes and scales of a weight. No scale is a power of two, so that a wrong one shows."""
     rows, columns = weight.shape
     padded = pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))

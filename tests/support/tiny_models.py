@@ -94,7 +94,7 @@ def randomize(model: Any) -> None:
 
 
 def expert_biases(model: Any) -> None:
-    """In fp32, as DeepSeek stores them."""
+    """Sets the routers' biases, in fp32 as DeepSeek stores them."""
     import torch
 
     for name, module in model.named_modules():
@@ -103,7 +103,7 @@ def expert_biases(model: Any) -> None:
 
 
 def _wide_experts(model: Any) -> None:
-    """So wide that gate and up reach the limits between which they are clamped."""
+    """Makes the experts' weights so large that gate and up reach the limits at which they are clamped."""
     import torch
 
     for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def _wide_experts(model: Any) -> None:
 
 
 def _gemma3_with_images() -> "PreTrainedConfig":
-    """Its language model is what Megatron has."""
+    """The configuration of a Gemma 3 with images, whose language model is what Megatron builds."""
     from transformers import Gemma3Config
 
     text = {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}

@@ -1,4 +1,4 @@
-"""Ways to break a good checkpoint: a table, and the few changes that it is made of."""
+"""A table of ways to break a good checkpoint, and the few changes that they are made of."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[Made], object]:
 
 
 def fill(name: str, value: float) -> Callable[[Made], object]:
-    """A copy with one number in it."""
+    """A copy that is filled with one number."""
 
     def change(made: Made) -> None:
         changed = made.tensors[name].clone()
@@ -115,7 +115,7 @@ def ignore_too(*entries: str) -> Callable[[Made], object]:
 
 
 def copy_module(module: str, to: str) -> Callable[[Made], object]:
-    """A module once more under another name."""
+    """Copies a module to another name."""
 
     def change(made: Made) -> None:
         parts = {name: tensor for name, tensor in made.tensors.items() if name.startswith(f"{module}.")}
@@ -190,7 +190,7 @@ def truncate(directory: Path) -> None:
 
 
 def overlap(directory: Path) -> None:
-    """Two tensors at one place."""
+    """Makes two tensors of a file overlap."""
     file = sorted(directory.glob("*.safetensors"))[1]
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""AWQ: the vectors by which input quantizers multiply inputs, enabled or not, are in what is written.
+"""AWQ: an export folds in the vectors by which input quantizers, enabled or not, multiply their inputs.
 
 INT4 AWQ leaves its input quantizers disabled, and they still multiply.
 """
@@ -73,7 +73,7 @@ def test_other_inputs_have_no_place_for_a_vector(ranks: LiveRanks, case: str) ->
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_that_stay_plain_take_their_vectors(ranks: LiveRanks, case: str) -> None:
-    """With scheme=none every weight, and every norm is the original's; else those that are ignored."""
+    """With scheme=none all weights and norms are the original's; with a scheme, those of ignored modules are."""
     source = tensors_in(ranks.hf)
     for directory, projections in ((f"{case}_plain", ""), (f"{case}_ignoring", ("o_proj.weight", "down_proj.weight"))):
         plain = tensors_in(ranks.at(tp=1) / directory)

@@ -1,4 +1,4 @@
-"""Who moves what: any mesh gives the same bundles, each Hugging Face tensor once, shards to their owner only."""
+"""Any mesh gives the same bundles: each Hugging Face tensor once, and a shard travels to its owner only."""
 
 from pathlib import Path
 from typing import Any

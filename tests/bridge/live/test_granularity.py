@@ -24,7 +24,7 @@ from tests.support.paths import WORKERS
 
 @pytest.fixture(scope="module")
 def collected(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """TP size → what the ranks of that size left."""
+    """TP size → the directory that the ranks of that size wrote."""
     root = tmp_path_factory.mktemp("granularity")
     for tp in (1, 2):
         launch(WORKERS / "live_granularity.py", qwen3, root / f"tp{tp}", tp, processes=tp)
@@ -32,7 +32,7 @@ def collected(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def state(directory: Path, case: str) -> dict[str, Tensor]:
-    """The state of all ranks together; what several of them have must be equal."""
+    """The state of all ranks together. Values that several ranks hold must be equal."""
     merged: dict[str, Tensor] = {}
     for file in sorted(directory.glob(f"{case}_*.pt")):
         for name, tensor in torch.load(file).items():
@@ -83,7 +83,7 @@ def test_input_scales_are_folded_into_plain_weights(collected: dict[int, Path], 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_static_blocks_quantize_with_the_amax_of_training(collected: dict[int, Path], qwen3: Path, tp: int) -> None:
-    """Here the blocks' amax are the weights' own, so the bytes are those of ModelOpt's static export."""
+    """Each block's amax is that of its own weights, so the bytes equal those of ModelOpt's static export."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     source, written = tensors_in(qwen3), tensors_in(collected[tp] / "static")
@@ -108,7 +108,7 @@ def test_state_goes_back_into_megatron_and_out_again(collected: dict[int, Path],
 def test_state_beside_plain_weights_is_all_that_a_later_run_needs(
     collected: dict[int, Path], tmp_path: Path, tp: int
 ) -> None:
-    """bf16 and quant_state.safetensors, quantized without Megatron: the bytes of the export from Megatron."""
+    """bf16 weights and quant_state.safetensors, quantized without Megatron, give the bytes of the Megatron export."""
     plain, static = collected[tp] / "plain", collected[tp] / "static"
     config = json.loads((plain / "config.json").read_text())
     saved = read_quant_state(plain / QUANT_STATE_FILE, config, tensors_in(plain))

@@ -1,4 +1,4 @@
-"""Mixture of experts without Megatron: where a quantizer's amax goes when experts are grouped, and the sizes."""
+"""Grouped experts without Megatron: which names each quantizer's amax gets, and the shapes of the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ class GroupedLinear(nn.Module):
 
 
 def grouped_model(ep: Ranks, quantizers: Callable[[range], tuple[nn.Module, nn.Module]]) -> nn.Module:
-    """The experts of layer 1, on one EP rank. `quantizers` makes weight and input quantizer of the local experts."""
+    """Layer 1's experts on one EP rank. `quantizers` makes the weight and the input quantizer of the local experts."""
     each = EXPERTS // ep.size(Axis.EP)
     local = range(ep.rank(Axis.EP) * each, (ep.rank(Axis.EP) + 1) * each)
     model, layer, mlp, experts = (nn.Module() for _ in range(4))

@@ -1,4 +1,4 @@
-"""The thread ranks and real gloo processes do the same on the same cases."""
+"""Ranks that are threads and ranks that are gloo processes give the same results on the same cases."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_tensors_that_differ_in_shape_are_refused() -> None:
 
 
 def test_slices_of_unexpected_lengths_are_refused() -> None:
-    """The message has the lengths, not the bytes."""
+    """The message names the lengths, not the bytes."""
 
     def mismatched(ranks: Ranks) -> None:
         ranks.all_to_all(Axis.WORLD, torch.zeros(100_000, dtype=torch.uint8), [60_000, 40_000], [60_000, 50_000])

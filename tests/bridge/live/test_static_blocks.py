@@ -58,7 +58,7 @@ def test_an_export_is_what_modelopt_computes(ranks: LiveRanks, case: str) -> Non
 
 
 def exporter(oracle: dict[str, Tensor], module: str) -> Tensor:
-    """What the weights of ModelOpt's exporter decode to."""
+    """The dequantized weights of ModelOpt's exporter."""
     scale = oracle[f"{module}.weight.scale"].view(torch.float8_e4m3fn).float() * oracle[f"{module}.weight.factor"]
     codes = e2m1.unpack(oracle[f"{module}.weight.packed"]).unflatten(1, (-1, 16))
     return (codes * scale[..., None]).flatten(1).bfloat16()

@@ -1,4 +1,4 @@
-"""Weights that are FP8 codes and scales: dequantized, or as they are, bit for bit, through TP, QKV and gate/up."""
+"""Weights stored as FP8 codes and scales, exported dequantized or unchanged, bit for bit, through TP, QKV, gate/up."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 
 @pytest.fixture(scope="module")
 def blocks(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    """A model all of whose cuts fall on a bound between blocks; each block has values of its own size."""
+    """A model that is cut between blocks only; the magnitude of the values differs from block to block."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     directory = tmp_path_factory.mktemp("blocks")
@@ -91,7 +91,7 @@ def test_codes_of_experts(experts: LiveRanks, form: str, quantize: Any) -> None:
 
 
 def checked(directory: Path, source: dict[str, Tensor], form: str, quantize: Any) -> int:
-    """How many weights were found with the codes and scales that they have by themselves."""
+    """Checks that weights have the codes and scales of their own quantization; returns how many there are."""
     assert outcomes(directory)[form] == ""
     found, seen = tensors_in(directory / form / "auto"), 0
     for name, weight in source.items():
@@ -108,7 +108,7 @@ def checked(directory: Path, source: dict[str, Tensor], form: str, quantize: Any
 
 @pytest.mark.parametrize("form", ["InBlocks", "MX", "InRows", "OneScale"])
 def test_without_a_scheme_they_are_dequantized(blocks: LiveRanks, form: str) -> None:
-    """And equal at TP=2, where the scale does not depend on how a weight is cut."""
+    """TP=2 gives the same weights wherever the scale does not depend on the cut."""
     found, source = tensors_in(blocks.at(tp=1) / form / "plain"), tensors_in(blocks.hf)
     assert found.keys() == source.keys()
     for name, weight in source.items():

@@ -137,7 +137,7 @@ def test_mamba_in_torch_is_never_silent(
 
 
 def test_a_mamba_model_leaves_nothing_behind(launch: Launcher, nemotron_h: Path, tmp_path: Path) -> None:
-    """Built, run, quantized, saved and loaded on real Megatron: inside, only what a CPU needs is replaced."""
+    """On real Megatron, from building to loading: inside the context only what a CPU needs is replaced."""
     launch(WORKERS / "live_patches.py", nemotron_h, tmp_path)
     seen = json.loads((tmp_path / "patches.json").read_text())
     inside = [name for _, name in ON_A_CPU]

@@ -1,4 +1,4 @@
-"""A checkpoint loaded by a ModelOpt that loses amax on the way: they come back, or their quantizers are named."""
+"""Where ModelOpt loses amax while it loads a checkpoint, they are restored, or the quantizers are named."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Dry runs on meshes that do not exist: the plan of a live export, of a model of any size."""
+"""Dry runs plan a live export of a model of any size on a mesh that does not exist."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The gate: what ModelOpt keeps on a quantizer is known, or refused by name, live and in a checkpoint."""
+"""The gate knows every attribute that ModelOpt keeps on a quantizer, or refuses it by name, live and stored."""
 
 import inspect
 import re
@@ -37,7 +37,7 @@ def walked(quantizer: nn.Module, kind: str = "weight") -> list[Quantizer]:
 
 
 def refused(quantizer: nn.Module, kind: str = "weight", *, plain: bool = False) -> str:
-    """The message, "" if nothing is refused."""
+    """The message of the refusal; empty if nothing is refused."""
     try:
         check_quantizers(refusals(walked(quantizer, kind)), lambda name: plain)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be exported says what it is, and what to do: by its tensors' names, or by its files."""
+"""A checkpoint that cannot be exported: names of tensors or files tell what it is, and the message what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def prefixed(prefix: str) -> Callable[[State], State]:
 
 
 def adapted(state: State) -> State:
-    """As Megatron-Bridge wraps a linear."""
+    """The names of a linear that Megatron-Bridge has wrapped in an adapter."""
     made = {name.replace("linear_qkv.", "linear_qkv.to_wrap."): tensor for name, tensor in state.items()}
     return made | {
         f"{QKV}.adapter.linear_in.weight": torch.ones(4, 64),
@@ -137,7 +137,7 @@ def test_no_model_that_is_exported_is_taken_for_another_kind(name: str) -> None:
 
 
 def test_states_of_chained_optimizers_are_left_out(hf: Path, state: State, tmp_path: Path) -> None:
-    """As a mixture of experts has them: one for the experts, one for the rest."""
+    """A mixture of experts has two optimizers: one for the experts, one for the rest."""
     others = {f"chained_{each}.optimizer.state.exp_avg.{QKV}.weight": torch.ones(3) for each in range(2)}
     checkpoint = write_state(tmp_path / "checkpoint", state | others)
     AutoBridge.from_hf_pretrained(hf).convert_checkpoint(checkpoint, tmp_path / "out", scheme="none")

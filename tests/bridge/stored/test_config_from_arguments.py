@@ -38,7 +38,7 @@ def there_and_back(hf_config: Mapping[str, Any]) -> HFModel:
 
 
 def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) -> Path:
-    """A checkpoint of an embedding, with arguments."""
+    """Saves a checkpoint that holds an embedding and arguments."""
     state = {"embedding.word_embeddings.weight": torch.ones(rows, 64, dtype=torch.bfloat16)}
     save(state, storage_writer=FileSystemWriter(directory), no_dist=True)
     torch.save({"args": Namespace(**arguments)}, directory / "common.pt")
@@ -47,7 +47,7 @@ def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) ->
 
 @pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS])
 def test_a_tiny_config_comes_back(name: str) -> None:
-    """All fields but those that no setting of Megatron has to do with."""
+    """Every field comes back, except those that no setting of Megatron decides."""
     original = TINY_MODELS[name].make().to_dict()
     made = there_and_back(original).config
     for field in original.keys() - NOT_OF_MEGATRON:
@@ -150,7 +150,7 @@ def test_arguments_of_megatron_s_command_line(
 
 
 def test_defaults_are_megatron_s() -> None:
-    """Those of its command line, or where that has none, of its configuration."""
+    """A default is that of Megatron's command line or, where that has no such option, of its configuration."""
     from megatron.core.transformer import MLATransformerConfig
     from megatron.training.arguments import add_megatron_arguments
 

@@ -1,4 +1,4 @@
-"""`.metadata` is read as data: what torch reads from a good one, one error for anything else, and nothing lasts."""
+"""`.metadata` is read as data: a good one as torch reads it, any other ends in one error, and nothing lasts."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""A checkpoint and a config.json that are not of one model; saved arguments that come from elsewhere."""
+"""A checkpoint and a config.json of different models; saved arguments that come from elsewhere."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def changed_config(source: Path, directory: Path, **changes: Any) -> Path:
 
 
 def test_all_disagreements_at_once(live: LiveRanks, tmp_path: Path) -> None:
-    """Another width, fewer key-value heads and a layer more: each kind of tensor in a line, and nothing written."""
+    """Another width, fewer key-value heads, one more layer: a line for each kind of tensor, and nothing is written."""
     hf = changed_config(
         live.hf,
         tmp_path / "hf",

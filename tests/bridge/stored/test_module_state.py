@@ -104,7 +104,7 @@ def test_other_states_are_refused_by_name(kind: str) -> None:
 
 
 def test_nothing_is_called(tmp_path: Path) -> None:
-    """Wherever it stands; in Transformer Engine's state it is skipped as the rest of it is."""
+    """Wherever the call stands. Transformer Engine's state is skipped, the call included."""
     attack = Attack(tmp_path / "run")
     inside = as_tensor(saved({"modelopt_quantizer_state": {"weight_quantizer": {**ENABLED, "backend": attack}}}))
     for data in (as_tensor(pickle.dumps(attack)), as_tensor(saved(attack)), saved(attack), inside):

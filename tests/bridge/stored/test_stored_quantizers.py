@@ -57,7 +57,7 @@ def test_grouped_experts(tmp_path: Path, local: int) -> None:
 
 
 def test_the_setting_of_an_expert_is_its_own(tmp_path: Path) -> None:
-    """Of the second expert of its rank, where two ranks have two each."""
+    """Two ranks hold two experts each; the setting changes on the second expert of its rank."""
     others = {"weight_quantizer.0": STATIC, "weight_quantizer.1": DISABLED}
     both = {"weight_quantizer.0": STATIC, "weight_quantizer.1": STATIC}
     saved: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def test_the_setting_of_an_expert_is_its_own(tmp_path: Path) -> None:
 
 
 def test_one_weight_quantizer_for_all(tmp_path: Path) -> None:
-    """ModelOpt before 0.47."""
+    """ModelOpt before 0.47 has one weight quantizer for all local experts."""
     shared = {"input_quantizer": STATIC, "weight_quantizer": STATIC}
     saved: dict[str, Any] = {
         f"{EXPERTS}.{expert}.linear_fc1._extra_state/shard_0_1": state(shared) for expert in range(4)

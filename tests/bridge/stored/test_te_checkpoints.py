@@ -17,7 +17,7 @@ CASES = sorted(path.name.removesuffix(".tar.xz") for path in FIXTURES.glob("*.ta
 
 
 def described(tensor: Tensor) -> str:
-    """As `expected.json` has it: dtype, shape, the beginning of the SHA-256."""
+    """A tensor in the form of `expected.json`: dtype, shape and the beginning of its SHA-256."""
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     shape = "×".join(map(str, tensor.shape))
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {hashlib.sha256(data).hexdigest()[:16]}"

@@ -47,7 +47,7 @@ def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> Non
 
 @pytest.mark.parametrize("form", SCHEMES)
 def test_saved_at_tp_2_pp_2(dense: LiveRanks, tmp_path: Path, form: str) -> None:
-    """All layers in one tensor, layer by layer, and per-channel amax that lie rank by rank."""
+    """One tensor holds all layers in order; per-channel amax lie rank by rank."""
     saved = dense.at(tp=2, pp=2)
     convert(dense, saved / form, tmp_path / "out", SCHEMES[form])
     same_files(tmp_path / "out", saved / f"live_{form}")
@@ -55,7 +55,7 @@ def test_saved_at_tp_2_pp_2(dense: LiveRanks, tmp_path: Path, form: str) -> None
 
 @pytest.mark.parametrize("form", ["plain", "nvfp4"])
 def test_saved_at_ep_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
-    """All experts in one tensor, and expert by expert."""
+    """One tensor holds all experts, or each expert has its own."""
     saved = moe.at(processes=2, tp=1, ep=2)
     convert(moe, saved / form, tmp_path / "out", SCHEMES[form])
     same_files(tmp_path / "out", saved / f"live_{form}")
@@ -70,7 +70,7 @@ def test_experts_saved_at_etp_2(moe: LiveRanks, tmp_path: Path, form: str) -> No
 
 
 def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None:
-    """Where neither is installed."""
+    """Neither package can be imported."""
     saved = dense.at(tp=2, pp=2)
     words = [f"checkpoint={saved / 'nvfp4'}", f"hf={dense.hf}", f"output={tmp_path / 'out'}", "io.max_shard_gb=6e-5"]
     code = (
@@ -86,7 +86,7 @@ def test_without_megatron_and_modelopt(dense: LiveRanks, tmp_path: Path) -> None
 
 
 def test_experts_and_layers_in_one_tensor(tmp_path: Path) -> None:
-    """Amax included: one for each expert of a weight, one for all of an input."""
+    """The same holds for amax: weight quantizers have one for each expert, input quantizers one for all."""
     weight, amax = torch.randn(2, 4, 6, 8), torch.rand(2, 4)
     module = "decoder.layers.mlp.experts.experts.linear_fc1"
     state = {
@@ -154,7 +154,7 @@ class TestDamage:
         assert "posix.system" in self.refuse(dense, saved)
 
     def test_metadata_that_names_a_function(self, dense: LiveRanks, saved: Path) -> None:
-        """In a module whose classes are allowed."""
+        """The function lies in a module whose classes are allowed."""
         (saved / ".metadata").write_bytes(b"ctorch.distributed.checkpoint.planner\nreduce\n.")
         assert "it names torch.distributed.checkpoint.planner.reduce" in self.refuse(dense, saved)
 

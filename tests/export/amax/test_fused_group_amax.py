@@ -26,7 +26,7 @@ def state_without(quantizer: str, value: float | None) -> QuantState:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_from_weights_fills_no_input_amax(kind: str, module: str) -> None:
-    """What an input reaches is known from data alone: the weights say nothing of it."""
+    """Only data shows how large inputs get; weights say nothing about it."""
     quantizer = module + INPUT_QUANTIZER
     with pytest.raises(AmaxError) as refused:
         share_amax(state_without(quantizer, UNUSABLE[kind]), MODULES, MODULES, missing=MissingAmax.FROM_WEIGHTS)
@@ -36,7 +36,7 @@ def test_from_weights_fills_no_input_amax(kind: str, module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_from_weights_fills_a_weight_amax(kind: str, module: str) -> None:
-    """The whole group's then comes from the weights; its input amax stays the calibrated one."""
+    """The whole group takes its weight amax from the weights, and keeps its calibrated input amax."""
     quantizer = module + WEIGHT_QUANTIZER
     shared = share_amax(state_without(quantizer, UNUSABLE[kind]), MODULES, MODULES, missing=MissingAmax.FROM_WEIGHTS)
     assert shared.filled == {quantizer: "the weights"}

@@ -1,4 +1,4 @@
-"""quant_state.safetensors: what is written is read back, and a file that does not fit is refused with the reason."""
+"""quant_state.safetensors is read back as it was written; a file that does not fit is refused with the reason."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_a_state_of_another_model_is_refused(file: Path, change: dict[str, Any],
 
 
 def test_other_modules_are_a_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A checkpoint may have layers for multi-token prediction that training left out."""
+    """A checkpoint may have multi-token prediction layers that training did not calibrate."""
     read_quant_state(file, CONFIG, [*NAMES, "model.layers.2.eh_proj.weight"])
     assert "has other modules than the checkpoint" in caplog.text
     caplog.clear()
@@ -131,7 +131,7 @@ def test_metadata_of_another_kind(tmp_path: Path, content: str, kind: type[Excep
 
 
 def test_it_is_no_file_of_weights(file: Path) -> None:
-    """Beside a single file of weights, no index is missing."""
+    """quant_state.safetensors beside one file of weights does not make a checkpoint of two files without an index."""
     save_file({"w": torch.ones(1)}, file.parent / "model.safetensors")
     with SafetensorsCheckpoint(file.parent) as checkpoint:
         assert set(checkpoint.tensors) == {"w"}

@@ -1,4 +1,4 @@
-"""What engines make of names: our reading against the engines' own matchers, and what the tables say."""
+"""Names in engines: our matching against the engines' own matchers, and facts that the tables must hold."""
 
 import json
 from collections import Counter

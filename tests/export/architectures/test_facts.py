@@ -1,4 +1,4 @@
-"""What is known of architectures, and what is done with what is not."""
+"""What is known about architectures decides; what is not known is refused."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ LLAMA4 = {
 
 
 def random(*shape: int) -> Tensor:
-    """A weight by its shape alone."""
+    """A random weight that depends on its shape alone."""
     generator = torch.Generator().manual_seed(sum(index * size for index, size in enumerate(shape, start=1)))
     return torch.randn(*shape, generator=generator).bfloat16()
 

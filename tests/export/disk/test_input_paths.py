@@ -1,4 +1,4 @@
-"""Names and links of an input never lead out of it, nor out of the output."""
+"""Names and links in an input never lead out of the input or out of the output."""
 
 import json
 import os

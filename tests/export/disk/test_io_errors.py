@@ -101,7 +101,7 @@ def test_at_every_operation(
 
 
 def test_directories_that_are_carried_are_synced(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file and every directory of the output, before the move."""
+    """Every file and directory of the output is synced before the move."""
     synced, moved, sync, rename = set[str](), False, os.fsync, os.rename
 
     def noting(file: int) -> None:

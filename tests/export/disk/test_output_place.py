@@ -1,4 +1,4 @@
-"""Where an output is written: links, mounts, directories that must stay, and names that belong to somebody else."""
+"""Where an output goes: links, mounts, directories that must stay, and names that belong to somebody else."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def is_old(directory: Path) -> bool:
 class TestLinks:
     @pytest.mark.parametrize("there", ["no", "empty", "full"])
     def test_an_output_that_is_a_link_stays_one(self, source: Path, tmp_path: Path, there: str) -> None:
-        """What it leads to is written, and replaced whole; the link is left as it is."""
+        """The directory behind the link is replaced as a whole; the link itself stays as it is."""
         real = tmp_path / "disk" / "model"
         real.parent.mkdir()
         if there == "empty":
@@ -83,7 +83,7 @@ class TestLinks:
             model_free_ptq(source, tmp_path / "out", "nvfp4a16", overwrite=True)
 
     def test_it_is_resolved_once(self, tmp_path: Path, layout: Layout) -> None:
-        """A link that leads elsewhere by the end changes nothing."""
+        """A link that is changed during the run does not move the output."""
         fill(tmp_path / "other")
         (tmp_path / "first").mkdir()
         (tmp_path / "out").symlink_to("first")
@@ -174,7 +174,7 @@ class TestAppeared:
 
 class TestItMustStay:
     def test_which_directories(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Mount points, and the current directory with all that it lies in; not one that is not there."""
+        """Mount points, the current directory and its parents must stay; a directory that does not exist need not."""
         (tmp_path / "a" / "b").mkdir(parents=True)
         assert must_stay(Path("/proc"))
         assert must_stay(Path("/"))
@@ -188,7 +188,7 @@ class TestItMustStay:
     def test_its_files_are_replaced_one_by_one(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The directory is the same one afterwards, what the file system keeps in it included, and it is said."""
+        """The directory stays the same one, `lost+found` included, and a message says so."""
         out = tmp_path / "out"
         fill(out)
         (out / "lost+found").mkdir()
@@ -225,7 +225,7 @@ class TestItMustStay:
     def test_a_move_that_was_cut_short_is_finished_by_another_command(
         self, tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its user had agreed, and the old files are half gone."""
+        """The first command was allowed to overwrite, and half of the old files are gone."""
         out, rename, moved = tmp_path / "out", os.rename, 0
         fill(out)
         monkeypatch.chdir(out)
@@ -294,7 +294,7 @@ class TestNamesOfOthers:
         assert what != "directory" or is_old(partial)
 
     def test_that_look_like_a_plan_of_ours(self, tmp_path: Path, layout: Layout) -> None:
-        """Without the mark it is not ours, whatever else is in it."""
+        """Without our mark the directory is not ours, whatever else it holds."""
         partial = tmp_path / "out.partial"
         fill(partial)
         for name in (".plan", ".complete", ".done-0-of-1"):

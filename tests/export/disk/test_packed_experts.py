@@ -1,4 +1,4 @@
-"""Packed experts: cut and pack are inverse in every layout, through files; GPT-OSS's are as transformers has them."""
+"""Packed experts: packing inverts cutting in every layout, through files; GPT-OSS's layout is transformers' own."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def experts() -> list[dict[str, Tensor]]:
-    """The tensors of each expert, and one that is none."""
+    """The tensors of each expert, and one tensor of no expert."""
     tensors = [{f"mlp.experts.{e}.{name}": torch.randn(s) for name, s in SHAPES.items()} for e in range(EXPERTS)]
     return [*tensors, {"mlp.router.weight": torch.randn(EXPERTS, HIDDEN)}]
 

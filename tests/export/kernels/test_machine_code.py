@@ -1,4 +1,4 @@
-"""Compiled loops: made by numba once, loaded without it by later processes, made again where what is kept is bad."""
+"""Compiled loops: numba makes them once, later processes load them without it, and bad files are made again."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ MADE, LOADED = ["9.0", "True"], ["9.0", "False"]
 
 
 def in_a_process(cache: Path, before: str = "") -> list[str]:
-    """What it found, and whether it needed numba; and what it said. `before` is run at its start."""
+    """Runs the loops in a process: their result, True if numba was imported, and the log. `before` runs first."""
     caches = {"XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": str(cache / "numba")}
     ran = subprocess.run(
         [sys.executable, "-c", before + PROGRAM],
@@ -57,7 +57,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
 def test_code_that_is_not_as_known_is_left_to_numba(change: str, tmp_path: Path) -> None:
-    """The same result, one line that says so, and code that numba itself keeps."""
+    """The result is the same, one line says so, and numba keeps the code itself."""
     found, imported, *said = in_a_process(tmp_path, change)
     assert [found, imported] == MADE
     assert len(said) == 1

@@ -61,7 +61,7 @@ def modelopt_dequantize(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Ten
 
 
 def compressed_tensors_quantize(weight: Tensor, amax: Tensor) -> NVFP4Weight:
-    """Do what llm-compressor does between observer and file, with compressed-tensors' own functions."""
+    """Does what llm-compressor does between observer and file, with compressed-tensors' own functions."""
     args = SCHEME.weights.model_copy(update={"scale_dtype": torch.float8_e4m3fn})
     amax = amax.to(weight.dtype).reshape(1)
     gparam = generate_gparam(-amax, amax)

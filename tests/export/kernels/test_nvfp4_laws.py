@@ -1,4 +1,4 @@
-"""NVFP4: what holds for every weight, and what is refused."""
+"""NVFP4: laws that hold for every weight, and refusals."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_chunks_do_not_show(
 def test_quantizing_rows_and_columns_apart_is_quantizing_the_whole(
     seed: int, columns: int, arithmetic: Arithmetic
 ) -> None:
-    """What lets ranks and shards quantize on their own, given the group's amax; slices may be strided."""
+    """This law lets ranks and shards quantize on their own, given the group's amax; slices may be strided."""
     weight = random_weight(6, (columns + 1) * BLOCK, seed=seed).bfloat16()
     amax = tensor_amax([weight[:2], weight[2:]], arithmetic=arithmetic)
     assert amax == tensor_amax([weight], arithmetic=arithmetic)

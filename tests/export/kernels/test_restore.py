@@ -98,7 +98,7 @@ def opened(directory: Path) -> DequantizedCheckpoint:
 
 @pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.format])
 def test_every_scheme_comes_back(name: str, tmp_path: Path) -> None:
-    """From the directory alone: its weights, quantized again with the amax of its scales, are its tensors."""
+    """From the directory alone: its weights, quantized again with the amax of its scales, give its tensors."""
     scheme = SCHEMES[name]
     generator = torch.Generator().manual_seed(5)
     modules = ("a.q_proj", "a.k_proj")
@@ -119,7 +119,7 @@ def test_every_scheme_comes_back(name: str, tmp_path: Path) -> None:
 
 
 def test_what_does_not_come_back_is_noted(tmp_path: Path) -> None:
-    """A block whose largest code is 4 under a large scale, as no arithmetic here makes: its values would change."""
+    """A block whose largest code is 4 under a large scale: no arithmetic here makes it, so its values would change."""
     from safetensors.torch import load_file, save_file
 
     save(tmp_path, SCHEMES["nvfp4a16"], {"a.o_proj": torch.randn(4, 64).bfloat16()})

@@ -1,4 +1,4 @@
-"""The converters of others: their whole protocol, packed experts before them, and what they leave quantized."""
+"""Other projects' converters: their whole protocol, packed experts, and layers that they leave quantized."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ class TestPartial:
             assert config.scheme_of(module) == SCHEMES[name], module
 
     def test_awq(self, tmp_path: Path) -> None:
-        """Whose `validate` gives names without shapes, and whose `process` must see values."""
+        """Its `validate` gives names without shapes, and its `process` must see values."""
         stored, modules = held_in(dense_model(), held.awq, "self_attn")
         source = write_checkpoint(tmp_path / "in", stored, cuts=cuts_inside_groups(stored))
         converter = AutoAWQConverter(group_size=64, targets=[ATTENTION])
@@ -113,7 +113,7 @@ class TestPartial:
         ]
 
     def test_everything_is_kept(self, tmp_path: Path) -> None:
-        """With nothing left to quantize, and with no scheme at all."""
+        """Nothing is left to quantize, or no scheme is asked for."""
         stored, modules = held_in(dense_model(), held.nvfp4, "")
         source = write_checkpoint(tmp_path / "in", stored)
         converter = ModelOptNvfp4Converter(targets=["re:.*_proj$"])
@@ -145,7 +145,7 @@ class TestPartial:
 
 
 class TestProtocol:
-    """All of it, and converters that have only a part of it."""
+    """Converters with the whole protocol, and converters with a part of it."""
 
     def test_one_whose_validate_returns_nothing(self, tmp_path: Path) -> None:
         class Old(FP8BlockDequantizer):
@@ -173,7 +173,7 @@ class TestProtocol:
         same(tensors_of(tmp_path / "out"), expected({name: each * 2 for name, each in tensors.items()}, "nvfp4a16"))
 
     def test_one_after_the_other(self, tmp_path: Path) -> None:
-        """Each sees what the one before makes; configs are passed on."""
+        """Each converter sees the tensors and the config that the one before it made."""
         seen = list[Any]()
 
         class Watching:
@@ -228,7 +228,7 @@ class TestProtocol:
         )
 
     def test_one_that_dequantizes_compressed_tensors(self, tmp_path: Path) -> None:
-        """Whose `process` reads a shape from a tensor."""
+        """Its `process` reads a shape from a tensor."""
         write_checkpoint(tmp_path / "in", dense_model(1))
         model_free_ptq(tmp_path / "in", tmp_path / "served", "w4a16")
         converter = CompressedTensorsDequantizer(tmp_path / "served", ["re:.*embed_tokens$"])
@@ -241,7 +241,7 @@ class TestProtocol:
         same(tensors_of(tmp_path / "out"), expected(plain, "mxfp8"))
 
     def test_one_that_changes_the_model(self, tmp_path: Path) -> None:
-        """Experts are pruned, and config.json says how many are left."""
+        """It prunes experts, and config.json says how many are left."""
         tensors = moe_model(1)
         source = write_checkpoint(tmp_path / "in", tensors, config={**MOE, "num_experts": 4, "num_experts_per_tok": 1})
         converter = MagnitudeExpertPruner.from_pretrained(
@@ -265,7 +265,7 @@ class TestProtocol:
         same({name: found[name] for name in made}, made)
 
     def test_one_that_lies(self, tmp_path: Path) -> None:
-        """What it makes of values is not what it makes of shapes: found out, and nothing is at the output."""
+        """It makes other tensors of values than of shapes. The run is refused, and the output stays empty."""
 
         class Lying:
             def process(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ class TestProtocol:
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
     def test_one_that_leaves_codes(self, tmp_path: Path) -> None:
-        """Codes of a format that it is not for."""
+        """It leaves codes of a format that it does not know."""
         stored, _ = held_in(dense_model(1), held.gptq, "")
         source = write_checkpoint(tmp_path / "in", stored)
         with pytest.raises(UsageError, match=r"nothing says how to read them(.|\n)*down_proj"):
@@ -328,7 +328,7 @@ class TestOneFile:
         ],
     )
     def test_two_dims(self, name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-        """Named, unless the name ends in norm, or stands in ignore."""
+        """A weight without two dims is named, unless its name ends in norm or stands in `ignore`."""
         save_file({**dense_model(1), name: torch.ones(shape).bfloat16()}, tmp_path / "in.safetensors")
         wanted = {str(tmp_path / "in.safetensors"): None}
         with pytest.raises(MappingError, match=rf"1 weights that the scheme targets(.|\n)*{name}(.|\n)*ignore"):

@@ -1,4 +1,4 @@
-"""What names and shapes alone tell is said before a byte is written."""
+"""Faults that names and shapes alone reveal are reported before a byte is written."""
 
 from pathlib import Path
 

@@ -114,7 +114,7 @@ def test_several_schemes_the_first_that_targets_wins(dense: Path, tmp_path: Path
 
 
 def test_tensors_larger_than_what_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of many parts, whose amax must be measured over all of them first."""
+    """Weights that are read in many parts: the amax is measured over all parts first."""
     monkeypatch.setattr("amaxbridge.export.disk.safetensors_file.PART_BYTES", 5 * HIDDEN * 2)
     tensors = dense_model()
     source = write_checkpoint(tmp_path / "in", tensors, cuts=cuts_inside_groups(tensors))
@@ -125,7 +125,7 @@ def test_tensors_larger_than_what_is_in_hand(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    """fp16, whose small amax overflow in the peer, too."""
+    """Other dtypes, fp16 included, whose small amax overflow in llm-compressor."""
     tensors = dense_model(1, dtype)
     source = write_checkpoint(tmp_path / "in", tensors)
     model_free_ptq(source, tmp_path / "out", "nvfp4a16")
@@ -152,7 +152,7 @@ def test_zeros_and_subnormals(tmp_path: Path) -> None:
 
 
 def test_towers_routers_and_norms_are_left_alone(tmp_path: Path) -> None:
-    """By default, and listed; norms also where they are called so and have two dims."""
+    """They stay unquantized by default and are listed; so do norms with two dims."""
     left = ["visual.blocks.0.attn.qkv", "model.layers.0.mlp.shared_expert_gate", "model.norm1", "mtp.layers.0.q_proj"]
     tensors = dense_model(1) | {f"{name}.weight": torch.ones(16, 16).bfloat16() for name in left}
     tensors |= {"conv1.weight": torch.ones(4, 1, 4).bfloat16(), "model.layers.0.scale": torch.ones(()).bfloat16()}
@@ -213,7 +213,7 @@ class TestParts:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.safetensors"]
 
     def test_an_incomplete_group_is_quantized(self, tmp_path: Path) -> None:
-        """Another file has its primary; or the architecture has none."""
+        """The group's first module lies in another file, or the architecture has none."""
         save_file({"m.up_proj.weight": torch.ones(16, 32).bfloat16()}, tmp_path / "in.safetensors")
         wanted = {str(tmp_path / "in.safetensors"): ["m.up_proj.weight"]}
         assert process_file(wanted, tmp_path / "out.safetensors", "nvfp4a16")[1].keys() == {

@@ -78,7 +78,7 @@ def source_of(
 
 @every_kind
 def test_dequantized_to_the_bit(kind: str, tmp_path: Path) -> None:
-    """Without a converter named; into plain weights, and into another scheme."""
+    """No converter is named; the output is plain, or in another scheme."""
     hold, declared = KINDS[kind]
     source, _, meant = source_of(tmp_path / "in", hold, declared)
     report = model_free_ptq(source, tmp_path / "plain", "none", verify=False)
@@ -217,7 +217,7 @@ def test_exponents_that_e4m3_does_not_span(tmp_path: Path, caplog: pytest.LogCap
 
 @pytest.mark.parametrize("kind", ["fp8 blocks", "fp8 blocks, .scale in e8m0", "modelopt nvfp4", "modelopt fp8"])
 def test_a_source_that_says_nothing(kind: str, tmp_path: Path) -> None:
-    """Its tensors say it."""
+    """Its tensors tell the format."""
     hold, _ = KINDS[kind]
     source, _, meant = source_of(tmp_path / "in", hold, {})
     model_free_ptq(source, tmp_path / "out", "mxfp8")
@@ -244,7 +244,7 @@ def test_a_source_that_says_it_in_a_file(file: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["text_config", "language_config", "thinker_config.text_config"])
 def test_a_source_that_says_it_inside(where: str, tmp_path: Path) -> None:
-    """In a part of config.json; none of it is in the output's, at any depth."""
+    """A part of config.json declares it; the output's config.json does not, at any depth."""
     inner: dict[str, Any] = {"quantization_config": FP8, "hidden_size": 256}
     for key in reversed(where.split(".")):
         inner = {key: inner}
@@ -358,7 +358,7 @@ def test_weights_in_other_dtypes(name: str, dtype: torch.dtype, tmp_path: Path) 
 
 
 def test_buffers_in_other_dtypes_pass(tmp_path: Path) -> None:
-    """Position ids, masks of older files, tables of routers."""
+    """Position ids, masks in older files and routers' tables are copied."""
     buffers = {
         "model.embeddings.position_ids": torch.arange(8)[None],
         "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
@@ -374,7 +374,7 @@ def test_buffers_in_other_dtypes_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["fp8 blocks", "fp8 blocks, .scale in e8m0", "modelopt nvfp4", "modelopt fp8"])
 @pytest.mark.parametrize("says", [True, False], ids=["declared", "undeclared"])
 def test_an_import_refuses_what_it_would_misread(kind: str, says: bool, tmp_path: Path) -> None:
-    """With the next step; a plain checkpoint and one of compressed-tensors are opened."""
+    """The refusal names the next step. Plain and compressed-tensors checkpoints are imported."""
     hold, declared = KINDS[kind]
     source, _, _ = source_of(tmp_path / "in", hold, declared if says else {})
     config = json.loads((source / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""NaN and Inf in tensors that stay unquantized are named; quantized weights with them are refused."""
+"""NaN and Inf are named in tensors that stay unquantized, and refused in weights to be quantized."""
 
 import json
 import logging

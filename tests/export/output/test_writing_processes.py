@@ -1,4 +1,4 @@
-"""Processes that export one checkpoint and never talk: at once, one by one, killed, started twice or too late."""
+"""Processes that share an export without talking: at once, one by one, killed, started twice or too late."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ from tests.support.paths import ENVIRONMENT, ROOT, WORKERS
 
 @dataclass
 class Process:
-    """One that was started."""
+    """A process of an export."""
 
     pid: int
     log: Path
@@ -53,7 +53,7 @@ class Process:
         assert self.ask({"join": self.pid}) == -signal.SIGKILL
 
     def end(self, status: int = 0) -> str:
-        """What it said, when it has ended with a status."""
+        """Waits for the process, which must end with a status, and returns what it printed."""
         found = self.ask({"join": self.pid})
         said = self.log.read_text()
         assert found == status, said
@@ -77,7 +77,7 @@ class Exports:
         return Process(self.ask({**request, "log": str(log), "pause": pause}), log, self.ask)
 
     def files(self) -> dict[str, bytes]:
-        """What was written, which is all that is there."""
+        """The files of the output. Nothing else must be left in the directory."""
         assert [path.name for path in self.directory.iterdir()] == ["out"]
         return {path.name: path.read_bytes() for path in (self.directory / "out").iterdir()}
 
@@ -106,7 +106,7 @@ def words(live: LiveRanks) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(words: list[str], ask: Callable[[object], int], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process writes."""
+    """The files that one process writes."""
     exports = Exports(words, tmp_path_factory.mktemp("alone") / "work", ask)
     exports.start(0, 1).end()
     return exports.files()
@@ -135,7 +135,7 @@ def test_one_after_another(exports: Exports, alone: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("again", [[(1, 2)], [(0, 1)], [(0, 3), (1, 3), (2, 3)]])
 def test_a_rank_is_killed(exports: Exports, alone: dict[str, bytes], again: list[tuple[int, int]]) -> None:
-    """That rank alone goes on, or one process, or three."""
+    """The same rank continues, or one process does the rest, or three do."""
     killed = exports.start(1, 2, pause=3)
     killed.until_paused()
     exports.start(0, 2).end()
@@ -173,7 +173,7 @@ def test_another_plan_when_the_first_is_dead(exports: Exports, alone: dict[str, 
 
 
 def test_too_late(exports: Exports, alone: dict[str, bytes]) -> None:
-    """A rank of which nothing was missing, and the others are through by now: it does no harm, and does not fail."""
+    """A rank that starts after the others have finished: it does no harm, and does not fail."""
     for rank in (1, 0):
         exports.start(rank, 2).end()
     for more in ([], ["io.overwrite=true"]):
@@ -184,7 +184,7 @@ def test_too_late(exports: Exports, alone: dict[str, bytes]) -> None:
 
 
 def test_one_fails(exports: Exports, live: LiveRanks, tmp_path: Path) -> None:
-    """It says why; the others do their share, say what is missing, and keep it."""
+    """The failing rank says why. The others write their share, say what is missing, and keep their work."""
     checkpoint = shutil.copytree(live.at(tp=2) / "checkpoint", tmp_path / "checkpoint")
     opened = DistCheckpoint(checkpoint)
     for index, place in opened._metadata.storage_data.items():
@@ -235,7 +235,7 @@ class TestTheEnd:
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [RECORD_FILE, "model.safetensors"]
 
     def test_it_is_interrupted(self, two: list[StagedDirectory], tmp_path: Path) -> None:
-        """The other takes over."""
+        """The other process takes over."""
         first, second = two
         with pytest.raises(KeyboardInterrupt), first:
             assert first.left(self.bundles(two)) == 0
@@ -246,7 +246,7 @@ class TestTheEnd:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_it_finds_a_fault(self, two: list[StagedDirectory], tmp_path: Path) -> None:
-        """All is thrown away, and both say so."""
+        """Everything is discarded, and both processes say so."""
         first, second = two
         with pytest.raises(CheckpointError), first:
             assert first.left(self.bundles(two)) == 0
@@ -257,7 +257,7 @@ class TestTheEnd:
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several processes say what they need; one does without."""
+    """Several processes are refused with what they need; one process works without locks."""
 
     def flock(file: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

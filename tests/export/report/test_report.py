@@ -54,7 +54,7 @@ def quantized(source: Path, target: Path) -> Path:
 
 
 def experts_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers may have saved packed, one by one."""
+    """A directory's tensors with packed experts taken apart."""
     from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 
     return split_fused_moe_experts(tensors)
@@ -71,7 +71,7 @@ def moe(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What is in a page: tags that must be closed, addresses, text, the paths of its pictures."""
+    """The contents of a page: open tags, addresses, text, and the paths of its pictures."""
 
     VOID = frozenset({"meta", "wbr", "path", "br"})
 
@@ -177,7 +177,7 @@ def test_the_page(request: pytest.FixtureRequest, kind: str) -> None:
 
 
 def test_static_fp8(qwen3: Path, tmp_path: Path) -> None:
-    """Its scales are multipliers, shared in a fused group."""
+    """Scales of FP8 are multipliers, which a fused group shares."""
     state = state_of(tensors_in(qwen3))
     fp8 = QuantState(state.amax, dict.fromkeys(state.formats, "fp8"), state.missing)
     model_free_ptq(qwen3, tmp_path / "out", "fp8", quant_state=fp8, missing_amax="from_weights")
@@ -238,7 +238,7 @@ def qwen3_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_why_it_would_not_serve(dense: Path, qwen3: Path, tmp_path: Path) -> None:
-    """An input scale of one of three that run as one, and sizes that cut blocks of 16."""
+    """One of three fused modules lacks its input scale, and some sizes cut blocks of 16."""
     from safetensors.torch import save_file
 
     broken = tmp_path / "broken"

@@ -38,7 +38,7 @@ def order(is_sorted: bool) -> Tensor:
 
 
 def repacked_by_definition(packed: Tensor, perm: Tensor, bits: int) -> Tensor:
-    """One thread after another, as the kernel that repacks on a GPU writes."""
+    """The words in the order in which the GPU's repacking kernel writes them, thread by thread."""
     per_word = 32 // bits
     words = [[word & 0xFFFFFFFF for word in row] for row in packed.tolist()]
     rows = perm.tolist() or list(range(SIZE_K))

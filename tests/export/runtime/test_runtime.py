@@ -191,7 +191,7 @@ def test_merged_and_cut_is_the_whole(name: str, tp_size: int, tp_dim: int) -> No
 
 @every_scheme
 def test_modules_that_are_merged_on_disk_are_split(name: str) -> None:
-    """As Phi-3 stores them: one tensor, without a shard id."""
+    """Phi-3 stores merged modules in one tensor, which is loaded without a shard id."""
     weights = {shard: random_weight(256, 128, seed=seed) for seed, shard in enumerate("gu")}
     merged = written(SCHEMES[name], {"m": torch.cat(list(weights.values()))})["m"]
     layer = CompressedLinear(method_of(SCHEMES[name]), 128, [256, 256], tp_rank=1, tp_size=2)

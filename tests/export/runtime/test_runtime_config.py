@@ -109,7 +109,7 @@ def test_a_name_goes_before_a_class() -> None:
 
 def test_classes_of_layers() -> None:
     class ColumnParallelLinear(nn.Module):
-        """As engines name theirs."""
+        """A layer class with the name that engines give theirs."""
 
     config = CompressedTensorsConfig(**W4A16)
     assert method(config, "m", ColumnParallelLinear()) is not None

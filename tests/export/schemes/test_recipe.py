@@ -23,7 +23,7 @@ LINEARS = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_p
 
 
 def model() -> dict[str, Tensor]:
-    """Return two layers of bf16 linears, the embedding and the head."""
+    """Two layers of bf16 linears, the embedding and the head."""
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.{layer}.{linear}" for layer in range(2) for linear in LINEARS]
     names += ["model.embed_tokens", "lm_head"]
@@ -31,7 +31,7 @@ def model() -> dict[str, Tensor]:
 
 
 def state_of(formats: dict[str, str], *, inputs: bool = True, cache: str | None = None) -> QuantState:
-    """Return a calibrated state: format by the last part of the names, and an FP8 key-value cache."""
+    """A calibrated state: format by the last part of the names, and an FP8 key-value cache."""
     amax, found = dict[str, Tensor](), dict[str, str]()
     for number, name in enumerate(model()):
         module = name.removesuffix(".weight")
@@ -60,7 +60,7 @@ def written(finalizer: Finalizer) -> dict[str, Tensor]:
 
 
 def groups_of(finalizer: Finalizer) -> dict[str, list[str]]:
-    """Return format → targets."""
+    """Format → targets."""
     config: Any = finalizer.quantization_config
     return {group["format"]: group["targets"] for group in config["config_groups"].values()}
 

@@ -1,4 +1,4 @@
-"""A scheme answers for itself: nobody outside its package asks which scheme it has."""
+"""A scheme answers for itself: no code outside its package asks which scheme it holds."""
 
 import ast
 from pathlib import Path

@@ -49,13 +49,13 @@ def golden(label: str, part: str) -> dict[str, Tensor]:
 
 
 def quantized(name: str, weight: Tensor, amax: GroupAmax | None = None, **options: Any) -> dict[str, Tensor]:
-    """Return what the scheme writes for one module `m`, with the names that follow `m.`."""
+    """The tensors that the scheme writes for one module `m`, by the names after `m.`."""
     written = quantize_tensors(SCHEMES[name], {"m": weight}, amax, **options)
     return {name.removeprefix("m."): tensor for name, tensor in written}
 
 
 def compressed_tensors_quantize(preset: str, weight: Tensor, group_size: int | None = None) -> dict[str, Tensor]:
-    """Do with compressed-tensors' own functions what llm-compressor does between weight and file."""
+    """Does with compressed-tensors' own functions what llm-compressor does between weight and file."""
     scheme = preset_name_to_scheme(preset, ["Linear"])
     args = scheme.weights
     args.group_size = group_size or args.group_size
@@ -103,7 +103,7 @@ def test_bytes_are_compressed_tensors_own(preset: str, dtype: torch.dtype, kind:
 
 
 def fitting(weight: Tensor) -> Tensor:
-    """Return the weight with its columns repeated up to 256, which every group size divides."""
+    """The weight with its columns repeated up to 256, which every group size divides."""
     return weight.repeat(1, -(-256 // weight.shape[1]))[:, :256]
 
 

@@ -51,7 +51,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="session")
 def good(qwen3: Path, qwen3_moe: Path) -> Callable[..., Made]:
-    """A good checkpoint by model and scheme, made once, a copy for each who asks."""
+    """Makes the good checkpoint of a model and scheme once, and gives each caller a copy."""
     made: dict[tuple[str, str, bool], Made] = {}
 
     def get(model: str, scheme: str = "nvfp4", *, cache: bool = False) -> Made:
@@ -169,7 +169,7 @@ def test_what_transformers_expects_is_expected(good: Callable[..., Made], tmp_pa
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3", "Mixtral", "GPT-OSS", "Gemma 2", "Nemotron-H"])
 def test_other_families_pass(family: str, tmp_path: Path) -> None:
-    """Latent attention, w1 and w3, packed and transposed experts with biases, a tied head, Mamba."""
+    """Families with latent attention, w1/w3 names, packed or transposed experts with biases, a tied head, Mamba."""
     import torch
     from transformers import AutoModelForCausalLM
 

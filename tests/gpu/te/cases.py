@@ -109,12 +109,12 @@ class Case:
 
     @property
     def processes(self) -> int:
-        """Of the run: one for each GPU."""
+        """Number of processes of the run, one for each GPU."""
         return self.tp * self.ep
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of config.json."""
+        """Fields of config.json."""
         return {**_SIZES, **self.sizes}
 
 

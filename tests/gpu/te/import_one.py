@@ -41,7 +41,7 @@ def main(out: Path, name: str) -> None:
 
 
 def step_without_moving(model: Any, case: Case) -> None:
-    """As Megatron's training does a step, at a learning rate of 0."""
+    """A step of Megatron's training at a learning rate of 0."""
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, fp8_param_gather=True)
     wrapped = DistributedDataParallel(model.config, ddp_config, model)
     config = OptimizerConfig(

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Without owners and times, so that the same files give the same bytes."""
+    """Packs a directory without owners and times, so that the same files give the same bytes."""
 
     def bare(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         return entry.replace(mtime=0, uid=0, gid=0, uname="", gname="", deep=False)

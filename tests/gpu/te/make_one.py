@@ -107,7 +107,7 @@ def save_random_model(case: Case, directory: Path) -> None:
 
 
 def arguments_of(bridge: AutoBridge, model: Any, case: Case) -> argparse.Namespace:
-    """As Megatron's training saves them, as far as they describe the model and Transformer Engine's part in it."""
+    """The arguments that Megatron's training saves, as far as they describe the model and Transformer Engine's part."""
     arguments = megatron_arguments(bridge.hf, model.config, getattr(model, "hybrid_layer_pattern", None))
     arguments.transformer_impl = "transformer_engine"
     arguments.bf16 = not case.fp32
@@ -156,7 +156,7 @@ def codes_of(parameter: Any) -> Tensor:
 
 
 def scales_of(parameter: Any) -> Tensor:
-    """The scale of each element, likewise."""
+    """The scale of each element, as numbers like `codes_of`."""
     if not is_fp8(parameter):
         return torch.zeros_like(parameter)
     rows, columns = parameter.shape

@@ -78,7 +78,7 @@ def mxfp8_tensor(shape: tuple[int, int], generator: torch.Generator) -> Any:
 
 
 def codes_of(parameter: Any) -> Tensor:
-    """As numbers, zeros of other parameters; see `make_one.codes_of`."""
+    """The codes as numbers, zeros for other parameters; see `make_one.codes_of`."""
     return parameter._rowwise_data.float() if isinstance(parameter, MXFP8Tensor) else torch.zeros_like(parameter)
 
 

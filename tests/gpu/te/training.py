@@ -85,7 +85,7 @@ def is_fp8(parameter: Any) -> bool:
 
 
 def rounded(tensor: Any, mantissa: int) -> Any:
-    """To as many bits behind the leading one."""
+    """A tensor rounded to a number of bits after the leading one."""
     integers, bits = (torch.int16, 7) if tensor.dtype == torch.bfloat16 else (torch.int32, 23)
     dropped = bits - mantissa
     return ((tensor.view(integers) + (1 << (dropped - 1))) & -(1 << dropped)).view(tensor.dtype)
@@ -102,6 +102,6 @@ def evaluate(model: Any) -> list[list[float]]:
 
 
 def difference(found: list[list[float]], expected: list[list[float]]) -> float:
-    """Of logits, as a relative norm."""
+    """The relative norm of the difference between logits."""
     one, other = torch.tensor(found), torch.tensor(expected)
     return float((one - other).norm() / other.norm())
