@@ -128,7 +128,7 @@ bench: peer
 sweep: setup
 	$(BIN)/python -m tests.sweep.run $(if $(TYPES),--types $(TYPES))
 
-# Every preset of ModelOpt on a tiny model, exported or refused: the table of docs/quantizers.md.
+# Every preset and recipe of ModelOpt on a tiny model, exported or refused: the tables of docs/quantizers.md.
 presets: setup
 	$(BIN)/python -m tests.presets.walk
 

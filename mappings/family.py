@@ -120,6 +120,11 @@ class ModelFamily:
         """The weight mappings and the amax mappings derived from them, shared by all members of the family."""
         return _registry(self.mappings)
 
+    @property
+    def up_is_a_factor(self) -> bool:
+        """True if a gated MLP multiplies what its up projection makes, as it is, by the gate."""
+        return self.layers.keys().isdisjoint(("activation_func_clamp_value", "glu_linear_offset"))
+
     def registry_for(self, hf_config: HFConfig) -> MappingRegistry:
         """The registry of one model, including the mappings that depend on its configuration."""
         exceptions = tuple(self.exceptions(hf_config))

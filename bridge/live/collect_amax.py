@@ -144,7 +144,8 @@ def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
         yield "_amax", torch.tensor(_CONSTANT)
     for buffer in _BUFFERS:
         tensor = getattr(quantizer.module, buffer, None)
-        acts = quantizer.multiplies_input if buffer == _MULTIPLIER else quantizer.module.is_enabled and not constant
+        calibrated = quantizer.module.is_enabled and not constant and not _is_mx(quantizer.module)
+        acts = quantizer.multiplies_input if buffer == _MULTIPLIER else calibrated
         if isinstance(tensor, Tensor) and acts:
             yield buffer, tensor.detach()
 
@@ -193,9 +194,13 @@ def _reduce(names: list[str], local: Mapping[str, float], ranks: Ranks) -> tuple
 
 def is_dynamic(quantizer: Any) -> bool:
     """True if a quantizer computes its amax from each tensor or block (MX): there is none to collect."""
+    return bool(getattr(quantizer, "_dynamic", False)) or _is_mx(quantizer)
+
+
+def _is_mx(quantizer: Any) -> bool:
+    """True if scales are powers of two, made from each block. ModelOpt ignores an amax that calibration left there."""
     blocks = getattr(quantizer, "block_sizes", None) or {}
-    powers_of_two = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
-    return bool(getattr(quantizer, "_dynamic", False)) or powers_of_two
+    return blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (8, 0)
 
 
 def format_name(quantizer: Any) -> str:

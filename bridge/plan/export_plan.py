@@ -1,9 +1,9 @@
 """The plan of an export: which bundle is made from what, by whom. Made on specs, before a byte moves.
 
 A bundle holds all tensors of one fused group of Hugging Face modules: the weights and biases, the per-channel or
-per-block quantizer state that follows them, and the norm before them if quantizers multiply its output. Every rank
-reports its tensors, and computes the same plan from the same reports. So all ranks find the same problems and raise
-them together, and none is left waiting in a collective.
+per-block quantizer state that follows them, and the norm or linear before them if quantizers multiply its output. Every
+rank reports its tensors, and computes the same plan from the same reports. So all ranks find the same problems and
+raise them together, and none is left waiting in a collective.
 
 Each bundle has one owner among the ranks that hold it (tensor-parallel peers and data-parallel replicas alike); owners
 are chosen to spread the bytes evenly. Only the owner's own tensor-parallel group moves shards.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from amaxbridge.bridge.live.model_walk import Parameter
-from amaxbridge.bridge.plan.input_multipliers import norms_with_linears
+from amaxbridge.bridge.plan.input_multipliers import linears_before, norms_with_linears
 from amaxbridge.mappings.errors import MappingError, UnmappedParameterError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.mapping import MegatronParamMapping
@@ -175,9 +175,13 @@ class _Planner:
     def plan(self, mappings: Iterable[MegatronParamMapping]) -> list[BundlePlan]:
         by_name = {mapping.megatron_param: mapping for mapping in mappings}
         with_linear = norms_with_linears(by_name.keys())
+        before = {
+            _bundle_key(by_name[one]): _bundle_key(by_name[other]) for one, other in linears_before(by_name).items()
+        }
         bundles: dict[str, list[MegatronParamMapping]] = {}
         for name, mapping in by_name.items():
-            bundles.setdefault(_bundle_key(by_name[with_linear.get(name, name)]), []).append(mapping)
+            key = _bundle_key(by_name[with_linear.get(name, name)])
+            bundles.setdefault(before.get(key, key), []).append(mapping)
         largest_first = sorted(bundles, key=lambda key: -self._nbytes(bundles[key]))  # balances owners better
         planned = {key: self._bundle(bundles[key]) for key in largest_first}
         if self._problems:

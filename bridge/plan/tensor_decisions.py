@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
-from amaxbridge.bridge.plan.input_multipliers import norms_with_linears
+from amaxbridge.bridge.plan.input_multipliers import linears_before, module_before, norms_with_linears
 from amaxbridge.export.amax.fused_group_amax import MissingAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
-from amaxbridge.export.output.finalizer import Finalizer, FoldedNorms
+from amaxbridge.export.output.finalizer import Finalizer, FoldedVectors
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state
 from amaxbridge.mappings.tensors import TensorSpec
+from amaxbridge.mappings.weights import QKVMapping
 
 _log = logging.getLogger("amaxbridge")
 
@@ -24,14 +25,18 @@ def specs_of(plan: Iterable[BundlePlan]) -> dict[str, TensorSpec]:
     return {name: spec for bundle in plan for name, spec in bundle.specs.items()}
 
 
-def folded_norms(plan: Iterable[BundlePlan]) -> dict[str, tuple[str, ...]]:
-    """Hugging Face norm → the vectors, all equal, that multiply it: one for each module that it feeds."""
-    found: dict[str, tuple[str, ...]] = {}
+def folded_vectors(hf: HFModel, plan: Iterable[BundlePlan]) -> FoldedVectors:
+    """The places for vectors of input quantizers: norms and linears that make their inputs."""
+    norms, rows = dict[str, tuple[str, ...]](), dict[str, str]()
     for bundle in plan:
         parts = {part.name: part for part in bundle.parts}
+        mappings = {name: part.mapping for name, part in parts.items()}
         for norm, vector in norms_with_linears(parts.keys()).items():
-            found |= dict.fromkeys(parts[norm].tensors, tuple(parts[vector].tensors))
-    return found
+            norms |= dict.fromkeys(parts[norm].tensors, tuple(parts[vector].tensors))
+        for vector, weight in linears_before(mappings).items():
+            if isinstance(mappings[weight], QKVMapping) or hf.family.up_is_a_factor:
+                rows |= dict.fromkeys(parts[vector].tensors, module_before(mappings[weight]))
+    return FoldedVectors(norms, rows, bool(hf.family.weight_settings(hf.config).get("layernorm_zero_centered_gamma")))
 
 
 def decide(
@@ -56,11 +61,9 @@ def decide(
     data_free = recipe is not None and _has_no_quantizers(state, specs)
     if recipe is not None and data_free:
         _check_needs_no_data(recipe)
-    norms = FoldedNorms(
-        folded_norms(plan), bool(hf.family.weight_settings(hf.config).get("layernorm_zero_centered_gamma"))
-    )
-    known = architecture_of(hf.config) or GUESS
-    finalizer = Finalizer(specs, recipe, None if data_free else state, missing=missing, norms=norms, knowledge=known)
+    vectors = folded_vectors(hf, plan)
+    known, calibrated = architecture_of(hf.config) or GUESS, None if data_free else state
+    finalizer = Finalizer(specs, recipe, calibrated, missing=missing, vectors=vectors, knowledge=known)
     if warn:
         casting.announce()
         _warn(state, finalizer.filled)

@@ -56,7 +56,7 @@ class BlockAmax(NamedTuple):
     """The amax of each block of a weight, `[blocks down, blocks across]`, as training kept them.
 
     `stored` makes the stored scales. `chosen` is None, or makes the scales under which codes are chosen, where training
-    learned both (Dual-LSQ).
+    learned both (Dual-LSQ), or where the rows are multiplied afterwards.
     """
 
     stored: Tensor
@@ -65,6 +65,10 @@ class BlockAmax(NamedTuple):
     def rows(self, first: int, end: int) -> "BlockAmax":
         """That of some rows of blocks."""
         return BlockAmax(self.stored[first:end], None if self.chosen is None else self.chosen[first:end])
+
+    def times(self, factors: Tensor) -> "BlockAmax":
+        """That of the rows of a weight multiplied by these factors, `[rows]`, with the codes that they have now."""
+        return BlockAmax(self.stored * factors[:, None], self.stored if self.chosen is None else self.chosen)
 
 
 DATA_FREE = GroupAmax(None, None, Arithmetic.COMPRESSED_TENSORS)

@@ -156,12 +156,13 @@ def learned_scale(block_amax: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     """The E4M3 scale from learned block amax ``[rows, in/16]``, and the value of code 1.0 as training computed it.
 
     The operations have the order of ``StaticBlockScaleQuantizer._block_scale_from_amax``: a learned amax may be
-    negative, or smaller than E4M3 can say under the group's scale.
+    negative, or smaller than E4M3 can say under the group's scale. ModelOpt's ``448.0 / tensor`` is a reciprocal times
+    448, which rounds twice, in Python and in its CUDA kernel alike.
     """
     six = torch.full_like(block_amax, FP4_MAX, dtype=torch.float32)
     of_group = (amax.float().reshape(1, 1) / six[:1, :1]).clamp(min=_LEAST_SCALE)
     scale = torch.maximum(block_amax.float() / six, _FP8_TINY * of_group)
-    factor = torch.full_like(of_group, FP8_MAX) / of_group
+    factor = of_group.reciprocal() * FP8_MAX
     stored = (scale * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return stored, stored.float() * factor.reciprocal()
 

@@ -115,6 +115,12 @@ def quantize(
     return ScaledWeight(_encode(weight, code, blocks, factor, None, Arithmetic.MODELOPT), amax / bound)
 
 
+def scale_of(amax: Tensor, code: Code) -> Tensor:
+    """The scales that `quantize` stores for calibrated amax, fp32."""
+    bound = torch.full_like(amax, code.bound, dtype=torch.float32)
+    return usable(amax.float(), bound) / bound
+
+
 def usable(amax: Tensor, bound: Tensor) -> Tensor:
     """Replaces every amax that makes no factor by `bound`, so that the scale is 1 and the codes are zero.
 

@@ -81,24 +81,26 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class FoldedNorms:
-    """Norms that may take the vectors by which input quantizers multiply their outputs.
+class FoldedVectors:
+    """The tensors that may take the vectors by which input quantizers multiply inputs.
 
     Args:
-        vectors: weight of a norm → the vectors, all equal, of the modules that it feeds.
+        norms: weight of a norm → the vectors, all equal, of the modules that it feeds.
+        rows: vector → the module whose outputs make these inputs, and whose rows may take it.
         zero_centred: True if norms multiply by `1 + weight`.
     """
 
-    vectors: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, str]
     zero_centred: bool = False
 
-    def fold(self, weight: Tensor, vector: Tensor) -> Tensor:
+    def fold_norm(self, weight: Tensor, vector: Tensor) -> Tensor:
         """The weight with which the norm's output is already multiplied, as ModelOpt's exporter makes it."""
         one = 1.0 if self.zero_centred else 0.0
         return ((weight.float() + one) * vector.float() - one).to(weight.dtype)
 
 
-_NO_NORMS = FoldedNorms({})
+_NO_VECTORS = FoldedVectors({}, {})
 
 
 class Finalizer:
@@ -110,7 +112,7 @@ class Finalizer:
         state: per-tensor amax and formats from training; None to quantize what the recipe targets without data.
         missing: what to do about an unusable amax.
         kept: modules that the tensors hold quantized already → their scheme. They are written as they are.
-        norms: the norms that may take vectors of input quantizers.
+        vectors: the tensors that may take vectors of input quantizers.
         knowledge: what is known of the model's architecture.
 
     Raises:
@@ -127,10 +129,11 @@ class Finalizer:
         *,
         missing: MissingAmax = MissingAmax.ERROR,
         kept: Mapping[str, Scheme] = NOTHING_KEPT,
-        norms: FoldedNorms = _NO_NORMS,
+        vectors: FoldedVectors = _NO_VECTORS,
         knowledge: Knowledge = GUESS,
     ) -> None:
-        self._norms = norms
+        self._vectors = vectors
+        self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
         linears = [module for module in linears if module not in kept]
@@ -190,8 +193,8 @@ class Finalizer:
             for module, scheme in self._written.items()
         }
         caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
-        norms = sorted(name for name in self._norms.vectors if self._vector_of_norm(name))
-        parts = [decided, caches, *([norms] if norms else [])]
+        folded = [*sorted(name for name in self._vectors.norms if self._vector_of_norm(name)), *sorted(self._of_rows)]
+        parts = [decided, caches, *([folded] if folded else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def finalize(self, bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
@@ -212,13 +215,9 @@ class Finalizer:
             if module is not None and stored is not None:
                 yield from self._adopted(module, tensor, stored)
             elif module is None:
-                vector = self._vector_of_norm(name)
                 for first, rows in tensor.parts():
                     self.finite.look_at(name, rows)
-                    if vector is not None:
-                        yield Written(name, first, self._norms.fold(rows, bundle.state[vector]))
-                    else:
-                        yield Written(name, first, _folded(name, rows, bundle.state))
+                    yield Written(name, first, self._folded(name, first, rows, bundle.state))
             else:
                 quantized[module] = tensor
             if name in self._cache_scales:
@@ -226,8 +225,50 @@ class Finalizer:
                 yield Written(scale, 0, value)
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
-            blocks = {member: amax for member in group.members if (amax := _block_amax(member, bundle.state))}
+            blocks = {member: amax for member in group.members if (amax := self._block_amax(member, bundle.state))}
             yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
+
+    def _folded(self, name: str, first: int, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Some rows of an unquantized tensor, multiplied by the vectors that it takes.
+
+        A norm takes that of the quantized modules which it feeds, a weight its own in its columns, and a weight or bias
+        in its rows that of the module whose inputs it makes.
+        """
+        of_norm = self._vector_of_norm(name)
+        if of_norm is not None:
+            return self._vectors.fold_norm(rows, state[of_norm])
+        columns = state.get(module_of(name) + PRE_QUANT_SCALE) if name.endswith(".weight") else None
+        factors = self._factors_of_rows(module_of(name), state)
+        if columns is None and factors is None:
+            return rows
+        product = rows.float() if columns is None else rows.float() * columns
+        if factors is not None:
+            product = product * factors[first : first + len(rows)].reshape(-1, *[1] * (rows.ndim - 1))
+        return product.to(rows.dtype)
+
+    def _block_amax(self, module: str, state: Mapping[str, Tensor]) -> BlockAmax | None:
+        stored = state.get(module + WEIGHT_QUANTIZER, state.get(module + LEARNED_POST))
+        if stored is None:
+            return None
+        amax, factors = BlockAmax(stored, state.get(module + LEARNED_PRE)), self._factors_of_rows(module, state)
+        return amax if factors is None else amax.times(factors)
+
+    def _factors_of_rows(self, module: str, state: Mapping[str, Tensor]) -> Tensor | None:
+        """The vector that multiplies the rows of a module, `[out]`.
+
+        Raises:
+            MappingError: a factor is zero, negative or not finite, so that no scale can take it.
+        """
+        vector = self._of_rows.get(module)
+        if vector is None:
+            return None
+        factors = state[vector]
+        if not (factors.isfinite() & (factors > 0)).all():
+            raise MappingError(
+                f"{vector} is between {factors.min():g} and {factors.max():g}, and {module} would take it: all values "
+                "must be positive and finite; calibrate again"
+            )
+        return factors
 
     def _adopted(self, module: str, codes: Rows, scales: Tensor) -> Iterator[Written]:
         """Yields what is written for a weight that training keeps as codes and scales, in rows of the weight."""
@@ -253,10 +294,12 @@ class Finalizer:
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
         known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
         ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
-        in_norms = {name for vectors in self._norms.vectors.values() for name in vectors}
+        in_norms = {name for vectors in self._vectors.norms.values() for name in vectors}
         vectors = {name for name in known - ignored if name.endswith(PRE_QUANT_SCALE)}
         in_weights = {name for name in vectors if name.removesuffix(PRE_QUANT_SCALE) not in self._schemes}
-        _check_vectors_have_places(vectors - in_norms - in_weights)
+        homeless = {name: self._why_not_in_rows(name, specs, state) for name in vectors - in_norms - in_weights}
+        _check_vectors_have_places({name: why for name, why in homeless.items() if why})
+        self._of_rows = {self._vectors.rows[name]: name for name in homeless}
         _check_no_state_is_lost(known - ignored - written - vectors)
         shared = share_amax(state, weights, inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
@@ -290,8 +333,23 @@ class Finalizer:
 
     def _vector_of_norm(self, name: str) -> str | None:
         """The vector that multiplies a norm: that of the quantized modules which it feeds."""
-        vectors = self._norms.vectors.get(name, ())
+        vectors = self._vectors.norms.get(name, ())
         return next((each for each in vectors if each.removesuffix(PRE_QUANT_SCALE) in self._schemes), None)
+
+    def _why_not_in_rows(self, vector: str, specs: Mapping[str, TensorSpec], state: QuantState) -> str:
+        """Why no rows of another module can take a vector; "" if they can."""
+        module = self._vectors.rows.get(vector)
+        if module is None:
+            return "no norm or linear alone makes these inputs"
+        inputs, rows = specs[vector].shape[0], specs[f"{module}.weight"].shape[0]
+        scheme, owner = self._schemes.get(module), module.rpartition(".")[0]
+        if inputs != rows:
+            return f"query heads share the {rows} values that {module} makes for {inputs} inputs"
+        if module.endswith(".v_proj") and f"{owner}.v_bmm_quantizer" in state.formats:
+            return f"the key-value cache quantizes what {module} makes"
+        if scheme is not None and not (scheme.has_free_row_scales and module + WEIGHT_QUANTIZER in specs):
+            return f"the scales of {module} in {scheme.name} cannot take a factor for each row"
+        return ""
 
     def is_quantized(self, name: str) -> bool:
         """True if the tensor is a weight to be quantized."""
@@ -308,17 +366,6 @@ def _exactly(value: Tensor | Arithmetic | None) -> str:
 
 def _is_linear(name: str, spec: TensorSpec) -> bool:
     return name.endswith(".weight") and len(spec.shape) == 2
-
-
-def _folded(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """An unquantized weight times the scale by which its input quantizer multiplied the input."""
-    scale = state.get(module_of(name) + PRE_QUANT_SCALE) if name.endswith(".weight") else None
-    return tensor if scale is None else (tensor.float() * scale).to(tensor.dtype)
-
-
-def _block_amax(module: str, state: Mapping[str, Tensor]) -> BlockAmax | None:
-    stored = state.get(module + WEIGHT_QUANTIZER, state.get(module + LEARNED_POST))
-    return None if stored is None else BlockAmax(stored, state.get(module + LEARNED_PRE))
 
 
 def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec], knowledge: Knowledge) -> None:
@@ -429,15 +476,15 @@ def _check_no_format_is_lost(
         )
 
 
-def _check_vectors_have_places(homeless: set[str]) -> None:
-    """Refuses vectors that multiply inputs of quantized modules, where the tensor before is not a norm's alone."""
+def _check_vectors_have_places(homeless: Mapping[str, str]) -> None:
+    """Refuses vectors that multiply inputs of quantized modules and that nothing before can take; says why."""
     if homeless:
-        names = sorted(homeless, key=natural_key)
+        rows = [f"{name}: {homeless[name]}" for name in sorted(homeless, key=natural_key)]
         raise UsageError(
-            f"the input quantizers of {len(names)} modules multiply inputs by a vector (AWQ, SmoothQuant), which no "
-            f"engine does:{listing(names)}\n"
-            "Only a norm before a dense layer can take it. Ignore these modules (ignore=re:.*o_proj and so on): they "
-            "are written in 16 bits with the vector in their weights, exactly; or calibrate without AWQ and SmoothQuant"
+            f"the input quantizers of {len(rows)} modules multiply inputs by a vector (AWQ, SmoothQuant), which no "
+            f"engine does:{listing(rows)}\n"
+            "Ignore these modules (ignore=re:.*o_proj and so on): they are written in 16 bits with the vector in their "
+            "weights, exactly; or calibrate without AWQ and SmoothQuant"
         )
 
 

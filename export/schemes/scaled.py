@@ -49,6 +49,10 @@ class Scaled(Scheme):
         return self.code.bound
 
     @property
+    def has_free_row_scales(self) -> bool:
+        return self.share.height == 1
+
+    @property
     def codes(self) -> str:
         return "weight_packed" if self._is_packed else "weight"
 
@@ -109,7 +113,10 @@ class Scaled(Scheme):
         codes = scaled.pack_codes(quantized.codes, self.bits) if self._is_packed else quantized.codes
         tensors = {self.codes: codes}
         if self.group_scale is None:
-            tensors["weight_scale"] = quantized.scale.to(self._scale_dtype(rows.dtype, amax.arithmetic))
+            scale = quantized.scale
+            if block_amax is not None and block_amax.chosen is not None:
+                scale = scaled.scale_of(block_amax.stored.reshape(scale.shape).to(scale.device), self.code)
+            tensors["weight_scale"] = scale.to(self._scale_dtype(rows.dtype, amax.arithmetic))
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = scaled.pack_codes(quantized.zero_point.T, self.bits).T.contiguous()
         return tensors
@@ -142,10 +149,10 @@ class Scaled(Scheme):
         return torch.float32 if arithmetic is Arithmetic.MODELOPT and not self._is_packed else weight
 
     def _amax_of_blocks(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None) -> Tensor:
-        """The amax of each block of some rows: given for the block or the tensor, or measured."""
+        """The amax of each block of some rows, for their codes: given for the block or the tensor, or measured."""
         shape = self.share.shape(*rows.shape)
         if block_amax is not None:
-            return block_amax.stored.reshape(shape)
+            return (block_amax.stored if block_amax.chosen is None else block_amax.chosen).reshape(shape)
         if amax.weight is not None:
             return amax.weight.expand(shape)
         return scaled.largest(rows, self.share)

@@ -98,6 +98,11 @@ class Scheme(ABC):
         """The largest block scale under a group's scale; None in formats without both."""
         return None
 
+    @property
+    def has_free_row_scales(self) -> bool:
+        """True if the stored scales of a row can take any factor, and the codes stay."""
+        return False
+
     @cached_property
     def signature(self) -> Signature:
         """The signature of `config_group`, as readers of config.json see it."""

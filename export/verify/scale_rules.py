@@ -6,8 +6,10 @@ its reciprocal, amax / 2688, is below 1. This one bound separates the two for ev
 cannot tell: they are right in both cases. FP8 and integers multiply by amax / bound, so there it is the other way
 around: if all scales of a weight are above 1, its amax would be above 448 (FP8), 127 or 7 in every row or group.
 
-Inputs can be large, so a single input scale on the wrong side proves little. It is an error if half of all input scales
-of a model are there, or if one implies an amax that 16-bit floats cannot hold.
+Inputs can be large, so a single input scale on the wrong side proves little. It is an error if one implies an amax that
+16-bit floats cannot hold, or if half of all FP8 or integer input scales of a model are there. NVFP4's are not, because
+some recipes calibrate divisors with headroom on purpose: ModelOpt's `nvfp4_act_headroom` multiplies a small input by
+16384.
 """
 
 import math
@@ -71,7 +73,8 @@ def _reciprocal_weights(view: CheckpointView) -> Iterator[Problem]:
 def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
     for scale in INPUT_SCALES.values():
         amax = _implied(view, scale)
-        limit = _LARGEST_FP16 if not amax or median(amax.values()) <= scale.span else scale.span
+        many = not scale.is_divisor and amax and median(amax.values()) > scale.span
+        limit = scale.span if many else _LARGEST_FP16
         for name, value in amax.items():
             if value > limit:
                 yield Problem(name, f"says that inputs reach {value:.3g}")

@@ -1,1 +1,1 @@
-"""Every preset of ModelOpt, exported or refused."""
+"""Every preset and recipe of ModelOpt, exported or refused."""

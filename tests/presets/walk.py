@@ -1,11 +1,10 @@
-"""Calibrates a tiny model by every preset and recipe of ModelOpt, exports it, and holds the table in docs against it.
+"""Calibrates a tiny model by every preset and recipe of ModelOpt, exports it, and holds the tables in docs against it.
 
-    python -m tests.presets.walk [--recipes] [--renew]
+    python -m tests.presets.walk [--renew]
 
-The model has a dense layer and one with experts. For each preset the table of docs/quantizers.md has the schemes that
-are written and how their weights compare with ModelOpt's own fake quantizers, or the refusal. `--recipes` walks
-ModelOpt's recipe files too, and only prints. Exit status 1: a weight differs from ModelOpt's, or the table is not what
-was found; `--renew` writes it.
+The model has a dense layer and one with experts. For each preset and recipe a table of docs/quantizers.md has the
+schemes that are written and how their weights compare with ModelOpt's own fake quantizers, or the refusal. Exit status
+1: a weight differs from ModelOpt's, or the tables are not what was found; `--renew` writes them.
 """
 
 import argparse
@@ -39,10 +38,9 @@ from amaxbridge.mappings.errors import AmaxbridgeError  # noqa: E402
 from tests.support.checkpoints import tensors_in  # noqa: E402
 from tests.support.hf_models import make_qwen3_moe  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
-from tests.workers.model import forward  # noqa: E402
+from tests.workers.model import calibrate  # noqa: E402
 
 PAGE = ROOT / "docs" / "quantizers.md"
-_BEGIN, _END = "<!-- presets: make presets -->", "<!-- end of presets -->"
 _ATTRIBUTE = re.compile(r": (\w+)=[^\n]*?: ([^\n:]+)\n    next step")
 _AS_OTHERS = 2**-7  # an ulp of bf16: scales in the model's dtype, or a product that rounds otherwise
 
@@ -58,38 +56,40 @@ def presets() -> Iterator[tuple[str, Any]]:
 
 
 def recipes() -> Iterator[tuple[str, Any]]:
-    """Every recipe for quantizing; of those that say the same, the first."""
+    """Every recipe for quantizing without a search; of those that say the same, the first."""
     seen, root = set[str](), Path(modelopt_recipes.__file__).parent
     for file in sorted(root.rglob("*.yaml")):
-        if not {"ptq", "qad"} & set(file.relative_to(root).parts[:-1]) or "configs" in file.relative_to(root).parts:
+        if not re.search(r"^ *recipe_type: ptq$", file.read_text(), re.MULTILINE):
             continue
         config = load_recipe(file).quantize.model_dump()
         text = re.sub(r"'checkpoint_dir': '[^']*'", "", repr(config))
         if text not in seen:
             seen.add(text)
-            yield str(file.relative_to(root)), config
+            yield str(file.relative_to(root).with_suffix("")), config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--recipes", action="store_true", help="walk the recipe files too")
-    parser.add_argument("--renew", action="store_true", help="write the table")
+    parser.add_argument("--renew", action="store_true", help="write the tables")
     options = parser.parse_args()
+    page, wrong = PAGE.read_text(), list[str]()
     with tempfile.TemporaryDirectory() as place:
-        found = walk(Path(place), presets())
-        wrong = [name for name, each in found.items() if each.get("other")]
-        if options.recipes:
-            of_recipes = walk(Path(place) / "recipes", recipes())
-            wrong += [name for name, each in of_recipes.items() if each.get("other")]
-    before, _, rest = PAGE.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    page = f"{before}{_BEGIN}\n{table(found)}{_END}{after}"
+        for what, walked in (("preset", presets()), ("recipe", recipes())):
+            found = walk(Path(place) / what, walked)
+            wrong += [name for name, each in found.items() if each.get("other")]
+            page = with_table(page, what, table(found, what))
     if options.renew:
         PAGE.write_text(page)
-    if wrong or PAGE.read_text() != page:
-        sys.exit(
-            f"differ from ModelOpt: {wrong or 'none'}; the table is {'' if PAGE.read_text() == page else 'not '}current"
-        )
+    current = PAGE.read_text() == page
+    if wrong or not current:
+        sys.exit(f"differ from ModelOpt: {wrong or 'none'}; the tables are {'' if current else 'not '}current")
+
+
+def with_table(page: str, what: str, table: str) -> str:
+    before, begin, rest = page.partition(f"<!-- {what}s: make presets -->\n")
+    _, end, after = rest.partition(f"<!-- end of {what}s -->")
+    assert begin and end, what
+    return f"{before}{begin}{table}{end}{after}"
 
 
 def walk(place: Path, walked: Iterator[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -109,9 +109,9 @@ def model_directory(directory: Path) -> Path:
     return make_qwen3_moe(directory, sizes)
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def table(rows: Mapping[str, Mapping[str, Any]], what: str) -> str:
     lines = [
-        "| preset | written as | weights equal to ModelOpt's, to an ulp of bf16, to its exporter | or refused |",
+        f"| {what} | written as | weights equal to ModelOpt's, to an ulp of bf16, to its exporter | or refused |",
         "|---|---|---|---|",
     ]
     for name, each in rows.items():
@@ -137,7 +137,7 @@ def row(bridge: AutoBridge, config: Any, target: Path) -> dict[str, Any]:
     bridge.load_hf_weights(model)
     try:
         with megatron.cache_quantizers():
-            mtq.quantize(model, config, forward)
+            mtq.quantize(model.float(), config, calibrate)
     except Exception as error:
         return {"modelopt": f"{type(error).__name__}: {error}"[:300]}
     model.bfloat16()

@@ -9,6 +9,7 @@ weight and the vector of each Hugging Face weight.
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,15 @@ def oracle(bridge: AutoBridge, model: Any) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     modules = {id(each.weight_quantizer): each for each in model.modules() if hasattr(each, "weight_quantizer")}
     for each in walk_all_quantizers([model]):
-        mapping = bridge.hf.registry.megatron_to_hf_lookup(each.name.replace(".weight_quantizer", ".weight"))
+        name = re.sub(r"\.weight_quantizer(\.(\d+))?$", lambda found: f".weight{found[2] or ''}", each.name)
+        mapping = bridge.hf.registry.megatron_to_hf_lookup(name)
         if mapping is None or ".weight_quantizer" not in each.name or not each.module.is_enabled:
             continue
         linear = modules[id(each.module)]
         for name, weight in mapping.join([each.module(linear.weight)], bridge.hf.model_config).items():
             made[f"{name}.fake"] = weight.contiguous()
-            made[f"{name}.vector"] = linear.input_quantizer.pre_quant_scale.flatten().clone()
+            if linear.input_quantizer.pre_quant_scale is not None:
+                made[f"{name}.vector"] = linear.input_quantizer.pre_quant_scale.flatten().clone()
     return made
 
 

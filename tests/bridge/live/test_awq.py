@@ -64,10 +64,12 @@ def test_a_norm_takes_the_vector_and_the_linear_keeps_its_weight(ranks: LiveRank
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_inputs_have_no_place_for_a_vector(ranks: LiveRanks, case: str) -> None:
+    """INT4's down_proj has one, in up_proj's rows: `test_row_vectors`."""
     message = (ranks.at(tp=1) / f"{case}.txt").read_text()
-    assert "2 modules multiply inputs by a vector (AWQ, SmoothQuant), which no engine does:" in message
-    assert "model.layers.0.self_attn.o_proj.input_quantizer._pre_quant_scale" in message
-    assert "model.layers.0.mlp.down_proj.input_quantizer._pre_quant_scale" in message
+    count = {"int4_awq": 1, "nvfp4_awq_lite": 2}[case]
+    assert f"{count} modules multiply inputs by a vector (AWQ, SmoothQuant), which no engine does:" in message
+    assert "model.layers.0.self_attn.o_proj.input_quantizer._pre_quant_scale: query heads share" in message
+    assert ("model.layers.0.mlp.down_proj.input_quantizer._pre_quant_scale: the scales" in message) is (count == 2)
     assert "ignore=re:.*o_proj" in message
 
 

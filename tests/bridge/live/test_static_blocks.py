@@ -9,11 +9,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer, TensorQuantizer
 from safetensors.torch import load_file
 from torch import Tensor
 
 from amaxbridge.bridge import AutoBridge
 from amaxbridge.export.kernels import e2m1
+from amaxbridge.export.kernels.nvfp4_scales import learned_scale
 from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.mappings.errors import UsageError
 from tests.support.checkpoints import tensors_in
@@ -89,3 +92,17 @@ def test_a_scheme_by_name_takes_every_calibration(ranks: LiveRanks, tmp_path: Pa
     assert tensors_in(tmp_path / "out").keys() == tensors_in(ranks.at(tp=1) / "dual_lsq").keys()
     with pytest.raises(UsageError, match="scheme=fp8 needs fp8 quantizers, but the model has"):
         bridge.convert_checkpoint(checkpoint, tmp_path / "other", scheme="fp8")
+
+
+def test_steps_of_learned_blocks_are_modelopts_to_the_bit() -> None:
+    """A step that is off by an ulp turns the codes of weights that lie between two codes."""
+    settings = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
+    generator = torch.Generator().manual_seed(11)
+    for of_group in (10 ** (4 * torch.rand(200, generator=generator) - 3)).tolist():
+        learned = of_group * torch.rand(8, 1, generator=generator)
+        plain = TensorQuantizer(QuantizerAttributeConfig(**settings))
+        plain.amax = learned
+        quantizer = StaticBlockScaleQuantizer.from_tensor_quantizer(plain, torch.tensor(of_group))
+        quantizer.enable_lsq()
+        expected = quantizer._block_scale_from_amax(quantizer.amax_pre, quantize=True)
+        assert torch.equal(learned_scale(learned, torch.tensor(of_group))[1], expected), of_group

@@ -149,6 +149,16 @@ def test_a_cache_and_amax_pass(good: Callable[..., Made], tmp_path: Path) -> Non
     assert report.ok and not report.warnings
 
 
+def test_divisors_with_headroom_pass(good: Callable[..., Made], tmp_path: Path) -> None:
+    """ModelOpt's `nvfp4_act_headroom` calibrates every input amax to 16384 times a small input."""
+    made = good(DENSE)
+    divisors = [name for name in made.tensors if name.endswith(".input_global_scale")]
+    assert len(divisors) == 14
+    for name in divisors:
+        made.tensors[name] = torch.tensor([2688 / 20_000])
+    assert verify(made.write(tmp_path / "out")).ok
+
+
 def test_plain_weights_pass(qwen3: Path) -> None:
     report = verify(qwen3, reference=qwen3)
     assert (report.findings, report.modules) == ((), 0)
