@@ -103,10 +103,14 @@ real-model: $(REAL_MODEL)/.ready
 	$(BIN)/python -m tests.real_model.run --packages $(REAL_MODEL)
 
 # The table of architectures, made anew from transformers' own models; CHECK=--check only compares, for minutes.
-architectures: setup
+architectures: $(ARCHITECTURES)/.ready
+	$(ARCHITECTURES)/bin/python -m tests.architectures.generate $(CHECK) $(NAMES)
+
+# With the packages that towers of timm need.
+$(ARCHITECTURES)/.ready: $(READY)
 	test -x $(ARCHITECTURES)/bin/python || $(PYTHON) -m venv $(ARCHITECTURES)
 	$(BIN)/uv pip install --quiet --python $(ARCHITECTURES)/bin/python --editable '.[test]' pillow timm torchvision
-	$(ARCHITECTURES)/bin/python -m tests.architectures.generate $(CHECK) $(NAMES)
+	touch $@
 
 # Logits of every family in transformers and in Megatron: the table of docs/families.md.
 parity: setup
@@ -125,8 +129,8 @@ bench: peer
 	$(BIN)/python benchmarks/model_free.py --peer $(PEER)/bin/python
 
 # Every architecture of transformers, tiny and random: the table of docs/architectures.md. TYPES=qwen3,llama runs a few.
-sweep: setup
-	$(BIN)/python -m tests.sweep.run $(if $(TYPES),--types $(TYPES))
+sweep: $(ARCHITECTURES)/.ready
+	$(ARCHITECTURES)/bin/python -m tests.sweep.run $(if $(TYPES),--types $(TYPES))
 
 # Every preset and recipe of ModelOpt on a tiny model, exported or refused: the tables of docs/quantizers.md.
 presets: setup

@@ -28,6 +28,8 @@ KNOWN = Path(__file__).parent / "known"
 """The table: a file for each architecture."""
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+_NUMBER_OR_STAR = re.compile(rf"{_NUMBER.pattern}|\*")
+_STAR = re.compile(r"(\*(?:/2)?)")
 _BUFFERS = re.compile(r".*(\.|^)(inv_freq|masked_bias|position_ids|num_batches_tracked|attn\.bias|attention\.bias)")
 """Buffers that older files hold and no model reads."""
 _LAYER = re.compile(r".*?\.?layers\.(\d+)\.")
@@ -71,6 +73,8 @@ class Fact:
         holds: projections that a tensor of packed experts holds.
         inputs_first: packed experts with inputs before outputs; None if files have either, and sizes decide.
         interleaved: gate and up rows alternate.
+        numbers: how many experts the files of a layer number here, where it is not how many the model routes to: those
+            of two kinds in one row, or more than are used.
     """
 
     role: Role
@@ -79,6 +83,7 @@ class Fact:
     holds: tuple[str, ...] = ()
     inputs_first: bool | None = False
     interleaved: bool = False
+    numbers: str | None = None
 
 
 class Knowledge(Protocol):
@@ -107,6 +112,9 @@ class Knowledge(Protocol):
 
     def heads_without_tensor(self, names: Iterable[str]) -> Sequence[str]:
         """The output layers whose weight is none of these tensors: they are tied to the embeddings."""
+
+    def linears_without_suffix(self, names: Iterable[str]) -> Sequence[str]:
+        """Weights of linear modules that the files do not call `.weight`, with their modules' names in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +147,9 @@ class Guess:
     def heads_without_tensor(self, names: Iterable[str]) -> Sequence[str]:
         return [self.tied_head] if self.tied_head and f"{self.tied_head}.weight" not in names else []
 
+    def linears_without_suffix(self, names: Iterable[str]) -> Sequence[str]:
+        return ()
+
 
 GUESS = Guess()
 
@@ -156,6 +167,7 @@ class Architecture:
         heads: the modules of output layers, the model's own before those of models inside it.
         tied: the model's own is the embedding, unless the file has a tensor of its own for it.
         unread: what transformers leaves unread in files.
+        twins: prefix of modules → the prefix of modules in another place of transformers' model with the same weights.
         inputs_first: the order of axes in the files of this model, where files of the architecture have either.
     """
 
@@ -167,6 +179,7 @@ class Architecture:
     heads: tuple[str, ...] = ()
     tied: bool = False
     unread: tuple[re.Pattern[str], ...] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
     inputs_first: bool = False
 
     def fact(self, name: str) -> Fact | None:
@@ -270,6 +283,11 @@ class Architecture:
             for part, projection in enumerate(found.holds)
         }
 
+    def number_of(self, name: str) -> int | None:
+        """How many experts files number in the layer of a tensor, where it is not how many the model routes to."""
+        found = self.fact(name)
+        return None if found is None else self._size(found.numbers)
+
     def _size(self, expression: str | None) -> int | None:
         return None if expression is None else value_of(expression, self.sizes)
 
@@ -304,13 +322,36 @@ class Architecture:
                 for each in self.towers[prefix]:
                     tower = re.escape(each.removesuffix(".")).replace(r"\*", r"\d+")
                     names[f"re:{tower}(\\.|$)"] = None
-            elif found is not None and found.module != pattern_of(tensor):
-                numbers = _NUMBER.findall(tensor)
-                if found.module.count("*") == len(numbers) and found.module.endswith(".weight"):
-                    parts = found.module.split("*")
-                    pairs = zip(parts, [*numbers, ""], strict=True)
-                    names[module_of("".join(part + number for part, number in pairs))] = None
+            elif found is not None and (spelled := _numbered(found.module, tensor)) not in (None, tensor):
+                names[module_of(str(spelled))] = None
+            names |= {
+                twin + module.removeprefix(own): None for own, twin in self.twins.items() if module.startswith(own)
+            }
         return list(names)
+
+    def linears_without_suffix(self, names: Iterable[str]) -> list[str]:
+        """Weights of linear modules that the files do not call `.weight`, with their modules' names in transformers."""
+        found: dict[str, None] = {}
+        for name in names:
+            fact = self.fact(name)
+            if fact is not None and fact.role is Role.CONVOLUTION and not name.endswith(".weight"):
+                spelled = _numbered(fact.module, name)
+                found |= dict.fromkeys([name, *([] if spelled is None else [module_of(spelled)])])
+        return list(found)
+
+
+def _numbered(module: str, tensor: str) -> str | None:
+    """A module's weight by its pattern, with the numbers of the tensor in the files; `*/2` is half of the number.
+
+    None if it has other numbers, or is no weight.
+    """
+    numbers, parts = _NUMBER.findall(tensor), _STAR.split(module)
+    if len(parts) != 2 * len(numbers) + 1 or not module.endswith(".weight"):
+        return None
+    filled = [
+        number if star == "*" else str(int(number) // 2) for star, number in zip(parts[1::2], numbers, strict=True)
+    ]
+    return "".join(part + number for part, number in zip(parts[::2], [*filled, ""], strict=True))
 
 
 def pattern_of(name: str) -> str:
@@ -323,7 +364,7 @@ def _experts_module(name: str, fact: Fact) -> str:
     stored, inside = pattern_of(name), module_of(fact.module)
     if ".experts." in f".{name}":
         return name[: name.rindex("experts") + len("experts")]
-    last = max((found.end() for found in _NUMBER.finditer(name)), default=0)
+    last = max((found.end() for found in _NUMBER_OR_STAR.finditer(name)), default=0)
     return name[:last] + (inside[inside.rindex("*") + 1 :] if "*" in stored else inside)
 
 
@@ -342,18 +383,22 @@ def value_of(expression: str, sizes: Mapping[str, Any]) -> int | None:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
-    """The architecture that config.json names; None if it is not known."""
+    """The architecture that config.json names; None if it is not known.
+
+    Files of one architecture may be spelled otherwise where config.json has a model type of its own, as EXAONE's for
+    Llama. Such files name their authors' class for a task, so it is found by type and task.
+    """
     for name in config.get("architectures") or ():
-        if isinstance(name, str) and (table := _table(name)) is not None:
+        if isinstance(name, str) and (table := _table(name, str(config.get("model_type")))) is not None:
             return _architecture(name, table, config)
     return None
 
 
 @lru_cache(maxsize=8)
-def _table(name: str) -> Mapping[str, Any] | None:
+def _table(name: str, model_type: str) -> Mapping[str, Any] | None:
     if not name.isidentifier():
         return None
-    file = KNOWN / f"{name}.json"
+    file = _file_of_type(name, model_type) or KNOWN / f"{name}.json"
     if not file.is_file():  # published files may spell it as their authors did: KimiK25… for Kimi_K25…
         plain = name.replace("_", "").lower()
         spelled = [each for each in KNOWN.glob("*.json") if each.stem.replace("_", "").lower() == plain]
@@ -362,6 +407,17 @@ def _table(name: str) -> Mapping[str, Any] | None:
         file = spelled[0]
     table: Mapping[str, Any] = json.loads(file.read_bytes())
     return table
+
+
+def _file_of_type(name: str, model_type: str) -> Path | None:
+    """The file of an architecture, or of one for the same task, with this model type; None if there is none."""
+    if not model_type.isidentifier():
+        return None
+    files = sorted(KNOWN.glob(f"*.{model_type}.json"))
+    named = [file for file in files if file.name.partition(".")[0] == name]
+    if not named and not (KNOWN / f"{name}.json").is_file():
+        named = [file for file in files if file.name.partition(".")[0].partition("For")[2] == name.partition("For")[2]]
+    return named[0] if len(named) == 1 else None
 
 
 def _architecture(name: str, table: Mapping[str, Any], config: Mapping[str, Any]) -> Architecture:
@@ -387,6 +443,7 @@ def _architecture(name: str, table: Mapping[str, Any], config: Mapping[str, Any]
         heads=(*filter(None, [output["module"]]), *output.get("inner", ())),
         tied=bool(output.get("ties") and (output["tied"] if said is None else said)),
         unread=tuple(re.compile(each) for each in table.get("unused", ())),
+        twins=table.get("twins", {}),
     )
 
 
@@ -400,4 +457,5 @@ def _fact(role: Role, pattern: str, entry: Mapping[str, Any]) -> Fact:
         tuple(entry.get("holds", ())),
         None if inputs_first == "either" else inputs_first,
         entry.get("interleaved", False),
+        entry.get("numbers"),
     )

@@ -59,5 +59,7 @@ def _tied_head(config: Mapping[str, Any]) -> str | None:
 
 
 def _nearest(name: str) -> str:
-    near = get_close_matches(name, [file.stem for file in KNOWN.glob("*.json")], n=3, cutoff=0.4)
+    near = get_close_matches(
+        name, sorted({file.name.partition(".")[0] for file in KNOWN.glob("*.json")}), n=3, cutoff=0.4
+    )
     return f" (near it: {', '.join(near)})" if near else ""

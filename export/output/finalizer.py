@@ -157,6 +157,7 @@ class Finalizer:
         packed = (module_of(name) for name, spec in tensors.items() if knowledge.packs_experts(name, spec.shape))
         self.ignore += dict.fromkeys(packed)  # as engines name the layer
         self.ignore += knowledge.heads_without_tensor(tensors)  # Linear to every engine, though they have no tensors
+        self.ignore += knowledge.linears_without_suffix(tensors)
         self.ignore += [name for name in knowledge.other_names(self.ignore) if name not in self.ignore]
 
     @property

@@ -12,10 +12,11 @@ from amaxbridge.export.architectures.facts import Role, architecture_of
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.model_config import number_of_experts
-from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, natural_key
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of, natural_key
 
 _LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.+)")
 _EXPERTS = ".experts."
+_NUMBERED = re.compile(r"(?:expert_)?(\d+)")
 _OF_SCALES = ("_scale", "_scale_2", "_packed", "_zero_point")
 _CACHE_SCALES = ("k_scale", "v_scale")
 _FOREIGN = frozenset(  # what other programs, or earlier steps of an export, leave behind
@@ -62,20 +63,30 @@ def is_mtp(view: CheckpointView, name: str) -> bool:
 
 
 def _layers(view: CheckpointView) -> Iterator[Problem]:
-    wanted = view.text_config.get("num_hidden_layers")
     known = architecture_of(view.config)
-    stacks: dict[str, set[int]] = {}
+    stacks: dict[str, dict[int, set[str]]] = {}  # stack → layer → what lies in it
     for name in view.tensors:
         fact = None if known is None else known.fact(name)
         if fact is not None and fact.role is Role.TOWER:
             continue  # its lists may hold modules without weights
         if (found := _LAYER.match(name)) and "mtp" not in found[1]:
-            stacks.setdefault(found[1], set()).add(int(found[2]))
-    for stack, numbers in stacks.items():
+            stacks.setdefault(found[1], {}).setdefault(int(found[2]), set()).add(found[3].partition(".")[0])
+    for stack, layers in stacks.items():
         is_main = stack in ("model.layers", "backbone.layers", "model.language_model.layers", "language_model.layers")
-        count = wanted if isinstance(wanted, int) and is_main else max(numbers) + 1
-        for numbered in _gaps(numbers, count):
+        wanted = _number_of_layers(view, set().union(*layers.values())) if is_main else None
+        for numbered in _gaps(layers, max(layers) + 1 if wanted is None else wanted):
             yield Problem(f"{stack}.{numbered}", "has no tensors")
+
+
+def _number_of_layers(view: CheckpointView, parts: Collection[str]) -> int | None:
+    """The number of layers in config.json; None if it has none.
+
+    Where config.json counts attention and MLP as layers of their own, files may still number both as one layer.
+    """
+    wanted, kinds = view.text_config.get("num_hidden_layers"), view.text_config.get("layer_types")
+    if isinstance(kinds, list) and "mlp" in kinds and {"self_attn", "mlp"} <= set(parts):
+        return len([kind for kind in kinds if kind != "mlp"])
+    return wanted if isinstance(wanted, int) else None
 
 
 def _gaps(numbers: Collection[int], count: int) -> Iterator[str]:
@@ -101,30 +112,40 @@ def _mtp(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _experts(view: CheckpointView) -> Iterator[Problem]:
-    """Each layer has as many experts as config.json says, and every expert has the same tensors."""
+    """Each layer has as many experts as config.json says, and every expert has the same tensors.
+
+    Where the architecture's files number more of one projection than the model routes to, the table says how many.
+    """
     wanted = number_of_experts(view.text_config)
+    known = architecture_of(view.config)
     layers: dict[str, dict[int, set[str]]] = {}
     for name in view.tensors:
         layer, _, rest = name.partition(_EXPERTS)
         expert, _, part = rest.partition(".")
-        if expert.isdigit():
-            layers.setdefault(f"{layer}.experts", {}).setdefault(int(expert), set()).add(part)
+        if (found := _NUMBERED.fullmatch(expert)) is not None:
+            layers.setdefault(f"{layer}.experts", {}).setdefault(int(found[1]), set()).add(part)
     for layer, experts in sorted(layers.items(), key=lambda item: natural_key(item[0])):
-        count = wanted or max(experts) + 1
+        parts = set().union(*experts.values())
+        numbers = {
+            part: None if known is None else known.number_of(f"{layer}.0.{module_of(part)}.weight") for part in parts
+        }
+        count = max((number or wanted or max(experts) + 1) for number in numbers.values())
         for numbered in _gaps(experts, count):
             yield Problem(f"{layer}.{numbered}", f"is not there; config.json has {count} experts")
         for number in sorted(number for number in experts if number >= count):
             yield Problem(f"{layer}.{number}", f"is one more than the {count} of config.json")
-        everything = Counter(part for parts in experts.values() for part in parts)
-        for number, parts in experts.items():
-            for part in sorted(everything.keys() - parts):
+        everything = Counter(part for there in experts.values() for part in there)
+        for number, there in experts.items():
+            for part in sorted(everything.keys() - there):
+                if number >= (numbers[part] or wanted or count):
+                    continue  # of fewer experts than another projection
                 yield Problem(f"{layer}.{number}.{part}", f"is not there; {everything[part]} other experts have it")
 
 
 def _stacked(view: CheckpointView) -> Iterator[Problem]:
     for name, stored in view.tensors.items():
         rest = name.partition(_EXPERTS)[2]
-        if rest.endswith(_OF_SCALES) and not rest[0].isdigit():
+        if rest.endswith(_OF_SCALES) and not _NUMBERED.fullmatch(rest.partition(".")[0]):
             yield Problem(name, f"{stored.spec} for all experts of the layer")
 
 

@@ -5,6 +5,7 @@ module lies: in the language model, beside it, or in a head.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Interleave,
+    LayerPairCollapse,
     PrefixChange,
     Transpose,
     WeightConverter,
@@ -32,6 +34,8 @@ _ROUTER_NAMES = re.compile(r"(gate|router|router_gate|classifier|wg|shared_exper
 _INDEXER = re.compile(r".*Indexer.*")
 _RECURRENT = re.compile(r"(Mamba|FalconMamba|JambaMamba|ZambaMamba)Mixer")
 """Mixers that engines build unquantized."""
+_KERNELS = re.compile(r".*Dynamic\w*Convolution")
+"""Convolutions with a linear layer that computes their weights. Published code holds that as a bare parameter."""
 _BESIDE_TEXT = re.compile(
     r".*(\.|^)((vision|visual|image|img|video|audio|speech|protein|mm)\w*|multi_modal_projector|embed_tokens_extend"
     r"|\w*connector|\w*resampler\w*|\w*aligner|adapter|codec\w*)(\.|$).*"
@@ -62,8 +66,18 @@ _HOLDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "down_proj": ("down_proj",),
     }
 )
-_TRANSPOSED: Mapping[str, bool] = MappingProxyType({"Llama4TextExperts": True, "Step3p7Experts": False})
+_TRANSPOSED: Mapping[str, bool] = MappingProxyType(
+    {"Llama4TextExperts": True, "Step3p7Experts": False, "LongcatFlashExperts": False, "InklingSharedExperts": False}
+)
 """Read in `forward` of experts that do not declare it: True if they multiply with `@`, False with `F.linear`."""
+
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.+)")
+_IN_LAYER = re.compile(r"(.*\.)layers\.(\d+)\.(self_attn|mlp|lambda_1|lambda_2)((?:\..+)?)")
+_BLOCKS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {"self_attn": ("mixer", 0), "mlp": ("mixer", 1), "lambda_1": ("attn_alpha", 0), "lambda_2": ("mlp_alpha", 1)}
+)
+"""Part of a layer → its block in files of layer pairs, and if that is the second of the pair."""
 
 
 @dataclass(slots=True)
@@ -75,12 +89,14 @@ class TensorFact:
         shapes: the shape in each model where there is one; None where layers differ.
         module: the module's pattern in transformers, if it is spelled in another way.
         layout: of packed experts: which projections, the order of axes, if gate and up alternate, as in the table.
+        numbers: of experts one by one: how many a layer has in each model.
     """
 
     role: str
     module: str
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 def language_prefixes(model: PreTrainedModel) -> tuple[list[str], list[str]]:
@@ -92,6 +108,8 @@ def language_prefixes(model: PreTrainedModel) -> tuple[list[str], list[str]]:
             continue
         of_text = module.config is text or type(module.config) is type(text)
         of_text |= type(module.config).__name__ in _TEXT_BESIDE_TEXT
+        # a decoder beside an encoder, with the configuration of both (DiffusionGemma)
+        of_text |= type(module).__name__.endswith("DecoderModel") and getattr(module, "text_config", None) is text
         if of_text or module.config is not model.config:
             (inside if of_text else beside).append(name)
     return inside, beside
@@ -111,15 +129,22 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
     heads += [each for head in heads if head is not None for each in head.children()]  # of several codebooks
     roles = {name: _role(model, name, tensor, modules, heads, *prefixes) for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    pairs = any(isinstance(each, LayerPairCollapse) for each in get_model_conversion_mapping(model, add_legacy=False))
     for names in _spellings(model):
+        counts = Counter(key for stored in names if (key := _layer_of_experts(stored)) is not None)
         for stored, (target, shape) in names.items():
             if target not in roles:
                 continue
             role, layout = roles[target], {}
             if role == "experts":
                 role, layout = _packed(model, stored, target, shape, shapes[target])
-            fact = TensorFact(role, pattern_of(target), {variant: shape}, layout)
+            module = pattern_of(target)
+            if pairs and LayerPairCollapse.pattern.search(stored):
+                module = module.replace("*", "*/2", 1)
+            fact = TensorFact(role, module, {variant: shape}, layout)
             known = facts.setdefault(pattern_of(stored), fact)
+            if (key := _layer_of_experts(stored)) is not None:
+                known.numbers[variant] = max(known.numbers.get(variant, 0), counts[key])
             if known.shapes.setdefault(variant, shape) != shape:
                 known.shapes[variant] = None
             if (known.role, known.layout) != (fact.role, fact.layout) and {known.role, fact.role} & {
@@ -127,6 +152,12 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
                 "experts",
             }:
                 raise ValueError(f"{stored}: {known} and {fact}")
+
+
+def _layer_of_experts(stored: str) -> tuple[str, str] | None:
+    """The layer and the projection of a tensor that is of one numbered expert; None for others."""
+    found = _EXPERT.fullmatch(stored)
+    return None if found is None else (found[1], found[2])
 
 
 def _spellings(model: PreTrainedModel) -> Iterable[dict[str, tuple[str, tuple[int, ...]]]]:
@@ -153,6 +184,13 @@ def _spellings(model: PreTrainedModel) -> Iterable[dict[str, tuple[str, tuple[in
         and (candidate := published + name.removeprefix(module)) not in state
         and target(candidate) == name
     }
+    if any(isinstance(each, LayerPairCollapse) for each in forward):
+        yield {
+            candidate: (name, tuple(tensor.shape))
+            for stored, tensor in reverted.items()
+            for candidate, name in [(in_pairs(stored), target(stored))]
+            if target(candidate) == name
+        }
     prefixes = [each.reverse_transform() for each in forward if isinstance(each, PrefixChange)]
     for prefix in prefixes:
         yield {
@@ -160,6 +198,18 @@ def _spellings(model: PreTrainedModel) -> Iterable[dict[str, tuple[str, tuple[in
             for name, tensor in {**state, **reverted}.items()
             if (renamed := prefix.rename_source_key(name)[0]) != name
         }
+
+
+def in_pairs(name: str) -> str:
+    """The name of a tensor in files that number a layer's attention and MLP one by one: transformers' reading reversed.
+
+    Names of other tensors stay as they are.
+    """
+    found = _IN_LAYER.fullmatch(name)
+    if found is None:
+        return name
+    block, behind = _BLOCKS[found[3]]
+    return f"{found[1]}layers.{2 * int(found[2]) + behind}.{block}{found[4]}"
 
 
 def _role(
@@ -195,6 +245,8 @@ def _role(
     if isinstance(module, nn.Linear | Conv1D):
         if _ROUTER_NAMES.fullmatch(last) or any(map(_ROUTERS.fullmatch, classes[:4])):
             return "router"
+        if any(map(_KERNELS.fullmatch, classes[1:2])):
+            return "convolution"
         return "linear" if isinstance(module, nn.Linear) else "inputs_first"
     if classes[0].endswith(("Experts", "ParallelExperts", "ExpertGLU")):
         return "experts"
@@ -227,18 +279,14 @@ def _packed(
     name = type(experts).__name__
     # an inner name of the file's, where each projection has a tensor of its own
     file_part = next((each for each in ("gate_proj", "up_proj", "down_proj") if f".{each}." in stored), part)
-    holds = _HOLDS.get(file_part)
+    conversion = _conversion_of(model, stored)
+    targets = [target.rpartition(".")[2] for target in (conversion.target_patterns if conversion else ())]
+    holds = ("gate_proj", "up_proj") if targets == ["gate_proj", "up_proj"] else _HOLDS.get(file_part)
     declared = hasattr(experts, "is_transposed")
     if holds is None or not (declared or name in _TRANSPOSED):
         return "opaque", {}
     transposed = _TRANSPOSED.get(name, getattr(experts, "is_transposed", False))
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    operations = [
-        operation
-        for conversion in conversions
-        if isinstance(conversion, WeightConverter) and conversion.rename_source_key(stored)[1] is not None
-        for operation in conversion.operations
-    ]
+    operations = conversion.operations if conversion else []
     layout = {"holds": list(holds)}
     if any(isinstance(each, Transpose) and each.check_dims for each in operations):
         layout["inputs_first"] = "either"  # transformers takes the one that fits the configuration
@@ -247,3 +295,11 @@ def _packed(
     if not getattr(experts, "is_concatenated", True) or any(isinstance(each, Interleave) for each in operations):
         layout["interleaved"] = True
     return "experts", layout
+
+
+def _conversion_of(model: PreTrainedModel, stored: str) -> WeightConverter | None:
+    """The one conversion that transformers applies to a file's tensor, after all renamings; None if there is none."""
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    renamed, _ = rename_source_key(stored, [each for each in every if isinstance(each, WeightRenaming)], [])
+    converters = (each for each in every if isinstance(each, WeightConverter))
+    return next((each for each in converters if each.rename_source_key(renamed)[1] is not None), None)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from tests.sweep.architectures import rows
+from tests.sweep.architectures import Row, rows
 from tests.sweep.shrunken_configs import tiny_config
 
 _OPTIONAL_SIZES: Mapping[str, int] = MappingProxyType(
@@ -40,6 +40,7 @@ _FACTORS: tuple[Mapping[str, int], ...] = (
         **dict.fromkeys(("head_dim", "kv_lora_rank"), 7),
         **dict.fromkeys(("qk_rope_head_dim", "q_lora_rank"), 2),
         **dict.fromkeys(("v_head_dim", "qk_nope_head_dim"), 3),
+        "zero_expert_num": 3,
     },
     {"hidden_size": 2, "intermediate_size": 3, "moe_intermediate_size": 5, "d_model": 2, "d_ff": 3, "n_embd": 2},
     {"intermediate_size": 3, "moe_intermediate_size": 5, "d_ff": 3, "ffn_dim": 3},
@@ -54,20 +55,28 @@ _NOT_OF_WEIGHTS = ("use_cache", "return_dict", "output_attentions", "output_hidd
 
 
 def architectures() -> list[str]:
-    """Architectures with a language model in transformers."""
-    return sorted({row.architecture for row in rows()})
+    """Architectures with a language model in transformers; `Class.model_type` for types that have another's class."""
+    return sorted({row.architecture if _is_own(row) else f"{row.architecture}.{row.model_type}" for row in rows()})
+
+
+def _is_own(row: Row) -> bool:
+    """True if the model type is the class's own, or one of which the class's is a part."""
+    own, kind = getattr(transformers, row.architecture).config_class, CONFIG_MAPPING[row.model_type]
+    return own is None or own.model_type == row.model_type or bool(kind.sub_configs) is not bool(own.sub_configs)
 
 
 def build(architecture: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device, with its ties."""
     with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, architecture)(config)
+        model: PreTrainedModel = getattr(transformers, architecture.partition(".")[0])(config)
     return model
 
 
 def config_of(architecture: str) -> PreTrainedConfig:
     """A tiny configuration of the architecture, with every kind of layer."""
-    config: PreTrainedConfig = tiny_config(getattr(transformers, architecture).config_class)
+    name, _, model_type = architecture.partition(".")
+    kind = CONFIG_MAPPING[model_type] if model_type else getattr(transformers, name).config_class
+    config: PreTrainedConfig = tiny_config(kind)
     return config
 
 

@@ -5,6 +5,7 @@ from itertools import combinations
 from typing import Any
 
 from amaxbridge.export.architectures.facts import value_of
+from amaxbridge.mappings.model_config import number_of_experts
 
 LARGER = "larger"
 """What the names of models whose sizes differ from the others' begin with."""
@@ -26,6 +27,24 @@ def expressions(
     if not any(model.startswith(LARGER) for model in shapes):
         return [None] * ranks.pop()
     return [_expression([(shape[dim], sizes) for shape, sizes in seen]) for dim in range(ranks.pop())]
+
+
+def count(numbers: Mapping[str, int], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """An expression for how many experts a layer's files number in every model; None if the models route to as many.
+
+    Raises:
+        ValueError: no expression is right in every model.
+    """
+    seen = [(number, configs[model]) for model, number in numbers.items()]
+    if all(number == number_of_experts(config) for number, config in seen):
+        return None
+    sized = [(number, _sizes(config)) for number, config in seen]
+    fields = sorted(name for name in set.intersection(*(set(sizes) for _, sizes in sized)) if "expert" in name)
+    candidates = [*(f"2*{name}" for name in fields), *(f"{one}+{other}" for one, other in combinations(fields, 2))]
+    fitting = [each for each in candidates if all(value_of(each, sizes) == number for number, sizes in sized)]
+    if len(fitting) != 1:
+        raise ValueError(f"experts are numbered to {sorted(set(numbers.values()))}, which is {fitting or 'no sum'}")
+    return fitting[0]
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:

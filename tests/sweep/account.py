@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.sweep.architectures import PUBLISHED
-from tests.sweep.judge_row import CRASHED, LIMIT, NOT_BUILT, REFUSED, RIGHT, SCHEMES, WRONG
+from tests.sweep.judge_row import CRASHED, LIMIT, NOT_BUILT, NOT_LOADED, REFUSED, RIGHT, SCHEMES, WRONG
 
-ORDER = (RIGHT, LIMIT, REFUSED, WRONG, CRASHED, NOT_BUILT)
+ORDER = (LIMIT, REFUSED, WRONG, CRASHED, NOT_BUILT)
 COUNTED, FURTHER = "causal language models, images and text", "sequence to sequence, speech"
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _TABLE = re.compile(r"(<!-- sweep -->\n).*(<!-- /sweep -->)", re.DOTALL)
@@ -20,7 +20,7 @@ Verdicts = Sequence[dict[str, Any]]
 
 def worst(verdicts: Verdicts) -> str:
     """The verdict on a type: wrong or crashed if any layout or class is, else the worst of the published layouts."""
-    rank = (NOT_BUILT, RIGHT, LIMIT, REFUSED, CRASHED, WRONG)
+    rank = (NOT_BUILT, RIGHT, NOT_LOADED, LIMIT, REFUSED, CRASHED, WRONG)
     considered = [
         each["verdict"] for each in verdicts if each["layout"] == PUBLISHED or each["verdict"] in (WRONG, CRASHED)
     ]
@@ -47,11 +47,17 @@ def summary(verdicts: Verdicts) -> dict[str, Counter[str]]:
 
 
 def counts_table(verdicts: Verdicts) -> list[str]:
-    """The summary as lines of a table."""
-    lines = ["| | types | " + " | ".join(ORDER) + " |", "|---|" + "---:|" * (1 + len(ORDER))]
+    """The summary as lines of a table; `right` includes what is right and not loaded."""
+    names = ("types", "right", "of these not loaded", *ORDER)
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for label, counts in summary(verdicts).items():
-        lines.append(f"| {label} | {sum(counts.values())} | " + " | ".join(str(counts[each]) for each in ORDER) + " |")
+        cells = (sum(counts.values()), _right(counts), counts[NOT_LOADED], *(counts[each] for each in ORDER))
+        lines.append(f"| {label} | {' | '.join(map(str, cells))} |")
     return lines
+
+
+def _right(counts: Counter[str]) -> int:
+    return counts[RIGHT] + counts[NOT_LOADED]
 
 
 def fewer_than_committed(verdicts: Verdicts, page: Path = PAGE) -> list[str]:
@@ -59,9 +65,9 @@ def fewer_than_committed(verdicts: Verdicts, page: Path = PAGE) -> list[str]:
     found = re.findall(r"^\| (.+?) \| \d+ \| (\d+) \|", page.read_text() if page.exists() else "", re.MULTILINE)
     committed = {label: int(right) for label, right in found}
     return [
-        f"{label}: {counts[RIGHT]} right, and {committed[label]} in {page.name}"
+        f"{label}: {_right(counts)} right, and {committed[label]} in {page.name}"
         for label, counts in summary(verdicts).items()
-        if counts[RIGHT] < committed.get(label, 0)
+        if _right(counts) < committed.get(label, 0)
     ]
 
 
@@ -79,7 +85,7 @@ def faults(verdicts: Verdicts) -> str:
     """A readable account of everything that is not plainly right, the faults first."""
     lines = ["# Sweep", "", *counts_table(verdicts), "", "## Kinds", ""]
     lines += [f"- **{kind}**, {len(types)} types: {', '.join(types)}" for kind, types in kinds(verdicts).items()]
-    for kind in (WRONG, CRASHED, REFUSED, LIMIT, NOT_BUILT, RIGHT):
+    for kind in (WRONG, CRASHED, REFUSED, LIMIT, NOT_LOADED, NOT_BUILT, RIGHT):
         lines += ["", f"## {kind}", ""]
         for each in verdicts:
             if each["verdict"] == kind and not (kind == RIGHT and not each["why"] and (each["coverage"] or 0) > 0.5):
@@ -110,7 +116,7 @@ def _why(verdicts: Verdicts) -> str:
     """Why a row is not right, in a few words."""
     reasons = dict[str, None]()
     for each in verdicts:
-        if each["verdict"] == LIMIT:
+        if each["verdict"] in (LIMIT, NOT_LOADED):
             reasons |= {re.sub(r" \(\d+\): .*", "", why): None for why in each["why"] if "no logits" not in why}
         elif each["verdict"] == REFUSED:
             reasons[re.sub(r"/\S*/(published|modules|square)\S*", "source", each["why"][0])[:160]] = None

@@ -10,13 +10,19 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.sweep.architectures import LAYOUTS, SQUARE, Row
 from tests.sweep.shrunken_configs import EXPERTS, VOCABULARY
 
+if TYPE_CHECKING:
+    from tests.sweep.file_oracle import Findings
+
 SCHEMES = ("fp8_dynamic", "nvfp4a16")
-RIGHT, REFUSED, LIMIT, WRONG, CRASHED, NOT_BUILT = "right", "refused", "limit", "wrong", "crashed", "not built"
+RIGHT, NOT_LOADED, LIMIT, REFUSED = "right", "right, not loaded", "limit", "refused"
+WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
+CANNOT_LOAD = {"does not load", "missing keys", "unexpected keys", "mismatched keys", "conversion errors"}
+"""What transformers itself says of a format that it cannot load: then the files alone are judged."""
 
 
 @dataclass(slots=True)
@@ -27,7 +33,8 @@ class Verdict:
         counted: see `Row`.
         layout: `published`; `modules`, the layout of transformers' modules where it differs; `square`, with packed
             experts of which no shape says which side is the input.
-        verdict: right, refused, limit (an engine's), wrong (silently), crashed, or not built.
+        verdict: right; right by its bytes, and not loaded by transformers; limit (transformers loads it without a word
+            and computes something else); refused; wrong (silently); crashed; or not built.
         why: kinds of faults, each with how often it was seen and its first example.
         coverage: quantized share of the weights that may be quantized.
     """
@@ -135,16 +142,11 @@ class Case:
 
     def judge(self, source: Path, output: Path, scheme: str) -> Outcome:
         """Judges a quantized directory."""
-        from tests.sweep import file_oracle
+        from tests.sweep.file_oracle import BOUNDS
         from tests.sweep.loading_oracle import RUNNING, judge_loading
 
-        quantization = file_oracle.quantization_of(output)
-        if quantization is None:
-            return WRONG, ["nothing quantized"], 0.0
-        before, after = file_oracle.read_tensors(source), file_oracle.read_tensors(output)
-        bound = file_oracle.BOUNDS[scheme]
-        findings = file_oracle.judge(before, after, quantization, self.truth, bound)
-        limits = file_oracle.judge_targets(self.model, quantization, self.truth, before, findings)
+        bound = BOUNDS[scheme]
+        findings, limits = self.judge_files(source, output, bound)
         quantized = {(each.module, each.part, each.expert) for each in map(self.truth.__getitem__, findings.quantized)}
         problems = judge_loading(
             type(self.model), output, self.truth, quantized, self.reference, bound, EXPERTS, VOCABULARY
@@ -160,9 +162,22 @@ class Case:
         loading = [f"transformers: {line}" for line in _grouped(problems)]
         if findings.wrong:
             return WRONG, [*_grouped(findings.wrong), *loading, *notes], share
+        if {kind for kind, _ in problems} & CANNOT_LOAD:
+            return NOT_LOADED, [*limits, *loading, *notes], share
         if problems or limits:
             return LIMIT, [*limits, *loading, *notes], share
         return RIGHT, notes, share
+
+    def judge_files(self, source: Path, output: Path, bound: float) -> tuple["Findings", list[str]]:
+        """What the files say by themselves: faults, and what is out of transformers' reach."""
+        from tests.sweep import file_oracle
+
+        quantization = file_oracle.quantization_of(output)
+        if quantization is None:
+            return file_oracle.Findings([("nothing quantized", str(output))]), []
+        before, after = file_oracle.read_tensors(source), file_oracle.read_tensors(output)
+        findings = file_oracle.judge(before, after, quantization, self.truth, bound)
+        return findings, file_oracle.judge_targets(self.model, quantization, self.truth, before, findings)
 
 
 def _grouped(faults: list[tuple[str, str]]) -> list[str]:

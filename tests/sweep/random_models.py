@@ -64,12 +64,17 @@ def save(model: Any, directory: Path, layout: str) -> None:
 
     Published files have the layout that transformers converts from, and their config.json says nothing of ties where
     the class's default holds. transformers saves experts that it would transpose in its own layout; they are transposed
-    here, but not in `SQUARE` files, in which no reader could see that.
+    here, but not in `SQUARE` files, in which no reader could see that. Nor does it save Dory's layers as published.
     """
     model.save_pretrained(directory, save_original_format=layout != MODULES)
     if layout != MODULES:
         path = directory / "config.json"
         path.write_text(json.dumps(_without_default_ties(json.loads(path.read_text()), model.config)))
+    if layout == PUBLISHED and model.config.model_type == "dory":
+        path = directory / "model.safetensors"
+        save_file(
+            {_in_pairs(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+        )
     if layout == PUBLISHED and (patterns := _transposed_on_loading(model)):
         path = directory / "model.safetensors"
         tensors = load_file(path)
@@ -77,6 +82,15 @@ def save(model: Any, directory: Path, layout: str) -> None:
             if any(pattern.search(name) for pattern in patterns):
                 tensors[name] = tensors[name].transpose(1, 2).contiguous()
         save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _in_pairs(name: str) -> str:
+    """A tensor's name in Dory's published files, in which attention and MLP are layers of their own."""
+    found = re.fullmatch(r"(.*\.layers)\.(\d+)\.(self_attn|mlp|lambda_1|lambda_2)(.*)", name)
+    if found is None:
+        return name
+    block = {"lambda_1": "attn_alpha", "lambda_2": "mlp_alpha"}.get(found[3], "mixer")
+    return f"{found[1]}.{2 * int(found[2]) + (found[3] in ('mlp', 'lambda_2'))}.{block}{found[4]}"
 
 
 def _transposed_on_loading(model: Any) -> list[re.Pattern[str]]:

@@ -167,8 +167,14 @@ class _Towers:
             for name, module in model.named_modules()
             if name and isinstance(module, PreTrainedModel) and module.config is not config
         }
-        self._towers = [name for name, part in parts.items() if is_tower(part)]
+        # A stack with a configuration of the whole model's class is its encoder or decoder (UDOP), whatever its fields.
+        self._towers = [name for name, part in parts.items() if is_tower(part) and type(part) is not type(config)]
         self._language = [name for name, part in parts.items() if is_language(part) and not _under(name, self._towers)]
+        self._language += [  # a decoder that has the configuration of the whole
+            name
+            for name, module in model.named_modules()
+            if type(module).__name__.endswith("DecoderModel") and getattr(module, "text_config", None) is not None
+        ]
         self._inside = not hasattr(config, "vocab_size") or "text_config" in config.sub_configs
 
     def holds(self, name: str) -> bool:
@@ -183,7 +189,7 @@ def _under(name: str, roots: list[str]) -> bool:
 
 
 _TOWER = re.compile(
-    r"vision|audio|image|speech|qformer|codec|vq|protein|saprot|vit|siglip|clip|sam|mimi|encodec|dac|dit"
+    r"vision|audio|image|speech|qformer|codec|vq|protein|saprot|vit|siglip|clip|sam|mimi|encodec|dac|dit|timm"
 )
 _TOWER_FIELDS = ("image_size", "num_mel_bins")
 _TOWER_FIELDS_WITHOUT_TOKENS = ("num_channels", "in_channels", "sampling_rate")
