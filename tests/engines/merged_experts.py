@@ -12,7 +12,7 @@ from tests.architectures.models import build, config_of
 def merged_experts() -> dict[str, list[str]]:
     """Architecture whose experts are packed → the projections that it takes of single ones; none if it takes none."""
     found: dict[str, list[str]] = {}
-    for name in sorted(file.stem for file in KNOWN.glob("*.json")):
+    for name in sorted({file.stem.partition(".")[0] for file in KNOWN.glob("*.json")}):
         known = architecture_of({"architectures": [name]})
         assert known is not None
         if any(fact.role is Role.EXPERTS for fact in known.facts.values()):
