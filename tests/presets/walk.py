@@ -8,6 +8,7 @@ schemes that are written and how their weights compare with ModelOpt's own fake 
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -96,7 +97,10 @@ def walk(place: Path, walked: Iterator[tuple[str, Any]]) -> dict[str, dict[str, 
     bridge, rows = AutoBridge.from_hf_pretrained(model_directory(place / "model")), {}
     with megatron.distributed(tp=1):
         for number, (name, config) in enumerate(walked):
-            rows[name] = row(bridge, config, place / str(number))
+            work = place / f"{number}-work"
+            work.mkdir()
+            with contextlib.chdir(work):  # layer-by-layer recipes keep files there, and would take up those of others
+                rows[name] = row(bridge, config, place / str(number))
             print(name, rows[name], flush=True)
     return rows
 
