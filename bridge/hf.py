@@ -19,11 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
-from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
-from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, UnknownArchitectureError, UsageError, listing
+from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
@@ -71,9 +71,7 @@ class HFModel:
     def check_unchanged(self) -> None:
         """Raises CheckpointError if config.json is another one by now."""
         if self.directory is not None and read_config_json(self.directory) != self.written:
-            raise CheckpointError(
-                f"{self.directory / CONFIG_FILE} changed since it was read: run the same command again"
-            )
+            raise changed_meanwhile(self.directory / CONFIG_FILE)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:

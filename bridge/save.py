@@ -12,6 +12,7 @@ from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.export.amax.fused_group_amax import missing_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state
+from amaxbridge.export.disk.io_errors import changed_meanwhile
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard, plan_layout
@@ -25,7 +26,7 @@ from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
 from amaxbridge.export.output.writing_processes import Writers
 from amaxbridge.export.schemes import find_scheme
 from amaxbridge.mappings.amax import PRE_QUANT_SCALE, STORED_SCALES
-from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import SaveOptions
@@ -106,7 +107,7 @@ class Saver:
         carried = carried_specs(self._hf, required=not options.dry_run)
         files = self._files(bool(carried))
         if carried and carried_specs(self._hf, required=True) != carried:
-            raise CheckpointError(f"{self._hf.directory}: the weights changed while they were read: run it again")
+            raise changed_meanwhile(self._hf.weights_directory)
         finalizer.ignore += ignored(self._hf)
         if self.recipe is not None:
             check_ignored(options.ignore, {*map(module_of, finalizer.outputs), *finalizer.ignore})

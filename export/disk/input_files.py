@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from amaxbridge.export.disk.input_paths import refuse_leaving
-from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.mappings.errors import CheckpointError
 
 MOST_BYTES = 100_000_000
@@ -62,7 +62,7 @@ def read_input(path: Path, inside: Path | None = None, *, most: int = MOST_BYTES
                 raise CheckpointError(f"{path} has {before.st_size:,} bytes, more than any such file has")
             content = b"".join(_parts(file, before.st_size + 1))
             if len(content) != before.st_size or identity(os.fstat(file)) != identity(before):
-                raise CheckpointError(f"{path} changed while it was read: run the same command again")
+                raise changed_meanwhile(path)
             return content
 
 

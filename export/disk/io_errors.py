@@ -52,6 +52,11 @@ def explaining_reads(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{_named(error, path)} cannot be read: {why}; {next_step}") from error
 
 
+def changed_meanwhile(*paths: Path) -> CheckpointError:
+    """The error for files, any of which changed while they were read."""
+    return CheckpointError(f"{' or '.join(map(str, paths))} changed while it was read: {_AGAIN}")
+
+
 def _said(error: OSError, path: Path) -> str:
     why = error.strerror or str(error)
     return f"{_named(error, path)}: {why}; {_NEXT_STEP.get(error.errno or 0, _AGAIN)}"

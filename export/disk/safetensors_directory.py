@@ -10,7 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from amaxbridge.export.disk.input_paths import weight_file_name
-from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.packed_experts import FindPacked, found_in
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
@@ -100,7 +100,7 @@ class SafetensorsCheckpoint:
         for file in self._files.values():
             file.check_unchanged()
         if "weight_map" in self.__dict__ and SafetensorsCheckpoint(self.directory).weight_map != self.weight_map:
-            raise CheckpointError(f"{self.directory / INDEX_FILE} changed while the weights were read: run it again")
+            raise changed_meanwhile(self.directory / INDEX_FILE)
 
     def has(self, name: str) -> bool:
         """True if `read` would find the tensor; opens no file."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.disk.input_files import identity, open_input
-from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.mapped_file import MappedFile
 from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.row_chunks import Part
@@ -157,7 +157,7 @@ class SafetensorsFile:
         file = open_input(self.path, self.inside)
         if self._identity and identity(os.fstat(file)) != self._identity:
             os.close(file)
-            raise CheckpointError(f"{self.path} changed while it was read: run the same command again")
+            raise changed_meanwhile(self.path)
         return file
 
     def check_unchanged(self) -> None:

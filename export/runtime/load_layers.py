@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amaxbridge.export.architectures.engines import members_of
+from amaxbridge.export.disk.io_errors import changed_meanwhile
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.config_and_index import CONFIG_FILE
@@ -174,7 +175,7 @@ class _Reader:
             if error is None:
                 self.checkpoint.check_unchanged()
                 if _quantization_config(self.directory) != self._quantization:
-                    raise CheckpointError(f"{self.directory / CONFIG_FILE} changed while it was read: run it again")
+                    raise changed_meanwhile(self.directory / CONFIG_FILE)
         finally:
             self.checkpoint.close()
 

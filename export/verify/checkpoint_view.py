@@ -18,7 +18,7 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
-from amaxbridge.export.disk.io_errors import explaining_reads
+from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import misfit, read_json_object
@@ -245,10 +245,7 @@ class CheckpointView:
         for file in self.files.values():
             file.check_unchanged()
         if self._read_json() != self._json:
-            raise CheckpointError(
-                f"{self.directory}: {CONFIG_FILE} or {INDEX_FILE} changed while the weights were read: run the same "
-                "command again"
-            )
+            raise changed_meanwhile(self.directory / CONFIG_FILE, self.directory / INDEX_FILE)
 
     def __enter__(self) -> Self:
         return self

@@ -87,12 +87,10 @@ def _fits(view: CheckpointView) -> Iterator[Problem]:
 def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
     named = view.config.get("architectures")
     architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    experts = [(module, module.name.rpartition(".")[2]) for module in view.quantized if is_expert(module.name)]
     for engine in ENGINES:
-        for module in view.quantized:
-            projection = module.name.rpartition(".")[2]
-            does = is_expert(module.name) and next(
-                (found for name in architectures if (found := engine.leaves_out(name, projection))), None
-            )
+        for module, projection in experts:
+            does = next((found for name in architectures if (found := engine.leaves_out(name, projection))), None)
             if does:
                 what = f"is {_treatment(module)}; {engine.label} does not load it one by one, and {does}"
                 yield Problem(module.name, what, engine.key)

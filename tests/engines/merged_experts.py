@@ -11,16 +11,22 @@ from tests.architectures.models import build, config_of
 
 def merged_experts() -> dict[str, list[str]]:
     """Architecture whose experts are packed → the projections that it takes of single ones; none if it takes none."""
-    found: dict[str, list[str]] = {}
-    for name in sorted({file.stem.partition(".")[0] for file in KNOWN.glob("*.json")}):
-        known = architecture_of({"architectures": [name]})
-        assert known is not None
-        if any(fact.role is Role.EXPERTS for fact in known.facts.values()):
-            found[name] = sorted(_projections(build(name, config_of(name))))
-    return found
+    names = sorted({file.stem.partition(".")[0] for file in KNOWN.glob("*.json")})
+    return {name: projections(name) for name in names if _packs_experts(name)}
 
 
-def _projections(model: PreTrainedModel) -> set[str]:
+def projections(architecture: str) -> list[str]:
+    """The projections that transformers takes of single experts."""
+    return sorted(_taken(build(architecture, config_of(architecture))))
+
+
+def _packs_experts(architecture: str) -> bool:
+    known = architecture_of({"architectures": [architecture]})
+    assert known is not None
+    return any(fact.role is Role.EXPERTS for fact in known.facts.values())
+
+
+def _taken(model: PreTrainedModel) -> set[str]:
     if any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()):
         return {"gate_proj", "up_proj", "down_proj"}  # it has a module for each expert while the model is quantized
     return {

@@ -1,6 +1,7 @@
 """Small Hugging Face checkpoints made on the spot, of random weights, cut into files anywhere."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ class _Maker:
     def mlp(self, module: str, width: int = WIDTH) -> dict[str, Tensor]:
         shapes = {"gate_proj": (width, HIDDEN), "up_proj": (width, HIDDEN), "down_proj": (HIDDEN, width)}
         return {f"{module}.{name}.weight": self.weight(*shape) for name, shape in shapes.items()}
+
+
+def change_last_byte(file: Path) -> None:
+    """Changes one bit at the end of a file; the size stays."""
+    with open(file, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last ^ 1]))
 
 
 def tensors_in(directory: Path) -> dict[str, Tensor]:

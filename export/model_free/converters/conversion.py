@@ -57,15 +57,16 @@ class Conversion:
         experts = module.rpartition(".")[0]
         name, _, number = experts.rpartition(".")
         found = self.knowledge.experts_in(packed, (1, *self.plain_shape(module)))
+        layout = self.knowledge.layout_of(packed)
+        if self._is_turned(module):
+            layout = replace(layout, transposed=False)
         made: dict[str, PackedSource | None] = {
             single.replace(f"{name}.0.", f"{experts}.").removesuffix(".weight"): replace(
-                source,
-                expert=int(number),
-                layout=replace(source.layout, transposed=source.layout.transposed and not self._is_turned(module)),
+                source, expert=int(number), layout=layout
             )
             for single, source in found.items()
         }
-        return made or {module: None}
+        return made or {module: None}  # refused by name where the architecture is known
 
     def plain_shape(self, module: str) -> tuple[int, int]:
         """The shape that a module's weight has where its architecture's files are not quantized."""

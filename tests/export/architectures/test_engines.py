@@ -24,6 +24,7 @@ from amaxbridge.export.architectures.engines import (
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.schemes import SCHEMES
 from tests.engines.matchers import IGNORES, LAYERS, TARGETS, recorded_cases
+from tests.engines.merged_experts import projections
 from tests.support.paths import GOLDEN, ROOT
 
 FUSING = pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=lambda engine: engine.key)
@@ -179,3 +180,18 @@ def test_names_of_files_in_ignore_are_those_of_the_engine() -> None:
     name = build.fused(build.path_of(tower))
     assert name == "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj"
     assert answer(VLLM, Layer(name, build.members_of(name)), config) == "ignored"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "taken"),
+    [
+        ("Qwen3MoeForCausalLM", ["down_proj", "gate_proj", "up_proj"]),
+        ("MixtralForCausalLM", ["w1", "w2", "w3"]),
+        ("Llama4ForCausalLM", ["down_proj", "gate_proj", "up_proj"]),
+        ("GraniteMoeForCausalLM", []),
+        ("GptOssForCausalLM", []),
+    ],
+)
+def test_single_experts_that_transformers_takes(architecture: str, taken: list[str]) -> None:
+    """Asked of transformers again, and in the table."""
+    assert projections(architecture) == taken == TRANSFORMERS.facts.merges[architecture]

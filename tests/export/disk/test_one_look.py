@@ -33,7 +33,7 @@ from amaxbridge.export.runtime import load_linear
 from amaxbridge.export.verify import verify
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.mappings.errors import CheckpointError
-from tests.support.checkpoints import dense_model, write_checkpoint
+from tests.support.checkpoints import change_last_byte, dense_model, write_checkpoint
 
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 256}
 
@@ -196,11 +196,7 @@ class TestDirectories:
     @staticmethod
     def touched(file: Path) -> None:
         """Other bytes of the same length."""
-        with open(file, "r+b") as opened:
-            opened.seek(-1, os.SEEK_END)
-            last = opened.read(1)[0]
-            opened.seek(-1, os.SEEK_END)
-            opened.write(bytes([last ^ 1]))
+        change_last_byte(file)
         found = file.stat()
         os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
 

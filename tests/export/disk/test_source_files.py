@@ -21,7 +21,7 @@ from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.disk.strict_json import parse_json_object
 from amaxbridge.export.model_free.whole_directory import _described, model_free_ptq
 from amaxbridge.mappings.errors import CheckpointError
-from tests.support.checkpoints import cuts_inside_groups, dense_model, write_checkpoint
+from tests.support.checkpoints import change_last_byte, cuts_inside_groups, dense_model, write_checkpoint
 from tests.support.paths import ENVIRONMENT, ROOT
 
 SHARD = "model-00003-of-00005.safetensors"
@@ -45,18 +45,10 @@ def _replaced(file: Path) -> None:
     os.replace(file.with_name("x"), file)
 
 
-def _one_byte(file: Path) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(-1, os.SEEK_END)
-        last = opened.read(1)[0]
-        opened.seek(-1, os.SEEK_END)
-        opened.write(bytes([last ^ 1]))
-
-
 def _in_secret(file: Path) -> None:
     """Changes bytes of a file, and sets its times back; the size stays."""
     times = file.stat()
-    _one_byte(file)
+    change_last_byte(file)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
@@ -77,7 +69,7 @@ def _emptied(file: Path) -> None:
     os.truncate(file, 0)
 
 
-CHANGES = [_rewritten, _replaced, _one_byte, _in_secret, _longer, _removed, _shorter, _emptied]
+CHANGES = [_rewritten, _replaced, change_last_byte, _in_secret, _longer, _removed, _shorter, _emptied]
 
 
 def when(bundles: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +101,7 @@ class TestDuringTheRun:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "vocab/merges.txt"])
-    @pytest.mark.parametrize("change", [_one_byte, _removed, _replaced, _in_secret])
+    @pytest.mark.parametrize("change", [change_last_byte, _removed, _replaced, _in_secret])
     def test_small_files(
         self, source: Path, tmp_path: Path, name: str, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -136,7 +128,7 @@ class TestDuringTheRun:
 
 class TestBetweenTwoRuns:
     @pytest.mark.parametrize("hashed", [False, True])
-    @pytest.mark.parametrize("change", [_rewritten, _one_byte, _in_secret, None])
+    @pytest.mark.parametrize("change", [_rewritten, change_last_byte, _in_secret, None])
     def test_it_starts_anew(
         self,
         source: Path,
@@ -327,7 +319,7 @@ class TestFingerprint:
         files = SourceFiles.of(source, names, hashed=hashed)
         files.check_unchanged()
         assert files.fingerprint == SourceFiles.of(source, names[::-1], hashed=hashed).fingerprint
-        _one_byte(source / SHARD)
+        change_last_byte(source / SHARD)
         (source / "config.json").unlink()
         with pytest.raises(CheckpointError, match=rf"2 files changed .*\n  config\.json\n  {SHARD}\n"):
             files.check_unchanged()
