@@ -106,7 +106,7 @@ class OneScale(_Stored):
 
 
 class Gradients(InBlocks):
-    """Like `OneScale`, in the format of gradients."""
+    """Like `InBlocks`, in the format of gradients."""
 
     _fp8_dtype = DType.kFloat8E5M2
 
