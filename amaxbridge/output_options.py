@@ -30,6 +30,12 @@ class OutputOptions:
         "How to quantize: the name of a scheme, or a recipe; auto: as the quantizers of training say; none: plain "
         "weights.",
     )
+    format: str = _option(
+        "compressed-tensors",
+        "format",
+        "How quantized files are laid out: compressed-tensors; or modelopt, the names and the hf_quant_config.json of "
+        "ModelOpt's own exporter, for TensorRT-LLM, NeMo-RL and verl. Codes are the same bytes.",
+    )
     ignore: Sequence[str] = _option(
         (),
         "ignore",
@@ -82,6 +88,7 @@ class SaveOptions(OutputOptions):
 class OutputKeywords(TypedDict, total=False):
     """`OutputOptions` as keywords, for type checkers; scheme and ignore are arguments of their own."""
 
+    format: str
     missing_amax: str
     nonfinite: str
     overwrite: bool

@@ -78,7 +78,7 @@ class Saver:
             check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=options.overwrite)
         self._companions = Companions.of(hf.directory)
-        self.recipe = find_scheme(options.scheme, options.ignore)
+        self.recipe = find_scheme(options.scheme, options.ignore, options.format)
         self._missing = missing_policy(options.missing_amax)
         self._finite = FiniteCheck(nonfinite_policy(options.nonfinite))
 

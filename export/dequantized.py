@@ -22,9 +22,9 @@ from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.model_free.converters.quantized_source import recognize
-from amaxbridge.export.quant_config import COMPRESSED_TENSORS, QuantConfig, read_quant_config
-from amaxbridge.export.quantization_declared import declared_quantization
-from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.quant_config import QuantConfig, read_quant_config
+from amaxbridge.export.quantization_declared import MODELOPT, declared_quantization
+from amaxbridge.export.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
@@ -34,6 +34,7 @@ from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _READ_AS_THEY_ARE = ("mxfp4",)  # packed experts of GPT-OSS, which `SafetensorsCheckpoint` cuts
 _GPT_OSS = "gpt_oss"
+_CHANGE_MEANING = frozenset(("pre_quant_scale", "weight_scale_2", "weight_zero_point", "weight_g_idx"))
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 
 
@@ -64,7 +65,8 @@ class DequantizedCheckpoint:
 
     Args:
         checkpoint: the directory, open for reading.
-        quantization: `quantization_config` of its config.json; None if it is not quantized.
+        quantization: `quantization_config` of its config.json, or what ModelOpt says beside it; None if it is not
+            quantized.
 
     Raises:
         UsageError: another quantization than of compressed-tensors, or a format that is not known here.
@@ -79,10 +81,10 @@ class DequantizedCheckpoint:
         self.cache_scales = stored_cache_scales(checkpoint.weight_map, config.kv_cache)
         if config.method in _READ_AS_THEY_ARE:
             return
-        if config.method not in ("", COMPRESSED_TENSORS):
+        if config.method not in ("", COMPRESSED_TENSORS, MODELOPT):
             raise UsageError(
-                f"{checkpoint.directory} is quantized as quant_method={config.method!r}; only {COMPRESSED_TENSORS} is "
-                "read"
+                f"{checkpoint.directory} is quantized as quant_method={config.method!r}; only {COMPRESSED_TENSORS} and "
+                f"{MODELOPT} are read"
             )
         self.schemes = self._find_schemes(config.checked())
 
@@ -174,6 +176,12 @@ class DequantizedCheckpoint:
             for name in (f"{module}.{each}" for each in _local_names(scheme))
             if name not in tensors
         ]
+        problems += [
+            f"{name}: no tensor of {schemes[module].name}, so what it changes would be lost"
+            for name in tensors
+            if (module := module_of(name)) in schemes
+            and name.removeprefix(f"{module}.") in _CHANGE_MEANING - {*_local_names(schemes[module])}
+        ]
         if not problems:
             problems += [problem for module, scheme in schemes.items() for problem in self._misfits(module, scheme)]
         if problems:
@@ -183,8 +191,7 @@ class DequantizedCheckpoint:
     def _misfits(self, module: str, scheme: Scheme) -> Iterator[str]:
         """The tensors of a module with other dtypes or shapes than its scheme writes."""
         specs = {name: self.checkpoint.tensors[f"{module}.{name}"].spec for name in _local_names(scheme)}
-        weight = specs.get("weight")
-        shape = scheme.weight_shape(specs) if weight is None or len(weight.shape) != 2 else weight.shape
+        shape = scheme.weight_shape(specs)
         if shape is None:
             yield f"{module}: its codes are no matrix"
             return
@@ -221,8 +228,8 @@ def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any
     """
     declared = declared_quantization(config, checkpoint.directory)
     for each in declared:
-        if each.method == COMPRESSED_TENSORS:
-            return DequantizedCheckpoint(checkpoint, each.raw)
+        if each.method in (COMPRESSED_TENSORS, MODELOPT):
+            return DequantizedCheckpoint(checkpoint, {**each.raw, "quant_method": each.method})
     places = checkpoint.weight_map.items()
     stored = {name: found for name, file in places if (found := checkpoint.file(file).tensors.get(name)) is not None}
     source = recognize(stored, declared)

@@ -7,18 +7,18 @@ The spelling of each program is an entry of `_SPELLINGS`, which translates it in
 that only record how a checkpoint was made are skipped; a key that may change what the tensors mean is refused by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from amaxbridge.export.schemes import Scheme, scheme_of
+from amaxbridge.export.modelopt_config import in_compressed_tensors_words
+from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT, Scheme, scheme_of
 from amaxbridge.export.schemes.signature import ARGUMENT_KEYS, Arguments, Signature, UnsupportedQuantizationError
 from amaxbridge.export.schemes.targets import EMBEDDINGS, EVERY_LINEAR, HEAD, is_pattern, means
 from amaxbridge.mappings.errors import listing
 
-COMPRESSED_TENSORS = "compressed-tensors"
 _KEYS = frozenset(
     (
         "quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme",
@@ -179,12 +179,15 @@ def read_quant_config(raw: Any) -> QuantConfig:
     if spelling is None:
         known = ", ".join(_SPELLINGS)
         return QuantConfig(raw, method, faults=(Fault("quant_method", f"is {method}, not {known}"),))
-    return _of_compressed_tensors(raw, method, spelling(raw))
+    spelled, wrong = spelling(raw)
+    return _of_compressed_tensors(raw, method, spelled, [Fault(where, what) for where, what in wrong])
 
 
-def _of_compressed_tensors(raw: Mapping[str, Any], method: str, spelled: Mapping[str, Any]) -> QuantConfig:
+def _of_compressed_tensors(
+    raw: Mapping[str, Any], method: str, spelled: Mapping[str, Any], faults: list[Fault]
+) -> QuantConfig:
     """From a config in the words of compressed-tensors."""
-    faults, unknown = list[Fault](), [key for key in spelled if key not in _KEYS and spelled[key] is not None]
+    unknown = [key for key in spelled if key not in _KEYS and spelled[key] is not None]
     faults += [
         Fault("quantization_config", f"has {key}, which is not computed here")
         for key in _NOT_COMPUTED
@@ -247,7 +250,9 @@ def _says_something(value: Any) -> bool:
     return bool(value) and not (isinstance(value, dict) and value.get("format") == "dense")
 
 
-_SPELLINGS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = MappingProxyType(
-    {COMPRESSED_TENSORS: lambda raw: raw}
+type _Spelled = tuple[Mapping[str, Any], Sequence[tuple[str, str]]]
+
+_SPELLINGS: Mapping[str, Callable[[Mapping[str, Any]], _Spelled]] = MappingProxyType(
+    {COMPRESSED_TENSORS: lambda raw: (raw, ()), MODELOPT_FORMAT: in_compressed_tensors_words}
 )
-"""`quant_method` → what turns such a config into the words of compressed-tensors."""
+"""`quant_method` → what turns such a config into the words of compressed-tensors, and names what is wrong in it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amaxbridge.export.disk.strict_json import read_json_object
-from amaxbridge.export.quant_config import COMPRESSED_TENSORS
+from amaxbridge.export.schemes import COMPRESSED_TENSORS
 
 MODELOPT = "modelopt"
 _KEYS = ("quantization_config", "compression_config")

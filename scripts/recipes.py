@@ -23,6 +23,7 @@ def output_keywords(
 ) -> OutputKeywords:
     """What every export takes, from the options of a command; they are kept as its record."""
     return {
+        "format": options.format,
         "missing_amax": options.amax.missing,
         "nonfinite": options.nonfinite,
         "overwrite": options.io.overwrite,

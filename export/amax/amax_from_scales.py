@@ -18,25 +18,27 @@ _ULPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # the two divisions are off by three ul
 
 @dataclass(frozen=True, slots=True)
 class SharedScale:
-    """A scale of one number, fp32 `[1]`, that all members of a fused group share.
+    """A scale of one number, fp32, that all members of a fused group share.
 
     Args:
         tensor: its local name: `weight_global_scale`.
         span: what an amax becomes: the largest code, times the largest block scale if there are block scales.
         is_divisor: NVFP4's, stored as `2688 / amax`, not as `amax / span`. Engines keep the largest divisor of a fused
             group for all members; members under another multiplier they quantize once more.
+        shape: of the stored tensor: one dim in compressed-tensors, none in ModelOpt's format.
     """
 
     tensor: str
     span: float
     is_divisor: bool = False
+    shape: tuple[int, ...] = (1,)
 
     def stored(self, amax: Tensor) -> Tensor:
-        """fp32 `[1]` in ModelOpt's arithmetic, where a divisor is the reciprocal of a multiplier."""
+        """fp32, in ModelOpt's arithmetic, where a divisor is the reciprocal of a multiplier."""
         if self.is_divisor:
-            return input_global_scale(amax)
+            return input_global_scale(amax).reshape(self.shape)
         span = torch.full_like(amax, self.span, dtype=torch.float32)
-        return (usable(amax.float(), span) / span).reshape(1)
+        return (usable(amax.float(), span) / span).reshape(self.shape)
 
     def amax(self, stored: Tensor) -> Tensor:
         """fp32, 0-d, that `stored` is made from."""

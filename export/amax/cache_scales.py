@@ -1,8 +1,10 @@
 """The scales of an FP8 key-value cache: `k_scale` and `v_scale` of each attention layer, from its quantizers.
 
-    self_attn.k_scale, self_attn.v_scale   float32   [1]   amax / 448, a multiplier
+    self_attn.k_scale, self_attn.v_scale                 float32   [1]   amax / 448, a multiplier
+    self_attn.k_proj.k_scale, self_attn.v_proj.v_scale   float32   []    the same, in ModelOpt's format
 
-ModelOpt's exporter raises these scales to at least 1 as a precaution; ours are those that training computed with.
+ModelOpt's exporter of Megatron models raises these scales to at least 1 as a precaution; ours are those that training
+computed with.
 """
 
 import math
@@ -30,8 +32,13 @@ def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
                 yield name, letter
 
 
-def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, Tensor]]:
+def cache_scales(
+    state: QuantState, specs: Mapping[str, TensorSpec], *, in_projections: bool = False
+) -> dict[str, tuple[str, Tensor]]:
     """The scales to write: name of the k or v weight that it is written with → name and tensor.
+
+    Args:
+        in_projections: True for the names and dims of ModelOpt's format.
 
     Raises:
         AmaxError: an amax is missing, zero, negative or not finite; all of them are named.
@@ -49,7 +56,8 @@ def cache_scales(state: QuantState, specs: Mapping[str, TensorSpec]) -> dict[str
             unusable.append(f"{name}: {'missing' if amax is None else amax.item()}")
         else:
             scale = amax.float() / torch.full_like(amax, FP8_MAX, dtype=torch.float32)
-            scales[weight] = f"{attention}.{letter}_scale", scale.reshape(1)
+            module = weight.removesuffix(".weight") if in_projections else attention
+            scales[weight] = f"{module}.{letter}_scale", scale.reshape(() if in_projections else 1)
     if others:
         raise UsageError(
             f"{len(others)} quantizers of the key-value cache are not FP8, or of a layer without keys and values as "
@@ -73,7 +81,7 @@ def stored_cache_scales(tensors: Iterable[str], cache: Arguments | None) -> dict
     if cache is not None and (cache.bits, cache.kind, cache.strategy) != (8, "float", "tensor"):
         return {}
     return {
-        f"{name.removesuffix(suffix)}.{letter}_bmm_quantizer._amax": name
+        f"{name.removesuffix(suffix).removesuffix(f'.{letter}_proj')}.{letter}_bmm_quantizer._amax": name
         for name in tensors
         for letter in _QUANTIZERS
         if name.endswith(suffix := f".{letter}_scale")

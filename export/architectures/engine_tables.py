@@ -1,7 +1,8 @@
 """What each engine serves, builds unquantized, fuses and renames: tables read from its source, one JSON file each.
 
 `make engines` reads the engines' sources and fails where a table differs from them; tests/engines/README.md tells how.
-A file is read when it is first asked for, in milliseconds.
+A file is read when it is first asked for, in milliseconds. `modelopt.json` has the `schemes` in ModelOpt's format, of
+all engines, read by hand from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.24.0.
 
     schemes        scheme → what serves `linear` layers, routed `experts` and the `head`: a class of the engine, or `!`
                    and the words with which it refuses; a head without an entry is a linear layer
@@ -179,13 +180,15 @@ class EngineTable:
 @cache
 def table_of(engine: str) -> EngineTable:
     """The table of `vllm`, `sglang` or `transformers`."""
-    raw = json.loads((files("amaxbridge.export.architectures") / f"{engine}.json").read_text())
+    here = files("amaxbridge.export.architectures")
+    raw = json.loads((here / f"{engine}.json").read_text())
+    in_modelopt = json.loads((here / "modelopt.json").read_text())[engine]
     numbered = [_build(each, first_only=engine == "sglang") for each in raw.get("builds", ())]
     builds = {name: None if at is None else numbered[at] for name, at in raw.get("architectures", {}).items()}
     return EngineTable(
         raw["version"],
         raw["compressed_tensors"],
-        raw["schemes"],
+        {**raw["schemes"], **{f"modelopt {scheme}": parts for scheme, parts in in_modelopt.items()}},
         builds,
         raw.get("language_models", {}),
         raw.get("merges", {}),

@@ -6,7 +6,7 @@ Each output file corresponds to a source file; `inverse_weight_maps` says which 
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -38,6 +38,7 @@ from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap, b
 from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
 from amaxbridge.export.output.config_and_index import Companions
+from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.finished_directory import DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
 from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
@@ -58,7 +59,8 @@ class ModelFreeReport:
     Args:
         layout: the output files.
         source_bytes: bytes of all source tensors.
-        sources: the source tensors after the converters, with packed experts split.
+        sources: the source tensors after the converters, with packed experts split; of a module in `kept` whose codes
+            are called `weight`, the weight that they hold.
         written: the output tensors.
         quantized: module → the name of its scheme.
         left: modules with an unquantized 2-D weight, embeddings among them.
@@ -123,7 +125,7 @@ def model_free_ptq(
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
     asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
-    recipe, missing = find_scheme(scheme, asked.ignore), missing_policy(asked.missing_amax)
+    recipe, missing = find_scheme(scheme, asked.ignore, asked.format), missing_policy(asked.missing_amax)
     finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
     source = model_directory(model_stub, weights=True).absolute()
     target = resolved_output(save_directory)
@@ -242,7 +244,7 @@ def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint, source: Quantize
     return ModelFreeReport(
         plan.layout,
         sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
-        {name: spec for bundle in plan.bundles for name, spec in bundle.specs.items()},
+        {name: spec for bundle in plan.bundles for name, spec in bundle.specs.items()} | dict(_weights(finalizer)),
         finalizer.output_specs,
         finalizer.scheme_names,
         finalizer.left,
@@ -251,3 +253,12 @@ def _report(plan: ShardPlan, checkpoint: SafetensorsCheckpoint, source: Quantize
         list(finalizer.kept),
         source.formats if source else (),
     )
+
+
+def _weights(finalizer: Finalizer) -> Iterator[tuple[str, TensorSpec]]:
+    """The weights of modules that keep their codes under the name `weight`: two FP4 codes are one byte of it."""
+    for module, scheme in finalizer.kept.items():
+        codes = finalizer.output_specs[f"{module}.{scheme.codes}"]
+        shape = scheme.weight_shape({"weight": codes}) if scheme.codes == "weight" else None
+        if shape is not None:
+            yield f"{module}.weight", TensorSpec(shape, torch.bfloat16)

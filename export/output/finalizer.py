@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, Knowledge
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.modelopt_config import hf_quant_config, in_config_json
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
-from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT, Recipe, Scheme
 from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.scheme import naming, quantize_group
 from amaxbridge.export.schemes.targets import is_targeted
@@ -134,6 +135,8 @@ class Finalizer:
     ) -> None:
         self._vectors = vectors
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
+        self.format = COMPRESSED_TENSORS if recipe is None else recipe.format
+        _check_one_format(self.format, kept)
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
         linears = [module for module in linears if module not in kept]
@@ -173,17 +176,32 @@ class Finalizer:
     @property
     def scheme_names(self) -> dict[str, str]:
         """Quantized module → the name of its scheme."""
-        return {module: scheme.name for module, scheme in self._written.items()}
+        return {module: scheme.name for module, scheme in self.written.items()}
 
     @property
-    def quantization_config(self) -> dict[str, object] | None:
+    def quantization_config(self) -> dict[str, Any] | None:
         """`quantization_config` of config.json; None if nothing is quantized."""
-        if not self._written:
+        if not self.written:
             return None
-        return quantization_config(self._written, self.ignore, kv_cache=bool(self._cache_scales) or self._keeps_cache)
+        if (said := self.hf_quant_config) is not None:
+            return in_config_json(said)
+        return quantization_config(self.written, self.ignore, kv_cache=self.has_cache)
 
     @property
-    def _written(self) -> dict[str, Scheme]:
+    def hf_quant_config(self) -> dict[str, Any] | None:
+        """hf_quant_config.json; None in compressed-tensors, or if nothing is quantized."""
+        if self.format != MODELOPT_FORMAT or not self.written:
+            return None
+        return hf_quant_config(self.written, self.ignore, kv_cache=self.has_cache)
+
+    @property
+    def has_cache(self) -> bool:
+        """True if there are scales of a key-value cache."""
+        return bool(self._cache_scales) or self._keeps_cache
+
+    @property
+    def written(self) -> dict[str, Scheme]:
+        """Quantized module → its scheme."""
         return {**self.kept, **self._schemes}
 
     @property
@@ -191,7 +209,7 @@ class Finalizer:
         """A text that identifies what is made of the tensors: the scheme and the amax of every module."""
         decided = {
             module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
-            for module, scheme in self._written.items()
+            for module, scheme in self.written.items()
         }
         caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
         folded = [*sorted(name for name in self._vectors.norms if self._vector_of_norm(name)), *sorted(self._of_rows)]
@@ -291,7 +309,7 @@ class Finalizer:
             for module, scheme in self._schemes.items()
             if scheme.needs_weight_amax or module + WEIGHT_QUANTIZER in state.missing
         }
-        self._cache_scales = cache_scales(state, specs)
+        self._cache_scales = cache_scales(state, specs, in_projections=self.format == MODELOPT_FORMAT)
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
         known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
         ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
@@ -359,6 +377,16 @@ class Finalizer:
     def _quantized_module(self, name: str) -> str | None:
         module = module_of(name)
         return module if name.endswith(".weight") and module in self._schemes else None
+
+
+def _check_one_format(name: str, kept: Mapping[str, Scheme]) -> None:
+    """Refuses modules that are kept in another format than that of the files."""
+    others = [f"{module}: {scheme.name}" for module, scheme in kept.items() if scheme.file_format != name]
+    if others:
+        raise UsageError(
+            f"format={name}: {len(others)} modules come quantized in another format:{listing(others)}\n"
+            "Write the files in the format of these modules, or have the converter dequantize them"
+        )
 
 
 def _exactly(value: Tensor | Arithmetic | None) -> str:

@@ -26,6 +26,7 @@ from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.staging import Content
 from amaxbridge.export.disk.strict_json import misfit
+from amaxbridge.export.modelopt_config import HF_QUANT_CONFIG_FILE
 from amaxbridge.export.output.config_and_index import (
     CARD_FILE,
     CONFIG_FILE,
@@ -37,6 +38,7 @@ from amaxbridge.export.output.config_and_index import (
 )
 from amaxbridge.export.output.finalizer import Finalizer
 from amaxbridge.export.output.provenance import RECORD_FILE, read_record, versions
+from amaxbridge.export.schemes import COMPRESSED_TENSORS
 from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import kind_of
@@ -77,6 +79,8 @@ def files_beside(
     """
     yield from companion_files(companions, conversion)
     yield CONFIG_FILE, config_json(config, conversion.finalizer.quantization_config)
+    if (said := conversion.finalizer.hf_quant_config) is not None:
+        yield HF_QUANT_CONFIG_FILE, json_bytes(said)
     index = index_json(conversion.layout, alone=alone)
     if index is not None:
         yield INDEX_FILE, index
@@ -145,13 +149,12 @@ def _without_ours(text: str) -> str:
 
 def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
     finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
-    config: Any = finalizer.quantization_config or {}
-    groups = config.get("config_groups", {}).values()
     return {
         "base_model": _hub_name(source),
         "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
-        "formats": list(dict.fromkeys(group["format"] for group in groups)),
-        "kv_cache": "kv_cache_scheme" in config,
+        "formats": _formats(finalizer),
+        "format": finalizer.format,
+        "kv_cache": finalizer.has_cache and bool(finalizer.quantized),
         "bytes": {"before": conversion.source_bytes, "after": layout.total_size},
         "tensors": sum(len(shard.specs) for shard in layout.shards),
         "files": len(layout.shards),
@@ -165,6 +168,11 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
             "divergent": {name: list(values) for name, values in state.divergent.items()},
         },
     }
+
+
+def _formats(finalizer: Finalizer) -> list[str]:
+    """The formats of the config's groups, or ModelOpt's algorithms."""
+    return list(dict.fromkeys(scheme.stored_as for scheme in finalizer.written.values()))
 
 
 def _hub_name(source: Path | None) -> str | None:
@@ -193,7 +201,7 @@ def _front_matter(original: CardData, facts: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in vars(original).items() if key not in _NOT_OF_THE_OUTPUT}
     tags = kept.pop("tags", None) or []
     tags = [tags] if isinstance(tags, str) else tags
-    ours = ["amaxbridge", *(["compressed-tensors", facts["scheme"]] if facts["quantized"] else [])]
+    ours = ["amaxbridge", *([_format(facts), facts["scheme"]] if facts["quantized"] else [])]
     if facts["base_model"]:
         kept |= {"base_model": facts["base_model"]}
         kept |= {"base_model_relation": "quantized" if facts["quantized"] else "finetune"}
@@ -225,9 +233,13 @@ def _section(facts: Mapping[str, Any]) -> str:
     table = ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
     head = f"# {name.rpartition('/')[2]}, {facts['scheme']}" if facts["base_model"] else f"# {what.capitalize()}"
     linked = f"[{name}](https://huggingface.co/{name})" if facts["base_model"] else name
-    sentence = f"{linked}, {what} by amaxbridge{', in the compressed-tensors format' if facts['quantized'] else ''}."
+    sentence = f"{linked}, {what} by amaxbridge{f', in the {_format(facts)} format' if facts['quantized'] else ''}."
     said = [sentence[0].upper() + sentence[1:], *notes]
     return "\n".join([_BEGIN, head, "", *said, *table, *serve, *command, "", _END, ""])
+
+
+def _format(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("format", COMPRESSED_TENSORS))
 
 
 def _snr(measured: Mapping[str, Any]) -> str:

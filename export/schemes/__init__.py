@@ -8,14 +8,15 @@ from typing import Any
 from amaxbridge.export.schemes.fp8 import FP8
 from amaxbridge.export.schemes.fp8_block import FP8_BLOCK
 from amaxbridge.export.schemes.fp8_dynamic import FP8_DYNAMIC
+from amaxbridge.export.schemes.modelopt import algorithms, in_modelopt, modelopt_schemes, scheme_of_algorithm
 from amaxbridge.export.schemes.mxfp4 import MXFP4, MXFP4A16
 from amaxbridge.export.schemes.mxfp8 import MXFP8, MXFP8A16
 from amaxbridge.export.schemes.nvfp4 import NVFP4
 from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
 from amaxbridge.export.schemes.packed_integers import WHOLE_ROW
 from amaxbridge.export.schemes.quantizer_settings import settings_key
-from amaxbridge.export.schemes.recipe import FromQuantizers, Groups, Recipe, SchemeGroup
-from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes.recipe import FORMATS, FromQuantizers, Groups, Recipe, SchemeGroup, in_format
+from amaxbridge.export.schemes.scheme import COMPRESSED_TENSORS, MODELOPT_FORMAT, Scheme
 from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.export.schemes.targets import EVERY_LINEAR
 from amaxbridge.export.schemes.w4a16 import w4a16
@@ -26,8 +27,24 @@ from amaxbridge.export.schemes.w8a16 import w8a16
 from amaxbridge.mappings.errors import UsageError
 
 __all__ = [
-    "SCHEMES", "FromQuantizers", "Groups", "Recipe", "Scheme", "SchemeGroup", "find_scheme", "from_quantizers",
-    "has_group_size", "named_scheme", "quantizer_format", "scheme_of",
+    "COMPRESSED_TENSORS",
+    "FORMATS",
+    "MODELOPT_FORMAT",
+    "SCHEMES",
+    "FromQuantizers",
+    "Groups",
+    "Recipe",
+    "Scheme",
+    "SchemeGroup",
+    "algorithms",
+    "find_scheme",
+    "from_quantizers",
+    "has_group_size",
+    "modelopt_schemes",
+    "named_scheme",
+    "quantizer_format",
+    "scheme_of",
+    "scheme_of_algorithm",
 ]  # fmt: skip
 
 _REGISTERED: tuple[Scheme, ...] = (
@@ -51,7 +68,7 @@ _REGISTERED: tuple[Scheme, ...] = (
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _REGISTERED})
 
 
-def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
+def find_scheme(scheme: Any, ignore: Sequence[str] = (), format: str = COMPRESSED_TENSORS) -> Recipe | None:
     """Returns the recipe for what users give as a scheme.
 
     Args:
@@ -59,13 +76,18 @@ def find_scheme(scheme: Any, ignore: Sequence[str] = ()) -> Recipe | None:
             from the quantizers; `none` or None, to write plain weights; a `QuantizationScheme` of compressed-tensors; a
             `Recipe`, such as `Groups.of(named_scheme("w4a16", group_size=64))`.
         ignore: modules to leave unquantized: full names and `re:` patterns.
+        format: the format of the files: `compressed-tensors` or `modelopt`.
 
     Returns:
         The recipe; None for plain weights.
 
     Raises:
-        UsageError: unknown scheme. The message lists the known ones.
+        UsageError: unknown scheme or format; the message lists the known ones. Or the format lacks the scheme.
     """
+    return in_format(_found(scheme, ignore), format)
+
+
+def _found(scheme: Any, ignore: Sequence[str]) -> Groups | FromQuantizers | None:
     if scheme is None:
         return None
     if isinstance(scheme, Groups | FromQuantizers):
@@ -133,7 +155,8 @@ def scheme_of(signature: Signature, *, weights_only: bool = False) -> Scheme | N
         if scheme.signature.weights == weights and (weights_only or scheme.signature.inputs == signature.inputs)
     ]
     exact = (scheme for scheme in fitting if scheme.signature.quant_format == signature.quant_format)
-    return next(exact, next(iter(fitting), None))
+    found = next(exact, next(iter(fitting), None))
+    return in_modelopt(found) if found is not None and signature.quant_format == MODELOPT_FORMAT else found
 
 
 def quantizer_format(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | None) -> str | None:

@@ -61,7 +61,7 @@ class MXScheme(Scheme):
         codes = tensors[self.codes]
         return mx.dequantize(e2m1.unpack(codes) if self.bits == 4 else codes, tensors["weight_scale"], dtype)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def restore(self, tensors: Mapping[str, Tensor], amax: Tensor | None = None) -> Tensor:
         return restore_mx(self.dequantize(tensors), tensors["weight_scale"], 6.0 if self.bits == 4 else 448.0)
 
     def fault_of_scales(self, least: float, greatest: float) -> str | None:

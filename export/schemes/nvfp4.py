@@ -24,7 +24,7 @@ from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.kernels import nvfp4
 from amaxbridge.export.kernels.arithmetic import Arithmetic
-from amaxbridge.export.kernels.nvfp4 import BLOCK, FP8_MAX, SCALE_RANGE, NVFP4Weight
+from amaxbridge.export.kernels.nvfp4 import BLOCK, FP4_MAX, FP8_MAX, SCALE_RANGE, NVFP4Weight
 from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX
 from amaxbridge.export.kernels.restore import restore_nvfp4
 from amaxbridge.export.kernels.scaled import Blocks
@@ -71,6 +71,10 @@ class NVFP4Scheme(Scheme):
     @property
     def group_scale(self) -> SharedScale:
         return _GLOBAL
+
+    @property
+    def span(self) -> float:
+        return FP4_MAX * _CALIBRATIONS[self.calibration]
 
     @property
     def largest_block_scale(self) -> float:
@@ -125,8 +129,8 @@ class NVFP4Scheme(Scheme):
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return nvfp4.dequantize(_stored(tensors), dtype)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        amax = _GLOBAL.amax(tensors[_GLOBAL.tensor])
+    def restore(self, tensors: Mapping[str, Tensor], amax: Tensor | None = None) -> Tensor:
+        amax = _GLOBAL.amax(tensors[_GLOBAL.tensor]) if amax is None else amax
         return restore_nvfp4(_stored(tensors), amax / torch.full_like(amax, SCALE_RANGE))
 
 

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes.modelopt import in_modelopt
+from amaxbridge.export.schemes.scheme import COMPRESSED_TENSORS, MODELOPT_FORMAT, Scheme
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, check_sound, is_named, is_targeted
 from amaxbridge.mappings.errors import UsageError
 
@@ -14,6 +15,9 @@ _LEFT_ALONE = re.compile(
     r"(^|.*\.)(lm_head|output_layer|score|gate|router|router\.\w+|shared_expert_gate|eh_proj|\w*norm\d*|\w*embed\w*|wte|wpe)"
     r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp)\..*"
 )
+
+FORMATS = (COMPRESSED_TENSORS, MODELOPT_FORMAT)
+"""The formats of quantized files that are written here."""
 
 
 def is_left_alone(module: str) -> bool:
@@ -31,6 +35,10 @@ class Recipe(Protocol):
     @property
     def name(self) -> str:
         """The name that users gave."""
+
+    @property
+    def format(self) -> str:
+        """The format of the files: `compressed-tensors` or `modelopt`."""
 
     @property
     def adopts_codes(self) -> bool:
@@ -69,6 +77,7 @@ class Groups:
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...] = ()
     adopts_codes: bool = field(default=False, init=False)
+    format: str = COMPRESSED_TENSORS
 
     def __post_init__(self) -> None:
         check_sound((*self.ignore, *(target for group in self.groups for target in group.targets)))
@@ -100,6 +109,7 @@ class FromQuantizers:
     ignore: tuple[str, ...] = ()
     name: str = "auto"
     adopts_codes: bool = field(default=True, init=False)
+    format: str = COMPRESSED_TENSORS
 
     def __post_init__(self) -> None:
         check_sound(self.ignore)
@@ -119,7 +129,25 @@ class FromQuantizers:
                 f"{module} has {found} weights and {_inputs_of(module, state)}, which no scheme writes; choose other "
                 "quantizers, or a scheme by name"
             )
-        return fitting
+        return fitting if self.format == COMPRESSED_TENSORS else in_modelopt(fitting)
+
+
+def in_format(recipe: Groups | FromQuantizers | None, name: str) -> Groups | FromQuantizers | None:
+    """The recipe for files in a format: `compressed-tensors` or `modelopt`.
+
+    Raises:
+        UsageError: unknown format, plain weights, which have none, or a scheme without a counterpart in it.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"unknown format={name}; known: {', '.join(FORMATS)}")
+    if name == COMPRESSED_TENSORS:
+        return recipe
+    if recipe is None:
+        raise UsageError(f"format={name} is of quantized weights, and scheme=none writes plain ones: leave it out")
+    if isinstance(recipe, Groups):
+        groups = tuple(SchemeGroup(in_modelopt(group.scheme), group.targets) for group in recipe.groups)
+        return replace(recipe, groups=groups, format=name)
+    return replace(recipe, format=name)
 
 
 def reads_inputs_as(scheme: Scheme, module: str, state: QuantState) -> bool:

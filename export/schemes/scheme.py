@@ -28,6 +28,10 @@ from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.tensors import TensorSpec, max_of
 
+COMPRESSED_TENSORS = "compressed-tensors"
+MODELOPT_FORMAT = "modelopt"
+"""The formats of quantized files, as `quant_method` calls them; see `schemes.modelopt`."""
+
 _KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring and quantizing
 NO_AMAX: Mapping[str, BlockAmax] = MappingProxyType({})
 
@@ -76,6 +80,26 @@ class Scheme(ABC):
     # What it is
 
     @property
+    def plain(self) -> "Scheme":
+        """The same scheme under compressed-tensors' names: itself, but for one in another format."""
+        return self
+
+    @property
+    def file_format(self) -> str:
+        """The format of files with its tensors: `compressed-tensors` or `modelopt`."""
+        return COMPRESSED_TENSORS
+
+    @property
+    def stored_as(self) -> str:
+        """The word for its tensors in the config of its files: `nvfp4-pack-quantized`, or ModelOpt's `NVFP4`."""
+        return str(self.config_group["format"])
+
+    @property
+    def served_as(self) -> str:
+        """Its entry in the tables of engines."""
+        return self.name if self.plain is self else f"{self.file_format} {self.name}"
+
+    @property
     @abstractmethod
     def blocks(self) -> Blocks:
         """The block of a weight that shares a stored scale."""
@@ -84,6 +108,12 @@ class Scheme(ABC):
     def group_scale(self) -> SharedScale | None:
         """The weight scale that all members of a fused group share; None if the format has none."""
         return None
+
+    @property
+    def span(self) -> float:
+        """What an amax becomes under the group's scale, as this scheme writes it."""
+        assert self.group_scale is not None, f"{self.name} has no group scale"
+        return self.group_scale.span
 
     @property
     def block_bound(self) -> float | None:
@@ -178,7 +208,7 @@ class Scheme(ABC):
         """All tensors written for a module with a weight `[out, in]`: `weight_specs` and the static input scale."""
         specs = self.weight_specs(weight, arithmetic)
         if self.input_scale is not None:
-            specs[self.input_scale.tensor] = TensorSpec((1,), torch.float32)
+            specs[self.input_scale.tensor] = TensorSpec(self.input_scale.shape, torch.float32)
         return specs
 
     def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor | None:
@@ -223,6 +253,10 @@ class Scheme(ABC):
             raise ValueError(f"{self.name} cannot take {shown[0]} as they are: it stores {shown[1]}")
         return {"weight": codes, "weight_scale": scales}
 
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the `plain` scheme under the names, and with the numbers, of this one."""
+        return dict(tensors)
+
     # What is read of a module
 
     @abstractmethod
@@ -233,8 +267,12 @@ class Scheme(ABC):
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight `[out, in]` as a serving engine sees it, in `dtype`, from the tensors that hold it."""
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A weight `[out, in]` in bf16 that ModelOpt's arithmetic quantizes to these tensors again."""
+    def restore(self, tensors: Mapping[str, Tensor], amax: Tensor | None = None) -> Tensor:
+        """A weight `[out, in]` in bf16 that ModelOpt's arithmetic quantizes to these tensors again.
+
+        Args:
+            amax: the weight amax that a group's scale implies; None to take it from the tensors.
+        """
         return self.dequantize(tensors)
 
     def weight_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -23,9 +23,10 @@ from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
 from amaxbridge.export.disk.strict_json import misfit, read_json_object
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.modelopt_config import HF_QUANT_CONFIG_FILE
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, QUANT_STATE_FILE
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
-from amaxbridge.export.schemes import SCHEMES, Scheme
+from amaxbridge.export.schemes import MODELOPT_FORMAT, SCHEMES, Scheme, modelopt_schemes
 from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError
@@ -35,16 +36,17 @@ _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes
 _STATED = TensorSpec((2,), torch.int64)
 _CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32)
 
+_ALL = (*SCHEMES.values(), *modelopt_schemes())
 INPUT_SCALES: Mapping[str, SharedScale] = MappingProxyType(
-    {scheme.input_scale.tensor: scheme.input_scale for scheme in SCHEMES.values() if scheme.input_scale is not None}
+    {scheme.input_scale.tensor: scheme.input_scale for scheme in reversed(_ALL) if scheme.input_scale is not None}
 )
 """The static input scales that schemes have, by local name."""
-GROUP_DIVISORS = frozenset(
-    scheme.group_scale.tensor for scheme in SCHEMES.values() if scheme.group_scale and scheme.group_scale.is_divisor
+GLOBAL_SCALES = frozenset(
+    scheme.group_scale.tensor for scheme in _ALL if scheme.group_scale and scheme.group_scale.tensor != "weight_scale"
 )
-"""The weight scales that fused groups share and engines divide by, by local name."""
+"""The weight scales above block scales, which fused groups share, by local name."""
 QUANTIZED_SUFFIXES = frozenset(
-    name for scheme in SCHEMES.values() for name in scheme.tensor_specs(_ANY, Arithmetic.MODELOPT) if name != "weight"
+    name for scheme in _ALL for name in scheme.tensor_specs(_ANY, Arithmetic.MODELOPT) if name != "weight"
 )
 """Local names of the tensors that only quantized modules have."""
 
@@ -95,6 +97,9 @@ class Module:
     @property
     def input_scale(self) -> SharedScale | None:
         """The input's scale, where the files have one."""
+        planned = None if self.scheme is None else self.scheme.input_scale
+        if planned is not None and planned.tensor in self.tensors:
+            return planned
         return next((scale for suffix, scale in INPUT_SCALES.items() if suffix in self.tensors), None)
 
 
@@ -158,8 +163,16 @@ class CheckpointView:
 
     @cached_property
     def quantization(self) -> QuantConfig:
-        """What config.json says of quantization."""
-        return read_quant_config(self.config.get("quantization_config"))
+        """What config.json says of quantization, or ModelOpt's file beside it where config.json says nothing."""
+        raw = self.config.get("quantization_config")
+        if not raw and isinstance(said := self.hf_quant_config.get("quantization"), dict):
+            raw = {**said, "quant_method": MODELOPT_FORMAT}
+        return read_quant_config(raw)
+
+    @cached_property
+    def hf_quant_config(self) -> dict[str, Any]:
+        """ModelOpt's file beside config.json; empty if there is none, or if it is no JSON."""
+        return _read_json(self.directory / HF_QUANT_CONFIG_FILE)[0]
 
     @cached_property
     def modules(self) -> dict[str, Module]:
@@ -195,7 +208,9 @@ class CheckpointView:
         wanted = [
             (name, stored)
             for name, stored in self.tensors.items()
-            if name.endswith("_scale") and stored.spec.dtype == torch.float32 and stored.spec.nbytes == 4
+            if name.endswith(("_scale", *GLOBAL_SCALES))
+            and stored.spec.dtype == torch.float32
+            and stored.spec.nbytes == 4
         ]
         return dict(_read_numbers(wanted))
 
@@ -258,7 +273,8 @@ class CheckpointView:
 
 def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[int, int] | None:
     weight = tensors.get("weight")
-    if weight is not None and len(weight.spec.shape) == 2:
+    packed = scheme is not None and scheme.codes == "weight" and weight is not None and weight.spec.dtype == torch.uint8
+    if weight is not None and len(weight.spec.shape) == 2 and not packed:
         return weight.spec.shape[0], weight.spec.shape[1]
     if scheme is None:
         return None

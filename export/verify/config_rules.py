@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from amaxbridge.export.quant_config import COMPRESSED_TENSORS
+from amaxbridge.export.modelopt_config import HF_QUANT_CONFIG_FILE
+from amaxbridge.export.quant_config import read_quant_config
+from amaxbridge.export.schemes import FORMATS, MODELOPT_FORMAT
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, is_sound
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
@@ -19,8 +21,8 @@ def _present(view: CheckpointView) -> Iterator[Problem]:
     if view.quantized and not raw:
         old = " under this name, but as compression_config" if _OLD_KEY in view.config else ""
         yield Problem("quantization_config", f"is not there{old}, and {len(view.quantized)} modules are quantized")
-    elif raw and raw.get("quant_method") != COMPRESSED_TENSORS:
-        yield Problem("quant_method", f"is {raw.get('quant_method')!r}, not {COMPRESSED_TENSORS!r}")
+    elif raw and raw.get("quant_method") not in FORMATS:
+        yield Problem("quant_method", f"is {raw.get('quant_method')!r}, not {' or '.join(map(repr, FORMATS))}")
     elif raw and not view.quantization.groups:
         yield Problem("config_groups", "has no groups")
     if raw and not view.quantized and view.tensors:  # without a tensor, the files are what is wrong
@@ -29,7 +31,27 @@ def _present(view: CheckpointView) -> Iterator[Problem]:
 
 def _keys(view: CheckpointView) -> Iterator[Problem]:
     for key in view.quantization.unknown_keys:
-        yield Problem(key, "is no key of compressed-tensors")
+        yield Problem(key, f"is no key of {view.quantization.method}")
+
+
+def _beside(view: CheckpointView) -> Iterator[Problem]:
+    """ModelOpt says everything twice; TensorRT-LLM reads the file, vLLM and SGLang config.json."""
+    said, raw = view.hf_quant_config.get("quantization"), view.config.get("quantization_config")
+    if view.hf_quant_config and not isinstance(said, dict):
+        yield Problem(HF_QUANT_CONFIG_FILE, "has no quantization")
+    elif isinstance(said, dict) and raw:
+        if view.quantization.method != MODELOPT_FORMAT:
+            yield Problem(HF_QUANT_CONFIG_FILE, f"is ModelOpt's, and config.json says {view.quantization.method}")
+            return
+        other = read_quant_config({**said, "quant_method": MODELOPT_FORMAT})
+        kinds = [[(group.targets, group.signature) for group in each.groups] for each in (other, view.quantization)]
+        differ = {
+            "quant_algo": kinds[0] != kinds[1],
+            "exclude_modules": set(other.ignore) != set(view.quantization.ignore),
+            "kv_cache_quant_algo": other.kv_cache != view.quantization.kv_cache,
+        }
+        for key in (key for key, unequal in differ.items() if unequal):
+            yield Problem(f"{HF_QUANT_CONFIG_FILE}: {key}", "is not what config.json says")
 
 
 def _gated(view: CheckpointView) -> Iterator[Problem]:
@@ -55,8 +77,8 @@ def _formats(view: CheckpointView) -> Iterator[Problem]:
             yield Problem(f"{group.name}.format", f"is {group.format!r}; {group.scheme.name} is stored as {right!r}")
     formats = {group.format for group in groups}
     right = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
-    if groups and view.quantization.raw.get("format") != right:
-        yield Problem("format", f"is {view.quantization.raw.get('format')!r}, must be {right!r}")
+    if groups and (view.quantization.format or None) != right:
+        yield Problem("format", f"is {view.quantization.format or None!r}, must be {right!r}")
 
 
 def _schemes(view: CheckpointView) -> Iterator[Problem]:
@@ -97,10 +119,17 @@ RULES = (
     ),
     Rule(
         "config-keys",
-        "quantization_config has no keys that compressed-tensors does not know",
+        "quantization_config has no keys that its format does not know",
         "does not load: unknown keys are refused",
         "Remove the keys",
         _keys,
+    ),
+    Rule(
+        "two-configs",
+        "hf_quant_config.json and config.json say the same",
+        "engines read one or the other: TensorRT-LLM the file, vLLM and SGLang config.json",
+        "Export again, or correct the one that does not say what the tensors are",
+        _beside,
     ),
     Rule(
         "version-gate",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from amaxbridge.export.architectures.engines import ENGINES
+from amaxbridge.export.architectures.engines import ENGINES, RUNTIME
 from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.engine_readings import build_of, readings
@@ -21,9 +21,14 @@ def _part(module: Module) -> str:
 
 def _schemes(view: CheckpointView) -> Iterator[Problem]:
     kinds: dict[tuple[str, str], Module] = {}
+    kinds_of_runtime: dict[str, Problem] = {}
     for module in view.quantized:
         if module.scheme is not None:
-            kinds.setdefault((module.scheme.name, _part(module)), module)
+            kinds.setdefault((module.scheme.served_as, _part(module)), module)
+            if module.scheme.plain is not module.scheme:
+                what = f"{RUNTIME.label} reads compressed-tensors, not {module.scheme.served_as}"
+                kinds_of_runtime.setdefault(module.scheme.served_as, Problem(module.name, what, RUNTIME.key))
+    yield from kinds_of_runtime.values()
     for engine in ENGINES:
         assert engine.facts is not None
         for (scheme, part), module in kinds.items():

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from amaxbridge.export.architectures.facts import Role, architecture_of
+from amaxbridge.export.schemes import MODELOPT_FORMAT
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.mappings.model_config import number_of_experts
@@ -183,29 +184,33 @@ def _contract(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _leftovers(view: CheckpointView) -> Iterator[Problem]:
+    in_projections = _CACHE_SCALES if view.quantization.method == MODELOPT_FORMAT else ()
+    foreign = _FOREIGN - {suffix for module in view.quantized for suffix in view.planned(module)}
     for name in view.tensors:
-        if is_quantizer_state(name) or name.rpartition(".")[2] in _FOREIGN:
+        if is_quantizer_state(name) or name.rpartition(".")[2] in foreign:
             yield Problem(name, "is no tensor of the format")
     for module in view.quantized:
         planned = view.planned(module)
-        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SCALES}
+        others = module.tensors.keys() - planned.keys() - _FOREIGN - {"bias", *INPUT_SCALES, *in_projections}
         for suffix in others if planned else ():
             yield Problem(f"{module.name}.{suffix}", f"is no tensor of {_named(module)}")
 
 
 def _cache(view: CheckpointView) -> Iterator[Problem]:
-    wanted = view.quantization.raw.get("kv_cache_scheme")
+    wanted = view.quantization.raw.get("kv_cache_scheme") or view.quantization.kv_cache
     found = {name for name in view.tensors if name.endswith(tuple(f".{suffix}" for suffix in _CACHE_SCALES))}
     if not wanted:
         for name in sorted(found, key=natural_key):
-            yield Problem(name, "is there; config.json has no kv_cache_scheme")
+            yield Problem(name, "is there; config.json says nothing of a quantized cache")
         return
-    attentions = {name.rpartition(".")[0] for name in found}
+    in_projections = view.quantization.method == MODELOPT_FORMAT
+    attentions = {name.rpartition(".")[0].removesuffix(f".{name[-7]}_proj") for name in found}
     attentions |= {name.rpartition(".")[0] for name in view.modules if name.endswith(".self_attn.k_proj")}
     for attention in sorted(attentions, key=natural_key):
         for suffix in _CACHE_SCALES:
-            if f"{attention}.{suffix}" not in found and not is_mtp(view, f"{attention}.{suffix}"):
-                yield Problem(f"{attention}.{suffix}", "is not there; config.json has a kv_cache_scheme")
+            name = f"{attention}.{suffix[0]}_proj.{suffix}" if in_projections else f"{attention}.{suffix}"
+            if name not in found and not is_mtp(view, name):
+                yield Problem(name, "is not there; config.json has a kv_cache_scheme")
 
 
 def _named(module: Module) -> str:

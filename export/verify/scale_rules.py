@@ -20,7 +20,7 @@ import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.schemes.scheme import fault_of_scales
-from amaxbridge.export.verify.checkpoint_view import GROUP_DIVISORS, INPUT_SCALES, CheckpointView
+from amaxbridge.export.verify.checkpoint_view import GLOBAL_SCALES, INPUT_SCALES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.mappings.fused_groups import groups_among
@@ -38,7 +38,7 @@ def _weight_scales(view: CheckpointView) -> Iterator[Problem]:
         fault = module.scheme.fault_of_scales(*extent) if module.scheme else fault_of_scales(*extent)
         if fault is not None:
             yield Problem(f"{module.name}.weight_scale", fault)
-    yield from _unusable(view, (*GROUP_DIVISORS, "k_scale", "v_scale"))
+    yield from _unusable(view, (*GLOBAL_SCALES, "k_scale", "v_scale"))
 
 
 def _input_scales(view: CheckpointView) -> Iterator[Problem]:
@@ -60,10 +60,10 @@ def _reciprocal_weights(view: CheckpointView) -> Iterator[Problem]:
     for module in view.quantized:
         extent, scale = view.weight_scales.get(module.name), module.group_scale
         bound = module.scheme.block_bound if module.scheme else None
-        if scale is not None and scale.is_divisor:
+        if scale is not None and scale.tensor in GLOBAL_SCALES:
             name = f"{module.name}.{scale.tensor}"
             value = view.numbers.get(name, math.nan)
-            if 0 < value < 1:
+            if 0 < value < math.inf and (value < 1 if scale.is_divisor else value > 1):
                 yield Problem(name, f"{value:g} says that weights reach {scale.implied(value):.3g}")
         elif bound is not None and extent is not None and 1 < extent.least < math.inf:
             amax = bound * extent.least
@@ -71,9 +71,8 @@ def _reciprocal_weights(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
-    for scale in INPUT_SCALES.values():
-        amax = _implied(view, scale)
-        many = not scale.is_divisor and amax and median(amax.values()) > scale.span
+    for scale, amax in _implied(view).items():
+        many = not scale.is_divisor and median(amax.values()) > scale.span
         limit = scale.span if many else _LARGEST_FP16
         for name, value in amax.items():
             if value > limit:
@@ -82,9 +81,9 @@ def _reciprocal_inputs(view: CheckpointView) -> Iterator[Problem]:
 
 def _far_experts(view: CheckpointView) -> Iterator[Problem]:
     """Engines use one input scale for all experts of a layer."""
-    for scale in INPUT_SCALES.values():
+    for amax in _implied(view).values():
         layers: dict[tuple[str, str], dict[str, float]] = {}
-        for name, value in _implied(view, scale).items():
+        for name, value in amax.items():
             if is_expert(name):
                 before, _, after = name.partition(".experts.")
                 layers.setdefault((before, after.partition(".")[2]), {})[name] = value
@@ -95,13 +94,16 @@ def _far_experts(view: CheckpointView) -> Iterator[Problem]:
                     yield Problem(name, f"says that inputs reach {value:.3g}, half of the other experts {usual:.3g}")
 
 
-def _implied(view: CheckpointView, scale: SharedScale) -> dict[str, float]:
-    """Name of each usable input scale of one kind → the amax that it implies."""
-    return {
-        name: scale.implied(value)
-        for name, value in view.numbers.items()
-        if name.endswith(f".{scale.tensor}") and 0 < value < math.inf
-    }
+def _implied(view: CheckpointView) -> dict[SharedScale, dict[str, float]]:
+    """Kind of input scale → name of each usable one → the amax that it implies."""
+    found: dict[SharedScale, dict[str, float]] = {}
+    for module in view.quantized:
+        for scale in (module.input_scale,) if module.input_scale is not None else ():
+            name = f"{module.name}.{scale.tensor}"
+            value = view.numbers.get(name, math.nan)
+            if 0 < value < math.inf:
+                found.setdefault(scale, {})[name] = scale.implied(value)
+    return found
 
 
 def _unused_range(view: CheckpointView) -> Iterator[Problem]:
@@ -160,14 +162,14 @@ RULES = (
     ),
     Rule(
         "weight-divisors",
-        "NVFP4's global scale is a divisor, other formats' scales are factors",
+        "NVFP4's global scale is a divisor (in ModelOpt's format a factor), other formats' scales are factors",
         "loads in silence: weights are off by a factor of millions",
         _INVERT,
         _reciprocal_weights,
     ),
     Rule(
         "input-divisors",
-        "NVFP4's input scale is a divisor, FP8's is a factor",
+        "NVFP4's input scale is a divisor (in ModelOpt's format a factor), FP8's is a factor",
         "loads in silence: all inputs become zero, or saturate",
         _INVERT,
         _reciprocal_inputs,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from amaxbridge.export.architectures.engines import Engine, label
+from amaxbridge.export.schemes import MODELOPT_FORMAT
 from amaxbridge.export.schemes.targets import HEAD, is_pattern, means
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.export.verify.engine_readings import EXPERT, readings
@@ -56,6 +57,8 @@ def _misread(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _untargeted(view: CheckpointView) -> Iterator[Problem]:
+    if view.quantization.method == MODELOPT_FORMAT:  # where what is not named is not quantized
+        return
     for each in view.once(readings):
         neither = each.reading.group is None and each.reading.why.startswith("neither") and not each.unquantized
         plain = all(name in view.modules and not view.modules[name].is_quantized for name in each.at.modules)

@@ -150,7 +150,8 @@ def test_engines_agree_on_a_sound_config(scheme: Scheme, layer: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "modelopt"}, "quant_method is modelopt, not compressed-tensors"),
+        ({"quant_method": "gptq"}, "quant_method is gptq, not compressed-tensors, modelopt"),
+        ({"quant_method": "modelopt"}, "quant_algo is missing; known: NVFP4, W4A16_NVFP4"),
         ({"rotation": "hadamard"}, "rotation is an unknown key"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "quantization_config has transform_config"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "has sparsity_config"),

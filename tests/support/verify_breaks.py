@@ -200,6 +200,10 @@ def overlap(directory: Path) -> None:
     file.write_bytes(data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + data[8 + length :])
 
 
+def beside_modelopt(directory: Path) -> None:
+    (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+
+
 def remove(pattern: str) -> Callable[[Path], object]:
     return lambda directory: sorted(directory.glob(pattern))[-1].unlink()
 
@@ -259,7 +263,8 @@ CONFIG = {
     "no quantization_config": Break(
         "quantization-config", "quantization_config", lambda made: made.config.pop("quantization_config")
     ),
-    "another method": at("quantization-config", "quant_method", configure, "modelopt"),
+    "another method": at("quantization-config", "quant_method", configure, "gptq"),
+    "ModelOpt's file beside it": Break("two-configs", "hf_quant_config.json", damage=beside_modelopt),
     "an unknown key": Break("config-keys", "group_0.weights.zero", configure(f"{GROUP}.weights.zero", 0)),
     "a key of some versions": Break(
         "version-gate", "group_0.weights.zp_dtype", configure(f"{GROUP}.weights.zp_dtype", "torch.int8")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amaxbridge.export.model_free.converters.protocol import Converter
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
+from amaxbridge.export.schemes import COMPRESSED_TENSORS
 from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, listing
 from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.names import kind_of
@@ -117,7 +118,7 @@ def _on_meta(converter: Converter, tensors: Mapping[str, Tensor]) -> dict[str, T
 def _of_compressed_tensors(raw: Mapping[str, Any] | None) -> Any:
     """A `quantization_config` as compressed-tensors' own object, which its converters extend; None if it is not its."""
     config = read_quant_config(raw)
-    if not config.groups or not raw:
+    if not config.groups or not raw or config.method != COMPRESSED_TENSORS:
         return None
     need("A converter after compressed-tensors", "compressed_tensors")
     from compressed_tensors.quantization import QuantizationConfig  # imported here, because it takes seconds

@@ -19,7 +19,7 @@ from amaxbridge.export.disk.row_chunks import Part
 from amaxbridge.export.disk.safetensors_file import StoredTensor
 from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, is_from_packed
 from amaxbridge.export.model_free.converters.stored_weight import INPUT_SCALES, StoredWeight
-from amaxbridge.export.schemes import Recipe, Scheme
+from amaxbridge.export.schemes import MODELOPT_FORMAT, Recipe, Scheme
 from amaxbridge.mappings.errors import CheckpointError, MappingError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -37,12 +37,14 @@ class Conversion:
         kept: modules that stay quantized → their scheme. The others are dequantized.
         dtype: dtype of dequantized weights.
         knowledge: what is known of the architecture: how it packs experts.
+        modelopt: True if what is made is in ModelOpt's format.
     """
 
     source: QuantizedSource
     dtype: torch.dtype
     knowledge: Knowledge
     kept: Mapping[str, Scheme]
+    modelopt: bool = False
 
     @property
     def kept_modules(self) -> dict[str, Scheme]:
@@ -88,6 +90,9 @@ class Conversion:
         found = _CACHE_SCALE.fullmatch(name)
         if found is None or stored.spec.nbytes != stored.spec.dtype.itemsize:
             return name, stored
+        if self.modelopt:
+            name = f"{found[1]}.{found[2]}_proj.{found[2]}_scale"
+            return name, replace(stored, spec=TensorSpec((), stored.spec.dtype))
         return f"{found[1]}.{found[2]}_scale", replace(stored, spec=TensorSpec((1,), stored.spec.dtype))
 
     def can_cut(self, module: str) -> bool:
@@ -125,7 +130,7 @@ class Conversion:
             whole = weight.dequantize(tensors, self.dtype)
             return {f"{made}.weight": _cut(whole, part).contiguous() for made, part in parts.items()}
         rows = weight.shape[0]
-        kept = weight.kept(tensors, scheme)
+        kept = weight.kept_as(tensors, scheme)
         if damaged := [name for name, tensor in kept.items() if _holds_nan(tensor)]:
             raise MappingError(f"{module}: {', '.join(damaged)} holds NaN or Inf")
         return {
@@ -178,7 +183,8 @@ def decide(
         knowledge: what is known of the architecture.
         dtype: dtype of dequantized weights.
     """
-    undecided = Conversion(source, dtype, knowledge, {})
+    modelopt = recipe is not None and recipe.format == MODELOPT_FORMAT
+    undecided = Conversion(source, dtype, knowledge, {}, modelopt)
     if recipe is None:
         return undecided
     members: dict[str, dict[str, str]] = {}  # primary of a fused group → member → quantized module

@@ -69,6 +69,13 @@ class NVFP4Weight(StoredWeight):
             made[scheme.input_scale.tensor] = 1 / one_number(tensors["input_scale"])
         return made
 
+    def kept_as(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+        made = StoredWeight.kept_as(self, tensors, scheme)
+        if scheme.plain is not scheme:  # the same multipliers: the reciprocal of a reciprocal may be another number
+            shared = made.keys() & {"weight_scale_2", "input_scale"}
+            made |= {name: tensors[name].float().reshape(()) for name in shared}
+        return made
+
 
 @dataclass(frozen=True, slots=True)
 class MXFP4Weight(StoredWeight):

@@ -38,10 +38,12 @@ class SchemeWeight(StoredWeight):
 
     def holds(self, scheme: Scheme) -> bool:
         assert self.scheme is not None
-        static = scheme.input_scale
+        static = scheme.plain.input_scale
         return same_weights(scheme, self.scheme) and (static is None or static.tensor in self.beside)
 
     def specs(self, scheme: Scheme) -> dict[str, TensorSpec]:
+        if scheme.plain is not scheme:
+            return StoredWeight.specs(self, scheme)
         stored = dict(self.stored)
         return {name: _numbers_in_one_dim(stored[name]) for name in _names(scheme)}
 

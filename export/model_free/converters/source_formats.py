@@ -14,8 +14,9 @@ from amaxbridge.export.model_free.converters.float8 import float8_weight
 from amaxbridge.export.model_free.converters.integers import awq_weight, gptq_weight, modelopt_integers
 from amaxbridge.export.model_free.converters.scheme_weight import scheme_weight
 from amaxbridge.export.model_free.converters.stored_weight import Local, StoredWeight
-from amaxbridge.export.quant_config import COMPRESSED_TENSORS, QuantConfig, read_quant_config
+from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.quantization_declared import MODELOPT
+from amaxbridge.export.schemes import COMPRESSED_TENSORS
 from amaxbridge.mappings.errors import UsageError
 
 type ReadModule = Callable[[str, Local], StoredWeight | None]

@@ -80,8 +80,12 @@ class StoredWeight(ABC):
         return scheme.tensor_specs(TensorSpec(self.shape, torch.bfloat16), Arithmetic.MODELOPT)
 
     def kept(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-        """The module under a scheme that it `holds`, by local name of that scheme."""
+        """The module under a scheme that it `holds`, by local name of that scheme; one of compressed-tensors."""
         raise NotImplementedError
+
+    def kept_as(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+        """As `kept`, under a scheme in any format."""
+        return scheme.renamed(self.kept(tensors, scheme.plain))
 
 
 def numbers_of(local: Local, *names: str) -> tuple[tuple[str, float], ...]:
@@ -100,5 +104,5 @@ def one_number(tensor: Tensor) -> Tensor:
 
 def same_weights(scheme: Scheme, other: Scheme) -> bool:
     """True if two schemes store weights alike."""
-    one, two = scheme.signature, other.signature
+    one, two = scheme.plain.signature, other.plain.signature
     return one.weights == two.weights and one.quant_format == two.quant_format

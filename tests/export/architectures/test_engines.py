@@ -22,7 +22,7 @@ from amaxbridge.export.architectures.engines import (
     read_layer,
 )
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
-from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes import SCHEMES, modelopt_schemes
 from tests.engines.matchers import IGNORES, LAYERS, TARGETS, recorded_cases
 from tests.engines.merged_experts import projections
 from tests.support.paths import GOLDEN, ROOT
@@ -98,7 +98,7 @@ def test_transformers_reads_as_compressed_tensors_matches() -> None:
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.key)
 def test_a_table_knows_every_scheme(engine: Engine) -> None:
     table = table_of(engine.key)
-    assert set(table.schemes) == set(SCHEMES)
+    assert set(table.schemes) == {*SCHEMES, *(scheme.served_as for scheme in modelopt_schemes())}
     for scheme, parts in table.schemes.items():
         assert {"linear", "experts"} <= parts.keys() and all(parts.values()), scheme
     assert table.version.count(".") == 2
