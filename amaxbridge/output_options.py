@@ -27,7 +27,7 @@ class OutputOptions:
     scheme: "str | Recipe | None" = _option(
         "nvfp4",
         "scheme",
-        "How to quantize: the name of a scheme, or a recipe; auto: as the quantizers of training say; none: plain "
+        "How to quantize: the name of a scheme, or a recipe; auto: as the training's quantizers say; none: plain "
         "weights.",
     )
     format: str = _option(
@@ -44,24 +44,24 @@ class OutputOptions:
     missing_amax: str = _option(
         "error",
         "amax.missing",
-        "An amax that is missing, zero or not finite: error; from_weights; or group_max, the largest of its fused "
-        "group.",
+        "What to do about an amax that is missing, zero or not finite: error; from_weights; or group_max, the largest "
+        "of its fused group.",
     )
     nonfinite: str = _option(
         "warn",
         "nonfinite",
-        "NaN or Inf in a tensor that stays unquantized: warn, or error. Quantized ones are refused.",
+        "NaN or Inf in a tensor that stays unquantized: warn, or error. In a weight to quantize it is always an error.",
     )
     overwrite: bool = _option(False, "io.overwrite", "Replace what is at output.")
     hash_source: bool = _option(
         False,
         "io.hash_source",
-        "Tell from the hash of every byte if the source changed, in place of inodes and times, which mounts of object "
-        "stores make up. Reads the source twice more.",
+        "Detect a source that changes during the run by hashing every byte. The default compares inodes and times, "
+        "which object-store mounts invent. Reads the source twice more.",
     )
-    dry_run: bool = _option(False, "dry_run", "Plan and check everything, write nothing.")
+    dry_run: bool = _option(False, "dry_run", "Plan and check everything, and write nothing.")
     verify: bool = _option(True, "verify", "Check the output before it is moved into place.")
-    progress: "Progress | None" = _option(None, None, "Is told how far the export is.")
+    progress: "Progress | None" = _option(None, None, "Is told how far the export has come.")
     record: Mapping[str, Any] | None = _option(
         None,
         None,
@@ -77,11 +77,11 @@ class SaveOptions(OutputOptions):
     dtype: str | None = _option(
         None,
         "dtype",
-        "Dtype of the weights: bfloat16, float16 or float32; null for that of config.json if the weights are fp32, and "
-        "for their own otherwise.",
+        "Dtype of the weights: bfloat16, float16 or float32; null for the one in config.json if the weights are fp32, "
+        "and their own otherwise.",
     )
     quant_state: bool = _option(
-        False, "quant_state", "Write quant_state.safetensors too; with scheme=none for quantizing later."
+        False, "quant_state", "Write quant_state.safetensors too; with scheme=none, to quantize later."
     )
 
 

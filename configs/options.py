@@ -61,4 +61,4 @@ def help_template(schema: type) -> str:
         indent = " " * (column + 2)
         lines += textwrap.wrap(text, _WIDTH, initial_indent=f"  {name:<{column}}", subsequent_indent=indent)
     more = "--cfg job shows only these values; --config-dir DIR adds choices of your own: DIR/scheme/mine.yaml."
-    return "\n".join([*lines, "", "Their values, ??? for those that must be given:", "", "$CONFIG", "", more, ""])
+    return "\n".join([*lines, "", "Default values (??? must be given):", "", "$CONFIG", "", more, ""])

@@ -30,11 +30,11 @@ class SchemeConfig:
         [],
     )
     group_size: int | None = option(
-        "Columns that share a scale in packed integers (w4a16, …); null for 128. For groups that have none.",
+        "Columns that share a scale in schemes of packed integers (w4a16, …), for groups that set none; null for 128.",
         None,
     )
     from_quantizers: bool = option("Read the scheme of every module from its quantizers, in place of groups.", False)
-    ignore: list[str] = option("Modules that are left as they are: full names, or re: patterns.", [])
+    ignore: list[str] = option("Modules to leave unquantized: full names, or re: patterns.", [])
 
 
 @dataclass
@@ -74,8 +74,8 @@ class ParallelConfig:
 class ModelConfig:
     """How the Megatron model is built."""
 
-    model_class: str | None = option("gpt or hybrid; null for GPTModel where the family has it.", None)
-    dtype: str = option("Of the parameters: bfloat16, float16 or float32.", "bfloat16")
+    model_class: str | None = option("gpt or hybrid; null for GPTModel if the family has one.", None)
+    dtype: str = option("Dtype of the parameters: bfloat16, float16 or float32.", "bfloat16")
 
 
 @dataclass
@@ -98,18 +98,20 @@ class ExportConfig(CommonConfig):
         None,
     )
     hf: str | None = option(
-        "Hugging Face directory or hub name: config.json, tokenizer. Without it, config.json is made of the arguments "
-        "that training saved in the checkpoint.",
+        "Hugging Face directory or Hub name, for config.json and tokenizer. Without it, config.json is made "
+        "from the arguments that training saved in the checkpoint.",
         None,
     )
-    architecture: str | None = option("Without hf=: which one, where the saved arguments fit several.", None)
-    vocab_size: int | None = option("Without hf=: the tokenizer's, where Megatron padded it and saved no other.", None)
+    architecture: str | None = option("Without hf=: the architecture, if the saved arguments fit several.", None)
+    vocab_size: int | None = option(
+        "Without hf=: the tokenizer's vocabulary size, if only Megatron's padded one was saved.", None
+    )
     output: str = option("Directory to write.")
     scheme: SchemeConfig = shared("scheme", SchemeConfig)
     format: str = shared("format")
     ignore: list[str] = shared("ignore")
-    amax: AmaxConfig = option("What to do about missing amax.", AmaxConfig)
-    io: ShardsConfig = option("How to write.", ShardsConfig)
+    amax: AmaxConfig = option("What to do if an amax is missing.", AmaxConfig)
+    io: ShardsConfig = option("What to do with an existing output.", ShardsConfig)
     dtype: str | None = shared("dtype")
     quant_state: bool = shared("quant_state")
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
@@ -130,8 +132,8 @@ class ImportConfig(CommonConfig):
     output: str = option("Directory to write.")
     model: ModelConfig = option("How the Megatron model is built.", ModelConfig)
     parallel: ParallelConfig = option("Megatron's mesh.", ParallelConfig)
-    io: IoConfig = option("How to write.", IoConfig)
-    dry_run: bool = option("Show the plan, write nothing.", False)
+    io: IoConfig = option("What to do with an existing output.", IoConfig)
+    dry_run: bool = option("Show the plan and write nothing.", False)
     json: str | None = option("File for the plan as JSON.", None)
 
 
@@ -142,24 +144,28 @@ class QuantizeConfig(CommonConfig):
     amaxbridge quantize input=HF_DIR output=OUT scheme=nvfp4a16
     """
 
-    input: str = option("Hugging Face directory or hub name.")
+    input: str = option("Hugging Face directory or Hub name.")
     output: str = option("Directory to write.")
     scheme: SchemeConfig = shared("scheme", SchemeConfig)
     format: str = shared("format")
     ignore: list[str] = shared("ignore")
     quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
-    amax: AmaxConfig = option("What to do about missing amax in quant_state.", AmaxConfig)
-    io: IoConfig = option("How to write.", IoConfig)
+    amax: AmaxConfig = option("What to do if quant_state lacks an amax.", AmaxConfig)
+    io: IoConfig = option("What to do with an existing output.", IoConfig)
     converter: str | None = option(
-        "The format of a source that is quantized already: fp8_block, compressed_tensors, kimi_int4, modelopt, awq, "
-        "gptq, gpt_oss; null to choose it from what the source says and holds.",
+        "Format of a source that is already quantized: fp8_block, compressed_tensors, kimi_int4, modelopt, awq, gptq, "
+        "gpt_oss; null to detect it from the source's config.json and tensors.",
         None,
     )
     architecture: str | None = option(
-        "Null for that of config.json; the name of a known one with the same tensors; or guess, by usual names.", None
+        "Null for the one in config.json; the name of a known one with the same tensors; or guess, to go by usual "
+        "tensor names.",
+        None,
     )
-    workers: int | None = option("Threads; null for one a core, or eight a GPU.", None)
-    device: str | None = option("Where to quantize, cpu or cuda; null for all GPUs, or the CPU.", None)
+    workers: int | None = option("Threads; null for one per core, or eight per GPU.", None)
+    device: str | None = option(
+        "Where to quantize: cpu, cuda or cuda:N; null for all GPUs, or the CPU if there is none.", None
+    )
     nonfinite: str = shared("nonfinite")
     dry_run: bool = shared("dry_run")
     verify: bool = shared("verify")
@@ -168,22 +174,24 @@ class QuantizeConfig(CommonConfig):
 
 @dataclass
 class VerifyConfig(CommonConfig):
-    """Checks a compressed-tensors checkpoint; exit status 1 when it would not serve right.
+    """Checks a compressed-tensors checkpoint; exit status 1 if an engine could not serve it correctly.
 
     amaxbridge verify input=OUT [reference=HF_DIR] [engine=vllm]
     """
 
     input: str = option("Directory to check.")
     reference: str | None = option(
-        "What it was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.", None
+        "What the checkpoint was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.",
+        None,
     )
     json: str | None = option("File for the findings as JSON.", None)
     engine: str = option(
-        "Engine that must serve it: vllm, sglang, transformers, runtime; all: a verdict of each, one must serve it.",
+        "Engine that must serve it: vllm, sglang, transformers or runtime; all: a verdict for each, and at least one "
+        "must serve it.",
         "all",
     )
-    tp: int = option("Tensor-parallel size that it must serve at.", 1)
-    ep: int = option("Expert-parallel size that it must serve at.", 1)
+    tp: int = option("Tensor-parallel size at which it must serve.", 1)
+    ep: int = option("Expert-parallel size at which it must serve.", 1)
 
 
 @dataclass
@@ -194,10 +202,10 @@ class ReportConfig(CommonConfig):
     """
 
     input: str = option("Directory to report on.")
-    reference: str | None = option("What it was made from, to measure errors: a Hugging Face directory.", None)
-    quant_state: str | None = option("quant_state.safetensors of the training; null for the one in input.", None)
+    reference: str | None = option("Hugging Face directory that the checkpoint was made from, to measure errors.", None)
+    quant_state: str | None = option("quant_state.safetensors of the training run; null for the one in input.", None)
     output: str | None = option("Directory for the report; null for input.", None)
-    card: bool = option("Note the signal to noise in the model card of input; needs reference.", False)
+    card: bool = option("Write the signal-to-noise ratio into the model card of input; needs reference.", False)
 
 
 @dataclass
@@ -207,7 +215,7 @@ class DemoConfig(CommonConfig):
     python scripts/demo.py
     """
 
-    output: str = option("Directory for everything the demo makes; replaced.", "demo-output")
+    output: str = option("Directory for everything that the demo makes; it is replaced.", "demo-output")
     processes: int = option("Tensor-parallel ranks.", 2)
 
 
