@@ -1,7 +1,7 @@
 """How every command starts, logs, fails and exits.
 
-Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted. An error is one message on standard error,
-from one rank, without a traceback unless `debug=true`.
+Exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted (143 by SIGTERM, 129 by SIGHUP). An error is
+one message on standard error, from one rank, without a traceback unless `debug=true`.
 
 torch, and so the rest of the package, is imported only when a command runs: that takes seconds, and `--help` and a
 misspelled option need none of it.
@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,14 +25,13 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 import amaxbridge.configs
 from amaxbridge.closed_pipe import quiet_on_closed_pipe
 from amaxbridge.configs.schema import register
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as in shells."""
+from amaxbridge.interrupts import Stopped, stopped_by_signals
 
 CONFIGS = Path(amaxbridge.configs.__file__).parent
 
 
 @quiet_on_closed_pipe()
+@stopped_by_signals()
 def run(name: str, command: Callable[[Any], None]) -> None:
     """Runs `command` with the Hydra configuration `name`, then exits.
 
@@ -41,7 +39,6 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     ranks would print the same, so only one prints.
     """
     register()
-    _heed_interrupts()
     sys.argv[1:] = map(_at_home, sys.argv[1:])
     started = False
     silence = contextlib.ExitStack()
@@ -61,8 +58,8 @@ def run(name: str, command: Callable[[Any], None]) -> None:
             main()
     except SystemExit as stop:
         sys.exit(2 if stop.code == 1 and not started else stop.code)
-    except KeyboardInterrupt:  # before the command has started
-        sys.exit(INTERRUPTED)
+    except Stopped as stop:  # before the command has started
+        sys.exit(_fail(stop, stop.exit_status))
 
 
 def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
@@ -82,8 +79,8 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         if config.debug:
             raise
         return _fail(error, 1)
-    except KeyboardInterrupt as interrupt:
-        return _fail(interrupt, INTERRUPTED, "interrupted; nothing was written at the output")
+    except Stopped as stop:
+        return _fail(stop, stop.exit_status)
     return 0
 
 
@@ -98,16 +95,6 @@ def speaks() -> bool:
     return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def _heed_interrupts() -> None:
-    """Under torchrun, stop on SIGINT even if it was ignored when the process started, as after `nohup … &`.
-
-    torchrun itself handles SIGINT whatever it inherited, and passes it on. A rank that kept ignoring it would be killed
-    half a minute later, without a word on what is kept. A process on its own ignores what it was started to ignore.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _at_home(word: str) -> str:
     """Expands `output=~/out`, which only some shells do, and for which Hydra's grammar has no ~."""
     option, is_option, value = word.partition("=")
@@ -119,7 +106,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _fail(error: BaseException, status: int, message: str = "") -> int:
+def _fail(error: BaseException, status: int) -> int:
     """Prints the error and its notes (what is kept for another run, say) on standard error.
 
     An error that all ranks have by construction is printed by one of them, an error of a single rank by that rank.
@@ -127,7 +114,7 @@ def _fail(error: BaseException, status: int, message: str = "") -> int:
     alone = getattr(error, "rank", None)
     if speaks() or alone == _rank():
         prefix = "" if alone is None else f"rank {alone}: "
-        lines = [f"{prefix}error: {message or error}", *getattr(error, "__notes__", ())]
+        lines = [f"{prefix}error: {error}", *getattr(error, "__notes__", ())]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status
 

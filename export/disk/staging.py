@@ -39,6 +39,7 @@ from amaxbridge.export.disk.io_errors import explaining
 from amaxbridge.export.disk.output_place import MARK, check_ours, contents, must_stay, staging_directory
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.output.provenance import made_from
+from amaxbridge.interrupts import uninterrupted
 from amaxbridge.mappings.errors import AmaxbridgeError, CheckpointError, OutputExistsError, UsageError, WriteError
 
 _PLAN = ".plan"
@@ -135,6 +136,7 @@ class StagedDirectory:
         self._held = -1
         self._joined = False
         self._ending = False
+        self._in_place = False
         self._settle(staging_directory(target))
 
     @property
@@ -253,7 +255,8 @@ class StagedDirectory:
             OutputExistsError: without `overwrite`, something appeared at the target meanwhile.
             WriteError: the directory is not this run's any more, or the file system refuses.
 
-        In each case the target is left as it is, and the finished output is kept.
+        In each case the target is left as it is, and the finished output is kept. A signal that comes while it moves is
+        heeded afterwards.
         """
         with explaining(self.root):
             self.check_mine()
@@ -264,8 +267,10 @@ class StagedDirectory:
                 with self._created(self.root / _COMPLETE) as file:
                     file.write(str(self.path.stat().st_ino).encode())
                 sync_directory(self.root)
-        self._move()
-        self._close()
+        with uninterrupted():
+            self._move()
+            self._in_place = True
+            self._close()
 
     def discard(self) -> None:
         """Removes the staging directory with everything in it."""
@@ -282,6 +287,8 @@ class StagedDirectory:
     ) -> None:
         if isinstance(error, AmaxbridgeError) and self._share.world > 1:
             error.rank = self._share.rank
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"{self.target} is in place" if self._in_place else f"nothing was written at {self.target}")
         try:
             # else committed, never opened, opened by another rank, or not ours any more
             if self._held >= 0 and not self._joined and is_at(self._held, self.journal):

@@ -111,7 +111,7 @@ def test_ctrl_c_says_what_the_next_run_goes_on_from(
         cli.run("export", lambda options: export(InterruptingProgress(bundles=3)))
     assert stop.value.code == 130
     said = capsys.readouterr().err
-    assert "interrupted; nothing was written at the output" in said
+    assert f"error: interrupted\nnothing was written at {output}\n" in said
     assert f"{output}.partial keeps 3 finished bundles: the same command continues from there" in said
 
     second = InterruptingProgress(bundles=-1)

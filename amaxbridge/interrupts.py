@@ -1,0 +1,94 @@
+"""Signals that ask a command to stop: Ctrl-C (SIGINT), `kill` and batch systems (SIGTERM), a closed terminal (SIGHUP).
+
+Each becomes a KeyboardInterrupt, so that one message says what is kept, and the exit status is 128 and the number of
+the signal, as in shells. SIGKILL, and a second thought about the first three, need no handling: whenever the process
+ends, the output is the old one or the new one (docs/reliability.md).
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop.
+
+    Args:
+        number: number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        super().__init__(f"interrupted{by}")
+        self.exit_status = 128 + number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raises Stopped in the main thread when a signal asks for it.
+
+    The first signal raises it. The second is taken for the same request: torchrun passes on what the terminal has sent
+    to all. The third ends the process at once.
+
+    A signal that was ignored when the process started (`nohup`) stays ignored. Under torchrun only SIGINT is handled:
+    torchrun itself tells of the others, and ends ranks by SIGTERM when one has failed, which says why. SIGINT is then
+    handled even if it was ignored, as after `torchrun … &`: torchrun handles it whatever it inherited, and a rank that
+    kept ignoring it would be killed half a minute later, without a word on what is kept.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    before = {
+        number: signal.getsignal(number)
+        for number in ((signal.SIGINT,) if under_torchrun else _STOPPING)
+        if under_torchrun or signal.getsignal(number) != signal.SIG_IGN
+    }
+    count = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise Stopped(number)
+        if count > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds back, to the end of a short block, what handlers of these signals raise. They run in the main thread alone.
+
+    A block that fails ends in its own error.
+    """
+    came: list[Callable[[], None]] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: handler for number in _STOPPING if callable(handler := signal.getsignal(number))}
+
+    def later(number: int, frame: FrameType | None) -> None:
+        came.append(lambda: handlers[signal.Signals(number)](number, frame))
+
+    try:
+        for number in handlers:
+            signal.signal(number, later)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for handle in came:
+        handle()
