@@ -15,6 +15,7 @@ alone.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import translate
 from typing import Any
 
 from amaxbridge.export.schemes import MODELOPT_FORMAT, Scheme, algorithms, scheme_of_algorithm
@@ -22,7 +23,7 @@ from amaxbridge.export.schemes import MODELOPT_FORMAT, Scheme, algorithms, schem
 HF_QUANT_CONFIG_FILE = "hf_quant_config.json"
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """The format's, not the program's: engines ask for this name. The version is the one whose format is written."""
-_MIXED = "MIXED_PRECISION"
+MIXED = "MIXED_PRECISION"
 _IN_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")  # the algorithms for which ModelOpt writes config_groups
 _CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _RECORDED = frozenset(("producer", "quant_method", "config_groups", "group_size"))  # they follow from the algorithm
@@ -33,24 +34,26 @@ _READ = frozenset(
     )
 )  # fmt: skip
 _PACKED_EXPERTS = ".experts"
+EVERY_MODULE = "re:.*"
+"""The target of the one algorithm of a config that is not MIXED_PRECISION."""
 
 
 # Writing
 
 
-def hf_quant_config(schemes: Mapping[str, Scheme], ignore: Sequence[str], *, kv_cache: bool) -> dict[str, Any]:
+def hf_quant_config(schemes: Mapping[str, Scheme], excluded: Sequence[str], *, kv_cache: bool) -> dict[str, Any]:
     """hf_quant_config.json, as ModelOpt writes it.
 
     Args:
         schemes: quantized module → its scheme.
-        ignore: the unquantized linear modules.
+        excluded: entries for the unquantized linear modules: names, or wildcards as of file names.
         kv_cache: True if there are scales of an FP8 key-value cache.
     """
     layers = {module: _layer(scheme) for module, scheme in schemes.items()}
     kinds = {json.dumps(layer): layer for layer in layers.values()}
-    said: dict[str, Any] = {"quant_algo": _MIXED, "kv_cache_quant_algo": "FP8" if kv_cache else None}
+    said: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if kv_cache else None}
     said |= next(iter(kinds.values())) if len(kinds) == 1 else {"quantized_layers": layers}
-    return {"producer": _PRODUCER, "quantization": {**said, "exclude_modules": sorted(ignore)}}
+    return {"producer": _PRODUCER, "quantization": {**said, "exclude_modules": list(excluded)}}
 
 
 def in_config_json(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,26 +107,25 @@ def in_compressed_tensors_words(raw: Mapping[str, Any]) -> tuple[dict[str, Any],
     faults: list[tuple[str, str]] = []
     spelled: dict[str, Any] = {key: value for key, value in raw.items() if key not in _RECORDED | _READ}
     algorithm = raw.get("quant_algo")
-    layers = raw.get("quantized_layers") if algorithm == _MIXED else None
-    if algorithm == _MIXED and not _are_layers(layers):
-        faults.append(("quantized_layers", f"is no object of layers with a quant_algo each, which {_MIXED} needs"))
+    layers = raw.get("quantized_layers") if algorithm == MIXED else None
+    if algorithm == MIXED and not _are_layers(layers):
+        faults.append(("quantized_layers", f"is no object of layers with a quant_algo each, which {MIXED} needs"))
         layers = {}
     asked: dict[str, list[str]] = {}
     for module, layer in (layers or {}).items():
         asked.setdefault(str(layer["quant_algo"]), []).extend(_targets(module))
-    asked = asked if algorithm == _MIXED else {str(algorithm or ""): ["re:.*"]}
+    asked = asked if algorithm == MIXED else {str(algorithm or ""): [EVERY_MODULE]}
     groups: dict[str, Any] = {}
     for name, targets in asked.items():
         scheme = scheme_of_algorithm(name)
         if scheme is None:
-            faults.append(("quant_algo", f"is {name or 'missing'}; known: {', '.join(algorithms())}, {_MIXED}"))
+            faults.append(("quant_algo", f"is {name or 'missing'}; known: {', '.join(algorithms())}, {MIXED}"))
         else:
             groups[f"group_{len(groups)}"] = {**_plain_group(scheme), "targets": targets}
     faults += [(key, "is true, and its tensors are not read here") for key in _unread(raw)]
-    ignore = raw.get("ignore", raw.get("exclude_modules")) or []
-    if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+    excluded = excluded_modules(raw)
+    if excluded is None:
         faults.append(("ignore" if "ignore" in raw else "exclude_modules", "is not a list of names"))
-        ignore = []
     cache = raw.get("kv_cache_scheme") or raw.get("kv_cache_quant_algo")
     if isinstance(cache, str) and cache.upper() == "FP8":
         cache = _CACHE
@@ -134,9 +136,15 @@ def in_compressed_tensors_words(raw: Mapping[str, Any]) -> tuple[dict[str, Any],
         "quant_method": MODELOPT_FORMAT,
         "format": MODELOPT_FORMAT,
         "config_groups": groups,
-        "ignore": [_entry(entry) for entry in ignore],
+        "ignore": [_entry(entry) for entry in excluded or ()],
     }
     return spelled | ({"kv_cache_scheme": cache} if cache else {}), faults
+
+
+def excluded_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The entries for unquantized modules, names and wildcards, as they stand; None if they are no list of names."""
+    found = raw.get("ignore", raw.get("exclude_modules")) or []
+    return tuple(found) if isinstance(found, list) and all(isinstance(entry, str) for entry in found) else None
 
 
 def _are_layers(layers: Any) -> bool:
@@ -147,7 +155,9 @@ def _are_layers(layers: Any) -> bool:
 
 def _targets(module: str) -> Iterator[str]:
     """A quantized layer, or all experts of a layer, which ModelOpt names as one."""
-    yield f"re:{re.escape(module)}\\..*" if module.endswith(_PACKED_EXPERTS) else module
+    yield module
+    if module.endswith(_PACKED_EXPERTS):
+        yield f"re:{re.escape(module)}\\..*"
 
 
 def _unread(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -169,7 +179,5 @@ def _plain_group(scheme: Scheme) -> dict[str, Any]:
 
 
 def _entry(excluded: str) -> str:
-    """An entry of `exclude_modules`: a name, or a pattern as of file names, here as a regular expression."""
-    if not set("*?") & set(excluded):
-        return excluded
-    return "re:" + "".join({"*": ".*", "?": "."}.get(each, re.escape(each)) for each in excluded) + "$"
+    """An entry of `exclude_modules`: a name, or a wildcard as of file names, here as a regular expression."""
+    return f"re:{translate(excluded)}" if set("*?[") & set(excluded) else excluded

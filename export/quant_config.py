@@ -8,12 +8,12 @@ that only record how a checkpoint was made are skipped; a key that may change wh
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from amaxbridge.export.modelopt_config import in_compressed_tensors_words
+from amaxbridge.export.modelopt_config import excluded_modules, in_compressed_tensors_words
 from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT, Scheme, scheme_of
 from amaxbridge.export.schemes.signature import ARGUMENT_KEYS, Arguments, Signature, UnsupportedQuantizationError
 from amaxbridge.export.schemes.targets import EMBEDDINGS, EVERY_LINEAR, HEAD, is_pattern, means
@@ -78,6 +78,7 @@ class QuantConfig:
         kv_cache: how the key-value cache is quantized; None if it is not.
         unknown_keys: dotted paths of unknown keys.
         faults: everything else that is wrong.
+        excluded: `ignore` as ModelOpt spells it, which engines read by other rules.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class QuantConfig:
     kv_cache: Arguments | None = None
     unknown_keys: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def checked(self) -> "QuantConfig":
         """This config, if every word of it is understood.
@@ -180,7 +182,8 @@ def read_quant_config(raw: Any) -> QuantConfig:
         known = ", ".join(_SPELLINGS)
         return QuantConfig(raw, method, faults=(Fault("quant_method", f"is {method}, not {known}"),))
     spelled, wrong = spelling(raw)
-    return _of_compressed_tensors(raw, method, spelled, [Fault(where, what) for where, what in wrong])
+    found = _of_compressed_tensors(raw, method, spelled, [Fault(where, what) for where, what in wrong])
+    return replace(found, excluded=excluded_modules(raw) or ()) if method == MODELOPT_FORMAT else found
 
 
 def _of_compressed_tensors(

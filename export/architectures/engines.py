@@ -8,7 +8,7 @@ its own name first; of what they ask about its members, they know the members on
 tests/golden/engine_matchers.json holds the answers of the engines' own matchers, which a test compares with ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -54,6 +54,8 @@ class Engine:
             () for those of its table.
         refuses_untargeted: raises for a layer that is neither targeted nor ignored; older vLLM too.
         cuts: serves under tensor and expert parallelism, and needs shards that suit its kernels.
+        cuts_wildcards: renames `experts*` of ModelOpt's configs as `experts` and `experts.*`.
+        mixed_needs: algorithms of ModelOpt of which it needs one to know MIXED_PRECISION; () if it needs none.
         unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
     """
 
@@ -72,6 +74,8 @@ class Engine:
     expert_names: tuple[str, ...] = ()
     refuses_untargeted: bool = False
     cuts: bool = False
+    cuts_wildcards: bool = False
+    mixed_needs: tuple[str, ...] = ()
     unread_experts: Mapping[str, str] = field(default_factory=dict)
 
     def leaves_out(self, architecture: str, projection: str) -> str | None:
@@ -94,12 +98,12 @@ class Engine:
 
 VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
-    cuts=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    cuts=True, cuts_wildcards=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 SGLANG = Engine(
     "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,
     asks_first_expert=True, expert_names=("gate_proj", "down_proj", "up_proj"), refuses_untargeted=True, cuts=True,
-    unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    mixed_needs=("NVFP4", "W4A16_NVFP4"), unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
@@ -163,7 +167,15 @@ def as_named_by(engine: Engine, build: Build, config: QuantConfig) -> QuantConfi
         return build.renamed(entry) if is_name or engine.renames_everything else entry
 
     groups = tuple(replace(group, targets=tuple(map(renamed, group.targets))) for group in config.groups)
-    return replace(config, ignore=tuple(map(renamed, config.ignore)), groups=groups)
+    ignore = tuple(map(renamed, config.ignore))
+    return replace(config, ignore=ignore, excluded=tuple(_renamed_wildcards(engine, build, config)), groups=groups)
+
+
+def _renamed_wildcards(engine: Engine, build: Build, config: QuantConfig) -> Iterator[str]:
+    """ModelOpt's entries under an engine's names. vLLM cuts a wildcard into two, whose names its renames find."""
+    for entry in config.excluded:
+        cut = engine.cuts_wildcards and len(entry) > 1 and entry.endswith("*") and not entry.endswith(".*")
+        yield from map(build.renamed, (entry[:-1], f"{entry[:-1]}.*") if cut else (entry,))
 
 
 def read_layer(engine: Engine, layer: Layer, config: QuantConfig, classes: tuple[str, ...] = LINEAR) -> Reading:

@@ -25,6 +25,7 @@ from amaxbridge.export.amax.fused_group_amax import (
 )
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, Knowledge
+from amaxbridge.export.architectures.modelopt_matchers import excluded_entries
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.modelopt_config import hf_quant_config, in_config_json
@@ -192,7 +193,8 @@ class Finalizer:
         """hf_quant_config.json; None in compressed-tensors, or if nothing is quantized."""
         if self.format != MODELOPT_FORMAT or not self.written:
             return None
-        return hf_quant_config(self.written, self.ignore, kv_cache=self.has_cache)
+        excluded = excluded_entries(self.ignore, self.written)
+        return hf_quant_config(self.written, excluded, kv_cache=self.has_cache)
 
     @property
     def has_cache(self) -> bool:

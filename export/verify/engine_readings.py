@@ -16,6 +16,9 @@ from amaxbridge.export.architectures.engines import (
     read_layer,
 )
 from amaxbridge.export.architectures.facts import Architecture, architecture_of
+from amaxbridge.export.architectures.modelopt_matchers import read_in_modelopt
+from amaxbridge.export.quant_config import QuantConfig
+from amaxbridge.export.schemes import MODELOPT_FORMAT
 from amaxbridge.export.schemes.targets import HEAD, is_pattern
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
 from amaxbridge.mappings.names import is_routed_expert
@@ -69,10 +72,15 @@ def readings(view: CheckpointView) -> list[EngineReading]:
         build = build_of(view, engine) or GENERIC
         config = as_named_by(engine, build, view.quantization)
         found += [
-            EngineReading(engine, at, read_layer(engine, at.layer, config), _in_16_bits(build, at.path))
+            EngineReading(engine, at, _read(engine, at.layer, config), _in_16_bits(build, at.path))
             for at in layers_of(view, engine, build)
         ]
     return found
+
+
+def _read(engine: Engine, layer: Layer, config: QuantConfig) -> Reading:
+    found = read_in_modelopt(engine, layer, config) if config.method == MODELOPT_FORMAT else None
+    return found or read_layer(engine, layer, config)
 
 
 def _in_transformers(known: Architecture, module: str) -> str:
@@ -114,7 +122,10 @@ def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[En
         members = build.members_of(asked) if engine.fuses else (asked,)
         yield EngineLayer(own, Layer(asked, members), tuple(modules))
     for path, modules in experts.items():
-        yield from _expert_layers(path, modules, engine, build)
+        if view.quantization.method == MODELOPT_FORMAT:  # asked for as one
+            yield EngineLayer(path, Layer(path, (path,)), tuple(modules))
+        else:
+            yield from _expert_layers(path, modules, engine, build)
 
 
 def _expert_layers(path: str, modules: list[str], engine: Engine, build: Build) -> Iterator[EngineLayer]:

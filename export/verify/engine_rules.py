@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from amaxbridge.export.architectures.engines import ENGINES, RUNTIME
+from amaxbridge.export.modelopt_config import MIXED
 from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.engine_readings import build_of, readings
@@ -29,6 +30,7 @@ def _schemes(view: CheckpointView) -> Iterator[Problem]:
                 what = f"{RUNTIME.label} reads compressed-tensors, not {module.scheme.served_as}"
                 kinds_of_runtime.setdefault(module.scheme.served_as, Problem(module.name, what, RUNTIME.key))
     yield from kinds_of_runtime.values()
+    yield from _mixed(view)
     for engine in ENGINES:
         assert engine.facts is not None
         for (scheme, part), module in kinds.items():
@@ -37,6 +39,15 @@ def _schemes(view: CheckpointView) -> Iterator[Problem]:
                 yield Problem(
                     module.name, f"{engine.label} does not serve {scheme} for {_WORDS[part]}: {said}", engine.key
                 )
+
+
+def _mixed(view: CheckpointView) -> Iterator[Problem]:
+    """ModelOpt's MIXED_PRECISION, from whose algorithms SGLang guesses which of its own methods it is."""
+    algorithms = {group.scheme.stored_as for group in view.quantization.groups if group.scheme is not None}
+    for engine in ENGINES if view.quantization.raw.get("quant_algo") == MIXED else ():
+        if engine.mixed_needs and not algorithms.intersection(engine.mixed_needs):
+            what = f"is {MIXED} without {' or '.join(engine.mixed_needs)}, which {engine.label} takes for w4afp8"
+            yield Problem("quant_algo", what, engine.key)
 
 
 def _built(view: CheckpointView) -> Iterator[Problem]:

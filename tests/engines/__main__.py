@@ -18,6 +18,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from amaxbridge.export.schemes import SCHEMES
+from tests.engines import modelopt_matchers
 from tests.engines.architectures import SGLANG, VLLM, records
 from tests.engines.matchers import recorded_cases
 from tests.engines.merged_experts import merged_experts
@@ -27,6 +28,7 @@ from tests.support.paths import ROOT
 SOURCES = ROOT / ".engines"
 TABLES = ROOT / "export" / "architectures"
 GOLDEN = ROOT / "tests" / "golden" / "engine_matchers.json"
+GOLDEN_MODELOPT = GOLDEN.with_name("modelopt_matchers.json")
 PINS = {"vllm": ("0.33.0", "0.17.0"), "sglang": ("0.5.23", "0.18.0")}
 """Version of the engine, and of compressed-tensors, which it pins."""
 
@@ -120,6 +122,10 @@ def main() -> int:
     made = {TABLES / f"{engine}.json": text(table(engine)) for engine in PINS}
     made[TABLES / "transformers.json"] = text(table_of_transformers())
     made[GOLDEN] = text({engine: asked_in_its_own_process("matchers", engine, recorded_cases()) for engine in PINS})
+    given = modelopt_matchers.recorded_cases()
+    made[GOLDEN_MODELOPT] = text(
+        {engine: {"layers": asked_in_its_own_process("modelopt_matchers", engine, given)} for engine in PINS}
+    )
     differing = [path for path, content in made.items() if not path.is_file() or path.read_text() != content]
     for path in differing:
         print(f"{path.relative_to(ROOT)} differs from what the engines' sources say")

@@ -19,9 +19,11 @@ from tests.export.model_free.test_quantized_sources import DENSE, source_of
 from tests.support import quantized_sources as held
 from tests.support.checkpoints import dense_model, tensors_in, write_checkpoint
 
+BESIDE = "hf_quant_config.json"
 WRITTEN = [scheme.name for scheme in modelopt_schemes()]
 WITHOUT_DATA = [name for name in WRITTEN if not SCHEMES[name].needs_input_amax]
 QUANTIZED = 7
+GATE_UP = ("mlp.gate", "mlp.up")
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -111,6 +113,45 @@ def test_several_schemes_are_mixed_precision(tmp_path: Path) -> None:
     kinds = [layer["quant_algo"] for layer in beside["quantized_layers"].values()]
     assert sorted(kinds) == ["FP8_PER_CHANNEL_PER_TOKEN"] * 4 + ["W4A16_NVFP4"] * 3
     assert verify(tmp_path / "out").verdict_of("vllm").serves
+    in_sglang = wrong_in(tmp_path / "out", "sglang")  # whose model class does not say what qkv_proj is made of
+    fused = [f"model.layers.0.{name}_proj" for name in (*GATE_UP, "self_attn.q", "self_attn.k", "self_attn.v")]
+    assert in_sglang.keys() == {"engine-schemes", "quantized-is-targeted"}
+    assert sorted(in_sglang["quantized-is-targeted"]) == sorted(fused)
+
+
+def test_sglang_does_not_know_mixed_precision_without_nvfp4(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", dense_model(1), config=DENSE)
+    schemes = (("mxfp8", r"re:.*\.mlp\..*"), ("fp8_block", "Linear"))
+    recipe = Groups(tuple(SchemeGroup(named_scheme(scheme), (target,)) for scheme, target in schemes))
+    model_free_ptq(source, tmp_path / "out", recipe, format="modelopt")
+    assert verify(tmp_path / "out").verdict_of("vllm").serves
+    assert "quant_algo" in wrong_in(tmp_path / "out", "sglang")["engine-schemes"]
+
+
+def test_vllm_takes_an_excluded_name_for_a_part_of_others(tmp_path: Path) -> None:
+    """`mlp.gate`, a router's name, is a part of `mlp.gate_up_proj`, which vLLM then builds in 16 bits."""
+    source = write_checkpoint(tmp_path / "in", dense_model(1), config=DENSE)
+    model_free_ptq(source, tmp_path / "out", "nvfp4a16", format="modelopt")
+    assert wrong_in(tmp_path / "out", "vllm") == wrong_in(tmp_path / "out", "sglang") == {}
+    for file, parts in (
+        ("config.json", ("quantization_config", "ignore")),
+        (BESIDE, ("quantization", "exclude_modules")),
+    ):
+        said = json.loads((tmp_path / "out" / file).read_text())
+        said[parts[0]][parts[1]].append("model.layers.0.mlp.gate")
+        (tmp_path / "out" / file).write_text(json.dumps(said))
+    gate_up = [f"model.layers.0.{name}_proj" for name in GATE_UP]
+    assert wrong_in(tmp_path / "out", "vllm") == {"quantized-is-targeted": gate_up}
+    assert wrong_in(tmp_path / "out", "sglang") == {}
+
+
+def wrong_in(directory: Path, engine: str) -> dict[str, list[str]]:
+    """Rule → the places where an engine alone does not hold it."""
+    found = {
+        finding.rule: [each.subject for each in finding.problems if each.engine == engine]
+        for finding in verify(directory).findings
+    }
+    return {rule: places for rule, places in found.items() if places}
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in WRITTEN])
