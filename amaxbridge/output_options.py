@@ -47,6 +47,12 @@ class OutputOptions:
         "What to do about an amax that is missing, zero or not finite: error; from_weights; or group_max, the largest "
         "of its fused group.",
     )
+    mixed_groups: str = _option(
+        "error",
+        "mixed_groups",
+        "Modules that engines run as one layer (q/k/v, gate/up, the experts of a layer) and that have several formats: "
+        "error; or unquantized, to write such groups in 16 bits.",
+    )
     nonfinite: str = _option(
         "warn",
         "nonfinite",
@@ -90,6 +96,7 @@ class OutputKeywords(TypedDict, total=False):
 
     format: str
     missing_amax: str
+    mixed_groups: str
     nonfinite: str
     overwrite: bool
     hash_source: bool

@@ -33,7 +33,7 @@ from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.identification import check_described, stored_model
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, files_of
-from amaxbridge.export.amax.fused_group_amax import missing_policy
+from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
 from amaxbridge.export.disk.output_place import resolved_output
@@ -119,7 +119,12 @@ class AutoBridge:
         return replace(state, amax=amax)
 
     def export_hf_weights(
-        self, model: Model, *, scheme: str | Recipe | None = None, missing_amax: str = "error"
+        self,
+        model: Model,
+        *,
+        scheme: str | Recipe | None = None,
+        missing_amax: str = "error",
+        mixed_groups: str = "error",
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields the Hugging Face tensors that this rank owns; together the ranks yield each tensor once.
 
@@ -129,16 +134,16 @@ class AutoBridge:
         files pack them; tensors beside the language model are not included. `examples/refit.py` shows the use.
 
         Args:
-            scheme, missing_amax: as in `SaveOptions`; without a scheme, the weights are unquantized.
+            scheme, missing_amax, mixed_groups: as in `SaveOptions`; without a scheme, the weights are unquantized.
         """
         chunks = unwrap(model)
-        recipe, missing = find_scheme(scheme), missing_policy(missing_amax)
+        recipe, missing, mixed = find_scheme(scheme), missing_policy(missing_amax), mixed_policy(mixed_groups)
         held, config = self._held(chunks, recipe), self._model_config(chunks)
         plan = self._plan(held, config)
         state = self._collect_all(chunks, plan) if recipe else QuantState()
         first = self._ranks().rank(Axis.WORLD) == 0
         casting = Casting.of(self.hf, specs_of(plan), None)
-        finalizer = decide(self.hf, plan, casting, recipe, state, missing, warn=first)
+        finalizer = decide(self.hf, plan, casting, recipe, state, missing, mixed, warn=first)
         for bundle in self._stream(held, config, plan):
             yield from finalizer.finalize(casting.bundle(bundle))
 

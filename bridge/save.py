@@ -9,7 +9,7 @@ from amaxbridge.bridge.plan.carried_tensors import carried_specs, carried_tensor
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
-from amaxbridge.export.amax.fused_group_amax import missing_policy
+from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state
 from amaxbridge.export.disk.io_errors import changed_meanwhile
@@ -80,6 +80,7 @@ class Saver:
         self._companions = Companions.of(hf.directory)
         self.recipe = find_scheme(options.scheme, options.ignore, options.format)
         self._missing = missing_policy(options.missing_amax)
+        self._mixed = mixed_policy(options.mixed_groups)
         self._finite = FiniteCheck(nonfinite_policy(options.nonfinite))
 
     def save(
@@ -102,7 +103,9 @@ class Saver:
         state = collect() if self.recipe or options.quant_state else QuantState()
         casting = Casting.of(self._hf, specs, options.dtype)
         self._hf = casting.described(self._hf)
-        finalizer = decide(self._hf, plan, casting, self.recipe, state, self._missing, warn=self._writers.first)
+        finalizer = decide(
+            self._hf, plan, casting, self.recipe, state, self._missing, self._mixed, warn=self._writers.first
+        )
         finalizer.finite = self._finite
         carried = carried_specs(self._hf, required=not options.dry_run)
         files = self._files(bool(carried))

@@ -115,6 +115,7 @@ class ExportConfig(CommonConfig):
     dtype: str | None = shared("dtype")
     quant_state: bool = shared("quant_state")
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
+    mixed_groups: str = shared("mixed_groups")
     nonfinite: str = shared("nonfinite")
     dry_run: bool = shared("dry_run")
     verify: bool = shared("verify")
@@ -166,6 +167,7 @@ class QuantizeConfig(CommonConfig):
     device: str | None = option(
         "Where to quantize: cpu, cuda or cuda:N; null for all GPUs, or the CPU if there is none.", None
     )
+    mixed_groups: str = shared("mixed_groups")
     nonfinite: str = shared("nonfinite")
     dry_run: bool = shared("dry_run")
     verify: bool = shared("verify")

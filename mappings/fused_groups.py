@@ -5,6 +5,7 @@ the whole GEMM and uses it for every member (vLLM: the maximum of the divisors, 
 an expert). Every part of the program that needs groups reads this table.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ FUSED_PROJECTIONS: tuple[tuple[str, ...], ...] = (
     ("in_proj_b", "in_proj_a"),
 )
 
+_EXPERT = re.compile(r"(\.experts\.)\d+(\.)")
 _GROUP_OF = {projection: group for group in FUSED_PROJECTIONS for projection in group}
 
 
@@ -36,6 +38,15 @@ def group_of(module: str) -> FusedGroup:
     """The group that a Hugging Face module belongs to; a module that is not fused is alone in its group."""
     parent, dot, projection = module.rpartition(".")
     return FusedGroup(tuple(parent + dot + member for member in _GROUP_OF.get(projection, (projection,))))
+
+
+def layer_of(module: str) -> str:
+    """A name that is equal for modules that an engine runs as one layer, in one format.
+
+    These are the members of a fused group; and the same projection of all routed experts of a layer, for which engines
+    ask the first expert's format.
+    """
+    return _EXPERT.sub(r"\1*\2", group_of(module).primary)
 
 
 def groups_among(modules: Iterable[str]) -> list[FusedGroup]:

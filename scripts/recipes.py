@@ -25,6 +25,7 @@ def output_keywords(
     return {
         "format": options.format,
         "missing_amax": options.amax.missing,
+        "mixed_groups": options.mixed_groups,
         "nonfinite": options.nonfinite,
         "overwrite": options.io.overwrite,
         "hash_source": options.io.hash_source,

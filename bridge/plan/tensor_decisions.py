@@ -1,13 +1,13 @@
 """Decides what is made of every tensor of a plan, and warns of what users must know."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.input_multipliers import linears_before, module_before, norms_with_linears
-from amaxbridge.export.amax.fused_group_amax import MissingAmax
+from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
 from amaxbridge.export.output.finalizer import Finalizer, FoldedVectors
@@ -46,6 +46,7 @@ def decide(
     recipe: Recipe | None,
     state: QuantState,
     missing: MissingAmax,
+    mixed: MixedGroups,
     *,
     warn: bool,
 ) -> Finalizer:
@@ -63,10 +64,10 @@ def decide(
         _check_needs_no_data(recipe)
     vectors = folded_vectors(hf, plan)
     known, calibrated = architecture_of(hf.config) or GUESS, None if data_free else state
-    finalizer = Finalizer(specs, recipe, calibrated, missing=missing, vectors=vectors, knowledge=known)
+    finalizer = Finalizer(specs, recipe, calibrated, missing=missing, vectors=vectors, knowledge=known, mixed=mixed)
     if warn:
         casting.announce()
-        _warn(state, finalizer.filled)
+        _warn(state, finalizer)
     if warn and recipe is not None and data_free:
         _log.info("the model has no quantizers: scheme=%s quantizes the weights alone, without data", recipe.name)
     return finalizer
@@ -89,10 +90,16 @@ def _check_needs_no_data(recipe: Recipe) -> None:
     )
 
 
-def _warn(state: QuantState, filled: Mapping[str, str]) -> None:
+def _warn(state: QuantState, finalizer: Finalizer) -> None:
     if state.divergent:
         rows = [f"{name}: {values}" for name, values in state.divergent.items()]
         _log.warning("%d amax differ between ranks; the maximum is used:%s", len(rows), listing(rows))
-    if filled:
-        rows = [f"{name}: from {source}" for name, source in filled.items()]
+    if finalizer.filled:
+        rows = [f"{name}: from {source}" for name, source in finalizer.filled.items()]
         _log.warning("%d amax were missing or unusable and are filled:%s", len(rows), listing(rows))
+    if finalizer.unified:
+        _log.warning(
+            "%d modules of fused groups with several formats are written in 16 bits:%s",
+            len(finalizer.unified),
+            listing(finalizer.unified),
+        )

@@ -17,8 +17,10 @@ from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import AmaxError, UsageError, listing
-from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
+from amaxbridge.mappings.fused_groups import FusedGroup, groups_among, layer_of
 from amaxbridge.mappings.tensors import max_of
+
+_SHOWN = 4  # members of a group in a message
 
 
 class MissingAmax(StrEnum):
@@ -29,15 +31,35 @@ class MissingAmax(StrEnum):
     GROUP_MAX = "group_max"  # from the members of its fused group that have one
 
 
+class MixedGroups(StrEnum):
+    """What to do about modules that engines run as one layer, and that have several formats."""
+
+    ERROR = "error"
+    UNQUANTIZED = "unquantized"  # all members of such a group are written in 16 bits
+
+
 def missing_policy(name: str) -> MissingAmax:
     """Returns the policy of this name.
 
     Raises:
         UsageError: unknown name. The message lists the known ones.
     """
-    if name not in list(MissingAmax):
-        raise UsageError(f"unknown policy amax.missing={name}; known: {', '.join(MissingAmax)}")
-    return MissingAmax(name)
+    return _policy(MissingAmax, "amax.missing", name)
+
+
+def mixed_policy(name: str) -> MixedGroups:
+    """Returns the policy of this name.
+
+    Raises:
+        UsageError: unknown name. The message lists the known ones.
+    """
+    return _policy(MixedGroups, "mixed_groups", name)
+
+
+def _policy[Policy: StrEnum](kind: type[Policy], option: str, name: str) -> Policy:
+    if name not in list(kind):
+        raise UsageError(f"unknown policy {option}={name}; known: {', '.join(kind)}")
+    return kind(name)
 
 
 class GroupAmax(NamedTuple):
@@ -126,18 +148,35 @@ def share_amax(
     return shared
 
 
-def split_groups(treatment: Mapping[str, str]) -> list[str]:
-    """One line for each fused group whose members are treated differently.
+@dataclass(frozen=True, slots=True)
+class MixedGroup:
+    """Modules that engines run as one layer, and that are treated differently.
 
     Args:
-        treatment: module → its treatment, in a word.
+        treatment: module → its treatment, in a few words.
     """
-    groups = ({member: treatment[member] for member in group.members} for group in groups_among(treatment))
-    return [
-        "; ".join(f"{', '.join(member for member in group if group[member] == word)} {word}" for word in words)
-        for group in groups
-        if len(words := dict.fromkeys(group.values())) > 1
-    ]
+
+    treatment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        words = dict.fromkeys(self.treatment.values())
+        members = ([module for module, its in self.treatment.items() if its == word] for word in words)
+        return "; ".join(
+            f"{', '.join(each[:_SHOWN])}{f' and {len(each) - _SHOWN} more' if len(each) > _SHOWN else ''} {word}"
+            for word, each in zip(words, members, strict=True)
+        )
+
+
+def mixed_groups(treatment: Mapping[str, str]) -> list[MixedGroup]:
+    """The groups of modules that engines run as one layer, and whose members are treated differently.
+
+    Args:
+        treatment: module → its treatment, in a few words.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for module, word in treatment.items():
+        groups.setdefault(layer_of(module), {})[module] = word
+    return [MixedGroup(group) for group in groups.values() if len(set(group.values())) > 1]
 
 
 def _usable(amax: Tensor | None) -> bool:

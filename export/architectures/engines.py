@@ -17,10 +17,13 @@ from amaxbridge.export.architectures.engine_tables import GENERIC, Build, Engine
 from amaxbridge.export.quant_config import QuantConfig
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_pattern, means
 from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.names import is_routed_expert
 
 LINEAR = (EVERY_LINEAR,)
 _PRIMARY_OF: Mapping[str, str] = MappingProxyType({name: members[0] for name, members in GENERIC.packed.items()})
 """What engines call a fused layer → its first member. The members are those of `mappings.fused_groups`."""
+_OF_SGLANG: Mapping[str, str] = MappingProxyType({"fused_qkv_a_proj_with_mqa": "q_a_proj"})
+"""Another name, which SGLang alone gives a layer."""
 
 
 class Step(StrEnum):
@@ -155,6 +158,17 @@ def fused_name(module: str) -> str:
     parent, dot, _ = module.rpartition(".")
     primary = group_of(module).primary
     return next((parent + dot + name for name, first in _PRIMARY_OF.items() if parent + dot + first == primary), module)
+
+
+def fused_layer_names(module: str) -> tuple[str, ...]:
+    """What engines call the layer whose first member is this module, without its parent; () for any other module.
+
+    Engines ask for experts one by one.
+    """
+    primary = module.rpartition(".")[2]
+    if is_routed_expert(module):
+        return ()
+    return tuple(name for name, first in (*_PRIMARY_OF.items(), *_OF_SGLANG.items()) if first == primary)
 
 
 def as_named_by(engine: Engine, build: Build, config: QuantConfig) -> QuantConfig:

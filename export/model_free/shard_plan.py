@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amaxbridge.export.amax.fused_group_amax import MissingAmax
+from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, MEANINGS, Architecture, Guess
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile
@@ -86,6 +86,7 @@ def plan_shards(
     source: QuantizedSource | None = None,
     chain: ConverterChain | None = None,
     missing: MissingAmax = MissingAmax.ERROR,
+    mixed: MixedGroups = MixedGroups.ERROR,
 ) -> ShardPlan:
     """Plans the output files of some maps.
 
@@ -137,6 +138,7 @@ def plan_shards(
         missing=missing,
         kept=kept,
         knowledge=knowledge,
+        mixed=mixed,
     )
     contents: dict[str, dict[str, TensorSpec]] = {}
     for bundle in bundles:

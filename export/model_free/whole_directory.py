@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 import torch
 
-from amaxbridge.export.amax.fused_group_amax import MissingAmax, missing_policy
+from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups, missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.architectures.facts import Architecture, Guess
@@ -114,8 +114,8 @@ def model_free_ptq(
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
         architecture: None for that of config.json; the name of a known one that has the same tensors; or `guess`, to
             take tensors by the names that most models use. The model card then says so.
-        options: `missing_amax`, `nonfinite`, `overwrite`, `hash_source`, `dry_run`, `verify`, `progress`, `record`; see
-            `OutputOptions`.
+        options: `missing_amax`, `mixed_groups`, `nonfinite`, `overwrite`, `hash_source`, `dry_run`, `verify`,
+            `progress`, `record`; see `OutputOptions`.
 
     Raises:
         UsageError: the arguments cannot work.
@@ -126,6 +126,7 @@ def model_free_ptq(
     """
     asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
     recipe, missing = find_scheme(scheme, asked.ignore, asked.format), missing_policy(asked.missing_amax)
+    mixed = mixed_policy(asked.mixed_groups)
     finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
     source = model_directory(model_stub, weights=True).absolute()
     target = resolved_output(save_directory)
@@ -143,7 +144,7 @@ def model_free_ptq(
         check_cache(checkpoint.tensors, declared)
         if isinstance(quant_state, str | Path):
             quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
-        plan = _plan(checkpoint, recipe, quant_state, config, knowledge, quantized, chain, missing)
+        plan = _plan(checkpoint, recipe, quant_state, config, knowledge, quantized, chain, missing, mixed)
         if isinstance(knowledge, Guess) and architecture is None and recipe is not None:
             raise UsageError(unknown_architecture(config, source, plan.finalizer))
         plan.finalizer.finite = finite
@@ -220,6 +221,7 @@ def _plan(
     source: QuantizedSource | None,
     chain: ConverterChain | None,
     missing: MissingAmax,
+    mixed: MixedGroups,
 ) -> ShardPlan:
     weight_map = {name: checkpoint.weight_map[name] for name in checkpoint.tensors}
     model_files = {name: str(checkpoint.directory / name) for name in dict.fromkeys(weight_map.values())}
@@ -227,7 +229,9 @@ def _plan(
     partners = source.partners() if source else {}
     maps = _at_the_top(build_microscale_inverse_weight_maps(weight_map, model_files, converters, partners=partners))
     files = {path: checkpoint.file(name) for name, path in model_files.items()}
-    return plan_shards(maps, files, recipe, state, config, knowledge, source=source, chain=chain, missing=missing)
+    return plan_shards(
+        maps, files, recipe, state, config, knowledge, source=source, chain=chain, missing=missing, mixed=mixed
+    )
 
 
 def _at_the_top(maps: Mapping[str, InverseWeightMap]) -> dict[str, InverseWeightMap]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from amaxbridge.export.architectures.engines import fused_layer_names
 from amaxbridge.export.disk.atomic_move import raise_it
 from amaxbridge.export.disk.input_files import parts_of, read_input
 from amaxbridge.export.disk.input_paths import leaves
@@ -22,6 +23,7 @@ from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, witho
 from amaxbridge.export.schemes.scheme import Scheme, arguments
 from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import split_at_numbers
 
 CONFIG_FILE = "config.json"
@@ -71,7 +73,9 @@ def quantization_config(
     """The `quantization_config` of compressed-tensors.
 
     It has only keys that all engines accept, and groups `group_0`, `group_1`, … with a format each. A single scheme
-    targets the class `Linear`; several name their modules, because engines must not find both kinds of targets.
+    targets the class `Linear`; several name their modules, because engines must not find both kinds of targets. Names
+    of the layers that engines make of fused groups stand beside those of their members: SGLang asks for `qkv_proj`, and
+    of many architectures it does not know the members.
 
     Args:
         schemes: quantized module → its scheme.
@@ -92,19 +96,39 @@ def quantization_config(
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-        "ignore": list(ignore),
+        "ignore": [*ignore, *_fused_layers(ignore)],
     }
     return config | ({"kv_cache_scheme": arguments(8, "float", "tensor")} if kv_cache else {})
 
 
 def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Targets for exactly these modules: patterns over numbers, or names where a pattern would match more."""
+    """Targets for exactly these modules: patterns over numbers, or over one where a pattern would match more."""
     taken = {tuple(split_at_numbers(name)[::2]) for name in others}
     targets: dict[str, None] = {}
     for module in modules:
+        fused = fused_layer_names(module)
         between = tuple(split_at_numbers(module)[::2])
-        targets[module if between in taken else "re:" + r"\d+".join(map(re.escape, between)) + "$"] = None
+        if not fused and between in taken:
+            targets[module] = None
+            continue
+        parts = [module] if between in taken else between
+        *before, last = map(re.escape, parts)
+        if fused:
+            parent, dot, leaf = last.rpartition(re.escape("."))
+            last = f"{parent}{dot}({'|'.join((leaf, *fused))})"
+        targets["re:" + r"\d+".join([*before, last]) + "$"] = None
     return list(targets)
+
+
+def _fused_layers(modules: Iterable[str]) -> list[str]:
+    """The names of the layers that engines make of the fused groups among these modules."""
+    groups = groups_among(module for module in modules if not module.startswith("re:"))
+    return [
+        f"{group.primary.rpartition('.')[0]}.{name}"
+        for group in groups
+        if len(group.members) > 1
+        for name in fused_layer_names(group.primary)
+    ]
 
 
 def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:

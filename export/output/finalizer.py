@@ -20,8 +20,9 @@ from amaxbridge.export.amax.fused_group_amax import (
     BlockAmax,
     GroupAmax,
     MissingAmax,
+    MixedGroups,
+    mixed_groups,
     share_amax,
-    split_groups,
 )
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, Knowledge
@@ -116,6 +117,7 @@ class Finalizer:
         kept: modules that the tensors hold quantized already → their scheme. They are written as they are.
         vectors: the tensors that may take vectors of input quantizers.
         knowledge: what is known of the model's architecture.
+        mixed: what to do about fused groups whose members have several formats.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
@@ -133,6 +135,7 @@ class Finalizer:
         kept: Mapping[str, Scheme] = NOTHING_KEPT,
         vectors: FoldedVectors = _NO_VECTORS,
         knowledge: Knowledge = GUESS,
+        mixed: MixedGroups = MixedGroups.ERROR,
     ) -> None:
         self._vectors = vectors
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
@@ -149,12 +152,17 @@ class Finalizer:
         self.filled: dict[str, str] = {}
         self.finite = FiniteCheck(NonFinite.WARN)
         self.data_free = recipe is not None and state is None
+        self.unified: list[str] = []
         if recipe is not None:
-            self._schemes = _choose(recipe, linears, state, kept, knowledge)
+            treated = {module: recipe.scheme_of(module, state, knowledge.stays_unquantized) for module in linears}
+            self.unified = _unified(treated, state, kept, mixed)
+            ignored = _Ignored(recipe.ignore, frozenset(self.unified))
+            treated |= dict.fromkeys(self.unified)
+            self._schemes = _choose(recipe.name, treated, state, kept, ignored)
             _check_can_be_quantized(self._schemes, tensors, knowledge)
             if state is not None:
-                _check_no_format_is_lost(recipe, tensors, state, {*self._schemes, *kept})
-                self._take(recipe, state, specs, missing)
+                _check_no_format_is_lost(recipe.name, tensors, state, {*self._schemes, *kept}, ignored)
+                self._take(ignored, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
         self.ignore = [module for module in self.left if not knowledge.is_embedding(module)]
@@ -303,7 +311,9 @@ class Finalizer:
             for name, tensor in tensors.items():
                 yield Written(f"{module}.{name}", 0, tensor)
 
-    def _take(self, recipe: Recipe, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
+    def _take(
+        self, ignored: "_Ignored", state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax
+    ) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them can store."""
         inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
         weights = {
@@ -314,14 +324,14 @@ class Finalizer:
         self._cache_scales = cache_scales(state, specs, in_projections=self.format == MODELOPT_FORMAT)
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
         known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
-        ignored = {name for name in known if is_targeted(name.rsplit(".", 2)[0], recipe.ignore)}
+        known -= {name for name in known if ignored.holds(name.rsplit(".", 2)[0])}
         in_norms = {name for vectors in self._vectors.norms.values() for name in vectors}
-        vectors = {name for name in known - ignored if name.endswith(PRE_QUANT_SCALE)}
+        vectors = {name for name in known if name.endswith(PRE_QUANT_SCALE)}
         in_weights = {name for name in vectors if name.removesuffix(PRE_QUANT_SCALE) not in self._schemes}
         homeless = {name: self._why_not_in_rows(name, specs, state) for name in vectors - in_norms - in_weights}
         _check_vectors_have_places({name: why for name, why in homeless.items() if why})
         self._of_rows = {self._vectors.rows[name]: name for name in homeless}
-        _check_no_state_is_lost(known - ignored - written - vectors)
+        _check_no_state_is_lost(known - written - vectors)
         shared = share_amax(state, weights, inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
@@ -417,48 +427,83 @@ def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSp
         raise MappingError(f"{len(empty)} weights to be quantized are empty:{listing(empty)}\nName them in ignore")
 
 
+@dataclass(frozen=True, slots=True)
+class _Ignored:
+    """The modules that are written unquantized although they have quantizers.
+
+    Args:
+        targets: what the recipe ignores.
+        modules: members of fused groups with several formats, if they are to be unquantized.
+    """
+
+    targets: tuple[str, ...]
+    modules: frozenset[str]
+
+    def holds(self, module: str) -> bool:
+        """True if the module is one of them."""
+        return module in self.modules or is_targeted(module, self.targets)
+
+
+def _unified(
+    treated: Mapping[str, Scheme | None], state: QuantState | None, kept: Mapping[str, Scheme], policy: MixedGroups
+) -> list[str]:
+    """The members of fused groups with several formats, which are all written unquantized.
+
+    Raises:
+        MappingError: there are such groups, and the policy does not say so, or files hold a member quantized already.
+    """
+    calibrations = {} if state is None else state.formats
+    found = mixed_groups(
+        {
+            module: f"as {scheme.name}{_after(scheme.format, calibrations.get(module, ''))}" if scheme else "not"
+            for module, scheme in {**treated, **kept}.items()
+        }
+    )
+    refused = [each for each in found if policy is MixedGroups.ERROR or not kept.keys().isdisjoint(each.treatment)]
+    if refused:
+        raise MappingError(
+            f"fused groups must be quantized as one:{listing(refused)}\n"
+            "Target or ignore all of their members, or give mixed_groups=unquantized to write these groups in 16 bits"
+        )
+    return [module for each in found for module in each.treatment]
+
+
 def _choose(
-    recipe: Recipe,
-    linears: Iterable[str],
+    name: str,
+    treated: Mapping[str, Scheme | None],
     state: QuantState | None,
     kept: Mapping[str, Scheme],
-    knowledge: Knowledge,
+    ignored: _Ignored,
 ) -> dict[str, Scheme]:
-    """The scheme of each module to quantize, checked against the fused groups and the quantizers."""
-    treated = {module: recipe.scheme_of(module, state, knowledge.stays_unquantized) for module in linears}
+    """The scheme of each module to quantize, checked against the quantizers.
+
+    Args:
+        name: name of the recipe.
+        treated: linear module → the scheme that the recipe gives it.
+    """
     chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
     if not chosen and not kept:
         raise NothingToQuantizeError(
-            f"scheme={recipe.name} finds no module with quantizers: all are ignored, or none is targeted"
+            f"scheme={name} finds no module with quantizers: all are ignored, or none is targeted"
             if state is not None
-            else f"scheme={recipe.name} finds no linear module to quantize: all are ignored, or none is targeted"
+            else f"scheme={name} finds no linear module to quantize: all are ignored, or none is targeted"
         )
-    everything = {**treated, **kept}
-    calibrations = {} if state is None else state.formats
-    split = split_groups(
-        {
-            module: f"as {scheme.name}{_after(scheme.format, calibrations.get(module, ''))}" if scheme else "not"
-            for module, scheme in everything.items()
-        }
-    )
-    if split:
-        raise MappingError(f"fused groups must be quantized as one:{listing(split)}")
     if state is None:
         static = [module for module, scheme in chosen.items() if scheme.needs_input_amax]
         if static:
             raise UsageError(
-                f"scheme={recipe.name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
+                f"scheme={name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
                 "Give quant_state= of a trained model, or choose a scheme without static inputs: nvfp4a16, fp8_dynamic"
             )
         return chosen
     left = [
         module
         for module, scheme in treated.items()
-        if scheme is None and module in state.formats and not is_targeted(module, recipe.ignore)
+        if scheme is None and module in state.formats and not ignored.holds(module)
     ]
     if left:
         raise UsageError(
-            f"{len(left)} modules have quantizers, and scheme={recipe.name} does not target them:{listing(left)}\n"
+            f"{len(left)} modules have quantizers, and scheme={name} does not target them:{listing(left)}\n"
             "Target them, or ignore them"
         )
     suited = {module: scheme.suited(state.formats[module]) for module, scheme in chosen.items()}
@@ -467,9 +512,7 @@ def _choose(
     if others:
         wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
         found = [f"{module}: {state.formats[module]}" for module in others]
-        raise UsageError(
-            f"scheme={recipe.name} needs {wanted} quantizers, but the model has:{listing(found)}\n{_TAKE_AUTO}"
-        )
+        raise UsageError(f"scheme={name} needs {wanted} quantizers, but the model has:{listing(found)}\n{_TAKE_AUTO}")
     if state.inputs is not None:
         found = [
             f"{module}: {state.inputs.get(module, 'not quantized')}, {scheme.name} has {scheme.input_format or 'none'}"
@@ -478,8 +521,7 @@ def _choose(
         ]
         if found:
             raise UsageError(
-                f"scheme={recipe.name} has other inputs than {len(found)} modules in training:{listing(found)}\n"
-                f"{_TAKE_AUTO}"
+                f"scheme={name} has other inputs than {len(found)} modules in training:{listing(found)}\n{_TAKE_AUTO}"
             )
     return fitting
 
@@ -490,19 +532,19 @@ def _after(start: str, text: str) -> str:
 
 
 def _check_no_format_is_lost(
-    recipe: Recipe, tensors: Iterable[str], state: QuantState, quantized: Collection[str]
+    name: str, tensors: Iterable[str], state: QuantState, quantized: Collection[str], ignored: _Ignored
 ) -> None:
     """Refuses quantizers of modules that are written unquantized without being ignored."""
-    held = {module_of(name) for name in tensors if name.endswith(".weight")}
+    held = {module_of(each) for each in tensors if each.endswith(".weight")}
     lost = [
         f"{module}: {what} {form}"
         for what, forms in (("weights", state.formats), ("inputs", state.inputs or {}))
         for module, form in forms.items()
-        if module in held and module not in quantized and not is_targeted(module, recipe.ignore)
+        if module in held and module not in quantized and not ignored.holds(module)
     ]
     if lost:
         raise UsageError(
-            f"{len(lost)} quantizers round what scheme={recipe.name} writes unquantized:{listing(lost)}\n"
+            f"{len(lost)} quantizers round what scheme={name} writes unquantized:{listing(lost)}\n"
             "Disable these quantizers before the export, or ignore the modules"
         )
 

@@ -161,6 +161,7 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
         "quantized": len(finalizer.quantized),
         "data_free": finalizer.data_free,
         "ignored": list(dict.fromkeys(kind_of(module) for module in finalizer.ignore)),
+        **({"mixed_groups": list(dict.fromkeys(map(kind_of, finalizer.unified)))} if finalizer.unified else {}),
         "amax": {
             "collected": len(state.amax),
             "missing": sorted(state.missing),
@@ -219,6 +220,9 @@ def _section(facts: Mapping[str, Any]) -> str:
         "size": f"{size_text(after)}, before {size_text(before)}" + (f" ({after / before:.0%})" if before else ""),
         "modules quantized": f"{facts['quantized']:,}",
         "left as they are": ", ".join(f"`{module}`" for module in facts["ignored"]),
+        "in 16 bits because their fused groups have several formats": ", ".join(
+            f"`{module}`" for module in facts.get("mixed_groups") or ()
+        ),
         "amax from training": f"{amax['collected']:,}" if amax["collected"] else "none, quantized without data",
         "amax that differed between ranks": f"{len(amax['divergent']):,}" if amax["divergent"] else "",
         "amax that were missing": f"{len(amax['filled']):,}, filled" if amax["filled"] else "",

@@ -39,6 +39,7 @@ _FORM = {
     "bytes": ({"before": int, "after": int}, None),
     "quantized": _COUNT,
     "ignored": _TEXTS,
+    "mixed_groups": _TEXTS,
     "amax": ({"collected": int, "missing": [str], "filled": {str: str}, "divergent": {str: [float]}}, None),
     "snr": ({"mean": float, "lowest": float, "lowest_module": str}, None),
     "versions": ({str: str}, None),

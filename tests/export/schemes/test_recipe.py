@@ -10,8 +10,11 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
 from amaxbridge.bridge.live.collect_amax import format_name
+from amaxbridge.export.amax.fused_group_amax import MixedGroups, mixed_groups
 from amaxbridge.export.amax.quant_state import QuantState
+from amaxbridge.export.architectures.engines import SGLANG, Layer, read_layer
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
+from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme, from_quantizers
 from amaxbridge.export.schemes.w4a16 import w4a16
 from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError
@@ -202,9 +205,10 @@ def test_the_first_group_that_targets_a_module_wins() -> None:
     one = SchemeGroup(SCHEMES["w8a8"], ("model.layers.1.mlp.down_proj",))
     rest = SchemeGroup(SCHEMES["nvfp4a16"])
     finalizer = finalizer_of(Groups((attention, one, rest), ignore=("lm_head",)), None)
-    mlp = [rf"re:model\.layers\.\d+\.mlp\.{name}_proj$" for name in ("gate", "up")]
+    mlp = [rf"re:model\.layers\.\d+\.mlp\.{name}$" for name in ("(gate_proj|gate_up_proj)", "up_proj")]
+    names = (r"self_attn\.(q_proj|qkv_proj)", *map(re.escape, LINEARS[1:4]))
     assert groups_of(finalizer) == {
-        "float-quantized": [rf"re:model\.layers\.\d+\.{re.escape(linear)}$" for linear in LINEARS[:4]],
+        "float-quantized": [rf"re:model\.layers\.\d+\.{name}$" for name in names],
         "nvfp4-pack-quantized": [*mlp, "model.layers.0.mlp.down_proj"],
         "int-quantized": ["model.layers.1.mlp.down_proj"],
     }
@@ -251,3 +255,73 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     bundle["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     with pytest.raises(MappingError, match=r"model\.layers\.1\.mlp\.up_proj: the weight holds NaN or Inf"):
         list(finalizer.finalize(Bundle.of(bundle)))
+
+
+# Groups with several formats
+
+LATENT = "model.layers.0.self_attn.{}"
+EXPERT = "model.layers.0.mlp.experts.{}.{}"
+MIXED: dict[str, tuple[str, ...]] = {
+    "latent attention": (LATENT.format("q_a_proj"), LATENT.format("kv_a_proj_with_mqa")),
+    "gate and up": ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    "w1 and w3": (EXPERT.format(0, "w1"), EXPERT.format(0, "w3")),
+    "gated delta net": tuple(f"model.layers.0.linear_attn.in_proj_{each}" for each in ("qkv", "z")),
+    "down of two experts": (EXPERT.format(0, "down_proj"), EXPERT.format(1, "down_proj")),
+    "gate and another expert's up": (EXPERT.format(0, "gate_proj"), EXPERT.format(12, "up_proj")),
+}
+"""Two modules that engines run as one layer."""
+FORMATS = (("nvfp4", "fp8"), ("fp8", None), (None, "nvfp4"))
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("group", MIXED)
+def test_a_group_with_several_formats_is_named_or_unquantized(group: str, formats: tuple[str | None, ...]) -> None:
+    other = "model.layers.0.self_attn.o_proj"
+    given = {**dict(zip(MIXED[group], formats, strict=True)), other: "fp8"}
+    tensors = {f"{module}.weight": torch.full((16, 32), 0.5, dtype=torch.bfloat16) for module in given}
+    amax = {f"{module}.{kind}_quantizer._amax": torch.tensor(2.0) for module in given for kind in ("weight", "input")}
+    held = {name: each for name, each in amax.items() if given[name.rsplit(".", 2)[0]]}
+    state = QuantState(held, {module: form for module, form in given.items() if form})
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    with pytest.raises(MappingError, match=r"as one:(.|\n)*mixed_groups=unquantized") as refusal:
+        Finalizer(specs, find_scheme("auto"), state)
+    assert all(module in str(refusal.value) for module in MIXED[group])
+    assert other not in str(refusal.value)
+    finalizer = Finalizer(specs, find_scheme("auto"), state, mixed=MixedGroups.UNQUANTIZED)
+    assert finalizer.unified == list(MIXED[group])
+    assert finalizer.scheme_names == {other: "fp8"}
+    made = dict(finalizer.finalize(Bundle.of(tensors)))
+    assert all(torch.equal(made[f"{module}.weight"], tensors[f"{module}.weight"]) for module in MIXED[group])
+
+
+def test_other_groups_may_differ() -> None:
+    """Experts of two layers, up and down of an expert, a routed and a shared expert."""
+    given = {
+        EXPERT.format(0, "gate_proj"): "nvfp4", EXPERT.format(0, "up_proj"): "nvfp4",
+        EXPERT.format(0, "down_proj"): "fp8",
+        "model.layers.1.mlp.experts.0.down_proj": "nvfp4", "model.layers.0.mlp.shared_experts.down_proj": "nvfp4",
+    }  # fmt: skip
+    specs = {f"{module}.weight": TensorSpec((16, 32), torch.bfloat16) for module in given}
+    amax = {f"{module}.{kind}_quantizer._amax": torch.tensor(2.0) for module in given for kind in ("weight", "input")}
+    assert Finalizer(specs, find_scheme("auto"), QuantState(amax, given)).scheme_names == given
+    assert not mixed_groups(given)
+
+
+def test_engines_names_of_fused_layers_are_targets_and_ignored() -> None:
+    """SGLang asks for `qkv_proj`, and of many architectures does not know its members."""
+    formats = {**dict.fromkeys((*QKV, "self_attn.o_proj"), "fp8"), "mlp.gate_proj": "nvfp4", "mlp.up_proj": "nvfp4"}
+    state = state_of(formats)
+    ignore = ("re:model.layers.1.self_attn.[qkv]_proj",)
+    config: Any = finalizer_of(find_scheme("auto", ignore), state).quantization_config
+    quantized = read_quant_config(config)
+    asked = {
+        "model.layers.0.self_attn.qkv_proj": "float-quantized",
+        "model.layers.0.mlp.gate_up_proj": "nvfp4-pack-quantized",
+        "model.layers.1.mlp.gate_up_proj": "nvfp4-pack-quantized",
+        "model.layers.1.self_attn.qkv_proj": None,
+        "model.layers.1.mlp.down_proj": None,
+    }
+    for layer, form in asked.items():
+        reading = read_layer(SGLANG, Layer(layer, (layer,)), quantized)
+        assert (None if reading.group is None else quantized.groups[reading.group].format) == form, layer
+        assert "neither" not in reading.why
