@@ -3,7 +3,8 @@
 Megatron, ModelOpt and Transformer Engine pickle what is not a tensor, and a pickle may name any function to be called.
 `read_pickle` walks the opcodes itself. Containers, numbers, strings and torch dtypes keep their types; a global
 becomes a `Named`, and an object that the pickle would have constructed becomes a `Made`. A caller looks for what it
-knows in the result, and ignores or refuses the rest. Sizes are bounded, so that a small file cannot grow without end.
+knows in the result, and ignores or refuses the rest. Sizes are bounded, so that a small file cannot grow without end;
+and nothing takes the C stack or time by what a value contains, as hashing a tuple of tuples does in an unpickler.
 
 Opcodes: pickletools of the standard library. Archive layout: torch.save since 1.6, a zip file with one `data.pkl`.
 """
@@ -12,7 +13,7 @@ import io
 import pickletools
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,7 +28,7 @@ _LITERALS = (
     "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
     "BINBYTES8", "BYTEARRAY8",
 )  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_LONGEST_KEY, _LARGEST_KEY = 16, 1 << 128
 
 
 class NotReadable(ValueError):
@@ -42,7 +43,8 @@ class Named:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        name = f"{self.module}.{self.name}"
+        return name if name.isprintable() else ascii(name)
 
 
 @dataclass(eq=False, slots=True)
@@ -62,7 +64,7 @@ class Made:
     items: dict[Any, Any] = field(default_factory=dict)
 
 
-_ORDERED_DICT, _SIZE = Named("collections", "OrderedDict"), Named("torch", "Size")
+_PLAIN = {"OrderedDict": "collections", "Size": "torch", "encode": "_codecs"}
 _PERSISTENT = Named("", "persistent_load")
 _HASHED = (str, bytes, int, float, bool, type(None), torch.dtype, Named, Made)  # by value, or by identity
 
@@ -75,14 +77,37 @@ def read_pickle(data: bytes) -> Any:
     """
     if len(data) > _MOST_BYTES:
         raise NotReadable(f"{len(data):,} bytes, more than any state has")
+    value, _ = _run(data, most=2 * _MOST_VALUES)
+    _check_expanded(value)
+    return value
+
+
+def read_long_pickle(data: bytes, known: Collection[Named]) -> Any:
+    """As `read_pickle`, of any length. The caller bounds what it makes of values that are there many times.
+
+    Args:
+        known: the only classes and functions that it may name, beside those of plain values (dtypes, `torch.Size`,
+            `OrderedDict`).
+
+    Raises:
+        NotReadable: the pickle is incomplete, or names others.
+    """
+    value, named = _run(data, most=len(data))
+    for each in named:
+        if isinstance(each, Named) and each not in known and _PLAIN.get(each.name) != each.module:
+            raise NotReadable(f"it names {each}")
+    return value
+
+
+def _run(data: bytes, *, most: int) -> tuple[Any, Collection[Any]]:
+    """The value, and what it names. `most`: number of opcodes."""
+    machine = _Machine(most_to_copy=len(data))
     try:
-        value = _Machine().run(data)
+        return machine.run(data, most), machine.named.values()
     except NotReadable:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError, MemoryError) as error:
         raise NotReadable(f"not a whole pickle: {error}") from error
-    _check_expanded(value)
-    return value
 
 
 def read_archive(data: bytes) -> Any:
@@ -101,6 +126,8 @@ def read_archive(data: bytes) -> Any:
             def read(path: PurePosixPath) -> bytes:
                 if path not in paths or paths[path].file_size > _MOST_BYTES:
                     raise NotReadable(f"{path} is missing, or larger than any state")
+                if paths[path].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise NotReadable(f"{path} is compressed in another way than any state")
                 return archive.read(paths[path])
 
             value = read_pickle(read(root / "data.pkl"))
@@ -154,137 +181,188 @@ def _check_expanded(value: Any) -> None:
 
 
 class _Machine:
-    """The stack machine that runs pickles. A set becomes a list, an OrderedDict a dict."""
+    """The stack machine that runs pickles. A set becomes a list, an OrderedDict a dict.
 
-    def __init__(self) -> None:
+    No step takes more time or memory than the bytes that it reads, however large the values are to which they refer:
+    keys are hashed in constant time, and no more is copied than the file has bytes.
+
+    Args:
+        most_to_copy: the bytes of the file.
+    """
+
+    def __init__(self, most_to_copy: int) -> None:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._left_to_copy = most_to_copy
+        self.named: dict[tuple[str, str], Any] = {}
 
-    def run(self, data: bytes) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if opcode.name == "STOP":
+    def run(self, data: bytes, most: int) -> Any:
+        stream = io.BytesIO(data)
+        for _ in range(most):
+            code = stream.read(1)
+            if code == b".":
                 return self._stack.pop()
-            if count > 2 * _MOST_VALUES:
-                raise NotReadable("it has too many opcodes")
-            self._step(opcode.name, argument)
-        raise NotReadable("it has no end")
+            step, read = _BY_CODE.get(code, (None, None))
+            if step is None:
+                raise NotReadable(f"opcode {code!r}" if code else "it has no end")
+            step(self, None if read is None else read(stream))
+        raise NotReadable("it has too many opcodes")
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if name in _LITERALS:
-                stack.append(argument)
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                self._marked.append(stack)
-                self._stack = []
-            case "POP_MARK":
-                self._since_mark()
-            case "POP":
-                self._pop(1)
-            case "DUP":
-                stack.append(stack[-1])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._pop(int(name[-1]))))
-            case "TUPLE" | "LIST" | "FROZENSET" | "DICT":
-                self._collect(name)
-            case "APPEND":
-                _extend(stack[-2], self._pop(1))
-            case "APPENDS" | "ADDITEMS":
-                values = self._since_mark()
-                _extend(self._stack[-1], values)
-            case "SETITEM":
-                _set_items(stack[-3], self._pop(2))
-            case "SETITEMS":
-                values = self._since_mark()
-                _set_items(self._stack[-1], values)
-            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                self._memo[len(self._memo) if argument is None else argument] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self._memo[argument])
-            case "GLOBAL":
-                stack.append(_named(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_named(*self._pop(2)))
-            case "REDUCE" | "NEWOBJ":
-                stack.append(_make(*self._pop(2)))
-            case "NEWOBJ_EX":
-                by, arguments, keywords = self._pop(3)
-                stack.append(Made(by, (arguments, keywords)))
-            case "OBJ" | "INST":
-                values = self._since_mark()
-                by = _named(*argument.split(" ", 1)) if name == "INST" else values.pop(0)
-                self._stack.append(_make(by, tuple(values)))
-            case "PERSID" | "BINPERSID":
-                stack.append(Made(_PERSISTENT, argument if name == "PERSID" else self._pop(1)[0]))
-            case "BUILD":
-                _give_state(stack[-2], self._pop(1)[0])
-            case _:
-                raise NotReadable(f"opcode {name}")
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
 
-    def _collect(self, name: str) -> None:
-        values = self._since_mark()
-        made: Any = tuple(values) if name == "TUPLE" else values
-        if name == "DICT":
-            made = {}
-            _set_items(made, values)
-        self._stack.append(made)
+    def duplicate(self) -> None:
+        self._stack.append(self._stack[-1])
 
-    def _since_mark(self) -> list[Any]:
+    def mark(self) -> None:
+        self._marked.append(self._stack)
+        self._stack = []
+
+    def since_mark(self) -> list[Any]:
+        """Takes what was pushed since the last mark."""
         found, self._stack = self._stack, self._marked.pop()
         return found
 
-    def _pop(self, count: int) -> list[Any]:
+    def last(self, count: int) -> list[Any]:
+        """Takes the last values."""
         if count > len(self._stack):
             raise NotReadable("it takes from an empty stack")
         found = self._stack[-count:]
         del self._stack[-count:]
         return found
 
+    def put(self, place: int | None) -> None:
+        self._memo[len(self._memo) if place is None else place] = self._stack[-1]
 
-def _named(module: str, name: str) -> Any:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise NotReadable("a global without a name")
-    return _DTYPES[name] if module == "torch" and name in _DTYPES else Named(module, name)
+    def get(self, place: int) -> None:
+        self._stack.append(self._memo[place])
 
+    def named_by(self, module: Any, name: Any) -> Any:
+        """A dtype of torch, or a `Named`, one object for each name."""
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise NotReadable("a global without a name")
+        if (module, name) not in self.named:
+            is_dtype = module == "torch" and name in _DTYPES
+            self.named[module, name] = _DTYPES[name] if is_dtype else Named(module, name)
+        return self.named[module, name]
 
-def _make(by: Any, arguments: Any) -> Any:
-    if by == _ORDERED_DICT and arguments == ():
-        return {}
-    if by == _SIZE and isinstance(arguments, tuple) and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
-        return tuple(arguments[0])
-    match by, arguments:
-        case Named("_codecs", "encode"), (str(text), "latin1"):  # bytes, in protocols without an opcode for them
-            return text.encode("latin1")
-    return Made(by, arguments)
+    def make(self, by: Any, arguments: Any) -> None:
+        is_plain = isinstance(by, Named) and by.name in _PLAIN and by.module == _PLAIN[by.name]
+        self._stack.append(self._plain(by, arguments) if is_plain else Made(by, arguments))
 
+    def _plain(self, by: Named, arguments: Any) -> Any:
+        """Plain values that pickles make by a call."""
+        match by.name, arguments:
+            case "OrderedDict", ():
+                return {}
+            case "Size", (tuple(size),):
+                return size
+            case "Size", (list(size),):
+                return tuple(self._copied(size))
+            case "encode", (str(text), "latin1"):  # bytes, in protocols without an opcode for them
+                return self._copied(text).encode("latin1")
+        return Made(by, arguments)
 
-def _give_state(target: Any, state: Any) -> None:
-    if not isinstance(target, Made):
-        raise NotReadable("attributes of a plain value")
-    target.state = state
+    def make_first(self, values: list[Any]) -> None:
+        """As `make`; the first value is the class."""
+        self.make(values[0], tuple(values[1:]))
 
+    def extend(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, list):
+            target += values
+        elif isinstance(target, Made):
+            _set_items(target, [each for item in enumerate(values, len(target.items)) for each in item])
+        else:
+            raise NotReadable("values added to what is no list")
 
-def _extend(target: Any, values: list[Any]) -> None:
-    if isinstance(target, list):
-        target += values
-    else:
-        _set_items(target, [each for item in enumerate(values, len(target.items)) for each in item])
+    def set_items(self, flat: list[Any]) -> None:
+        _set_items(self._stack[-1], flat)
+
+    def give_state(self, state: Any) -> None:
+        if not isinstance(self._stack[-1], Made):
+            raise NotReadable("attributes of a plain value")
+        self._stack[-1].state = state
+
+    def _copied[T: (str, list[Any])](self, value: T) -> T:
+        self._left_to_copy -= len(value)
+        if self._left_to_copy < 0:
+            raise NotReadable("it copies one value again and again")
+        return value
 
 
 def _set_items(target: Any, flat: list[Any]) -> None:
-    """Adds items from alternating keys and values. Hashing a key must not walk through its content."""
+    """Adds items from alternating keys and values."""
     items = target.items if isinstance(target, Made) else target
+    if not isinstance(items, dict):
+        raise NotReadable("items added to what is no dict")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
-        parts = key if isinstance(key, tuple) else (key,)
-        if not isinstance(items, dict) or not all(isinstance(part, _HASHED) for part in parts):
+        if not _is_key(key):
             raise NotReadable(f"an item with a {type(key).__name__} as its key")
         items[key] = value
+
+
+def _is_key(key: Any) -> bool:
+    """True if hashing a key takes constant time. Tuples and large numbers are hashed whole, each time anew."""
+    if isinstance(key, tuple):
+        return len(key) <= _LONGEST_KEY and all(not isinstance(part, tuple) and _is_key(part) for part in key)
+    return isinstance(key, _HASHED) and not (isinstance(key, int) and abs(key) > _LARGEST_KEY)
+
+
+def _with_keywords(by: Any, arguments: Any, keywords: Any) -> Made:
+    return Made(by, (arguments, keywords))
+
+
+def _filled(flat: list[Any]) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    _set_items(made, flat)
+    return made
+
+
+_STEPS: Mapping[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
+    **dict.fromkeys(_LITERALS, _Machine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_SET": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "MARK": lambda machine, _: machine.mark(),
+    "POP_MARK": lambda machine, _: machine.since_mark(),
+    "POP": lambda machine, _: machine.last(1),
+    "DUP": lambda machine, _: machine.duplicate(),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "LIST": lambda machine, _: machine.push(machine.since_mark()),
+    "FROZENSET": lambda machine, _: machine.push(machine.since_mark()),
+    "DICT": lambda machine, _: machine.push(_filled(machine.since_mark())),
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.since_mark()),
+    "ADDITEMS": lambda machine, _: machine.extend(machine.since_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "GLOBAL": lambda machine, argument: machine.push(machine.named_by(*argument.split(" ", 1))),
+    "STACK_GLOBAL": lambda machine, _: machine.push(machine.named_by(*machine.last(2))),
+    "REDUCE": lambda machine, _: machine.make(*machine.last(2)),
+    "NEWOBJ": lambda machine, _: machine.make(*machine.last(2)),
+    "NEWOBJ_EX": lambda machine, _: machine.push(_with_keywords(*machine.last(3))),
+    "OBJ": lambda machine, _: machine.make_first(machine.since_mark()),
+    "INST": lambda machine, argument: machine.make(
+        machine.named_by(*argument.split(" ", 1)), tuple(machine.since_mark())
+    ),
+    "PERSID": lambda machine, argument: machine.push(Made(_PERSISTENT, argument)),
+    "BINPERSID": lambda machine, _: machine.push(Made(_PERSISTENT, machine.last(1)[0])),
+    "BUILD": lambda machine, _: machine.give_state(machine.last(1)[0]),
+}
+_BY_CODE = {
+    opcode.code.encode("latin1"): (_STEPS[opcode.name], None if opcode.arg is None else opcode.arg.reader)
+    for opcode in pickletools.opcodes
+    if opcode.name in _STEPS
+}

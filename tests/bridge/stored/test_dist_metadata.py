@@ -115,6 +115,11 @@ def call(function: Any) -> bytes:
 
 
 _METADATA = b"ctorch.distributed.checkpoint.metadata\n"
+_METADATA_OF_A_STATE = (
+    _METADATA + b"Metadata\n)\x81}(X\x13\x00\x00\x00state_dict_metadata}X\x0c\x00\x00\x00storage_data}"
+    + _METADATA + b"MetadataIndex\n)\x81}(X\x03\x00\x00\x00fqnX\x01\x00\x00\x00aX\x05\x00\x00\x00indexSIZEub"
+    b"Nsub."
+)  # fmt: skip
 PICKLES = {
     "a call of os.system": call(os.system),
     "a call of eval": call(eval),
@@ -131,6 +136,9 @@ PICKLES = {
     "a tuple of a million levels": b"\x80\x04" + b")" + b"\x85" * 1_000_000 + b".",
     "the same as a key": b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"Ns.",
     "the same in a set": b"\x80\x04\x8f(" + b")" + b"\x85" * 1_000_000 + b"\x90.",
+    "a tuple that doubles, as a key": b"\x80\x04})" + b"2\x86" * 200 + b"Ns.",
+    "the same in a set, as text": b"\x80\x04\x8f()" + b"2\x86" * 200 + b"\x90\x8c\x01aR.",
+    "the same in the place of a size": _METADATA_OF_A_STATE.replace(b"SIZE", b")" + b"2\x86" * 200),
     "lists of a million levels": b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",
     "a claim of 8 GB": b"\x80\x04\x8e\x00\x00\x00\x00\x02\x00\x00\x00abc.",
 }

@@ -136,11 +136,46 @@ def bomb() -> bytes:
     return stream.getvalue()
 
 
+def text(content: bytes) -> bytes:
+    """The opcode of a string."""
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def packed(method: int) -> bytes:
+    """A state in a zip file of another compression, damaged."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(list(range(1000))))
+    content = bytearray(stream.getvalue())
+    begin = content.index(b"data.pkl") + 8
+    content[begin + 20 : begin + 60] = bytes(40)
+    return bytes(content)
+
+
 BAD = {
     "doubling": saved(nested(60)),
     "doubling as a key": as_tensor(b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s."),
     "a loop": saved(looped()),
     "a bomb": bomb(),
+    "a tuple of a million as a key": as_tensor(
+        b"\x80\x02}(" + b"N" * 10**6 + b"tq\x00" + b"0" + b"h\x00Ns" * 10**5 + b"."
+    ),
+    "a number of a megabyte as a key": as_tensor(
+        b"\x80\x02\x8b" + struct.pack("<I", 10**6) + b"\x7f" * 10**6 + b"q\x000}" + b"h\x00Ns" * 10**5 + b"."
+    ),
+    "a text that is copied again and again": as_tensor(
+        b"\x80\x02c_codecs\nencode\nq\x00"
+        + text(b"a" * 10**7)
+        + text(b"latin1")
+        + b"\x86q\x01"
+        + b"h\x00h\x01R" * 5000
+        + b"."
+    ),
+    "a list that is copied again and again": as_tensor(
+        b"\x80\x02ctorch\nSize\nq\x00](" + b"N" * 10**6 + b"e\x85q\x01" + b"h\x00h\x01R" * 5000 + b"."
+    ),
+    "compressed by bzip2": packed(zipfile.ZIP_BZIP2),
+    "compressed by LZMA": packed(zipfile.ZIP_LZMA),
     "a far memo": as_tensor(b"\x80\x02Nr\xff\xff\xff\xff."[:-1] + b"j\xfe\xff\xff\xff."),
     "no end": as_tensor(b"\x80\x02N"),
     "an empty stack": as_tensor(b"\x80\x020."),
