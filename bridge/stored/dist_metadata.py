@@ -7,6 +7,7 @@ Source: torch.distributed.checkpoint.metadata and .filesystem; `MCoreMetadata` o
 megatron.core.dist_checkpointing.strategies.torch.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,4 +171,7 @@ def _count(value: Any) -> int:
 def _size(value: Any) -> torch.Size:
     if not isinstance(value, tuple) or len(value) > _MOST_DIMS:
         raise TypeError(f"{_what(value)} in the place of a shape")
-    return torch.Size(map(_count, value))
+    size = torch.Size(map(_count, value))
+    if math.prod(dim or 1 for dim in size) >= _MOST:  # PyTorch's own product would overflow
+        raise ValueError("a shape that no file can hold")
+    return size

@@ -65,6 +65,9 @@ class Made:
 
 
 _PLAIN = {"OrderedDict": "collections", "Size": "torch", "encode": "_codecs"}
+_ORDERED_DICT = Named("collections", "OrderedDict")
+_MAKERS = [Named("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")]
+_OPCODES_OF_A_TENSOR = 80  # 48 for two dims of a parameter, and two for each further dim
 _PERSISTENT = Named("", "persistent_load")
 _HASHED = (str, bytes, int, float, bool, type(None), torch.dtype, Named, Made)  # by value, or by identity
 
@@ -97,6 +100,22 @@ def read_long_pickle(data: bytes, known: Collection[Named]) -> Any:
         if isinstance(each, Named) and each not in known and _PLAIN.get(each.name) != each.module:
             raise NotReadable(f"it names {each}")
     return value
+
+
+def check_tensor_pickle(data: bytes) -> None:
+    """Checks the pickle of one tensor in an archive of `torch.save`, before PyTorch loads it.
+
+    PyTorch calls nothing that is unsafe, but it hashes and prints whatever a pickle builds. A tensor takes few opcodes,
+    with which nothing large can be built.
+
+    Raises:
+        NotReadable: it is another pickle.
+    """
+    _, named = _run(data, most=_OPCODES_OF_A_TENSOR)
+    for each in named:
+        is_storage = isinstance(each, Named) and each.module in ("torch", "torch.storage") and "Storage" in each.name
+        if isinstance(each, Named) and not is_storage and each not in _MAKERS and each != _ORDERED_DICT:
+            raise NotReadable(f"it names {each}")
 
 
 def _run(data: bytes, *, most: int) -> tuple[Any, Collection[Any]]:
@@ -256,6 +275,8 @@ class _Machine:
         match by.name, arguments:
             case "OrderedDict", ():
                 return {}
+            case "OrderedDict", _:
+                raise NotReadable("an OrderedDict made from values")
             case "Size", (tuple(size),):
                 return size
             case "Size", (list(size),):

@@ -12,6 +12,7 @@ import os
 import pickle
 import stat
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
+from amaxbridge.bridge.stored.inert_pickle import check_tensor_pickle
 from amaxbridge.export.disk.input_files import open_input, read_input
 from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
 from amaxbridge.export.disk.io_errors import explaining_reads
@@ -194,6 +196,8 @@ class DistCheckpoint:
         if (region.key, depth) not in self._chunks:  # sorted once: there may be tens of thousands
             chunks = self._chunks[region.key, depth] = defaultdict(list)
             for chunk in entry.chunks:
+                if not chunk.sizes.numel():  # it would stand for any number of indices
+                    continue
                 spans = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
                 for index in product(*(range(begin, begin + size) for begin, size in spans)):
                     chunks[index].append(chunk)
@@ -283,8 +287,12 @@ class _Part(io.RawIOBase):
 def _check_archive(file: BinaryIO, begin: int, length: int) -> None:
     try:
         with zipfile.ZipFile(_Part(file, begin, length)) as archive:
-            unpacked = sum(each.file_size for each in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeError) as error:
+            members = archive.infolist()
+            unpacked = sum(each.file_size for each in members)
+            for each in members:
+                if unpacked <= length and each.filename.lower().endswith("data.pkl"):
+                    check_tensor_pickle(archive.read(each))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
         raise ValueError("the bytes of a tensor are damaged, copy the files again") from error
     if unpacked > length:
         raise ValueError(

@@ -163,6 +163,14 @@ class TestDamage:
         assert "iter_0000008 is not a Megatron distributed checkpoint" in self.refuse(dense, saved)
 
 
+PICKLES_OF_TENSORS = {
+    "a key that doubles": b"\x80\x02}qc)qa" + b"haha\x86qa" * 40 + b"hchaNs",
+    "an OrderedDict of such keys": b"\x80\x02)qa" + b"haha\x86qa" * 10 + b"ccollections\nOrderedDict\n](haNe\x85\x85R",
+    "another class": b"\x80\x02ccollections\nCounter\n)R",
+    "a storage of such a name": b"\x80\x02)qa" + b"haha\x86qa" * 40 + b"(hahahahahatQ",
+}
+
+
 class TestHostile:
     """What a small checkpoint may not do: take memory that it does not have, wait, or lead elsewhere."""
 
@@ -183,14 +191,13 @@ class TestHostile:
         with pytest.raises(CheckpointError, match=match):
             DistCheckpoint(saved).read([Region(self.NAME, index)])
 
-    @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
-    def test_a_packed_tensor(self, saved: Path, compression: int) -> None:
-        """32 MB of zeros in 32 kB; a larger one would fill any memory."""
+    def repack(self, saved: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+        """Writes the archive of the tensor again, each member as `change` makes it from its name and content."""
         (file,) = saved.glob("*.distcp")
         made, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(file.read_bytes()))
         with zipfile.ZipFile(made, "w", compression) as archive:
             for each in source.infolist():
-                archive.writestr(each.filename, bytes(32 << 20) if "/data/" in each.filename else source.read(each))
+                archive.writestr(each.filename, change(each.filename, source.read(each)))
         file.write_bytes(made.getvalue())
 
         def whole(metadata: Metadata) -> None:
@@ -198,7 +205,42 @@ class TestHostile:
                 metadata.storage_data[index] = replace(place, offset=0, length=len(made.getvalue()))
 
         self.rewrite(saved, whole)
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+    def test_a_packed_tensor(self, saved: Path, compression: int) -> None:
+        """32 MB of zeros in 32 kB; a larger one would fill any memory."""
+        self.repack(saved, lambda name, content: bytes(32 << 20) if "/data/" in name else content, compression)
         self.refuse(saved, "unpack to 33,.* torch.save does not pack")
+
+    @pytest.mark.parametrize("what", PICKLES_OF_TENSORS)
+    def test_a_pickle_that_keeps_torch_busy(self, saved: Path, what: str) -> None:
+        """PyTorch hashes and prints whatever `weights_only` lets a pickle build."""
+        before = PICKLES_OF_TENSORS[what]
+        self.repack(saved, lambda name, content: before + content[2:] if name.endswith("data.pkl") else content)
+        self.refuse(saved, "bytes of a tensor are damaged")
+
+    def test_the_pickle_of_a_tensor_passes(self, saved: Path) -> None:
+        self.repack(saved, lambda _, content: content)
+        assert torch.equal(DistCheckpoint(saved).read([Region(self.NAME)])[0], torch.ones(4, 8))
+
+    @pytest.mark.parametrize("size", [(1 << 32, 1 << 32), (1 << 61, 8), (1 << 61, 0, 8)], ids=str)
+    def test_a_shape_whose_product_overflows(self, saved: Path, size: tuple[int, ...]) -> None:
+        self.rewrite(saved, self.of_size(*size))
+        self.refuse(saved, "a shape that no file can hold")
+
+    def test_any_number_of_empty_rows(self, saved: Path) -> None:
+        self.rewrite(saved, self.of_size(1 << 60, 0))
+        assert DistCheckpoint(saved).read([Region(self.NAME, (3,))])[0].shape == (0,)
+
+    def of_size(self, *size: int) -> Callable[[Metadata], None]:
+        def change(metadata: Metadata) -> None:
+            entry = metadata.state_dict_metadata[self.NAME]
+            chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))
+            metadata.state_dict_metadata[self.NAME] = replace(entry, size=torch.Size(size), chunks=[chunk])
+            for index in list(metadata.storage_data):
+                metadata.storage_data[replace(index, offset=chunk.offsets)] = metadata.storage_data.pop(index)
+
+        return change
 
     @pytest.mark.parametrize("index", [(), (3,)])
     @pytest.mark.parametrize("rows", [1 << 20, 1 << 40, 1 << 58])
