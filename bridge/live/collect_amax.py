@@ -50,9 +50,12 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
 
     A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
     blocks along a row as `[out · blocks, 1]`, and the amax of square blocks as `[rows, 1, columns, 1]`. A disabled
-    quantizer only has the vector by which it still multiplies inputs.
+    quantizer only has the vector by which it still multiplies inputs. Stages of chains have none: the gate lets them
+    pass where weights are written unquantized.
     """
     for quantizer in quantizers:
+        if quantizer.chain:
+            continue
         for buffer, tensor in _buffers(quantizer):
             if tensor.numel() > 1:
                 name = f"{quantizer.name}.{buffer}"
@@ -68,7 +71,7 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
         UsageError: ranks have quantizers of different formats for one module.
     """
-    local = _local_state((each for each in quantizers if each.module.is_enabled), registry)
+    local = _local_state((each for each in quantizers if each.module.is_enabled and not each.chain), registry)
     names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
     reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)

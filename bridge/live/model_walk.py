@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.names import is_quantizer_state
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert
 
 ABSENT = object()
 """The value of a quantizer's buffer that ModelOpt had, but did not save."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _USUALLY_EMPTY = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+_NUMBERS = re.compile(r"(?<=_quantizer)(\.\[?\d+\]?)+$")
 _GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias|\w+_quantizer\.))(\d+)")
 
 
@@ -52,6 +53,18 @@ class Quantizer:
     experts: tuple[int, ...]
     attributes: Mapping[str, Any]
     kind: str = ""
+
+    @property
+    def chain(self) -> str:
+        """The name of the chain that it is a stage of (W4A8); "" if it is none.
+
+        A grouped expert's quantizer is named like a stage.
+        """
+        found = _NUMBERS.search(self.name)
+        is_stage = found is not None and (
+            found[0].count(".") > 1 or "[" in self.name or not is_routed_expert(self.name)
+        )
+        return self.name.rpartition(".")[0] if is_stage else ""
 
     @property
     def multiplies_input(self) -> bool:

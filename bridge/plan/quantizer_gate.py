@@ -14,7 +14,6 @@ modules.
 Source: modelopt.torch.quantization, nn.modules.tensor_quantizer and nn.modules.quant_linear, 0.47.0.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import ABSENT, Quantizer
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.names import is_routed_expert, kind_of
+from amaxbridge.mappings.names import kind_of
 
 READ = frozenset((
     "_amax", "_global_amax", "_amax_post", "_amax_pre", "_pre_quant_scale", "_enable_pre_quant_scale", "_num_bits",
@@ -61,7 +60,6 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType({
 _CLASSES = {
     "", "TensorQuantizer", "StaticBlockScaleQuantizer", "HardDisabledTensorQuantizer", "SVDQuantTensorQuantizer"
 }  # fmt: skip
-_NUMBERS = re.compile(r"(?<=_quantizer)(\.\[?\d+\]?)+$")
 _UNKNOWN = "amaxbridge does not know it, so it may change values"
 _BLOCK_KEYS = {-1, -2, "type", "scale_bits", "four_over_six"}
 
@@ -139,6 +137,13 @@ _LOW_RANK = Bound(
     "calibrate with AWQ or without smoothing (algorithm='awq_lite' or 'max') instead",
     while_disabled=True,
     in_weights=True,
+)
+_CHAIN = Bound(
+    _never,
+    "weights are rounded several times: FP8 values of INT4 codes times scales are no codes times scales, so W4AFP8 "
+    "cannot hold them; and its engines scale inputs token by token",
+    "calibrate with one INT4 quantizer for weights, and FP8 inputs per token (block_sizes={-1: None}, type='dynamic'), "
+    "which scheme=w4afp8 writes; or write these weights unquantized (ignore=)",
 )
 _AFFINE = Bound(_never, "subtracts a bias before rounding", "calibrate without bias: engines have no affine cache")
 
@@ -222,9 +227,10 @@ def refusals(quantizers: Iterable[Quantizer]) -> Iterator[Refusal]:
         if enabled and "output_quantizer" in quantizer.name:
             remedy = "disable it before the export"
             yield Refusal(quantizer.name, "enabled", "True", "rounds outputs, which no engine does", remedy, False)
-        if enabled and _is_stage(quantizer.name):
-            remedy = "quantize the weight in one step, or write it unquantized (ignore=)"
-            yield Refusal(quantizer.name, "class", "SequentialQuantizer", "one of several roundings", remedy, False)
+        if enabled and quantizer.chain:
+            yield Refusal(
+                quantizer.chain, "class", "SequentialQuantizer", _CHAIN.changes, _CHAIN.remedy, _CHAIN.in_weights
+            )
         if quantizer.kind not in _CLASSES:
             remedy = "replace it by a TensorQuantizer, or update amaxbridge"
             yield Refusal(quantizer.name, "class", quantizer.kind, _UNKNOWN, remedy, in_weights=True)
@@ -240,12 +246,6 @@ def refusals(quantizers: Iterable[Quantizer]) -> Iterator[Refusal]:
             elif name not in READ and name not in WITHOUT_EFFECT:
                 remedy = "remove it if it has no effect, or update amaxbridge"
                 yield Refusal(quantizer.name, name, _shown(value), _UNKNOWN, remedy, in_weights=True)
-
-
-def _is_stage(name: str) -> bool:
-    """True if a quantizer is one of a chain (W4A8), which looks like the quantizer of a grouped expert."""
-    found = _NUMBERS.search(name)
-    return found is not None and (found[0].count(".") > 1 or "[" in name or not is_routed_expert(name))
 
 
 def check_quantizers(found: Iterable[Refusal], plain: Callable[[str], bool]) -> None:

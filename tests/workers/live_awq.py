@@ -16,6 +16,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.quantization.nn import SequentialQuantizer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,11 @@ from amaxbridge.bridge.live.model_walk import walk_all_quantizers
 from amaxbridge.mappings.errors import UsageError
 from tests.workers.model import forward
 
-CASES = {"int4_awq": mtq.INT4_AWQ_CFG, "nvfp4_awq_lite": mtq.NVFP4_AWQ_LITE_CFG}
+CASES = {
+    "int4_awq": mtq.INT4_AWQ_CFG, "nvfp4_awq_lite": mtq.NVFP4_AWQ_LITE_CFG, "int4_awq_fp8_inputs": mtq.INT4_AWQ_CFG
+}  # fmt: skip
+FP8_PER_TOKEN: dict[str, Any] = {"num_bits": (4, 3), "block_sizes": {-1: None}, "type": "dynamic"}
+"""Inputs of the last case, set afterwards: ModelOpt's AWQ does not calibrate with them."""
 WITHOUT_NORM = ("*linear_proj*", "*linear_fc2*")
 
 
@@ -34,26 +39,47 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
     alone = sizes.get("tp", 1) == 1
     with megatron.distributed(**sizes):
         for case, preset in CASES.items():
-            whole = calibrated(bridge, preset, ())
+            whole = calibrated(bridge, preset, (), case)
             ignore = ["re:.*o_proj", "re:.*down_proj"]
             bridge.save_hf_pretrained(whole, out / f"{case}_ignoring", scheme="auto", ignore=ignore)
             bridge.save_hf_pretrained(whole, out / f"{case}_plain", scheme="none")
             if alone:
                 (out / f"{case}.txt").write_text(refusal(bridge, whole, out))
-            model = calibrated(bridge, preset, WITHOUT_NORM)
+            model = calibrated(bridge, preset, WITHOUT_NORM, case)
             bridge.save_hf_pretrained(model, out / case, scheme="auto")
             megatron.save_checkpoint(model, out / f"checkpoint_{case}", iteration=1)
             if alone:
                 save_file({**oracle(bridge, model), "logits": forward(model)}, out / f"{case}.safetensors")
+        model = calibrated(bridge, mtq.W4A8_AWQ_BETA_CFG, (), "w4a8")
+        bridge.save_hf_pretrained(model, out / "w4a8_plain", scheme="none")
+        megatron.save_checkpoint(model, out / "checkpoint_w4a8", iteration=1)
+        if alone:
+            (out / "w4a8.txt").write_text(refusal(bridge, model, out))
+            save_file(stages(model), out / "w4a8.safetensors")
 
 
-def calibrated(bridge: AutoBridge, preset: Any, disabled: tuple[str, ...]) -> Any:
+def calibrated(bridge: AutoBridge, preset: Any, disabled: tuple[str, ...], case: str) -> Any:
     model = megatron.build_model(bridge.hf)
     bridge.load_hf_weights(model)
     config = copy.deepcopy(preset)
     config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in disabled]
     mtq.quantize(model, config, forward)
+    if case.endswith("fp8_inputs"):
+        inputs = [{"quantizer_name": "*linear_*.input_quantizer", "cfg": FP8_PER_TOKEN}]
+        off = [{"quantizer_name": name, "enable": False} for name in disabled]
+        mtq.set_quantizer_by_cfg(model, [*inputs, *off])
     return model.bfloat16()
+
+
+@torch.no_grad()
+def stages(model: Any) -> dict[str, Tensor]:
+    """Weights after the first stage of their quantizers, and after both."""
+    made: dict[str, Tensor] = {}
+    for name, linear in model.named_modules():
+        chain = getattr(linear, "weight_quantizer", None)
+        if isinstance(chain, SequentialQuantizer) and chain[0].is_enabled:
+            made |= {f"{name}.first": chain[0](linear.weight), f"{name}.both": chain(linear.weight)}
+    return made
 
 
 def refusal(bridge: AutoBridge, model: Any, out: Path) -> str:

@@ -1,6 +1,7 @@
 """AWQ: an export folds in the vectors by which input quantizers, enabled or not, multiply their inputs.
 
-INT4 AWQ leaves its input quantizers disabled, and they still multiply.
+INT4 AWQ leaves its input quantizers disabled, and they still multiply. With FP8 inputs per token it is W4AFP8.
+ModelOpt's own W4A8 rounds INT4 weights to FP8 once more.
 """
 
 import json
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from amaxbridge.bridge import AutoBridge
 from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.mappings.errors import UsageError
 from tests.support.checkpoints import tensors_in
 from tests.support.launcher import Launcher, LiveRanks
 from tests.workers.model import TOKENS
 
-CASES = {"int4_awq": "w4a16", "nvfp4_awq_lite": "nvfp4"}
+CASES = {"int4_awq": "w4a16", "nvfp4_awq_lite": "nvfp4", "int4_awq_fp8_inputs": "w4afp8"}
 NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
@@ -53,7 +55,7 @@ def test_a_norm_takes_the_vector_and_the_linear_keeps_its_weight(ranks: LiveRank
     for module in modules:
         found = SCHEMES[CASES[case]].dequantize(of_module(module, written))
         # scales of groups are stored in the model's dtype, as engines hold them
-        rounding = 2**-7 if case == "int4_awq" else 0
+        rounding = 2**-7 if case.startswith("int4_awq") else 0
         torch.testing.assert_close(found, oracle[f"{module}.weight.fake"], rtol=rounding, atol=0)
         layer, _, part = module.rpartition(".")[0].rpartition(".")
         norm = f"{layer}.{NORMS[part]}.weight"
@@ -66,7 +68,7 @@ def test_a_norm_takes_the_vector_and_the_linear_keeps_its_weight(ranks: LiveRank
 def test_other_inputs_have_no_place_for_a_vector(ranks: LiveRanks, case: str) -> None:
     """INT4's down_proj has one, in up_proj's rows: `test_row_vectors`."""
     message = (ranks.at(tp=1) / f"{case}.txt").read_text()
-    count = {"int4_awq": 1, "nvfp4_awq_lite": 2}[case]
+    count = {"int4_awq": 1, "nvfp4_awq_lite": 2, "int4_awq_fp8_inputs": 1}[case]
     assert f"{count} modules multiply inputs by a vector (AWQ, SmoothQuant), which no engine does:" in message
     assert "model.layers.0.self_attn.o_proj.input_quantizer._pre_quant_scale: query heads share" in message
     assert ("model.layers.0.mlp.down_proj.input_quantizer._pre_quant_scale: the scales" in message) is (count == 2)
@@ -128,3 +130,41 @@ def test_logits_are_those_of_the_quantized_model(ranks: LiveRanks, transformers:
     assert error(logits(tmp_path)) < 0.01 < error(logits(ranks.hf)), (
         "rounding of norms and scales, against INT4's noise"
     )
+
+
+def test_int4_and_then_fp8_is_refused_because_no_scale_holds_it(ranks: LiveRanks, tmp_path: Path) -> None:
+    """W4A8 AWQ. In a block, ModelOpt's values would be codes from -8 to 7 times one scale; few have one."""
+    directory, bridge = ranks.at(tp=1), AutoBridge.from_hf_pretrained(ranks.hf)
+    message = (directory / "w4a8.txt").read_text()
+    assert message.startswith("4 attributes of quantizers change what is computed")
+    for linear in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        assert f"decoder.layers.0.{linear}.weight_quantizer: class=SequentialQuantizer: weights are rounded" in message
+    assert "next step: calibrate with one INT4 quantizer for weights, and FP8 inputs per token" in message
+    with pytest.raises(UsageError) as refusal:
+        bridge.convert_checkpoint(directory / "checkpoint_w4a8", tmp_path / "out", scheme="auto")
+    assert str(refusal.value) == message
+    values = load_file(directory / "w4a8.safetensors")
+    names = [name.removesuffix(".both") for name in values if name.endswith(".both")]
+    assert len(names) == 4
+    for name in names:
+        first, both = (values[f"{name}.{stage}"].float().unflatten(1, (-1, 128)) for stage in ("first", "both"))
+        assert float((first != both).float().mean()) > 0.3
+        largest = both.abs().amax(-1, keepdim=True)
+        exact = torch.zeros(both.shape[:2], dtype=torch.bool)
+        for code in range(1, 9):  # the largest value's own
+            codes = both * code / largest
+            exact |= ((codes - codes.round()).abs() < 2**-6).all(-1)
+        assert float(exact.float().mean()) < 0.3, name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_int4_and_then_fp8_without_a_scheme_are_plain_weights(ranks: LiveRanks, tmp_path: Path, tp: int) -> None:
+    source, plain = tensors_in(ranks.hf), tensors_in(ranks.at(tp=tp) / "w4a8_plain")
+    assert plain.keys() == source.keys()
+    for name, tensor in source.items():
+        torch.testing.assert_close(plain[name], tensor, rtol=0.02, atol=1e-4)
+    AutoBridge.from_hf_pretrained(ranks.hf).convert_checkpoint(
+        ranks.at(tp=tp) / "checkpoint_w4a8", tmp_path / "out", scheme="none"
+    )
+    found = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert found == (ranks.at(tp=tp) / "w4a8_plain" / "model.safetensors").read_bytes()

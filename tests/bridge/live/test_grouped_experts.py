@@ -118,7 +118,7 @@ def test_quantizers_of_grouped_experts_get_global_numbers(size: int) -> None:
 
 
 def test_stages_of_a_chain_of_quantizers_are_not_taken_for_experts() -> None:
-    with pytest.raises(UsageError, match=r"linear_fc1\.weight_quantizer\.\[0\]: class=SequentialQuantizer"):
+    with pytest.raises(UsageError, match=r"linear_fc1\.weight_quantizer: class=SequentialQuantizer"):
         collect(2, lambda local: (SequentialQuantizer(quantizer(1.0), quantizer(2.0)), quantizer(10.0)))
 
 
