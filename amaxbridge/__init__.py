@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from amaxbridge.bridge.auto import AutoBridge
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
+    from amaxbridge.export.repair import repair
     from amaxbridge.export.verify import verify
 
     __version__: str
 
-__all__ = ["AutoBridge", "__version__", "model_free_ptq", "verify"]
+__all__ = ["AutoBridge", "__version__", "model_free_ptq", "repair", "verify"]
 
 _PLACES = {
     "AutoBridge": "amaxbridge.bridge.auto",
     "model_free_ptq": "amaxbridge.export.model_free.whole_directory",
+    "repair": "amaxbridge.export.repair",
     "verify": "amaxbridge.export.verify",
 }
 

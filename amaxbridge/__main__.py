@@ -10,6 +10,7 @@ COMMANDS = {
     "import": ("import_hf", "a Hugging Face checkpoint to a Megatron checkpoint"),
     "quantize": ("quantize", "a Hugging Face checkpoint to compressed-tensors, without Megatron or a model"),
     "verify": ("verify", "check a checkpoint before it is served"),
+    "repair": ("repair", "mend a checkpoint that engines read wrong, without the original weights"),
     "report": ("report", "a page and JSON about a checkpoint"),
 }
 """The name of each command: its module in `amaxbridge.scripts`, and what it does."""

@@ -20,6 +20,12 @@ def _option(default: Any, command_line: str | None, meaning: str) -> Any:
     return field(default=default, metadata={MEANING: meaning, COMMAND_LINE: command_line})
 
 
+def _of_exports(name: str) -> Any:
+    """An option that exports have, too."""
+    found = next(each for each in fields(OutputOptions) if each.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
     """The options of every export, whatever its source."""
@@ -76,6 +82,25 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RepairOptions:
+    """The options of a repair."""
+
+    unseen: str = _option(
+        "error",
+        "unseen",
+        "An expert without a usable input scale, which saw no token in calibration: error; or layer_max, the largest "
+        "input amax of the same projection in its layer.",
+    )
+    copy: bool = _option(False, "copy", "Where nothing is wrong, write a copy, byte for byte; otherwise nothing.")
+    overwrite: bool = _of_exports("overwrite")
+    hash_source: bool = _of_exports("hash_source")
+    dry_run: bool = _of_exports("dry_run")
+    verify: bool = _of_exports("verify")
+    progress: "Progress | None" = _of_exports("progress")
+    record: Mapping[str, Any] | None = _of_exports("record")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions(OutputOptions):
     """The options of an export from Megatron."""
 
@@ -106,6 +131,19 @@ class OutputKeywords(TypedDict, total=False):
     record: Mapping[str, Any] | None
 
 
+class RepairKeywords(TypedDict, total=False):
+    """`RepairOptions` as keywords, for type checkers."""
+
+    unseen: str
+    copy: bool
+    overwrite: bool
+    hash_source: bool
+    dry_run: bool
+    verify: bool
+    progress: "Progress | None"
+    record: Mapping[str, Any] | None
+
+
 class SaveKeywords(OutputKeywords, total=False):
     """`SaveOptions` as keywords, for type checkers."""
 
@@ -118,4 +156,4 @@ class SaveKeywords(OutputKeywords, total=False):
 
 def declared(name: str) -> "Field[Any]":
     """The declaration of an option."""
-    return next(each for each in fields(SaveOptions) if each.name == name)
+    return next(each for each in (*fields(SaveOptions), *fields(RepairOptions)) if each.name == name)

@@ -175,6 +175,23 @@ class QuantizeConfig(CommonConfig):
 
 
 @dataclass
+class RepairConfig(CommonConfig):
+    """Mends a compressed-tensors checkpoint that engines read wrong, without training and without the original weights.
+
+    amaxbridge repair input=BAD output=GOOD [dry_run=true]
+    """
+
+    input: str = option("Directory to mend; it stays as it is.")
+    output: str = option("Directory to write.")
+    unseen: str = shared("unseen")
+    copy: bool = shared("copy")
+    io: IoConfig = option("How to write.", IoConfig)
+    dry_run: bool = shared("dry_run")
+    verify: bool = shared("verify")
+    json: str | None = option("File for every change as JSON.", None)
+
+
+@dataclass
 class VerifyConfig(CommonConfig):
     """Checks a compressed-tensors checkpoint; exit status 1 if an engine could not serve it correctly.
 
@@ -226,6 +243,7 @@ COMMANDS: dict[str, type[CommonConfig]] = {
     "import_hf": ImportConfig,
     "quantize": QuantizeConfig,
     "verify": VerifyConfig,
+    "repair": RepairConfig,
     "report": ReportConfig,
     "demo": DemoConfig,
 }

@@ -318,7 +318,7 @@ def test_all_lists_what_a_package_is_for(name: str) -> None:
 def test_public_names_of_the_house() -> None:
     import amaxbridge
 
-    assert set(amaxbridge.__all__) == {"AutoBridge", "__version__", "model_free_ptq", "verify"}
+    assert set(amaxbridge.__all__) == {"AutoBridge", "__version__", "model_free_ptq", "repair", "verify"}
     assert amaxbridge.model_free_ptq is importlib.import_module("amaxbridge.export").model_free_ptq
     assert amaxbridge.AutoBridge is importlib.import_module("amaxbridge.bridge").AutoBridge
     assert amaxbridge.verify is importlib.import_module("amaxbridge.export.verify").verify

@@ -88,7 +88,7 @@ def quantization_config(
     groups = [json.loads(group) for group in members]
     for group, modules in zip(groups, members.values(), strict=True):
         others = (schemes.keys() - set(modules)) | set(ignore)
-        group["targets"] = ["Linear"] if len(groups) == 1 and "lm_head" not in schemes else _patterns(modules, others)
+        group["targets"] = ["Linear"] if len(groups) == 1 and "lm_head" not in schemes else patterns_of(modules, others)
         group["output_activations"] = None
     formats = {group["format"] for group in groups}
     config = {
@@ -96,13 +96,13 @@ def quantization_config(
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-        "ignore": [*ignore, *_fused_layers(ignore)],
+        "ignore": [*ignore, *fused_layers(ignore)],
     }
     return config | ({"kv_cache_scheme": arguments(8, "float", "tensor")} if kv_cache else {})
 
 
-def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Targets for exactly these modules: patterns over numbers, or over one where a pattern would match more."""
+def patterns_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets for exactly these modules: patterns over numbers, or over one where a pattern would match others."""
     taken = {tuple(split_at_numbers(name)[::2]) for name in others}
     targets: dict[str, None] = {}
     for module in modules:
@@ -120,7 +120,7 @@ def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     return list(targets)
 
 
-def _fused_layers(modules: Iterable[str]) -> list[str]:
+def fused_layers(modules: Iterable[str]) -> list[str]:
     """The names of the layers that engines make of the fused groups among these modules."""
     groups = groups_among(module for module in modules if not module.startswith("re:"))
     return [
@@ -177,6 +177,17 @@ class Companions:
         files = {name: file for name, file in found.items() if name.split("/")[0] not in left and _is_carried(name)}
         return cls(source, files, weights, left, leaving)
 
+    @classmethod
+    def all_of(cls, source: Path) -> Self:
+        """Everything in a checkpoint but its tensor files, for an output that differs from it in few of them.
+
+        Only links that lead out of the directory, and hidden directories, are left behind.
+        """
+        with explaining_reads(source):
+            found, leaving = _walk(source)
+        weights = [name for name in found if is_tensor_file(name)]
+        return cls(source, {name: file for name, file in found.items() if name not in weights}, weights, (), leaving)
+
     @property
     def card(self) -> str:
         """The model card; empty if there is none, or if it is a link to a file outside."""
@@ -231,6 +242,11 @@ class Companions:
                 of_file.update(part)
             digest.update(os.fsencode(name) + f" {of_file.hexdigest()}\n".encode())
         return digest.hexdigest()
+
+
+def is_tensor_file(name: str) -> bool:
+    """True for a file of a checkpoint's tensors; quantizer state may lie beside them and is no part of it."""
+    return "/" not in name and name.endswith(".safetensors") and name != QUANT_STATE_FILE
 
 
 def _walk(source: Path) -> tuple[dict[str, Path], list[Path]]:

@@ -165,12 +165,7 @@ class Finalizer:
                 self._take(ignored, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
-        self.ignore = [module for module in self.left if not knowledge.is_embedding(module)]
-        packed = (module_of(name) for name, spec in tensors.items() if knowledge.packs_experts(name, spec.shape))
-        self.ignore += dict.fromkeys(packed)  # as engines name the layer
-        self.ignore += knowledge.heads_without_tensor(tensors)  # Linear to every engine, though they have no tensors
-        self.ignore += knowledge.linears_without_suffix(tensors)
-        self.ignore += [name for name in knowledge.other_names(self.ignore) if name not in self.ignore]
+        self.ignore = unquantized_modules(self.left, {name: spec.shape for name, spec in tensors.items()}, knowledge)
 
     @property
     def output_specs(self) -> dict[str, TensorSpec]:
@@ -399,6 +394,23 @@ def _check_one_format(name: str, kept: Mapping[str, Scheme]) -> None:
             f"format={name}: {len(others)} modules come quantized in another format:{listing(others)}\n"
             "Write the files in the format of these modules, or have the converter dequantize them"
         )
+
+
+def unquantized_modules(
+    linears: Iterable[str], shapes: Mapping[str, tuple[int, ...]], knowledge: Knowledge
+) -> list[str]:
+    """The entries of `ignore` for what stays unquantized, in the spellings of files and of transformers' modules.
+
+    Args:
+        linears: the modules with an unquantized 2-D weight, embeddings among them.
+        shapes: every tensor of the files.
+    """
+    ignore = [module for module in linears if not knowledge.is_embedding(module)]
+    packed = (module_of(name) for name, shape in shapes.items() if knowledge.packs_experts(name, shape))
+    ignore += dict.fromkeys(packed)  # as engines name the layer
+    ignore += knowledge.heads_without_tensor(shapes)  # Linear to every engine, though they have no tensors
+    ignore += knowledge.linears_without_suffix(shapes)
+    return ignore + [name for name in knowledge.other_names(ignore) if name not in ignore]
 
 
 def _exactly(value: Tensor | Arithmetic | None) -> str:

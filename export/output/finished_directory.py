@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from amaxbridge.export.disk.packed_experts import ExpertPacker
+from amaxbridge.export.disk.row_chunks import Written
 from amaxbridge.export.disk.shard_layout import Layout, Shard
 from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.disk.staging import StagedDirectory, check_room, plan_fingerprint
@@ -26,7 +27,7 @@ from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import verify
 from amaxbridge.mappings.errors import UsageError, WriteError
 from amaxbridge.mappings.tensors import TensorSpec
-from amaxbridge.output_options import OutputOptions
+from amaxbridge.output_options import OutputOptions, RepairOptions
 
 
 class Source(Protocol):
@@ -53,6 +54,56 @@ class BundleSize:
         return cls(len(specs), sum(spec.nbytes for spec in specs.values()))
 
 
+class Makes(Protocol):
+    """What becomes of the tensors of a bundle: a `Finalizer`, or whatever writes them otherwise."""
+
+    def finalize_rows(self, bundle: Bundle) -> Iterable[Written]:
+        """Yields what is written for a bundle."""
+
+
+class PlannedDirectory(Protocol):
+    """What a directory will hold, as `write_directory` must know it: see the fields of `DirectoryPlan`."""
+
+    @property
+    def target(self) -> Path: ...
+    @property
+    def keys(self) -> list[str]: ...
+    @property
+    def sizes(self) -> Mapping[str, BundleSize]: ...
+    @property
+    def expected(self) -> Callable[[], Mapping[str, tuple[int, ...]] | None]: ...
+    @property
+    def packer(self) -> ExpertPacker | None: ...
+    @property
+    def keeps_state(self) -> bool: ...
+
+    @property
+    def files(self) -> Layout:
+        """All safetensors files."""
+
+    @property
+    def finalizer(self) -> Makes:
+        """What becomes of the tensors of a bundle."""
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes of the files beside the tensors."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A hash of everything that decides the bytes of `files`; None if no other run could tell."""
+
+    @property
+    def made_from(self) -> str | None:
+        """A hash of everything that the output is made from; None if no other run could tell."""
+
+    def write_beside(self, staged: StagedDirectory, made_from: str | None) -> None:
+        """Writes what any process could write, in the one that completes the work."""
+
+    def check_sources(self) -> None:
+        """Raises CheckpointError if what is read has changed since the start."""
+
+
 class BundleWriter:
     """Context manager that writes bundles at their planned places. Each process has one, which its threads share.
 
@@ -68,7 +119,7 @@ class BundleWriter:
         self,
         staged: StagedDirectory,
         files: Layout,
-        finalizer: Finalizer,
+        finalizer: Makes,
         sizes: Mapping[str, BundleSize],
         *,
         done: frozenset[str] = frozenset(),
@@ -161,10 +212,39 @@ class DirectoryPlan:
         """A hash of everything that decides the bytes of `files`."""
         return self.made_of and plan_fingerprint(self.made_of, self.conversion.finalizer.fingerprint, self.files)
 
+    @property
+    def made_from(self) -> str | None:
+        """As `PlannedDirectory.made_from`."""
+        fingerprint = self.fingerprint
+        return fingerprint and self.companions.fingerprint(fingerprint, self.config)
+
+    @property
+    def finalizer(self) -> Finalizer:
+        """As `PlannedDirectory.finalizer`."""
+        return self.conversion.finalizer
+
+    @property
+    def nbytes_beside(self) -> int:
+        """As `PlannedDirectory.nbytes_beside`."""
+        return self.companions.nbytes
+
     def check_sources(self) -> None:
-        """Raises CheckpointError if what is read has changed since the start."""
+        """As `PlannedDirectory.check_sources`."""
         for source in self.sources:
             source.check_unchanged()
+
+    def write_beside(self, staged: StagedDirectory, made_from: str | None) -> None:
+        """As `PlannedDirectory.write_beside`."""
+        conversion = replace(self.conversion, record={**self.conversion.record, MADE_FROM: made_from})
+        writer = ShardWriter(staged.path, self.files, staged)
+        try:
+            _write_all(writer, self.carried())
+            if self.keeps_state:
+                _write_all(writer, conversion.state.amax.items())
+        finally:
+            writer.close()
+        for name, content in files_beside(self.companions, self.config, conversion, alone=not self.keeps_state):
+            staged.write_file(name, content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +261,10 @@ class Outcome:
 
 
 def write_directory(
-    plan: DirectoryPlan,
+    plan: PlannedDirectory,
     writers: Writers,
     make: Callable[[frozenset[str], BundleWriter], None],
-    options: OutputOptions,
+    options: OutputOptions | RepairOptions,
 ) -> Outcome:
     """Writes a directory, or this process's share of it. Collective if the writers are ranks of a live model.
 
@@ -199,21 +279,19 @@ def write_directory(
         CheckpointError: the output would not serve, or the source changed while it was read.
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
-    check_room(plan.target, plan.companions.nbytes)
-    fingerprint = plan.fingerprint
-    made_from = fingerprint and plan.companions.fingerprint(fingerprint, plan.config)
-    conversion = replace(plan.conversion, record={**plan.conversion.record, MADE_FROM: made_from})
+    check_room(plan.target, plan.nbytes_beside)
+    made_from = plan.made_from
 
     def finish() -> None:
         if staged.is_complete:  # an earlier run did this, and could not move it
             return
-        _write_beside(plan, conversion, staged)
+        plan.write_beside(staged, made_from)
         if options.verify:
             verify(staged.path, expected=plan.expected()).conclude(plan.target)
         plan.check_sources()
 
     overwrite = options.overwrite
-    with StagedDirectory(plan.target, fingerprint, writers.share, output=made_from, overwrite=overwrite) as staged:
+    with StagedDirectory(plan.target, plan.fingerprint, writers.share, output=made_from, overwrite=overwrite) as staged:
         done = writers.open(staged, plan.files)
         if done is None:
             return Outcome(ended=False, resumed=0)
@@ -221,7 +299,7 @@ def write_directory(
             with BundleWriter(
                 staged,
                 plan.files,
-                conversion.finalizer,
+                plan.finalizer,
                 plan.sizes,
                 done=done,
                 packer=plan.packer,
@@ -235,19 +313,6 @@ def write_directory(
         except Exception:  # anything else may come of a source that changes
             plan.check_sources()
             raise
-
-
-def _write_beside(plan: DirectoryPlan, conversion: Conversion, staged: StagedDirectory) -> None:
-    """Writes what any process could write, in the one that completes the work."""
-    writer = ShardWriter(staged.path, plan.files, staged)
-    try:
-        _write_all(writer, plan.carried())
-        if plan.keeps_state:
-            _write_all(writer, conversion.state.amax.items())
-    finally:
-        writer.close()
-    for name, content in files_beside(plan.companions, plan.config, conversion, alone=not plan.keeps_state):
-        staged.write_file(name, content)
 
 
 def _write_all(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.export.schemes.fp8 import FP8
@@ -152,6 +153,13 @@ class ModelOptScheme(Scheme):
 
     def restore(self, tensors: Mapping[str, Tensor], amax: Tensor | None = None) -> Tensor:
         return self.base.restore(self._in_base(tensors), self.weight_amax(tensors) if amax is None else amax)
+
+    @property
+    def levels(self) -> str | None:
+        return self.base.levels
+
+    def energies(self, tensors: Mapping[str, Rows]) -> Tensor:
+        return self.base.energies({self.base.codes: tensors["weight"], "weight_scale": tensors["weight_scale"]})
 
     def weight_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         found = super().weight_amax(tensors)

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels import nvfp4
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.common_scale import energies_of_blocks
 from amaxbridge.export.kernels.nvfp4 import BLOCK, FP4_MAX, FP8_MAX, SCALE_RANGE, NVFP4Weight
 from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX
 from amaxbridge.export.kernels.restore import restore_nvfp4
@@ -128,6 +130,14 @@ class NVFP4Scheme(Scheme):
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return nvfp4.dequantize(_stored(tensors), dtype)
+
+    @property
+    def levels(self) -> str:
+        return "weight_scale"
+
+    def energies(self, tensors: Mapping[str, Rows]) -> Tensor:
+        packed, scales = ((rows for _, rows in tensors[name].parts()) for name in ("weight_packed", "weight_scale"))
+        return energies_of_blocks(packed, scales)
 
     def restore(self, tensors: Mapping[str, Tensor], amax: Tensor | None = None) -> Tensor:
         amax = _GLOBAL.amax(tensors[_GLOBAL.tensor]) if amax is None else amax

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels import scaled
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.common_scale import energies_of_codes
 from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
 from amaxbridge.export.schemes.scheme import Scheme
 from amaxbridge.mappings.tensors import TensorSpec
@@ -120,6 +122,13 @@ class Scaled(Scheme):
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = scaled.pack_codes(quantized.zero_point.T, self.bits).T.contiguous()
         return tensors
+
+    @property
+    def levels(self) -> str | None:
+        return "weight" if self.group_scale is not None and self.code is Code.E4M3 else None
+
+    def energies(self, tensors: Mapping[str, Rows]) -> Tensor:
+        return energies_of_codes(rows for _, rows in tensors["weight"].parts())
 
     def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         codes = specs.get(self.codes)

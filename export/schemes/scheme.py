@@ -284,6 +284,15 @@ class Scheme(ABC):
             return self.group_scale.amax(tensors[self.group_scale.tensor])
         return None if self.block_bound is None else amax_of_scale(tensors["weight_scale"], self.block_bound)
 
+    @property
+    def levels(self) -> str | None:
+        """The tensor of E4M3 numbers right under the scale that a fused group shares; None in formats without."""
+        return None
+
+    def energies(self, tensors: Mapping[str, Rows]) -> Tensor:
+        """By the byte of `levels`, the sum of squared codes under it, fp64 `[256]`: see `kernels.common_scale`."""
+        raise NotImplementedError(f"{self.name} has no levels")
+
     def input_amax(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The amax of the input quantizer that its stored scale implies: fp32, 0-d; None without a static scale."""
         return None if self.input_scale is None else self.input_scale.amax(tensors[self.input_scale.tensor])

@@ -1,7 +1,7 @@
 """`verify`: all rules on one checkpoint."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -89,20 +89,32 @@ def verify(
             rules.append(_parallel(tp, ep))
         if expected is not None:
             view.expected = one_by_one(expected, view.tensors, knowledge)
-        findings = [finding for rule in rules if (finding := rule.finding(view)) is not None]
+        report = verify_view(view, rules, errors, engine)
         view.check_unchanged()
-        return VerifyReport(
-            directory,
-            tensors=len(view.tensors),
-            modules=len(view.quantized),
-            schemes=dict(Counter(each.scheme.name if each.scheme else "unknown" for each in view.quantized)),
-            rules=len(rules),
-            findings=tuple(findings),
-            parallel=parallel_sizes(view),
-            errors=tuple(errors),
-            engine=engine,
-            unknown=tuple(each.key for each in ENGINES if _is_unknown(view, each)),
-        )
+        return report
+
+
+def verify_view(
+    view: CheckpointView, rules: Sequence[Rule] = RULES, errors: Sequence[WeightError] = (), engine: str = EVERY
+) -> VerifyReport:
+    """What rules find in a checkpoint that is open.
+
+    Args:
+        errors: of its weights, if they were measured.
+        engine: as in `verify`.
+    """
+    return VerifyReport(
+        view.directory,
+        tensors=len(view.tensors),
+        modules=len(view.quantized),
+        schemes=dict(Counter(each.scheme.name if each.scheme else "unknown" for each in view.quantized)),
+        rules=len(rules),
+        findings=tuple(finding for rule in rules if (finding := rule.finding(view)) is not None),
+        parallel=parallel_sizes(view),
+        errors=tuple(errors),
+        engine=engine,
+        unknown=tuple(each.key for each in ENGINES if _is_unknown(view, each)),
+    )
 
 
 def _is_unknown(view: CheckpointView, engine: Engine) -> bool:

@@ -189,7 +189,7 @@ class CheckpointView:
             if plain or not QUANTIZED_SUFFIXES.isdisjoint(tensors):
                 group = self.quantization.group_of(name)
                 scheme = None if group is None else self.quantization.groups[group].scheme
-                modules[name] = Module(name, tensors, scheme, group, _shape(tensors, scheme))
+                modules[name] = Module(name, tensors, scheme, group, shape_of(tensors, scheme))
         return modules
 
     @cached_property
@@ -205,20 +205,13 @@ class CheckpointView:
     @cached_property
     def numbers(self) -> dict[str, float]:
         """Every tensor of one fp32 number that is a scale."""
-        wanted = [
-            (name, stored)
-            for name, stored in self.tensors.items()
-            if name.endswith(("_scale", *GLOBAL_SCALES))
-            and stored.spec.dtype == torch.float32
-            and stored.spec.nbytes == 4
-        ]
-        return dict(_read_numbers(wanted))
+        return dict(_read_numbers(item for item in self.tensors.items() if is_number(*item)))
 
     @cached_property
     def weight_scales(self) -> dict[str, Extent]:
         """Least and greatest of each module's `weight_scale`; of E8M0, the exponents as bytes."""
         return {
-            module.name: _extent(scale)
+            module.name: extent_of(scale)
             for module in self.quantized
             if (scale := module.tensors.get("weight_scale")) is not None and scale.spec.nbytes
         }
@@ -271,7 +264,8 @@ class CheckpointView:
         self._open_files.close()
 
 
-def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[int, int] | None:
+def shape_of(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[int, int] | None:
+    """Shape `[out, in]` of a module's weight; None if its codes are missing or are no matrix."""
     weight = tensors.get("weight")
     packed = scheme is not None and scheme.codes == "weight" and weight is not None and weight.spec.dtype == torch.uint8
     if weight is not None and len(weight.spec.shape) == 2 and not packed:
@@ -289,6 +283,12 @@ def _shape(tensors: Mapping[str, StoredTensor], scheme: Scheme | None) -> tuple[
         return found
     right = scheme.tensor_specs(TensorSpec((rows, columns), torch.bfloat16), Arithmetic.MODELOPT)
     return (rows, columns) if right[scheme.codes] == specs[scheme.codes] else found
+
+
+def is_number(name: str, stored: StoredTensor) -> bool:
+    """True for a tensor of one fp32 number that is a scale."""
+    is_scale = name.endswith(("_scale", *GLOBAL_SCALES))
+    return is_scale and stored.spec.dtype == torch.float32 and stored.spec.nbytes == 4
 
 
 def _check_index(content: Mapping[str, Any], path: Path) -> None:
@@ -330,7 +330,8 @@ def _read_run(names: list[str], first: StoredTensor | None) -> Iterator[tuple[st
         yield from zip(names, run.read().tolist(), strict=True)
 
 
-def _extent(stored: StoredTensor) -> Extent:
+def extent_of(stored: StoredTensor) -> Extent:
+    """Least and greatest number of a tensor with elements; of E8M0, the exponents as bytes."""
     if stored.spec.dtype == torch.float8_e4m3fn:
         least, greatest = _of_bytes(StoredTensor(stored.file, stored.begin, TensorSpec(stored.spec.shape, torch.uint8)))
         if greatest < 0x7F:  # positive numbers: their bytes have their order

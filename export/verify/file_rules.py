@@ -24,9 +24,10 @@ def _index(view: CheckpointView) -> Iterator[Problem]:
     elif view.index is None or not isinstance(view.index.get("weight_map"), dict):
         yield Problem(INDEX_FILE, view.index_problem or "has no weight_map")
     else:
+        held = {(name, place.file) for name, place in view.places}
         for name, file in view.weight_map.items():
             if file in view.files:
-                if name not in view.files[file].tensors:
+                if (name, file) not in held:
                     yield Problem(name, f"the index says {file}, which does not hold it")
             elif file not in view.broken:
                 yield Problem(file, f"the index names it for {name}, and it is not there")
