@@ -6,6 +6,7 @@ on how many ranks: ```python ranks=2. A YAML block whose first line is a comment
 """
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -56,8 +57,18 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "CKPT": trained / "checkpoint",
         "PLAIN_CKPT": plain_checkpoint(live.hf, tmp_path_factory.mktemp("plain")),
         "SERVED": trained / "nvfp4",
+        "BAD": served_wrong(trained / "nvfp4", tmp_path_factory.mktemp("bad") / "BAD"),
         "FP8_DIR": block_quantized(tmp_path_factory.mktemp("fp8")),
     }
+
+
+def served_wrong(served: Path, directory: Path) -> Path:
+    """A checkpoint whose `ignore` forgets the output layer."""
+    shutil.copytree(served, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["ignore"].clear()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def plain_checkpoint(hf: Path, directory: Path) -> Path:
