@@ -9,6 +9,7 @@ A staging directory carries a mark: a file that is made first in it and removed 
 directory and no mark is somebody's, and is never touched.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -26,12 +27,17 @@ def resolved_output(path: str | Path) -> Path:
     """The directory that a user's path leads to, through every link; it need not exist.
 
     Raises:
-        UsageError: the links lead in a circle, or there is no such user's home.
+        UsageError: the path cannot be followed: its links lead in a circle, a name is too long, a directory may not be
+            looked into, there is no such user's home.
     """
     try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"output {path} leads nowhere ({error}); choose another output") from error
+        resolved = Path(path).expanduser().resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            resolved.stat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"output {path} leads nowhere ({why}); choose another output") from error
+    return resolved
 
 
 def must_stay(target: Path) -> bool:

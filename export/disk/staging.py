@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ ALONE = Share()
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError if `output` must not be replaced, or if something else has the staging directory's name.
+    """Raises OutputExistsError if `output` must not be replaced, or if something else has the staging directory's name;
+    UsageError if it cannot be replaced.
 
     Args:
         output: the directory, as `resolved_output` returns it.
@@ -88,6 +90,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     check_ours(staging)
     if output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {output} exists and is not a directory")
+    if output.is_dir() and not os.access(output, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"output {output} is not writable for this user: make it so, or choose another output")
     if not overwrite and contents(output) and not is_moving(staging):
         raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
 
@@ -97,7 +101,10 @@ def check_room(directory: Path, nbytes: int) -> None:
     existing = next(each for each in (directory, *directory.parents) if each.is_dir())
     room = shutil.disk_usage(existing).free
     if nbytes > room:
-        raise WriteError(f"{directory}: {nbytes:,} bytes are to be written, the disk has room for {room:,}")
+        raise WriteError(
+            f"{directory}: {nbytes:,} bytes are to be written, the disk has room for {room:,}: free space, or choose "
+            "another output"
+        )
 
 
 def plan_fingerprint(source: str, decisions: str, layout: Layout) -> str:
@@ -153,7 +160,7 @@ class StagedDirectory:
     def is_complete(self) -> bool:
         """True if only the move is missing."""
         with contextlib.suppress(OSError, ValueError, WriteError):
-            return int(_read(self.root / _COMPLETE)) == self.path.stat().st_ino
+            return int(_read(self.root / _COMPLETE)) == _inode(self.path)
         return False
 
     def open(self, layout: Layout) -> frozenset[str] | None:
@@ -262,10 +269,12 @@ class StagedDirectory:
             self.check_mine()
             self._mutex.acquire()
             self.check_mine()
+            if _inode(self.path) is None:
+                raise WriteError(f"{self.path} was replaced by another program: run the same command again")
             if not self.is_complete:
                 sync_tree(self.path)
                 with self._created(self.root / _COMPLETE) as file:
-                    file.write(str(self.path.stat().st_ino).encode())
+                    file.write(str(_inode(self.path)).encode())
                 sync_directory(self.root)
         with uninterrupted():
             self._move()
@@ -408,7 +417,12 @@ class StagedDirectory:
         """True if all shards are there at full size. If not, everything is made anew: journals may speak of them."""
         if is_moving(self.root) and self.is_complete:
             return True
-        damaged = [shard.file_name for shard in layout.shards if not _has_its_size(self.path / shard.file_name, shard)]
+        there = _inode(self.path) is not None
+        damaged = [
+            shard.file_name
+            for shard in layout.shards
+            if not there or not _has_its_size(self.path / shard.file_name, shard)
+        ]
         if damaged and self._others():
             raise WriteError(
                 f"{self.path} lacks {damaged[0]}, or a part of it, while other processes write there: stop them, and "
@@ -482,8 +496,18 @@ def _read(note: Path) -> bytes:
         raise (error.__cause__ if isinstance(error.__cause__, OSError) else WriteError(str(error))) from None
 
 
+def _inode(directory: Path) -> int | None:
+    """The inode of a directory; None for anything else of its name, also for a link to a directory."""
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino if stat.S_ISDIR(found.st_mode) else None
+
+
 def _has_its_size(path: Path, shard: Shard) -> bool:
-    if not path.is_file() or path.stat().st_size != shard.nbytes:
+    """True if a shard is there at full size; False also for a link to one, which may lead anywhere."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
         return False
     with open(path, "rb") as file:
         return file.read(len(shard.header)) == shard.header

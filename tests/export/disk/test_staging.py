@@ -176,9 +176,11 @@ class TestShards:
     def test_whole_ones_are_continued(self, kept: StagedDirectory, layout: Layout) -> None:
         assert kept.open(layout) == frozenset(layout.places)
 
-    @pytest.mark.parametrize("damage", ["missing", "short", "empty", "long", "header", "directory", "all"])
+    @pytest.mark.parametrize(
+        "damage", ["missing", "short", "empty", "long", "header", "directory", "all", "link", "all by a link"]
+    )
     def test_a_damaged_one_is_made_anew(
-        self, kept: StagedDirectory, layout: Layout, damage: str, caplog: pytest.LogCaptureFixture
+        self, kept: StagedDirectory, layout: Layout, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         file = kept.path / layout.shards[1].file_name
         size = file.stat().st_size
@@ -189,6 +191,10 @@ class TestShards:
             file.mkdir()
         elif damage == "all":
             shutil.rmtree(kept.path)
+        elif damage in ("link", "all by a link"):
+            moved = kept.path if "all" in damage else file
+            moved.rename(tmp_path / "elsewhere")
+            moved.symlink_to(tmp_path / "elsewhere")
         elif damage == "header":
             with open(file, "r+b") as opened:
                 opened.write(b"\0" * 16)
@@ -201,6 +207,22 @@ class TestShards:
             kept.commit()
         assert values(kept.target) == {2}
         assert len(list(kept.target.iterdir())) == 3
+        assert not any(path.is_symlink() for path in (kept.target, *kept.target.iterdir()))
+
+    @pytest.mark.parametrize("complete", [False, True])
+    def test_a_link_in_the_place_of_the_output_is_not_moved(
+        self, kept: StagedDirectory, layout: Layout, tmp_path: Path, complete: bool
+    ) -> None:
+        """Between the last write and the move. Moved, it would lead nowhere once the staging directory is removed."""
+        with pytest.raises(WriteError, match="was replaced by another program"), kept:
+            kept.open(layout)
+            write_all(kept, layout, 2)
+            if complete:
+                (kept.root / ".complete").write_text(str(kept.path.stat().st_ino))
+            kept.path.rename(tmp_path / "elsewhere")
+            kept.path.symlink_to(tmp_path / "elsewhere")
+            kept.commit()
+        assert not os.path.lexists(kept.target)
 
     def test_under_the_hands_of_others(self, tmp_path: Path, layout: Layout) -> None:
         """While another process writes, nothing is cleared: the run is refused."""
