@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,10 @@ def _judged_by_transformers(file: Path | str) -> Iterator[None]:
     except Exception as error:
         strict = str(error).partition("\n")[2].strip() if isinstance(error, StrictDataclassError) else ""
         why = strict or (str(error.args[0]) if error.args else "") or type(error).__name__
-        raise UsageError(f"{file} is refused by transformers: {why}; correct it") from error
+        raise UsageError(
+            f"{file} is refused by transformers {version('transformers')}: {why}; "
+            "correct it, or install the version that the model is for"
+        ) from error
 
 
 def _auto_config(directory: Path, written: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from tests.support.hf_models import make_deepseek_v3, make_nemotron_h, make_qwen3, make_qwen3_moe
 from tests.support.launcher import Launcher, LiveRanks
+from tests.support.lowest_versions import Lowest, without_a_driver
 from tests.support.made_once import made_once, shared_root
 from tests.support.slow_tests import Measuring, mark_and_order
 
@@ -47,11 +48,15 @@ def seeded() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--measure", action="store_true", help="measure all tests, and write tests/slow_tests.txt")
+    parser.addoption("--lowest", action="store_true", help="leave out what tests/lowest_versions.txt has")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("measure"):
         config.pluginmanager.register(Measuring())
+    if config.getoption("lowest"):
+        config.pluginmanager.register(Lowest())
+        without_a_driver()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,7 @@ Attention and MLP layers are the two halves of GPTModel's layer. In checkpoints,
 Transformer Engine's layers give them, so that checkpoints of either load into both.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from megatron.core import parallel_state
@@ -104,13 +104,16 @@ def _layers(
         layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=around_mtp)]
     )
     fused_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    latent = {"mla_layer": ModuleSpec(module=TransformerLayer, submodules=attention)}
+    if not latent.keys() <= {field.name for field in fields(HybridStackSubmodules)}:
+        latent = {}  # megatron-core 0.18 has no such layers
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(
             module=TransformerLayer, submodules=replace(attention, sharded_state_dict_keys_map=fused_norm)
         ),
-        mla_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
         moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe),
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
         mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=mtp),
+        **latent,
     )

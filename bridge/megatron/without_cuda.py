@@ -12,8 +12,9 @@ Both frameworks run on gloo and a CPU, except for seven calls:
   ModelOpt's `NVFP4QTensor` to the last bit, except for blocks so small that their scale rounds to zero: the kernel
   makes them zero, as engines do with inputs; `NVFP4QTensor`, which exporters use for weights, takes the smallest scale.
   ModelOpt's autograd function stays around it: gradients pass straight through.
-- ModelOpt's NVFP4 quantizer with calibrated blocks calls the Triton kernels `static_blockwise_fp4_fake_quant` and
-  `fp4_cast_ste`; functions here compute the same, with gradients that pass straight through where nothing saturates.
+- ModelOpt's NVFP4 quantizer with calibrated blocks calls the Triton kernels `static_blockwise_fp4_fake_quant` and,
+  since 0.47, `fp4_cast_ste`; functions here compute the same, with gradients that pass straight through where nothing
+  saturates.
 
 `without_cuda` patches these calls while it lasts, and does nothing if CUDA is available. Megatron also needs
 `TRANSFORMER_CONFIG_FOR_CPU`, since its fused kernels need CUDA. Transformer Engine layers remain impossible.
@@ -58,6 +59,7 @@ def without_cuda() -> Iterator[None]:
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
+    casts = hasattr(tensor_quantizer, "fp4_cast_ste")
     with patched(
         Patch(torch.cuda, "current_device", _current_device),  # Megatron uses the result as a device
         Patch(torch.cuda, "synchronize", _synchronize),
@@ -65,7 +67,7 @@ def without_cuda() -> Iterator[None]:
         Patch(fused_softmax, "get_sliding_window_causal_mask", _sliding_window_mask),
         Patch(tensor_quant, "dynamic_block_quantize_op", _dynamic_block_quantize),
         Patch(tensor_quantizer, "static_blockwise_fp4_fake_quant", _static_block_quantize),
-        Patch(tensor_quantizer, "fp4_cast_ste", _cast_straight_through),
+        *([Patch(tensor_quantizer, "fp4_cast_ste", _cast_straight_through)] if casts else []),
         why="No CUDA here: Megatron and ModelOpt run on the CPU. Meanwhile torch.cuda.current_device, "
         "torch.cuda.synchronize, Tensor.cuda and four functions of theirs are replaced",
     ):
@@ -98,12 +100,16 @@ def _static_block_quantize(
     amax: torch.Tensor,
     global_amax: torch.Tensor | None,
     quantize_block_scales: bool,
-    largest_scale: float,
-    dtype: torch.dtype,
-    pass_through: bool,
+    *rest: Any,
 ) -> torch.Tensor:
-    """ModelOpt's `static_blockwise_fp4_fake_quant`: rounds blocks `[n, 16]` under calibrated amax of `n` elements."""
-    del pass_through  # every caller passes gradients through
+    """ModelOpt's `static_blockwise_fp4_fake_quant`: rounds blocks `[n, 16]` under calibrated amax of `n` elements.
+
+    Args:
+        rest: the largest block scale, which ModelOpt 0.44 does not pass and takes for 448; the dtype to return; and
+            if gradients pass, which they do for every caller.
+    """
+    *largest, dtype, _ = rest
+    largest_scale = largest[0] if largest else _E4M3_MAX
     scale = amax.float().reshape(-1, 1) / _E2M1_MAX
     if quantize_block_scales:
         of_all = (amax.float().amax() if global_amax is None else global_amax.float()).reshape(())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.architectures.facts import GUESS, architecture_of
+from amaxbridge.export.architectures.facts import GUESS, Architecture, architecture_of
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.open_files import OpenFiles
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
@@ -175,6 +175,11 @@ class CheckpointView:
         return _read_json(self.directory / HF_QUANT_CONFIG_FILE)[0]
 
     @cached_property
+    def known_architecture(self) -> Architecture | None:
+        """What the tables say of the architecture that config.json names; None if they do not have it."""
+        return architecture_of(self.config)
+
+    @cached_property
     def modules(self) -> dict[str, Module]:
         """Every linear module, quantized or not, by name. Embeddings are none."""
         parts: dict[str, dict[str, StoredTensor]] = {}
@@ -182,7 +187,7 @@ class CheckpointView:
             module, _, suffix = name.rpartition(".")
             parts.setdefault(module, {})[suffix] = stored
         modules: dict[str, Module] = {}
-        knowledge = architecture_of(self.config) or GUESS
+        knowledge = self.known_architecture or GUESS
         for name, tensors in parts.items():
             weight = tensors.get("weight")
             plain = weight is not None and len(weight.spec.shape) == 2 and not knowledge.is_embedding(name)

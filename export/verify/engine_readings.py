@@ -15,7 +15,7 @@ from amaxbridge.export.architectures.engines import (
     as_named_by,
     read_layer,
 )
-from amaxbridge.export.architectures.facts import Architecture, architecture_of
+from amaxbridge.export.architectures.facts import Architecture
 from amaxbridge.export.architectures.modelopt_matchers import read_in_modelopt
 from amaxbridge.export.quant_config import QuantConfig
 from amaxbridge.export.schemes import MODELOPT_FORMAT
@@ -101,7 +101,7 @@ def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[En
     """The layers that an engine asks about, each with the modules of the files that its answer is for."""
     experts: dict[str, list[str]] = {}
     layers: dict[str, list[str]] = {}
-    known = None if engine.fuses else architecture_of(view.config)
+    known = None if engine.fuses else view.known_architecture
     for name in view.modules:
         path = build.path_of(name) if known is None else _in_transformers(known, name)
         if engine.asks_first_expert and (found := EXPERT.fullmatch(path)):

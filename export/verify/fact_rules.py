@@ -7,7 +7,7 @@ those of the reference, or of transformers' model (`expected-names`).
 
 from collections.abc import Iterator
 
-from amaxbridge.export.architectures.facts import Architecture, Role, architecture_of, pattern_of, value_of
+from amaxbridge.export.architectures.facts import Architecture, Role, pattern_of, value_of
 from amaxbridge.export.disk.safetensors_file import StoredTensor
 from amaxbridge.export.output.provenance import was_guessed
 from amaxbridge.export.verify.checkpoint_view import QUANTIZED_SUFFIXES, CheckpointView
@@ -19,7 +19,7 @@ _QUANTIZABLE = (Role.LINEAR, Role.EXPERTS, Role.INPUTS_FIRST, Role.OPAQUE)
 
 def architecture(view: CheckpointView) -> Architecture | None:
     """What is known of the checkpoint's architecture; None if it is unknown, not stated, or was guessed."""
-    return None if was_guessed(view.directory) else architecture_of(view.config)
+    return None if was_guessed(view.directory) else view.known_architecture
 
 
 def _unknown(view: CheckpointView) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from amaxbridge.export.architectures.facts import Role, architecture_of
+from amaxbridge.export.architectures.facts import Role
 from amaxbridge.export.schemes import MODELOPT_FORMAT
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
@@ -64,7 +64,7 @@ def is_mtp(view: CheckpointView, name: str) -> bool:
 
 
 def _layers(view: CheckpointView) -> Iterator[Problem]:
-    known = architecture_of(view.config)
+    known = view.known_architecture
     stacks: dict[str, dict[int, set[str]]] = {}  # stack → layer → what lies in it
     for name in view.tensors:
         fact = None if known is None else known.fact(name)
@@ -118,7 +118,7 @@ def _experts(view: CheckpointView) -> Iterator[Problem]:
     Where the architecture's files number more of one projection than the model routes to, the table says how many.
     """
     wanted = number_of_experts(view.text_config)
-    known = architecture_of(view.config)
+    known = view.known_architecture
     layers: dict[str, dict[int, set[str]]] = {}
     for name in view.tensors:
         layer, _, rest = name.partition(_EXPERTS)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,17 @@ def send_at(patch: pytest.MonkeyPatch, place: Any, name: str, call: int, before:
         return made
 
     patch.setattr(place, name, sending)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Handlers as a terminal gives them: after `nohup … &`, signals are ignored from the start."""
+    started = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in started.items():
+        signal.signal(number, handler)
 
 
 class TestAtEachStage:

@@ -16,7 +16,7 @@ import pytest
 from tests.support.paths import TESTS
 
 LIST = TESTS / "slow_tests.txt"
-SLOW = 2.0  # seconds
+SLOW = 1.0  # seconds
 RANKS = "launch"
 
 

@@ -201,6 +201,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         config(
             "GptOssForCausalLM",
             head_dim=32,
+            swiglu_limit=7.0,  # transformers' default, which older ones leave out of config.json
             num_local_experts=8,
             num_experts_per_tok=2,
             sliding_window=8,
