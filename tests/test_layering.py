@@ -61,7 +61,7 @@ def test_no_arrow_points_up(path: Path) -> None:
 
 def test_mappings_and_export_import_without_the_frameworks() -> None:
     """On a machine where neither Megatron nor ModelOpt is installed, both packages import."""
-    packages = ["mappings.families", "export", "export.runtime", "export.schemes", "export.verify"]
+    packages = ["mappings.families", "export", "export.runtime", "export.schemes", "export.verify", "export.repair"]
     modules = ["export.output.finalizer", "export.disk.staging", "export.model_free.pipeline"]
     code = (
         "import importlib, sys\n"

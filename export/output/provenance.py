@@ -14,6 +14,9 @@ GUESS = "guess"
 MADE_FROM = "made_from"
 """Its key for the fingerprint of all that an output is made from; null where no other run could tell."""
 
+REPAIRS = "repairs"
+"""Its key for what `repair` has changed, time after time."""
+
 _PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "compressed-tensors", "transformers", "safetensors")
 
 
@@ -45,6 +48,7 @@ _FORM = {
     "versions": ({str: str}, None),
     "notes": _TEXTS,
     "command_line": _TEXT,
+    REPAIRS: ([{}], None),
 }
 
 

@@ -38,13 +38,10 @@ def diagnose(opened: CheckpointView, unseen: Unseen) -> Diagnosis:
     """Applies every mend, each to what the ones before it have left."""
     view, changes, refusals = MendedView(opened, Edits()), list[Change](), list[Refusal]()
     for mend in MENDS:
-        edits = Edits()
-        for found in mend.find(view, unseen):
-            if isinstance(found, Change):
-                changes.append(replace(found, mend=mend.name))
-                edits = edits.then(found.edits)
-            else:
-                refusals.append(replace(found, mend=mend.name))
-        if edits != Edits():
-            view = view.with_(edits)
+        found = [replace(each, mend=mend.name) for each in mend.find(view, unseen)]
+        mended = [each for each in found if isinstance(each, Change)]
+        changes += mended
+        refusals += [each for each in found if isinstance(each, Refusal)]
+        if mended:
+            view = view.with_(Edits().then(*(each.edits for each in mended)))
     return Diagnosis(view, tuple(changes), tuple(refusals))

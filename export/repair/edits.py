@@ -5,7 +5,7 @@ of the kinds below, each of which is read in parts, as the tensor in the file is
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -85,14 +85,15 @@ class Edits:
     dropped: frozenset[tuple[str, str]] = frozenset()
     removed: frozenset[str] = frozenset()
 
-    def then(self, later: "Edits") -> "Edits":
-        """Both, the later one on top."""
+    def then(self, *later: "Edits") -> "Edits":
+        """All together, later ones on top."""
+        every = (self, *later)
         return Edits(
-            self.config if later.config is None else later.config,
-            self.index if later.index is None else later.index,
-            {**self.tensors, **later.tensors},
-            self.dropped | later.dropped,
-            self.removed | later.removed,
+            next((each.config for each in reversed(every) if each.config is not None), None),
+            next((each.index for each in reversed(every) if each.index is not None), None),
+            dict(item for each in every for item in each.tensors.items()),
+            frozenset(place for each in every for place in each.dropped),
+            frozenset(name for each in every for name in each.removed),
         )
 
 
@@ -114,10 +115,6 @@ class Change:
     moved: Moved | None = field(default=None, repr=False, compare=False)
     mend: str = ""
 
-    def of(self, mend: str) -> "Change":
-        """The same, of a mend."""
-        return replace(self, mend=mend)
-
     def __str__(self) -> str:
         return f"{self.subject}: {self.what}"
 
@@ -135,10 +132,6 @@ class Refusal:
     subject: str
     why: str
     mend: str = ""
-
-    def of(self, mend: str) -> "Refusal":
-        """The same, of a mend."""
-        return replace(self, mend=mend)
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.why}"

@@ -8,7 +8,7 @@ the whole, one move. A file none of whose tensors change keeps its header, so it
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,7 +25,7 @@ from amaxbridge.export.model_free.input_directory import check_apart
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, INDEX_FILE, Companions, json_bytes
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.finished_directory import BundleSize, BundleWriter, write_directory
-from amaxbridge.export.output.provenance import MADE_FROM, RECORD_FILE, read_record, versions
+from amaxbridge.export.output.provenance import MADE_FROM, RECORD_FILE, REPAIRS, read_record, versions
 from amaxbridge.export.output.writing_processes import Apart
 from amaxbridge.export.repair.all_mends import Diagnosis, diagnose
 from amaxbridge.export.repair.edits import Given, Mapped
@@ -39,9 +39,6 @@ from amaxbridge.export.verify.reference_weights import one_by_one
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
 from amaxbridge.output_options import RepairKeywords, RepairOptions
-
-REPAIRS = "repairs"
-"""The key of `amaxbridge.json` under which a repaired checkpoint says what was changed."""
 
 
 def repair(
@@ -84,7 +81,8 @@ def repair(
         before = verify_view(opened)
         found = diagnose(opened, unseen)
         after = verify_view(found.mended) if found.changes else before
-        plan = RepairPlan(target, directory, found, files, companions, expected, asked.record or {})
+        recorded = read_record(directory) or {} if found.changes else {}
+        plan = RepairPlan(target, found, files, companions, expected, recorded, asked.record or {})
         report = RepairReport(directory, found.changes, found.refusals, before, after, plan.changed)
         if asked.dry_run or not (found.changes or asked.copy or not before.ok):
             files.check_unchanged()
@@ -113,21 +111,21 @@ class RepairPlan:
 
     Args:
         target: the directory to write.
-        source: the checkpoint.
         found: what is changed.
         files_read: what is read, as it was at the start.
         companions: everything that is no tensor file of the checkpoint.
         shapes: of the unquantized model.
+        recorded: what the checkpoint records of itself.
         record: how it was asked for.
     """
 
     target: Path
-    source: Path
     found: Diagnosis
     files_read: SourceFiles
     companions: Companions
     shapes: Mapping[str, tuple[int, ...]] | None
-    record: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any]
+    record: Mapping[str, Any]
     packer: None = None
     keeps_state: bool = False
 
@@ -206,9 +204,8 @@ class RepairPlan:
         if not self.found.changes:
             return None
         noted = [f"{each.mend}: {each}" for each in self.found.changes]
-        before = read_record(self.source) or {}
-        repairs = [*(before.get(REPAIRS) or []), {"versions": versions(), "changes": noted, **self.record}]
-        return {**before, MADE_FROM: made_from, REPAIRS: repairs}
+        repairs = [*(self.recorded.get(REPAIRS) or []), {"versions": versions(), "changes": noted, **self.record}]
+        return {**self.recorded, MADE_FROM: made_from, REPAIRS: repairs}
 
     @property
     def _decisions(self) -> str:

@@ -32,6 +32,7 @@ from amaxbridge.export.disk import staging
 from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.model_free.inverse_weight_maps import build_microscale_inverse_weight_maps
 from amaxbridge.export.model_free.per_file import process_file, validate_file
+from amaxbridge.export.repair import repair
 from amaxbridge.export.report import write_report
 from amaxbridge.export.runtime import load_linear
 from amaxbridge.export.verify import verify
@@ -69,6 +70,20 @@ def _verify(root: Path) -> None:
     json.dumps(report.as_json(), allow_nan=False).encode()
     if report.ok:
         _stands_up(root / "quantized")
+
+
+def _repair(root: Path) -> None:
+    """A repair ends in a checkpoint that verify takes and in which a second one finds nothing."""
+    report = repair(root / "quantized", root / "out", unseen="layer_max", copy=True)
+    json.dumps(report.as_json(), allow_nan=False).encode()
+    (root / "out").rename(root / "mended")  # where amaxbridge.json is the source's, unless something was mended
+    _stands_up(root / "mended")
+    (root / "mended").rename(root / "out")
+    if not report.ok or not verify(root / "out").ok:
+        raise Silent("the repaired checkpoint does not serve")
+    again = repair(root / "out", root / "again", unseen="layer_max", dry_run=True)
+    if again.changes:
+        raise Silent(f"a second repair would change {again.changes[0]}")
 
 
 def _verify_against(root: Path) -> None:
@@ -316,6 +331,8 @@ _scheme = _one_of("schemes", "quantized")
 ENTRIES: Mapping[str, Entry] = {
     "verify": Entry(_verify, _QUANTIZED, ("quantized",)),
     "verify, every scheme": Entry(_verify, _OF_A_SCHEME, ("schemes",), _scheme),
+    "repair": Entry(_repair, _QUANTIZED, ("quantized",)),
+    "repair, every scheme": Entry(_repair, _OF_A_SCHEME, ("schemes",), _scheme),
     "verify reference=directory": Entry(_verify_against, {**_QUANTIZED, **_PLAIN}, ("quantized", "plain")),
     "verify reference=state": Entry(_verify_state, {**_QUANTIZED, **_STATE}, ("quantized", "state.safetensors")),
     "quantize": Entry(_quantize, _PLAIN, ("plain",)),

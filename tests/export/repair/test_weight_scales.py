@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from amaxbridge.mappings.errors import CheckpointError, WriteError
 from tests.export.runtime.test_runtime_load import empty_model, error, logits
 from tests.support.checkpoints import tensors_in, tensors_of
 from tests.support.checkpoints_to_verify import Made, fused, make
+from tests.support.paths import ROOT
 from tests.support.repair_breaks import share_nothing
 from tests.support.verify_breaks import LAYER, both, drop, fill
 from tests.sweep.file_oracle import decompress, quantization_of
@@ -239,6 +243,22 @@ class TestInterrupted:
         monkeypatch.undo()
         assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
         assert 0 < repair(experts / "bad", tmp_path / "out").resumed < len(expected)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+
+    def test_killed(self, experts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+        """SIGKILL after some writes: nothing is at the output, and the next run ends with the same bytes."""
+        code = (
+            "import os, signal, sys\n"
+            "from amaxbridge import repair\n"
+            "write, left = os.pwrite, iter(range(int(sys.argv[3])))\n"
+            "os.pwrite = lambda *args: write(*args) if next(left, None) is not None else os.kill(os.getpid(), 9)\n"
+            "repair(sys.argv[1], sys.argv[2])\n"
+        )
+        words = [sys.executable, "-c", code, str(experts / "bad"), str(tmp_path / "out")]
+        for writes in ("3", "150"):
+            assert subprocess.run([*words, writes], check=False, cwd=ROOT).returncode == -signal.SIGKILL
+            assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+        repair(experts / "bad", tmp_path / "out")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
     def test_a_source_that_changes(self, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
