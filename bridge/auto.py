@@ -232,8 +232,8 @@ class AutoBridge:
             for note in self.hf.notes:
                 _log.warning("%s", note)
         stored, config = stored_model(opened, self.hf), self.hf.model_config
+        quantizers = stored.all_quantizers()  # first: weights that ModelOpt packed have other shapes
         check_described(stored, self.hf)
-        quantizers = stored.all_quantizers()
         self._check_quantizers(quantizers, LOCAL, None if saver.recipe is None else saver.recipe.ignore)
         held = [*stored.parameters(), *state_parameters(quantizers)]
         plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)

@@ -51,10 +51,10 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
     A weight quantizer's state becomes `[rows, blocks]`: ModelOpt keeps per-channel amax as `[out, 1]`, the amax of
     blocks along a row as `[out · blocks, 1]`, and the amax of square blocks as `[rows, 1, columns, 1]`. A disabled
     quantizer only has the vector by which it still multiplies inputs. Stages of chains have none: the gate lets them
-    pass where weights are written unquantized.
+    pass where weights are written unquantized. The key-value cache's follows no weight: its one scale is a scalar.
     """
     for quantizer in quantizers:
-        if quantizer.chain:
+        if quantizer.chain or quantizer.name.endswith("_bmm_quantizer"):
             continue
         for buffer, tensor in _buffers(quantizer):
             if tensor.numel() > 1:
@@ -125,7 +125,7 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
             elif target.endswith(INPUT_QUANTIZER):
                 local.inputs[target.removesuffix(INPUT_QUANTIZER)] = input_format_name(quantizer.module)
             elif target.endswith(_CACHE_QUANTIZERS):
-                local.formats[target.removesuffix("._amax")] = format_name(quantizer.module)
+                local.formats[target.removesuffix("._amax")] = cache_format_name(quantizer.module)
         for buffer, value in _scalars(quantizer):
             names = [target.removesuffix("_amax") + buffer for target in mapping.targets]
             local.values.update(dict.fromkeys(names, value))
@@ -215,6 +215,12 @@ def format_name(quantizer: Any) -> str:
     if found is not None and (blocks or {}).get("four_over_six"):
         return f"{found}{FOUR_OVER_SIX}"
     return found or f"num_bits={bits} axis={axis} block_sizes={blocks}"
+
+
+def cache_format_name(quantizer: Any) -> str:
+    """The format of a quantizer of the key-value cache: `fp8` if it has one static scale, or else in words."""
+    words = input_format_name(quantizer)
+    return "fp8" if words == "e4m3 per tensor" else words
 
 
 def input_format_name(quantizer: Any) -> str:

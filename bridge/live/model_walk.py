@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
 
 ABSENT = object()
 """The value of a quantizer's buffer that ModelOpt had, but did not save."""
@@ -100,8 +100,9 @@ def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] 
     """
     for chunk in chunks:
         names = _GlobalNames(chunk)
+        quantizers = {name for name, module in names.modules.items() if _is_quantizer(name, module)}
         for local_name, tensor in _persistent_tensors(chunk).items():
-            if not is_quantizer_state(local_name):
+            if module_of(local_name) not in quantizers:
                 yield from _one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
 
 
@@ -115,9 +116,7 @@ def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], s
     for chunk in chunks:
         names = _GlobalNames(chunk)
         for local_name, module in chunk.named_modules():
-            if isinstance(module, (nn.ModuleList, nn.Sequential)):
-                continue
-            if is_quantizer_state(local_name) and hasattr(module, "is_enabled"):
+            if _is_quantizer(local_name, module):
                 owner = names.modules[local_name.partition("_quantizer")[0].rpartition(".")[0]]
                 weight = getattr(owner, "weight", getattr(owner, "weight0", None))
                 yield Quantizer(
@@ -125,9 +124,22 @@ def walk_all_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], s
                     module,
                     None if weight is None else weight.shape[0],
                     names.local_experts(local_name),
-                    _attributes(module),
+                    {**_of_container(names.modules[module_of(local_name)]), **_attributes(module)},
                     type(module).__name__,
                 )
+
+
+def _is_quantizer(name: str, module: nn.Module) -> bool:
+    """True for one quantizer, False for what holds several. Other modules may have such names, and weights."""
+    several = isinstance(module, (nn.ModuleList, nn.Sequential))
+    return is_quantizer_state(name) and hasattr(module, "is_enabled") and not several
+
+
+def _of_container(module: nn.Module) -> dict[str, Any]:
+    """What holds several quantizers should have no attributes of its own; those that it has, in each quantizer's."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not hasattr(module, "is_enabled"):
+        return {}
+    return {f"{type(module).__name__}.{name}": each for name, each in _attributes(module).items() if name != "_modules"}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _of_modelopt(state: Mapping[str, Any], what: str) -> Settings:
         raise CheckpointError(f"{what}: ModelOpt saved {', '.join(map(str, more))} here, which is unknown")
     if state.get(_PACKED):
         raise CheckpointError(
-            f"{what}: the weight was packed by ModelOpt (mtq.compress): export a checkpoint that was saved before"
+            f"{what}: the weight was packed by ModelOpt (mtq.compress)\nExport a checkpoint that was saved before"
         )
     settings = state.get(_QUANTIZERS) or {}
     if not isinstance(settings, dict) or not all(isinstance(each, dict) for each in settings.values()):

@@ -25,8 +25,9 @@ _QUANTIZERS = ("k", "v")
 
 
 def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:
-    """The key-value cache's amax buffers in a state, calibrated or not: `….k_bmm_quantizer._amax` and `k`."""
-    for name in {**state.amax, **dict.fromkeys(state.missing)}:
+    """The amax of all quantizers of the key-value cache, calibrated or not: `….k_bmm_quantizer._amax` and `k`."""
+    formats = (f"{quantizer}._amax" for quantizer in state.formats)  # a dynamic one has no amax
+    for name in dict.fromkeys((*state.amax, *state.missing, *formats)):
         for letter in _QUANTIZERS:
             if name.endswith(f".{letter}_bmm_quantizer._amax"):
                 yield name, letter
@@ -60,8 +61,9 @@ def cache_scales(
             scales[weight] = f"{module}.{letter}_scale", scale.reshape(() if in_projections else 1)
     if others:
         raise UsageError(
-            f"{len(others)} quantizers of the key-value cache are not FP8, or of a layer without keys and values as "
-            f"weights:{listing(others)}\nDisable them before the export"
+            f"{len(others)} quantizers of the key-value cache are not FP8 with one static scale, or their layer has no "
+            f"weights of keys and values:{listing(others)}\n"
+            "kv_cache_scheme has no place for them; calibrate with FP8_KV_CFG, or disable them before the export"
         )
     if unusable:
         raise AmaxError(
