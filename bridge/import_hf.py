@@ -42,7 +42,8 @@ class ImportReport:
     Args:
         schemes: scheme → number of its Hugging Face modules.
         quantizers: number of quantized modules and key-value cache amax in Megatron, over all ranks.
-        left: quantized modules of the directory that are unquantized now: ModelOpt has no quantizers for them.
+        left: quantized modules of the directory that are unquantized now: no quantizers of ModelOpt compute what
+            they did.
         changed: module whose original bytes re-quantizing will not reproduce → the difference.
         cache_scales: key-value cache scales that are dropped: Megatron has no quantizers for them.
     """
@@ -161,7 +162,7 @@ def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -
     schemes: dict[str, int] = {}
     for scheme in weights.schemes.values():
         schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
-    left = [module for module in weights.schemes if module not in found]
+    left = [*(module for module in weights.schemes if module not in found), *weights.dequantized]
     taken = {scale for amax, scale in weights.cache_scales.items() if amax in found}
     scales = [name for name in weights.checkpoint.weight_map if name.endswith(_CACHE_SCALES) and name not in taken]
     report = ImportReport(schemes, len(found), left, changed, scales)
@@ -173,7 +174,7 @@ def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -
 def _warn(report: ImportReport) -> None:
     if report.left:
         _log.warning(
-            "%d quantized modules are now unquantized, because ModelOpt has no quantizers for them:%s",
+            "%d quantized modules are now unquantized: no quantizers of ModelOpt compute what they did:%s",
             len(report.left),
             listing(report.left),
         )

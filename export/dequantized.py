@@ -8,8 +8,8 @@ assumed: each weight is quantized once more, and differences are recorded in `ch
 Formats for which ModelOpt has no quantizer (zero points) are dequantized, too, but have no entry in `formats`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.kernels.arithmetic import Arithmetic
-from amaxbridge.export.model_free.converters.quantized_source import recognize
+from amaxbridge.export.model_free.converted_checkpoint import ConvertedCheckpoint
+from amaxbridge.export.model_free.converters.quantized_source import check_cache, recognize
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.quantization_declared import MODELOPT, declared_quantization
 from amaxbridge.export.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
@@ -34,6 +35,7 @@ from amaxbridge.mappings.tensors import TensorSpec, max_of
 
 _READ_AS_THEY_ARE = ("mxfp4",)  # packed experts of GPT-OSS, which `SafetensorsCheckpoint` cuts
 _GPT_OSS = "gpt_oss"
+_READ_BY_CONVERTERS = ("quant_algo", "pre_quant_scale")  # faults of ModelOpt's configs that its converter does not mind
 _CHANGE_MEANING = frozenset(("pre_quant_scale", "weight_scale_2", "weight_zero_point", "weight_g_idx"))
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
 
@@ -66,19 +68,29 @@ class DequantizedCheckpoint:
     Args:
         checkpoint: the directory, open for reading.
         quantization: `quantization_config` of its config.json, or what ModelOpt says beside it; None if it is not
-            quantized.
+            quantized, or a `ConvertedCheckpoint`, which says it itself.
+
+    Attributes:
+        schemes: quantized module → its scheme.
+        dequantized: modules that no scheme holds, which are quantized in the directory and have no amax here.
 
     Raises:
         UsageError: another quantization than of compressed-tensors, or a format that is not known here.
         CheckpointError: a quantized module lacks tensors, or config.json gives it no scheme; all are named.
     """
 
-    def __init__(self, checkpoint: SafetensorsCheckpoint, quantization: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, checkpoint: SafetensorsCheckpoint | ConvertedCheckpoint, quantization: Mapping[str, Any] | None
+    ) -> None:
         self.checkpoint = checkpoint
         self.changed: dict[str, Changed] = {}
         self.schemes: Mapping[str, Scheme] = {}
+        self.dequantized: Sequence[str] = ()
         config = read_quant_config(quantization)
         self.cache_scales = stored_cache_scales(checkpoint.weight_map, config.kv_cache)
+        if isinstance(checkpoint, ConvertedCheckpoint):
+            self.schemes, self.dequantized = checkpoint.schemes, checkpoint.dequantized
+            return
         if config.method in _READ_AS_THEY_ARE:
             return
         if config.method not in ("", COMPRESSED_TENSORS, MODELOPT):
@@ -86,7 +98,7 @@ class DequantizedCheckpoint:
                 f"{checkpoint.directory} is quantized as quant_method={config.method!r}; only {COMPRESSED_TENSORS} and "
                 f"{MODELOPT} are read"
             )
-        self.schemes = self._find_schemes(config.checked())
+        self.schemes = _find_schemes(checkpoint, config.checked())
 
     @cached_property
     def state(self) -> QuantState:
@@ -156,53 +168,53 @@ class DequantizedCheckpoint:
                 divisor=scale is not None and scale.is_divisor and bool(differ[scale.tensor]),
             )
 
-    def _find_schemes(self, config: QuantConfig) -> dict[str, Scheme]:
-        unknown = [f"config_groups.{each.name}: {each.signature}" for each in config.groups if each.scheme is None]
-        if unknown:
-            raise UsageError(
-                f"{self.checkpoint.directory} has groups of no scheme that is known here:{listing(unknown)}\n"
-                f"Known: {', '.join(SCHEMES)}"
-            )
-        tensors = self.checkpoint.weight_map
-        quantized = {module_of(name) for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
-        found = {module: config.scheme_of(module) for module in sorted(quantized)}
-        problems = [
-            f"{module}: quantized, and no group of config.json targets it" for module in found if not found[module]
-        ]
-        schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
-        problems += [
-            f"{name}: missing, which {scheme.name} has"
-            for module, scheme in schemes.items()
-            for name in (f"{module}.{each}" for each in _local_names(scheme))
-            if name not in tensors
-        ]
-        problems += [
-            f"{name}: no tensor of {schemes[module].name}, so what it changes would be lost"
-            for name in tensors
-            if (module := module_of(name)) in schemes
-            and name.removeprefix(f"{module}.") in _CHANGE_MEANING - {*_local_names(schemes[module])}
-        ]
-        if not problems:
-            problems += [problem for module, scheme in schemes.items() for problem in self._misfits(module, scheme)]
-        if problems:
-            raise CheckpointError(f"{self.checkpoint.directory} is not what its config.json says:{listing(problems)}")
-        return schemes
 
-    def _misfits(self, module: str, scheme: Scheme) -> Iterator[str]:
-        """The tensors of a module with other dtypes or shapes than its scheme writes."""
-        specs = {name: self.checkpoint.tensors[f"{module}.{name}"].spec for name in _local_names(scheme)}
-        shape = scheme.weight_shape(specs)
-        if shape is None:
-            yield f"{module}: its codes are no matrix"
-            return
-        try:
-            allowed = stored_specs(scheme, (shape[0], shape[1]))
-        except ValueError as error:
-            yield f"{module}: {error}"
-            return
-        for name, spec in specs.items():
-            if spec not in allowed[name]:
-                yield f"{module}.{name}: {spec}, must be {' or '.join(sorted(map(str, allowed[name])))}"
+def _find_schemes(checkpoint: SafetensorsCheckpoint, config: QuantConfig) -> dict[str, Scheme]:
+    unknown = [f"config_groups.{each.name}: {each.signature}" for each in config.groups if each.scheme is None]
+    if unknown:
+        raise UsageError(
+            f"{checkpoint.directory} has groups of no scheme that is known here:{listing(unknown)}\n"
+            f"Known: {', '.join(SCHEMES)}"
+        )
+    tensors = checkpoint.weight_map
+    quantized = {module_of(name) for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}
+    found = {module: config.scheme_of(module) for module in sorted(quantized)}
+    problems = [f"{module}: quantized, and no group of config.json targets it" for module in found if not found[module]]
+    schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
+    problems += [
+        f"{name}: missing, which {scheme.name} has"
+        for module, scheme in schemes.items()
+        for name in (f"{module}.{each}" for each in _local_names(scheme))
+        if name not in tensors
+    ]
+    problems += [
+        f"{name}: no tensor of {schemes[module].name}, so what it changes would be lost"
+        for name in tensors
+        if (module := module_of(name)) in schemes
+        and name.removeprefix(f"{module}.") in _CHANGE_MEANING - {*_local_names(schemes[module])}
+    ]
+    if not problems:
+        problems += [problem for module, scheme in schemes.items() for problem in _misfits(checkpoint, module, scheme)]
+    if problems:
+        raise CheckpointError(f"{checkpoint.directory} is not what its config.json says:{listing(problems)}")
+    return schemes
+
+
+def _misfits(checkpoint: SafetensorsCheckpoint, module: str, scheme: Scheme) -> Iterator[str]:
+    """The tensors of a module with other dtypes or shapes than its scheme writes."""
+    specs = {name: checkpoint.tensors[f"{module}.{name}"].spec for name in _local_names(scheme)}
+    shape = scheme.weight_shape(specs)
+    if shape is None:
+        yield f"{module}: its codes are no matrix"
+        return
+    try:
+        allowed = stored_specs(scheme, (shape[0], shape[1]))
+    except ValueError as error:
+        yield f"{module}: {error}"
+        return
+    for name, spec in specs.items():
+        if spec not in allowed[name]:
+            yield f"{module}.{name}: {spec}, must be {' or '.join(sorted(map(str, allowed[name])))}"
 
 
 def _check_usable(module: str, scheme: Scheme, stored: Mapping[str, Tensor]) -> None:
@@ -216,7 +228,7 @@ def _check_usable(module: str, scheme: Scheme, stored: Mapping[str, Tensor]) -> 
 
 
 def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]) -> DequantizedCheckpoint:
-    """Opens a directory whose tensors are plain, or quantized by compressed-tensors or as GPT-OSS is.
+    """Opens a directory whose tensors are plain, or quantized in any format that `quantize` reads.
 
     Args:
         checkpoint: the directory, open for reading.
@@ -228,24 +240,34 @@ def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any
     """
     declared = declared_quantization(config, checkpoint.directory)
     for each in declared:
-        if each.method in (COMPRESSED_TENSORS, MODELOPT):
-            return DequantizedCheckpoint(checkpoint, {**each.raw, "quant_method": each.method})
+        said = {**each.raw, "quant_method": each.method}
+        if each.method == COMPRESSED_TENSORS or (each.method == MODELOPT and _is_in_our_schemes(checkpoint, said)):
+            return DequantizedCheckpoint(checkpoint, said)
     places = checkpoint.weight_map.items()
     stored = {name: found for name, file in places if (found := checkpoint.file(file).tensors.get(name)) is not None}
     source = recognize(stored, declared)
-    if source is not None and source.formats != (_GPT_OSS,):
-        raise UsageError(
-            f"{checkpoint.directory} is quantized ({', '.join(source.formats)}); read here are plain weights and "
-            f"{COMPRESSED_TENSORS}. Write one of these first: `amaxbridge quantize input=… output=… scheme=none`, or a "
-            "scheme that the weights are in already, which keeps their scales"
-        )
-    return DequantizedCheckpoint(checkpoint, None)
+    if source is None or source.formats == (_GPT_OSS,):
+        return DequantizedCheckpoint(checkpoint, None)
+    check_cache(stored, declared)
+    return DequantizedCheckpoint(ConvertedCheckpoint(checkpoint, source, config), None)
+
+
+def _is_in_our_schemes(checkpoint: SafetensorsCheckpoint, said: Mapping[str, Any]) -> bool:
+    """True if a config of ModelOpt has algorithms of our schemes alone, and inputs are multiplied by nothing.
+
+    Raises:
+        UnsupportedQuantizationError: something else in it is not understood.
+    """
+    config = read_quant_config(said)
+    others = [fault for fault in config.faults if fault.where in _READ_BY_CONVERTERS]
+    replace(config, faults=tuple(fault for fault in config.faults if fault not in others)).checked()
+    return not others and not any(name.endswith(".pre_quant_scale") for name in checkpoint.weight_map)
 
 
 class _Local(Mapping[str, Tensor]):
     """The tensors of one module by local name, each read when asked for."""
 
-    def __init__(self, checkpoint: SafetensorsCheckpoint, module: str) -> None:
+    def __init__(self, checkpoint: SafetensorsCheckpoint | ConvertedCheckpoint, module: str) -> None:
         self._checkpoint, self._module = checkpoint, module
 
     def __getitem__(self, name: str) -> Tensor:

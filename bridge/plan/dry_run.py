@@ -116,12 +116,13 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, hf.model_config.padded_to(mesh.tp))
     with SafetensorsCheckpoint(hf.weights_directory, found_in(hf.family.packed_experts)) as checkpoint:
-        schemes = open_dequantized(checkpoint, hf.written).schemes
+        weights = open_dequantized(checkpoint, hf.written)
+        schemes = weights.schemes
         missing = [
             name
             for mapping in specs.mappings.values()
             for name in mapping.targets
-            if module_of(name) not in schemes and not checkpoint.has(name)
+            if module_of(name) not in schemes and not weights.checkpoint.has(name)
         ]
     if missing:
         raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")

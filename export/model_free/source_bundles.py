@@ -96,7 +96,9 @@ def read_bundles(
             held = files[path].tensors
             missing += [f"{name}: not in {path}" for name in names if name not in held]
             stored |= {name: held[name] for name in names if name in held}
-        bundles += _converted(output, stored, chain, experts) if chain else _stored(output, stored, experts, conversion)
+        bundles += (
+            _converted(output, stored, chain, experts) if chain else bundles_of(output, stored, experts, conversion)
+        )
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing:{listing(missing)}")
     return bundles
@@ -127,10 +129,10 @@ class _Together:
         return made
 
 
-def _stored(
+def bundles_of(
     output: str, stored: Mapping[str, StoredTensor], experts: ExpertsIn | None, conversion: Conversion | None
 ) -> Iterator[SourceBundle]:
-    """Each fused group of an output file, and each other tensor."""
+    """Each fused group of an output file, and each other tensor; see `read_bundles`."""
     together: dict[str, _Together] = {}
     packed: dict[str, list[tuple[str, Mapping[str, StoredTensor]]]] = {}  # packed name → what is dequantized into it
     plain, modules = _quantized_modules(stored, conversion)

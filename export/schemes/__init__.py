@@ -45,6 +45,7 @@ __all__ = [
     "quantizer_format",
     "scheme_of",
     "scheme_of_algorithm",
+    "variants",
 ]  # fmt: skip
 
 _REGISTERED: tuple[Scheme, ...] = (
@@ -106,8 +107,8 @@ def _found(scheme: Any, ignore: Sequence[str]) -> Groups | FromQuantizers | None
 
 def from_quantizers(ignore: Sequence[str] = ()) -> FromQuantizers:
     """The recipe of `scheme=auto`: any scheme, in any of its group sizes and for whole rows."""
-    sized = (scheme.with_group_size(size) for scheme in SCHEMES.values() for size in (*scheme.group_sizes, WHOLE_ROW))
-    return FromQuantizers((*SCHEMES.values(), *filter(None, sized)), tuple(ignore))
+    sized = (scheme for name in SCHEMES for scheme in variants(name)[1:])
+    return FromQuantizers((*SCHEMES.values(), *sized), tuple(ignore))
 
 
 def has_group_size(name: str) -> bool:
@@ -139,6 +140,13 @@ def named_scheme(name: str, group_size: int | None = None) -> Scheme:
         sizes = ", ".join(map(str, known.group_sizes))
         raise UsageError(f"group_size={group_size}: engines have kernels for {name} in groups of {sizes} columns")
     return found
+
+
+def variants(name: str) -> tuple[Scheme, ...]:
+    """A scheme in every size of groups that it can have: its own first, whole rows last."""
+    scheme = SCHEMES[name]
+    sizes = (*scheme.group_sizes, WHOLE_ROW) if scheme.group_sizes else ()
+    return (scheme, *(found for size in sizes if (found := scheme.with_group_size(size)) is not None))
 
 
 def scheme_of(signature: Signature, *, weights_only: bool = False) -> Scheme | None:

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.export import model_free_ptq
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.output.config_and_index import quantization_config
-from amaxbridge.export.schemes import SCHEMES, Scheme, named_scheme
+from amaxbridge.export.schemes import SCHEMES, Groups, Scheme, named_scheme
 from amaxbridge.export.schemes.scheme import arguments, quantize_tensors
 from amaxbridge.mappings.fused_groups import groups_among
 from amaxbridge.mappings.names import module_of
+from tests.support import quantized_sources as held
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import same_files, same_tensors
 from tests.support.launcher import Launcher, LiveRanks
@@ -115,6 +117,42 @@ def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path
         bridge = AutoBridge.from_hf_pretrained(source)
         bridge.convert_checkpoint(tmp_path / f"{name}_checkpoint", tmp_path / f"{name}_out", scheme="auto")
         same_tensors(tmp_path / f"{name}_out", source)
+
+
+def test_formats_of_other_programs(launch: Launcher, wide: Path, tmp_path: Path) -> None:
+    """GPTQ's codes and FP8 blocks go through training's quantizers; AWQ with zero points, which it lacks, is plain."""
+    kinds = {"gptq": held.gptq, "fp8": held.blocks_of_fp8, "awq": held.awq}
+    declared = {
+        "gptq": {"bits": 4, "group_size": 64, "checkpoint_format": "gptq"}, "fp8": {"weight_block_size": [128, 128]},
+        "awq": {"bits": 4, "group_size": 64, "version": "gemm"},
+    }  # fmt: skip
+    plain, steps = tensors_in(wide), []
+    for name, hold in kinds.items():
+        (source := tmp_path / name).mkdir()
+        stored = dict[str, torch.Tensor]()
+        for key, tensor in plain.items():
+            options = {"symmetric": True} if name == "gptq" else {}
+            parts = dict(hold(tensor, **options).tensors) if key.endswith("_proj.weight") else {"weight": tensor}
+            if name == "gptq" and "scales" in parts:
+                parts["scales"] = parts["scales"].bfloat16().half()  # which training's arithmetic makes again
+            stored |= {key.removesuffix("weight") + local: each.contiguous() for local, each in parts.items()}
+        save_file(stored, source / "model.safetensors")
+        said = json.loads((wide / "config.json").read_text())
+        said["quantization_config"] = {"quant_method": name, **declared[name]}
+        (source / "config.json").write_text(json.dumps(said))
+        steps.append({"sizes": {"tp": 1}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")})
+    launch(WORKERS / "live_import.py", json.dumps(steps[:2]))
+    assert "14 quantized modules are now unquantized" in bring_in(launch, tmp_path / "awq", tmp_path / "awq_checkpoint")
+    schemes = {"gptq": named_scheme("w4a16", 64), "fp8": SCHEMES["fp8_block"], "awq": None}
+    for name, scheme in schemes.items():
+        recipe = "none" if scheme is None else Groups.of(scheme)
+        model_free_ptq(tmp_path / name, tmp_path / f"{name}_kept", recipe)
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / name)
+        bridge.convert_checkpoint(tmp_path / f"{name}_checkpoint", tmp_path / f"{name}_out", scheme=recipe)
+        kept, found = tensors_in(tmp_path / f"{name}_kept"), tensors_in(tmp_path / f"{name}_out")
+        assert kept.keys() == found.keys()
+        for key, tensor in kept.items():  # scales of GPTQ are fp16, and bf16 after training
+            assert torch.equal(found[key], tensor.to(found[key].dtype)), key
 
 
 def test_plain_weights_through_a_virtual_pipeline(launch: Launcher, qwen3_moe_mixed: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from amaxbridge.export.disk.packed_experts import PackedSource
 from amaxbridge.export.disk.row_chunks import Part
 from amaxbridge.export.disk.safetensors_file import StoredTensor
 from amaxbridge.export.model_free.converters.quantized_source import QuantizedSource, is_from_packed
+from amaxbridge.export.model_free.converters.source_formats import SOURCE_FORMATS
 from amaxbridge.export.model_free.converters.stored_weight import INPUT_SCALES, StoredWeight
-from amaxbridge.export.schemes import MODELOPT_FORMAT, Recipe, Scheme
+from amaxbridge.export.schemes import MODELOPT_FORMAT, Recipe, Scheme, variants
 from amaxbridge.mappings.errors import CheckpointError, MappingError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -187,23 +188,16 @@ def decide(
     undecided = Conversion(source, dtype, knowledge, {}, modelopt)
     if recipe is None:
         return undecided
-    members: dict[str, dict[str, str]] = {}  # primary of a fused group → member → quantized module
-    for module in source.weights:
-        for made in undecided.modules_of(module):
-            members.setdefault(group_of(made).primary, {})[made] = module
-    plain = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - source.weights.keys()
+    plain = _plain_modules(source, names)
     kept, near, notes = dict[str, Scheme](), list[str](), list[str]()
     grouped = dict(source.weights)
-    for stored in members.values():
+    for stored in _fused_groups(undecided):
         asked = {module: recipe.scheme_of(made, None) for made, module in stored.items()}
         scheme = next(iter(asked.values()))
         if scheme is None or any(other != scheme for other in asked.values()):
             continue
-        alone = [source.weights[module] for module in asked]
-        weights = [weight.in_group(alone, scheme) for weight in alone]
-        holding = [
-            weight.holds(scheme) and undecided.can_cut(module) for module, weight in zip(asked, weights, strict=True)
-        ]
+        weights = _in_group(undecided, asked, scheme)
+        holding = _holding(undecided, asked, weights, scheme)
         whole = not plain & set(group_of(next(iter(stored))).members)
         if whole and all(holding) and _agree(weights, scheme):
             kept |= dict.fromkeys(asked, scheme)
@@ -224,6 +218,65 @@ def decide(
             listing(near),
         )
     return replace(undecided, source=replace(source, weights=grouped), kept=kept)
+
+
+def decide_as_held(
+    source: QuantizedSource, names: Iterable[str], *, knowledge: Knowledge, dtype: torch.dtype
+) -> Conversion:
+    """Keeps each module under the scheme that computes what its format does, and dequantizes the others.
+
+    Args:
+        names: as in `decide`.
+        knowledge: what is known of the architecture.
+        dtype: dtype of dequantized weights.
+    """
+    undecided = Conversion(source, dtype, knowledge, {})
+    means = dict.fromkeys(name for each in source.formats for name in SOURCE_FORMATS[each].means)
+    schemes = [scheme for name in means for scheme in variants(name)]
+    plain, kept, notes = _plain_modules(source, names), dict[str, Scheme](), list[str]()
+    grouped = dict(source.weights)
+    for stored in _fused_groups(undecided):
+        modules = list(dict.fromkeys(stored.values()))
+        static = any(name in INPUT_SCALES for module in modules for name in source.weights[module].beside)
+        if plain & set(group_of(next(iter(stored))).members):
+            continue
+        for scheme in schemes:
+            weights = _in_group(undecided, modules, scheme)
+            same_inputs = (scheme.input_scale is not None) == static
+            if same_inputs and all(_holding(undecided, modules, weights, scheme)) and _agree(weights, scheme):
+                kept |= dict.fromkeys(modules, scheme)
+                grouped |= zip(modules, weights, strict=True)
+                notes += [f"{module}: {each.note}" for module, each in zip(modules, weights, strict=True) if each.note]
+                break
+    if notes:
+        _log.warning("%d modules are kept with a change:%s", len(notes), listing(notes))
+    return replace(undecided, source=replace(source, weights=grouped), kept=kept)
+
+
+def _fused_groups(undecided: Conversion) -> list[dict[str, str]]:
+    """The quantized members of each fused group: module that is made → the one that it is made from."""
+    groups: dict[str, dict[str, str]] = {}
+    for module in undecided.source.weights:
+        for made in undecided.modules_of(module):
+            groups.setdefault(group_of(made).primary, {})[made] = module
+    return list(groups.values())
+
+
+def _plain_modules(source: QuantizedSource, names: Iterable[str]) -> set[str]:
+    return {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - source.weights.keys()
+
+
+def _in_group(undecided: Conversion, modules: Iterable[str], scheme: Scheme) -> list[StoredWeight]:
+    alone = [undecided.source.weights[module] for module in modules]
+    return [weight.in_group(alone, scheme) for weight in alone]
+
+
+def _holding(
+    undecided: Conversion, modules: Iterable[str], weights: Iterable[StoredWeight], scheme: Scheme
+) -> list[bool]:
+    """Which modules can be kept under a scheme by themselves."""
+    pairs = zip(modules, weights, strict=True)
+    return [weight.holds(scheme) and undecided.can_cut(module) for module, weight in pairs]
 
 
 def weight_dtype(config: Mapping[str, Any]) -> torch.dtype:

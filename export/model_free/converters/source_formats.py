@@ -32,6 +32,7 @@ class SourceFormat:
         methods: `quant_method` of the sources that declare it.
         what: what it is, for messages.
         reader: what is declared → the reader of modules. Raises UsageError if it asks for what is not read.
+        means: schemes that compute what the format does, weights and inputs, if they hold a module's codes and scales.
         tells: True if tensors alone say all of it, so that it needs no declaration.
     """
 
@@ -39,6 +40,7 @@ class SourceFormat:
     methods: tuple[str, ...]
     what: str
     reader: Callable[[Mapping[str, Any]], ReadModule]
+    means: tuple[str, ...] = ()
     tells: bool = False
 
 
@@ -130,9 +132,21 @@ def _is_size(value: Any) -> bool:
 
 _ENTRIES = (
     SourceFormat(
-        "fp8_block", ("fp8",), "FP8 in blocks (DeepSeek-V3, transformers), scales fp32 or E8M0", _fp8_block, tells=True
+        "fp8_block",
+        ("fp8",),
+        "FP8 in blocks (DeepSeek-V3, transformers), scales fp32 or E8M0",
+        _fp8_block,
+        ("fp8_block", "fp8"),
+        tells=True,
     ),
-    SourceFormat("modelopt", (MODELOPT,), "ModelOpt's NVFP4, FP8, MXFP4, MXFP8, INT4 and INT8", _modelopt, tells=True),
+    SourceFormat(
+        "modelopt",
+        (MODELOPT,),
+        "ModelOpt's NVFP4, FP8, MXFP4, MXFP8, INT4 and INT8",
+        _modelopt,
+        ("nvfp4", "fp8"),
+        tells=True,
+    ),
     SourceFormat(
         "compressed_tensors",
         (COMPRESSED_TENSORS,),
@@ -140,8 +154,14 @@ _ENTRIES = (
         _compressed_tensors,
     ),
     SourceFormat("kimi_int4", (COMPRESSED_TENSORS,), "compressed-tensors' INT4 in groups of 32", _kimi_int4),
-    SourceFormat("awq", ("awq",), "AutoAWQ, 4 bits, gemm", _awq),
-    SourceFormat("gptq", ("gptq",), "GPTQ, 4 and 8 bits, with sorted columns, too", _gptq),
+    SourceFormat("awq", ("awq",), "AutoAWQ, 4 bits, gemm", _awq, ("w4a16", "w4a16_asym")),
+    SourceFormat(
+        "gptq",
+        ("gptq",),
+        "GPTQ, 4 and 8 bits, with sorted columns, too",
+        _gptq,
+        ("w4a16", "w4a16_asym", "w8a16"),
+    ),
     SourceFormat("gpt_oss", ("mxfp4",), "MXFP4 in packed experts (GPT-OSS)", _gpt_oss, tells=True),
 )
 SOURCE_FORMATS: Mapping[str, SourceFormat] = MappingProxyType({entry.name: entry for entry in _ENTRIES})

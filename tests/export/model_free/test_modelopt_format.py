@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export import model_free_ptq
-from amaxbridge.export.dequantized import open_dequantized
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Groups, SchemeGroup, modelopt_schemes, named_scheme
 from amaxbridge.export.verify import verify
-from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.errors import UsageError
 from tests.export.model_free.test_quantized_sources import DENSE, source_of
 from tests.support import quantized_sources as held
 from tests.support.checkpoints import dense_model, tensors_in, write_checkpoint
@@ -187,12 +185,3 @@ def test_a_config_that_is_not_understood(change: dict[str, Any], message: str) -
     raw = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], **change}
     with pytest.raises(UsageError, match=message):
         read_quant_config(raw).checked()
-
-
-def test_an_import_refuses_what_inputs_are_multiplied_by(tmp_path: Path) -> None:
-    """AWQ's factors are tensors of the module; without them its weight means something else."""
-    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    source, _, _ = source_of(tmp_path / "in", lambda weight: held.nvfp4(weight, factors=True), declared)
-    config = json.loads((source / "config.json").read_text())
-    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(CheckpointError, match="pre_quant_scale"):
-        open_dequantized(checkpoint, config)

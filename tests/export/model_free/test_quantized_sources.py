@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export import model_free_ptq
-from amaxbridge.export.dequantized import open_dequantized
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.schemes import SCHEMES, Groups, named_scheme
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.fused_groups import group_of
@@ -369,23 +367,3 @@ def test_buffers_in_other_dtypes_pass(tmp_path: Path) -> None:
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in buffers.items())
     assert len(report.quantized) == 7
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        *((kind, says) for kind in ("fp8 blocks", "fp8 blocks, .scale in e8m0") for says in (True, False)),
-        *((kind, False) for kind in ("modelopt nvfp4", "modelopt fp8")),
-    ],
-)
-def test_an_import_refuses_what_it_would_misread(kind: str, says: bool, tmp_path: Path) -> None:
-    """The refusal names the next step. Plain and compressed-tensors checkpoints are imported."""
-    hold, declared = KINDS[kind]
-    source, _, _ = source_of(tmp_path / "in", hold, declared if says else {})
-    config = json.loads((source / "config.json").read_text())
-    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(UsageError, match="scheme=none"):
-        open_dequantized(checkpoint, config)
-    model_free_ptq(source, tmp_path / "out", "mxfp8")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    with SafetensorsCheckpoint(tmp_path / "out") as checkpoint:
-        assert len(open_dequantized(checkpoint, written).schemes) == 7
