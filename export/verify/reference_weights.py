@@ -293,8 +293,8 @@ def _rows_of(module: Module, first: int, count: int, divisor: float | None) -> d
         elif divisor is not None and module.group_scale is not None and suffix == module.group_scale.tensor:
             tensors[suffix] = torch.tensor([divisor])
         elif suffix.startswith("weight"):
-            length = stored.spec.shape[0]
+            length = stored.spec.shape[0] if stored.spec.shape else 1
             step = 1 if length == total else module.scheme.row_step
-            whole = length == 1 and total > 1 and step * length < total
+            whole = not stored.spec.shape or (length == 1 and total > 1 and step * length < total)
             tensors[suffix] = stored.read() if whole else stored.rows(first // step, -(-count // step)).read()
     return tensors

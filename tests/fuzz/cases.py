@@ -273,6 +273,11 @@ _OF_A_SCHEME = {
     **_of(mutations.raw, "quantized/config.json", "quantized/model.safetensors"),
     **_of(mutations.values, "quantized/model.safetensors"),
 }
+_OF_MODELOPT = {
+    **_OF_A_SCHEME,
+    **_of(mutations.json_file, "quantized/hf_quant_config.json"),
+    **_of(mutations.raw, "quantized/hf_quant_config.json"),
+}
 _QUANTIZED = {
     **_of(mutations.json_file, "quantized/config.json", f"quantized/{INDEX}", "quantized/amaxbridge.json"),
     **_of(mutations.header, "quantized/a.safetensors", "quantized/quant_state.safetensors"),
@@ -298,6 +303,7 @@ _LATEST = "stored/latest_checkpointed_iteration.txt"
 _STORED = {
     **_of(mutations.json_file, "described/config.json"),
     **_of(mutations.pickled, f"{_ITERATION}/.metadata"),
+    **_of(mutations.spliced, f"{_ITERATION}/.metadata", f"{_ITERATION}/common.pt"),
     **_of(mutations.raw, f"{_ITERATION}/.metadata", f"{_ITERATION}/__0_0.distcp", f"{_ITERATION}/common.pt", _LATEST),
     **_of(mutations.odd, *_in(_ITERATION, ".metadata", "__0_0.distcp", "common.pt"), _LATEST),
     **_of(mutations.saved, _ITERATION),
@@ -328,11 +334,13 @@ class Entry:
 
 
 _scheme = _one_of("schemes", "quantized")
+_of_modelopt = _one_of("modelopt", "quantized")
 ENTRIES: Mapping[str, Entry] = {
     "verify": Entry(_verify, _QUANTIZED, ("quantized",)),
     "verify, every scheme": Entry(_verify, _OF_A_SCHEME, ("schemes",), _scheme),
     "repair": Entry(_repair, _QUANTIZED, ("quantized",)),
     "repair, every scheme": Entry(_repair, _OF_A_SCHEME, ("schemes",), _scheme),
+    "verify, ModelOpt's format": Entry(_verify, _OF_MODELOPT, ("modelopt",), _of_modelopt),
     "verify reference=directory": Entry(_verify_against, {**_QUANTIZED, **_PLAIN}, ("quantized", "plain")),
     "verify reference=state": Entry(_verify_state, {**_QUANTIZED, **_STATE}, ("quantized", "state.safetensors")),
     "quantize": Entry(_quantize, _PLAIN, ("plain",)),
@@ -345,10 +353,12 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "report": Entry(_report, {**_QUANTIZED, **_PLAIN}, ("quantized", "plain")),
     "report, every scheme": Entry(_report_alone, _OF_A_SCHEME, ("schemes", "wide"), _scheme),
+    "report, ModelOpt's format": Entry(_report_alone, _OF_MODELOPT, ("modelopt", "wide"), _of_modelopt),
     "read_hf_model": Entry(_describe, _CONFIG, ("described",)),
     "read_hf_model, every family": Entry(_describe, _CONFIG, ("families",), _one_of("families", "described")),
     "read for import": Entry(_read_weights, _QUANTIZED, ("quantized",)),
     "read for import, every scheme": Entry(_read_weights, _OF_A_SCHEME, ("schemes",), _scheme),
+    "read for import, ModelOpt's format": Entry(_read_weights, _OF_MODELOPT, ("modelopt",), _of_modelopt),
     "import": Entry(_import, _QUANTIZED, ("quantized",)),
     "import, every scheme": Entry(_import, _OF_A_SCHEME, ("schemes",), _scheme),
     "runtime": Entry(_runtime, _QUANTIZED, ("quantized",)),

@@ -17,7 +17,7 @@ from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.export import model_free_ptq
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, quant_state_bytes
-from amaxbridge.export.schemes import SCHEMES
+from amaxbridge.export.schemes import SCHEMES, modelopt_schemes
 from tests.support import quantized_sources as held
 from tests.support.quantized_sources import Held
 from tests.support.stored_checkpoints import megatron_state
@@ -70,7 +70,10 @@ TEXTS: Mapping[str, str] = {
 
 
 def make_inputs(root: Path) -> None:
-    """`plain`, `quantized`, `state.safetensors`, `stored`; a directory in each scheme, foreign format and family."""
+    """`plain`, `quantized`, `state.safetensors`, `stored`; a directory in each scheme, foreign format and family.
+
+    Schemes that ModelOpt has are there in its format, too.
+    """
     tensors = _weights()
     _write_plain(root / "plain", tensors)
     state = _state(tensors)
@@ -113,6 +116,12 @@ def _write_schemes(root: Path) -> None:
     for name, scheme in SCHEMES.items():
         state = _state(tensors, scheme.format) if scheme.needs_input_amax else None
         model_free_ptq(root / "wide", root / "schemes" / name, name, quant_state=state)
+    for scheme in modelopt_schemes():
+        name = scheme.name
+        state = _state(tensors, scheme.format) if scheme.needs_input_amax else None
+        model_free_ptq(
+            root / "wide", root / "modelopt" / name, name, quant_state=state, format="modelopt", verify=False
+        )
 
 
 def _write_foreign(directory: Path) -> None:

@@ -5,11 +5,13 @@ Every mutation draws from a `random.Random`, so a seed repeats it, and Hypothesi
 
 import contextlib
 import copy
+import io
 import json
 import os
 import pickle
 import stat
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -218,6 +220,34 @@ def pickled(file: Path, random: Random) -> None:
     for _ in range(random.choice((1, 1, 2))):
         _mutate_object(value, random)
     file.write_bytes(pickle.dumps(value, protocol=random.choice((2, 4, 5))))
+
+
+_PROGRAMS = (
+    b"})" + b"2\x86" * 60 + b"Ns",  # a key that doubles
+    b"\x8f()" + b"2\x86" * 60 + b"\x90",
+    b"ccollections\nOrderedDict\n](()" + b"2\x86" * 60 + b"Nte\x85R",
+    b"c_codecs\nencode\nX\x00\x00\x10\x00" + b"a" * (1 << 20) + b"X\x06\x00\x00\x00latin1\x86R",
+    b"](" + b"N" * 10_000 + b"e" + b"2\x85" * 10_000,
+    b"\x8b\x00\x00\x10\x00" + b"\x7f" * (1 << 20) + b"}2Ns",
+    b")" + b"\x85" * 100_000,
+    b"]" * 100_000 + b"a" * 99_999,
+)
+
+
+def spliced(file: Path, random: Random) -> None:
+    """Puts a program before a pickle, bare or in an archive, that would keep an unpickler busy; sometimes alone."""
+    program = random.choice(_PROGRAMS) + random.choice((b"0", b"", b"."))
+    content = file.read_bytes()
+    if not content.startswith(b"PK"):
+        file.write_bytes(content[:2] + program + content[2:])
+        return
+    made, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
+    with zipfile.ZipFile(made, "w") as archive:
+        for each in source.infolist():
+            data = source.read(each)
+            is_pickle = each.filename.endswith("data.pkl")
+            archive.writestr(each.filename, data[:2] + program + data[2:] if is_pickle else data)
+    file.write_bytes(made.getvalue())
 
 
 def _mutate_object(value: Any, random: Random) -> None:
