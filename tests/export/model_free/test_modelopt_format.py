@@ -57,6 +57,11 @@ def test_values_are_those_of_compressed_tensors(scheme: str, tmp_path: Path) -> 
     assert not report.verdict_of("transformers").serves
     assert not report.verdict_of("runtime").serves
     assert "in the modelopt format" in (tmp_path / "modelopt" / "README.md").read_text()
+    measured = verify(tmp_path / "modelopt", reference=source).errors  # its scales of whole tensors have no dims
+    assert [each.error for each in measured] == [
+        each.error for each in verify(tmp_path / "compressed-tensors", reference=source).errors
+    ]
+    assert len(measured) == QUANTIZED
 
 
 @pytest.mark.parametrize("spelled", ["both", "beside", "in config.json"])
