@@ -120,7 +120,7 @@ class DequantizedCheckpoint:
         _check_usable(module, scheme, stored)
         weight = scheme.restore(stored)
         if not weight.isfinite().all():
-            raise CheckpointError(f"{module}: codes or scales are of NaN or infinity: `amaxbridge verify` says which")
+            raise CheckpointError(f"{module}: codes or scales hold NaN or infinity: `amaxbridge verify` says which")
         if scheme.format:
             self._compare(module, scheme, stored, weight)
         return weight

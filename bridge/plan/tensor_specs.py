@@ -30,7 +30,9 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
     """
     need("The list of a model's tensors", "transformers")
     if hf.file_tensors is None:
-        raise UsageError(f"transformers has no causal language model that {hf.source} describes: correct it")
+        raise UsageError(
+            f"transformers builds no causal language model from {hf.source}: correct its architectures and model_type"
+        )
     tensors = hf.file_tensors
     return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
 

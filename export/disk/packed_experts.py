@@ -128,7 +128,11 @@ class ExpertPacker:
         for name, experts in parts.items():
             first, *others = set(experts.values())
             if others or set(experts) != set(range(len(experts))):
-                raise MappingError(f"{name} cannot be packed of experts {sorted(experts)}, {first}, {others}")
+                shapes = ", ".join(map(str, (first, *others)))
+                raise MappingError(
+                    f"{name} cannot be packed from experts {sorted(experts)} of {shapes}: "
+                    "all are needed, in one shape and dtype"
+                )
             self.specs[name] = TensorSpec((len(experts), *first.shape), first.dtype)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Iterator[Written]:

@@ -193,7 +193,7 @@ class SafetensorsFile:
 
 def _texts(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is not made of strings")
+        raise ValueError("its __metadata__ must map strings to strings")
     return metadata
 
 

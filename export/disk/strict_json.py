@@ -59,7 +59,7 @@ def parse_json_object(text: bytes | str) -> dict[str, Any]:
     except RecursionError:
         raise NotStrictJson(f"more than {_MOST_LEVELS} levels") from None
     if not isinstance(value, dict):
-        raise NotStrictJson(f"a {type(value).__name__} in the place of an object")
+        raise NotStrictJson(f"it holds a {type(value).__name__}, not an object")
     _check(value)
     return value
 
@@ -140,4 +140,4 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise NotStrictJson(f"the string {text[:40]!r} has half of a character") from None
+        raise NotStrictJson(f"the string {text[:40]!r} holds half of a surrogate pair") from None

@@ -98,7 +98,7 @@ def validate_file(
         ]
     if others:
         raise MappingError(
-            f"{len(others)} weights that the scheme targets are no matrices [out, in]:{listing(others)}\n"
+            f"{len(others)} weights that the scheme targets are not matrices [out, in]:{listing(others)}\n"
             "Name them in ignore"
         )
 

@@ -61,10 +61,10 @@ class CompressedLinear(nn.Module):
         super().__init__()
         cuts = (tp_size, 1) if tp_dim == 0 else (1, tp_size)
         uneven = [size for size in members if size % cuts[0]] + [in_features] * bool(in_features % cuts[1])
-        if uneven or tp_rank not in range(tp_size):
-            raise UsageError(
-                f"{method.prefix}: sizes {uneven} do not divide into {tp_size} ranks, or no rank {tp_rank}"
-            )
+        if uneven:
+            raise UsageError(f"{method.prefix}: sizes {uneven} do not divide into {tp_size} ranks")
+        if tp_rank not in range(tp_size):
+            raise UsageError(f"{method.prefix}: there is no rank {tp_rank} among {tp_size}")
         self.method = method
         rows = [size // cuts[0] for size in members]
         self.in_features, self.out_features = in_features // cuts[1], sum(rows)
@@ -259,7 +259,10 @@ class _Reader:
             return None
         rank, size, dim = tp
         if present != names:
-            raise CheckpointError(f"{', '.join(set(names) - set(present))} is missing beside {', '.join(present)}")
+            missing = ", ".join(name for name in names if name not in present)
+            raise CheckpointError(
+                f"{missing} is missing, but {', '.join(present)} is there: fused layers need all or none"
+            )
         biases = [self.read(name) for name in names]
         if dim == 1:
             return torch.cat(biases) if rank == 0 else None

@@ -225,5 +225,5 @@ class CompressedTensorsWNA16Scheme:
         for part in module_parts(layer):
             whole, held = part["weight_shape"].tolist(), [len(part["weight_packed"]), layout.size_k]
             if whole[0] % held[0] or whole[1] % held[1]:
-                raise CheckpointError(f"weight_shape is {whole}, of which the layer's {held} is no part")
+                raise CheckpointError(f"weight_shape is {whole}, which the layer's {held} does not divide")
         replace_parameter(layer, "weight_shape", torch.tensor([layout.size_n, layout.size_k]))

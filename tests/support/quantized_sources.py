@@ -3,9 +3,8 @@
 The weights are computed here in fp32 with formulas of their own, so that they judge the readers.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,22 +24,6 @@ class Held:
 
     tensors: Mapping[str, Tensor]
     weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class SourceKind:
-    """A format of sources.
-
-    Args:
-        hold: makes a module of a plain weight.
-        config: the quantization config that declares it; {} for none.
-        converter: the name of its reader.
-    """
-
-    hold: Callable[[Tensor], Held]
-    config: Mapping[str, Any]
-    converter: str
-    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def blocks_of_fp8(weight: Tensor, *, name: str = "weight_scale_inv", e8m0: bool = False, side: int = 128) -> Held:

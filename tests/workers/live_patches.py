@@ -11,23 +11,15 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.fusions import fused_softmax
 from megatron.core.ssm import mamba_mixer
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from modelopt.torch.quantization import tensor_quant
 from modelopt.torch.quantization.nn import QuantModuleRegistry
-from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
 from amaxbridge.bridge import AutoBridge, megatron
+from tests.support.cpu_patches import ON_A_CPU
 
 WATCHED = [
-    (torch.cuda, "current_device"),
-    (torch.cuda, "synchronize"),
-    (torch.Tensor, "cuda"),
-    (fused_softmax, "get_sliding_window_causal_mask"),
-    (tensor_quant, "dynamic_block_quantize_op"),
-    (tensor_quantizer, "static_blockwise_fp4_fake_quant"),
-    (tensor_quantizer, "fp4_cast_ste"),
+    *ON_A_CPU,
     (mamba_mixer, "HAVE_MAMBA_SSM"),
     (mamba_mixer, "ExtendedRMSNorm"),
     (mamba_mixer, "mamba_chunk_scan_combined"),

@@ -299,7 +299,7 @@ def check_made(made: Mapping[str, Tensor], planned: Mapping[str, TensorSpec]) ->
             for name in dict.fromkeys((*found, *planned))
             if found.get(name) != planned.get(name)
         ]
-        raise CheckpointError(f"a converter made other tensors than it said:{listing(differ)}")
+        raise CheckpointError(f"a converter made other tensors than it announced:{listing(differ)}")
 
 
 def _agree(weights: Iterable[StoredWeight], scheme: Scheme) -> bool:

@@ -254,7 +254,7 @@ def modelopt_integers(local: Local) -> IntegerWeight | None:
 
 def _check_matrix(name: str, spec: TensorSpec) -> None:
     if len(spec.shape) != 2 or not spec.nbytes:
-        raise ValueError(f"{name} is {spec}, no matrix")
+        raise ValueError(f"{name} is {spec}, not a matrix")
 
 
 def _group_size(columns: int, scales: TensorSpec, shape: tuple[int, int]) -> int | None:

@@ -39,10 +39,10 @@ def kept_modules(specs: Mapping[str, TensorSpec], config: QuantConfig) -> dict[s
         try:
             shape = scheme.weight_shape(tensors)
             if shape is None:
-                raise ValueError(f"{scheme.codes} is missing, or of no matrix")
+                raise ValueError(f"{scheme.codes} is missing, or not of a matrix")
             planned = scheme.tensor_specs(TensorSpec(shape, torch.bfloat16), Arithmetic.MODELOPT)
             if missing := sorted(planned.keys() - tensors.keys()):
-                raise ValueError(f"{', '.join(missing)} is missing, which {scheme.name} has")
+                raise ValueError(f"{scheme.name} needs {', '.join(missing)}, which is missing")
             check_specs(scheme, shape, {name: spec for name, spec in tensors.items() if name != "bias"})
             kept[module] = scheme
         except ValueError as error:

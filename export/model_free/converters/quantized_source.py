@@ -228,7 +228,7 @@ def check_plain(specs: Mapping[str, TensorSpec], kept: Container[str] = ()) -> N
             others.append(f"{name}: {spec}")
     if codes:
         raise UsageError(
-            f"{len(codes)} tensors are of quantized weights, and nothing says how to read them:{listing(codes)}\n"
+            f"{len(codes)} tensors belong to quantized weights, and nothing says how to read them:{listing(codes)}\n"
             f"Give a converter that takes all of them: {', '.join(SOURCE_FORMATS)}, or one of your own"
         )
     if others:

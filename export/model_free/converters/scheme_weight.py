@@ -62,10 +62,10 @@ def scheme_weight(local: Local, scheme: Scheme) -> SchemeWeight:
     scales = () if scheme.input_scale is None else (scheme.input_scale.tensor,)
     names = tuple(name for name in _names(scheme) if name not in scales)
     if missing := [name for name in names if name not in specs]:
-        raise ValueError(f"{', '.join(missing)} is missing, which {scheme.name} has")
+        raise ValueError(f"{scheme.name} needs {', '.join(missing)}, which is missing")
     shape = scheme.weight_shape(specs)
     if shape is None:
-        raise ValueError(f"{scheme.codes} is {specs[scheme.codes]}, not of a matrix")
+        raise ValueError(f"{scheme.codes} is {specs[scheme.codes]}, not those of a matrix")
     if "weight_shape" in specs:  # codes may end with a part of a word
         rows, columns = local["weight_shape"].read().tolist() if specs["weight_shape"].shape == (2,) else (0, 0)
         if rows != shape[0] or not 0 <= shape[1] - columns < 32 // scheme.bits:

@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.fusions import fused_softmax
 from megatron.core.ssm import mamba_mixer
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from modelopt.torch.quantization import tensor_quant
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
-from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
 from amaxbridge.bridge.megatron import cache_quantizers, patches
 from amaxbridge.bridge.megatron.mamba_in_torch import TorchMambaMixer, mixer_class
 from amaxbridge.bridge.megatron.patches import Patch, patched
 from amaxbridge.bridge.megatron.without_cuda import without_cuda
+from tests.support.cpu_patches import ON_A_CPU
 from tests.support.launcher import Launcher
 from tests.support.paths import WORKERS
-
-ON_A_CPU = [
-    (torch.cuda, "current_device"),
-    (torch.cuda, "synchronize"),
-    (torch.Tensor, "cuda"),
-    (fused_softmax, "get_sliding_window_causal_mask"),
-    (tensor_quant, "dynamic_block_quantize_op"),
-    (tensor_quantizer, "static_blockwise_fp4_fake_quant"),
-    (tensor_quantizer, "fp4_cast_ste"),
-]
 
 
 class Parent:

@@ -94,7 +94,7 @@ def test_published_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> Non
 
 def test_a_missing_expert_is_refused() -> None:
     first, _, last, router = experts()
-    with pytest.raises(MappingError, match=r"mlp\.experts\.gate_up_proj cannot be packed of experts \[0, 2\]"):
+    with pytest.raises(MappingError, match=r"mlp\.experts\.gate_up_proj cannot be packed from experts \[0, 2\]"):
         ExpertPacker(specs_of([first, last, router]), GPT_OSS)
 
 

@@ -275,7 +275,7 @@ class TestProtocol:
                 return set()
 
         source = write_checkpoint(tmp_path / "in", dense_model(1))
-        with pytest.raises(CheckpointError, match=r"other tensors than it said:(.|\n)*float32, planned"):
+        with pytest.raises(CheckpointError, match=r"other tensors than it announced:(.|\n)*float32, planned"):
             model_free_ptq(source, tmp_path / "out", "nvfp4a16", converter=Lying())
         assert not (tmp_path / "out").exists()
 

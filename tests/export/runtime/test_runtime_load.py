@@ -204,7 +204,7 @@ def test_biases_follow_their_modules(quantized: Callable[[str], Path], tmp_path:
     cut = [load_linear(directory, f"{ATTENTION}.o_proj", tp_rank=rank, tp_size=2, tp_dim=1) for rank in range(2)]
     assert torch.equal(cut[0].bias, biases[f"{ATTENTION}.o_proj.bias"]) and cut[1].bias is None
     change(directory, lambda tensors: tensors.pop(f"{ATTENTION}.k_proj.bias"))
-    with pytest.raises(CheckpointError, match=r"k_proj\.bias is missing beside .*q_proj\.bias"):
+    with pytest.raises(CheckpointError, match=r"k_proj\.bias is missing, but .*q_proj\.bias"):
         load_linear(directory, f"{ATTENTION}.qkv_proj")
 
 
