@@ -12,6 +12,7 @@ MENDS: tuple[Mend, ...] = (
     *file_mends.FIRST,  # which tensors there are
     *config_mends.MENDS,  # what they are
     *file_mends.SPECS,
+    *config_mends.CACHE,
     *target_mends.MENDS,
     *weight_scale_mends.MENDS,
     *input_scale_mends.MENDS,

@@ -32,37 +32,38 @@ def _edits(view: MendedView, quantization: Mapping[str, Any]) -> Edits:
 
 def _place(view: MendedView, unseen: Unseen) -> Iterator[Found]:
     """`quantization_config` under its old name, or with another program's."""
-    raw, old = view.quantization.raw, view.config.get(_OLD_KEY)
+    raw, old, text = view.quantization.raw, view.config.get(_OLD_KEY), view.config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
     if not view.quantized or view.config_problem is not None:
         return
     if not raw and isinstance(old, dict):
+        others = {key: value for key, value in view.config.items() if key != _OLD_KEY}
         moved = {**old, "quant_method": COMPRESSED_TENSORS}
-        config = {("quantization_config" if key == _OLD_KEY else key): value for key, value in view.config.items()}
-        yield from _if_read(
-            view, moved, "quantization_config", f"was called {_OLD_KEY}", {**config, "quantization_config": moved}
-        )
+        yield from _if_read(view, "quantization_config", f"was called {_OLD_KEY}", others, moved)
+    elif not raw and isinstance(inner, dict):
+        said = "stands in text_config; it is copied to where every engine looks"
+        yield from _if_read(view, "quantization_config", said, view.config, inner)
     elif not raw and "quantization_config" not in view.config:
         yield Refusal("quantization_config", "is not there, and tensors alone do not say how inputs are quantized")
     elif raw and not _is_ours(view) and not all(_is_explained(view, module) for module in view.quantized):
-        moved = {**raw, "quant_method": COMPRESSED_TENSORS}
         said = f"{raw.get('quant_method')!r} → {COMPRESSED_TENSORS!r}, which its groups and the tensors are"
-        yield from _if_read(view, moved, "quant_method", said, {**view.config, "quantization_config": moved})
+        moved = {**raw, "quant_method": COMPRESSED_TENSORS}
+        yield from _if_read(view, "quant_method", said, view.config, moved)
 
 
 def _if_read(
-    view: MendedView, quantization: Mapping[str, Any], subject: str, said: str, config: Mapping[str, Any]
+    view: MendedView, subject: str, said: str, others: Mapping[str, Any], quantization: Mapping[str, Any]
 ) -> Iterator[Found]:
     """The change, if compressed-tensors' groups in it explain every quantized module; else a refusal."""
-    found = view.with_(Edits(config=config))
+    edits = Edits(config={**others, "quantization_config": quantization})
+    found = view.with_(edits)
     odd = next((module for module in found.quantized if not _is_explained(found, module)), None)
     if found.quantization.faults or not found.quantization.groups:
-        yield Refusal(
-            subject, "is not as compressed-tensors writes it: quantize converter=… reads other programs' formats"
-        )
+        yield Refusal(subject, "is not as compressed-tensors writes it; `quantize converter=…` reads other formats")
     elif odd is not None:
         yield Refusal(subject, f"does not explain {odd.name}: {', '.join(sorted(odd.tensors))}")
     else:
-        yield Change(subject, said, Edits(config=config))
+        yield Change(subject, said, edits)
 
 
 def _is_explained(view: MendedView, module: Module) -> bool:
@@ -134,9 +135,7 @@ def _keys(view: MendedView, unseen: Unseen) -> Iterator[Found]:
         if _at(raw, key) in _EMPTY:
             removed[key] = "compressed-tensors does not know it, and it says nothing"
         else:
-            yield Refusal(
-                key, f"is {_at(raw, key)!r} and no key of compressed-tensors: it may change what tensors mean"
-            )
+            yield Refusal(key, f"is {_at(raw, key)!r}, no key of compressed-tensors: it may change what tensors mean")
     for key in removed:
         _remove(raw, key)
     for key, why in removed.items():
@@ -187,7 +186,7 @@ MENDS = (
     Mend(
         "config-place",
         ("quantization-config", "quantized-is-targeted"),
-        "quantization_config is called compression_config, or names another program",
+        "quantization_config is called compression_config, stands in text_config, or names another program",
         "it is moved or renamed, if its groups explain every quantized module; otherwise refused",
         _place,
     ),
@@ -220,6 +219,8 @@ MENDS = (
         "the format of the scheme is written, if the tensors are stored so; otherwise refused",
         _formats,
     ),
+)
+CACHE = (
     Mend(
         "kv-cache-scheme",
         ("kv-scales",),

@@ -45,7 +45,9 @@ class Mapped(StoredTensor):
 
     @classmethod
     def of(cls, stored: StoredTensor, table: Tensor) -> Self:
-        return cls(stored.file, stored.begin, stored.spec, table)
+        """The tensor with its bytes replaced, after whatever replaced them before."""
+        both = table[stored.table.long()] if isinstance(stored, Mapped) else table
+        return cls(stored.file, stored.begin, stored.spec, both)
 
     @property
     def before(self) -> StoredTensor:

@@ -71,6 +71,34 @@ def _leftovers(view: MendedView, unseen: Unseen) -> Iterator[Found]:
             yield Refusal(f"{each.name}.{_ZERO_POINT}", "lies beside symmetric codes: the format has no place for it")
 
 
+_RENAMED = {
+    "weight_scale_inv": "weight_scale",  # DeepSeek's name, for the same multiplier
+    "k_proj.output_scale": "k_scale",  # names of the cache's scales in older compressed-tensors
+    "v_proj.output_scale": "v_scale",
+    "k_cache_scale": "k_scale",
+    "v_cache_scale": "v_scale",
+}
+
+
+def _names(view: MendedView, unseen: Unseen) -> Iterator[Found]:
+    """Tensors of the format under another name, where the right one is missing and dtype and shape fit."""
+    for name, stored in view.tensors.items():
+        old = next((each for each in _RENAMED if name.endswith(f".{each}")), None)
+        if old is None:
+            continue
+        right = name.removesuffix(old) + _RENAMED[old]
+        owner = view.modules.get(right.rpartition(".")[0])
+        planned = {} if owner is None else view.planned(owner)
+        fits = stored.spec in planned.get(_RENAMED[old], ()) if old == "weight_scale_inv" else _is_cache_scale(stored)
+        if right not in view.tensors and fits:
+            edits = Edits(tensors={right: stored}, dropped=frozenset({(stored.file.path.name, name)}))
+            yield Change(name, f"is called {right.rpartition('.')[2]}", edits)
+
+
+def _is_cache_scale(stored: StoredTensor) -> bool:
+    return stored.spec in (TensorSpec((1,), torch.float32), TensorSpec((), torch.float32))
+
+
 def _is_complete(view: MendedView, module: Module) -> bool:
     planned = view.planned(module)
     return bool(planned) and planned.keys() <= module.tensors.keys()
@@ -107,8 +135,8 @@ def _holds_the_same(stored: StoredTensor, right: TensorSpec) -> bool:
     spec = stored.spec
     if spec.nbytes != right.nbytes:
         return False
-    if spec.dtype == right.dtype:
-        return spec.nbytes == right.dtype.itemsize  # a single number: 0-d, [1], [1, 1]
+    if spec.dtype == right.dtype:  # [], [1] and [1, 1]; [out] and [out, 1]
+        return [side for side in spec.shape if side != 1] == [side for side in right.shape if side != 1]
     if spec.shape != right.shape or {spec.dtype, right.dtype} > {torch.uint8, *_SCALES}:
         return False
     if spec.dtype == torch.uint8 and right.dtype == torch.float8_e4m3fn:
@@ -214,6 +242,15 @@ FIRST = (
         "the one that the index names stays; without an index, one of two with the same bytes; otherwise refused",
         _duplicates,
     ),
+)
+SPECS = (
+    Mend(
+        "names",
+        ("leftovers", "suffixes", "kv-scales"),
+        "a tensor of the format has another name: weight_scale_inv, k_proj.output_scale, k_cache_scale",
+        "it gets its name, if the right one is missing and dtype and shape fit",
+        _names,
+    ),
     Mend(
         "leftovers",
         ("leftovers",),
@@ -221,8 +258,6 @@ FIRST = (
         "they are removed; what may change a layer (pre_quant_scale, zero points, a column order) is refused",
         _leftovers,
     ),
-)
-SPECS = (
     Mend(
         "dtypes-and-shapes",
         ("contract",),

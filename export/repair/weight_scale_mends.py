@@ -20,6 +20,7 @@ from amaxbridge.export.verify.checkpoint_view import Module
 from amaxbridge.mappings.fused_groups import FusedGroup, groups_among
 
 _LARGEST_FP16 = 65504.0
+_ZEROS, _ONE = [0x00, 0x80], 0x38  # bytes of E4M3
 _ULPS = 4  # of fp32, that a reciprocal of a reciprocal may be off
 
 
@@ -136,6 +137,22 @@ def _tells(view: MendedView, module: str, partners: tuple[str, ...], scheme: Sch
     return limit is not None and (_top(view, (module,)) < limit or _top(view, partners) < limit)
 
 
+def _zeros(view: MendedView, unseen: Unseen) -> Iterator[Found]:
+    """Block scales of zero above codes that are all zero: any other scale says the same weights."""
+    for module in view.quantized:
+        scheme, extent = module.scheme, view.weight_scales.get(module.name)
+        if extent is None or extent.least != 0 or scheme is None or scheme.levels != "weight_scale":
+            continue
+        name, energies = f"{module.name}.{scheme.levels}", scheme.energies(module.tensors)
+        if energies[_ZEROS].any():
+            yield Refusal(name, "is zero above codes that are not: the scales of these blocks are lost")
+            continue
+        table = torch.arange(256, dtype=torch.uint8)
+        table[_ZEROS] = _ONE
+        edits = Edits(tensors={name: Mapped.of(module.tensors[scheme.levels], table)})
+        yield Change(name, "scales of 0 → 1 where all codes of the block are 0: the weights stay", edits)
+
+
 def _unequal(view: MendedView, unseen: Unseen) -> Iterator[Found]:
     for group, scheme, scale in groups_of_one_scheme(view):
         values = values_of(view, group, scale.tensor)
@@ -205,6 +222,13 @@ MENDS = (
         "it gets its partners' scale, if all fused groups of the checkpoint share theirs and the block scales rule out "
         "one of its own; otherwise refused",
         _lost,
+    ),
+    Mend(
+        "zero-block-scales",
+        ("usable-weight-scales",),
+        "block scales are zero, which engines take for a fault or divide by",
+        "they become 1 where all codes of the block are zero; refused where codes are not",
+        _zeros,
     ),
     Mend(
         "one-weight-scale",

@@ -15,6 +15,7 @@ from tests.support.checkpoints_to_verify import INDEX, Made
 from tests.support.verify_breaks import (
     BREAKS,
     DOWN_INPUT,
+    DOWN_SCALE,
     EXPERT,
     GATE,
     GROUP,
@@ -27,6 +28,7 @@ from tests.support.verify_breaks import (
     UP,
     Break,
     Q,
+    at,
     both,
     configure,
     drop,
@@ -39,6 +41,7 @@ from tests.support.verify_breaks import (
     targets,
 )
 
+SIXTY_FOUR = 64  # outputs of down_proj
 V_GLOBAL, V_INPUT = (f"{LAYER}.self_attn.v_proj.{each}" for each in ("weight_global_scale", "input_global_scale"))
 
 
@@ -48,6 +51,16 @@ def reshape(name: str, *shape: int) -> Callable[[Made], object]:
 
 def convert(name: str, dtype: torch.dtype) -> Callable[[Made], object]:
     return lambda made: made.tensors.update({name: made.tensors[name].to(dtype)})
+
+
+def rename_cache_scales(pattern: str) -> Callable[[Made], object]:
+    """`k_scale` and `v_scale` under other names."""
+
+    def change(made: Made) -> None:
+        for name in [each for each in made.tensors if each.endswith((".k_scale", ".v_scale"))]:
+            made.tensors[f"{name[:-7]}{pattern.format(name[-7])}"] = made.tensors.pop(name)
+
+    return change
 
 
 def index_of_the_source(directory: Path) -> None:
@@ -126,6 +139,18 @@ OWN: dict[str, Break] = {
     ),
     "an unknown key that says nothing": Break(
         "config-keys", "group_0.weights.observer_of_tomorrow", configure(f"{GROUP}.weights.observer_of_tomorrow", None)
+    ),
+    "quantization_config in text_config": Break(
+        "quantization-config",
+        "quantization_config",
+        lambda made: made.config.update(text_config={"quantization_config": made.config.pop("quantization_config")}),
+    ),
+    "scales of rows without the second dim": at("contract", DOWN_SCALE, reshape, SIXTY_FOUR, scheme="fp8_dynamic"),
+    "older names of the cache's scales": Break(
+        "kv-scales", f"{LAYER}.self_attn.k_scale", rename_cache_scales("{}_proj.output_scale"), cache=True
+    ),
+    "other names of the cache's scales": Break(
+        "leftovers", f"{LAYER}.self_attn.k_cache_scale", rename_cache_scales("{}_cache_scale"), cache=True
     ),
     "ModelOpt's name for it": Break("quantized-is-targeted", Q, configure("quant_method", "modelopt")),
     "everything is ignored": Break("quantized-is-targeted", Q, ignore("lm_head", "re:.*")),

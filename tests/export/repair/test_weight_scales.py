@@ -20,11 +20,13 @@ from amaxbridge.export.repair import RepairReport, repair
 from amaxbridge.export.runtime import load_model_
 from amaxbridge.export.verify import verify
 from amaxbridge.mappings.errors import CheckpointError, WriteError
+from amaxbridge.mappings.fused_groups import groups_among
 from tests.export.runtime.test_runtime_load import empty_model, error, logits
 from tests.support.checkpoints import tensors_in, tensors_of
 from tests.support.checkpoints_to_verify import Made, fused, make
 from tests.support.paths import ROOT
 from tests.support.repair_breaks import share_nothing
+from tests.support.tiny_models import TINY_MODELS
 from tests.support.verify_breaks import LAYER, both, drop, fill
 from tests.sweep.file_oracle import decompress, quantization_of
 
@@ -157,6 +159,41 @@ def test_a_static_fp8_group_is_mended_as_vllm_merges_it(qwen3: Path, tmp_path: P
     for name in names:
         weight = after[name.removesuffix("_scale")].float() * after[name]
         assert error(weight, before[name]) < 0.04
+
+
+FAMILIES = {
+    "Mixtral": ".experts.7.w1",
+    "DeepSeek-V3": ".self_attn.q_a_proj",
+    "Qwen1.5-MoE": ".shared_expert.gate_proj",
+    "GLM-4.5": ".self_attn.q_proj",
+}
+"""Family → the first member of a group that it must have."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_fused_group(family: str, tmp_path: Path) -> None:
+    """w1/w3, MLA's q_a and kv_a, shared experts: the last member of every group gets a scale of its own."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TINY_MODELS[family].make(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    model_free_ptq(tmp_path / "hf", tmp_path / "bad", "nvfp4a16")
+    tensors = tensors_of(tmp_path / "bad")
+    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    groups = [group for group in groups_among(modules) if len(group.members) > 1]
+    for number, group in enumerate(groups):
+        tensors[f"{group.members[-1]}.weight_global_scale"] *= 1.5 + number % 9
+    [file] = (tmp_path / "bad").glob("*.safetensors")
+    save_file(tensors, file, metadata={"format": "pt"})
+    before = weights(tmp_path / "bad")
+    report = repair(tmp_path / "bad", tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert any(group.primary.endswith(FAMILIES[family]) for group in groups) and report.ok
+    for group in groups:
+        assert len({float(after[f"{member}.weight_global_scale"]) for member in group.members}) == 1
+    assert all(error(weight, before[module]) < 0.04 for module, weight in weights(tmp_path / "out").items())
 
 
 class TestModelOptsFormat:
