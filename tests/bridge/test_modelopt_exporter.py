@@ -1,0 +1,110 @@
+"""ModelOpt's exporter of Hugging Face models: it writes what `format=modelopt` writes, and is read back whole."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+import transformers
+from modelopt.torch.export import export_hf_checkpoint
+from torch import Tensor
+
+from amaxbridge.export import model_free_ptq
+from amaxbridge.export.dequantized import open_dequantized
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.verify import verify
+from tests.support.checkpoints import tensors_in
+from tests.support.tiny_models import config, randomize
+
+PRESETS = {
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+    "nvfp4a16": "W4A16_NVFP4_CFG",
+    "fp8": "FP8_DEFAULT_CFG",
+    "fp8_dynamic": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "mxfp8": "MXFP8_DEFAULT_CFG",
+}
+QUANTIZED = 7
+FUSED = {f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")}
+"""FP8: ModelOpt gives each member a scale of its own, and engines round all to the largest when they load."""
+EMBEDDING = "model.embed_tokens"  # which ModelOpt lists as excluded, and no engine quantizes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, whose rows and columns are made of several blocks of 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1}
+    made = config("Qwen3ForCausalLM", **sizes, head_dim=128, num_hidden_layers=1, tie_word_embeddings=False)()
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    randomize(model)
+    directory = tmp_path_factory.mktemp("plain")
+    model.bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def theirs(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What ModelOpt writes, by scheme."""
+    written = {}
+    for scheme, preset in PRESETS.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+        mtq.quantize(model, copy.deepcopy(getattr(mtq, preset)), lambda model: model(torch.arange(64)[None]))
+        written[scheme] = tmp_path_factory.mktemp(scheme)
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=str(written[scheme]))
+    return written
+
+
+def specs_of(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_in(directory).items()}
+
+
+def said_by(directory: Path) -> list[Any]:
+    """Both configs, without the embedding in their lists."""
+    beside = json.loads((directory / "hf_quant_config.json").read_text())
+    inside = json.loads((directory / "config.json").read_text())["quantization_config"]
+    for excluded in (beside["quantization"]["exclude_modules"], inside["ignore"]):
+        if EMBEDDING in excluded:
+            excluded.remove(EMBEDDING)
+    return [beside, inside]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in PRESETS if scheme not in ("nvfp4", "fp8")])
+def test_names_dtypes_shapes_and_configs(scheme: str, plain: Path, theirs: dict[str, Path], tmp_path: Path) -> None:
+    """Of schemes without calibration, whose arithmetic here is compressed-tensors'."""
+    model_free_ptq(plain, tmp_path / "out", scheme, format="modelopt")
+    assert specs_of(tmp_path / "out") == specs_of(theirs[scheme])
+    assert said_by(tmp_path / "out") == said_by(theirs[scheme])
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_what_modelopt_wrote_is_kept_bit_for_bit(scheme: str, theirs: dict[str, Path], tmp_path: Path) -> None:
+    report = model_free_ptq(theirs[scheme], tmp_path / "out", scheme, format="modelopt")
+    assert len(report.kept) == QUANTIZED
+    stored, found = tensors_in(theirs[scheme]), tensors_in(tmp_path / "out")
+    assert stored.keys() == found.keys()
+    differ = {name.rpartition(".")[0] for name, tensor in stored.items() if not same_bits(tensor, found[name])}
+    assert differ <= (FUSED if scheme == "fp8" else set())
+    assert said_by(tmp_path / "out") == said_by(theirs[scheme])
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_it_is_imported_with_its_quantizers_and_served(scheme: str, theirs: dict[str, Path]) -> None:
+    said = json.loads((theirs[scheme] / "config.json").read_text())
+    with SafetensorsCheckpoint(theirs[scheme]) as checkpoint:
+        weights = open_dequantized(checkpoint, said)
+        assert [each.name for each in weights.schemes.values()] == [scheme] * QUANTIZED
+        for module in weights.schemes:
+            assert weights.read(f"{module}.weight").isfinite().all()
+        assert {module for module, change in weights.changed.items() if change.codes} <= (
+            FUSED if scheme == "fp8" else set()
+        )
+    failures = {finding.rule for finding in verify(theirs[scheme]).verdict_of("vllm").failures}
+    assert failures == ({"fused-weight-scales"} if scheme == "fp8" else set())
