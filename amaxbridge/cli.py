@@ -24,7 +24,8 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 import amaxbridge.configs
 from amaxbridge.closed_pipe import quiet_on_closed_pipe
-from amaxbridge.configs.schema import register
+from amaxbridge.configs.option_errors import REFUSED, explained
+from amaxbridge.configs.schema import COMMANDS, register
 from amaxbridge.interrupts import Stopped, stopped_by_signals
 
 CONFIGS = Path(amaxbridge.configs.__file__).parent
@@ -35,20 +36,17 @@ CONFIGS = Path(amaxbridge.configs.__file__).parent
 def run(name: str, command: Callable[[Any], None]) -> None:
     """Runs `command` with the Hydra configuration `name`, then exits.
 
-    Hydra itself exits with 1 for a misspelled option; before the command has started, that becomes 2. Until then all
-    ranks would print the same, so only one prints.
+    Before the command has started all ranks would print the same, so only one prints.
     """
     register()
     sys.argv[1:] = map(_at_home, sys.argv[1:])
-    started = False
     silence = contextlib.ExitStack()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors are raised, to be told in our words
 
     @hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")
     def main(config: DictConfig) -> None:
-        nonlocal started
-        started = True
         silence.close()
-        sys.exit(_guarded(command, config))
+        sys.exit(_guarded(name, command, config))
 
     if not speaks():
         silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -56,13 +54,13 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     try:
         with silence:
             main()
-    except SystemExit as stop:
-        sys.exit(2 if stop.code == 1 and not started else stop.code)
+    except REFUSED as error:
+        sys.exit(_fail(Exception(explained(error, COMMANDS[name])), 2))
     except Stopped as stop:  # before the command has started
         sys.exit(_fail(stop, stop.exit_status))
 
 
-def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
+def _guarded(name: str, command: Callable[[Any], None], config: DictConfig) -> int:
     from amaxbridge.mappings.errors import AmaxbridgeError, UsageError
 
     _quiet_logging()
@@ -71,6 +69,8 @@ def _guarded(command: Callable[[Any], None], config: DictConfig) -> int:
         command(options)
     except MissingMandatoryValue as error:
         return _fail(UsageError(f"{error.full_key}= is required; --help shows all options"), UsageError.exit_status)
+    except REFUSED as error:  # a reference to no option
+        return _fail(UsageError(explained(error, COMMANDS[name])), UsageError.exit_status)
     except AmaxbridgeError as error:
         if config.debug:
             raise

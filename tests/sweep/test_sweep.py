@@ -15,8 +15,20 @@ from tests.sweep.judge_row import NOT_LOADED, RIGHT, WRONG, Case, judge
 
 pytestmark = pytest.mark.slow
 
-# Model type → the verdict on fp8_dynamic: a plain decoder, merged and split experts, packed ones with biases, a hybrid.
-TYPES = {"llama": RIGHT, "qwen3_moe": RIGHT, "gpt_oss": NOT_LOADED, "bamba": RIGHT}
+# Model type → the verdict on fp8_dynamic.
+TYPES = {
+    "llama": RIGHT,  # a plain decoder
+    "gemma2": RIGHT,  # tied by the default of its class
+    "qwen3_moe": RIGHT,  # merged and split experts, square ones
+    "deepseek_v32": RIGHT,  # indexers
+    "llama4_text": RIGHT,  # experts with inputs first
+    "granitemoe": NOT_LOADED,  # experts under other names
+    "qwen3_vl_moe": NOT_LOADED,  # published with inputs first; a tower
+    "gpt_oss": NOT_LOADED,  # interleaved experts with biases
+    "llava": RIGHT,  # files spelled otherwise than modules
+    "bamba": RIGHT,  # a hybrid
+    "t5": RIGHT,  # shared embeddings, an encoder
+}
 
 Tensors = dict[str, torch.Tensor]
 E0, E1 = "model.layers.0.mlp.experts.0.", "model.layers.0.mlp.experts.1."

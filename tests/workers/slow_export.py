@@ -1,6 +1,7 @@
 """`scripts/export.py` that stops after two bundles of each rank, until Ctrl-C comes."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,8 @@ class Stopping(NoProgress):
         self._left = 2
 
     def advance(self, *, tensors: int, nbytes: int) -> None:
-        print("a bundle", flush=True)
+        sys.stdout.write("a bundle\n")  # in one piece: the ranks share a pipe
+        sys.stdout.flush()
         self._left -= 1
         while self._left == 0:
             signal.pause()  # a signal that is ignored does not end it
