@@ -39,7 +39,7 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     Before the command has started all ranks would print the same, so only one prints.
     """
     register()
-    sys.argv[1:] = map(_at_home, sys.argv[1:])
+    sys.argv[1:] = sorted(map(_at_home, sys.argv[1:]), key=_is_option)  # Hydra takes no flag between options
     silence = contextlib.ExitStack()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors are raised, to be told in our words
 
@@ -99,6 +99,10 @@ def _at_home(word: str) -> str:
     """Expands `output=~/out`, which only some shells do, and for which Hydra's grammar has no ~."""
     option, is_option, value = word.partition("=")
     return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
+
+
+def _is_option(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _rank() -> int:

@@ -35,10 +35,10 @@ def explained(error: BaseException, schema: type) -> str:
 
 
 def _nearest(name: str, schema: type) -> str:
-    names = [known for known, _ in options_of(schema)]
-    near = [known for known in names if known.endswith(f".{name}")]  # a member without its group
-    near += difflib.get_close_matches(name, [known for known in names if known.count(".") == name.count(".")], n=1)
-    return f"Did you mean {near[0]}=? " if near else ""
+    """By the part after the last dot: an option of a group is often given without its group."""
+    options = {known.rpartition(".")[2]: known for known, _ in reversed(list(options_of(schema)))}
+    near = difflib.get_close_matches(name.rpartition(".")[2], options, n=1)
+    return f"Did you mean {options[near[0]]}=? " if near else ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

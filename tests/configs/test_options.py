@@ -70,12 +70,21 @@ def test_help_says_what_every_option_means(
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("chekpoint=x", "Key 'chekpoint' not in 'ExportConfig'"),
-        ("io.overwrit=true", "Key 'overwrit' not in 'ShardsConfig'"),
-        ("io.overwrite=perhaps", "Value 'perhaps' is not a valid bool"),
-        ("scheme=nvfp5", "Available options in 'scheme':"),
+        ("chekpoint=x", "Unknown option chekpoint=. Did you mean checkpoint=?"),
+        ("io.overwrit=true", "Unknown option io.overwrit=. Did you mean io.overwrite=?"),
+        ("tp=2", "Unknown option tp=. Did you mean parallel.tp=?"),
+        ("parallel.zz=1", "Unknown option parallel.zz=. --help"),
+        ("io.overwrite=perhaps", "io.overwrite=: Value 'perhaps' is not a valid bool"),
+        ("parallel.tp=two", "parallel.tp=: Value 'two'"),
+        ("scheme=nvfp5", "Unknown scheme=nvfp5. Use one of auto, experts_nvfp4"),
         ("amax=guess", "group_max"),
-        ("scheme.groups=[{shceme: fp8}]", "Key 'shceme' not in 'SchemeGroupConfig'"),
+        ("scheme.groups=[{shceme: fp8}]", "Unknown option shceme=. Did you mean scheme=?"),
+        ("scheme.groups=3", "scheme.groups=: Invalid value"),
+        ("overwrite", "overwrite is not name=value"),
+        ("json=/a=b", "is quoted twice"),
+        ("json=/a,b", "is quoted twice"),
+        ("json=${nothing}", "json=: Interpolation key 'nothing' not found"),
+        ("~nothing", "Could not delete from config"),
     ],
 )
 def test_wrong_options_end_with_2_and_a_message(
@@ -85,6 +94,19 @@ def test_wrong_options_end_with_2_and_a_message(
     assert status == 2
     assert said in message
     assert "Traceback" not in message
+    assert "hydra" not in message.lower()
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "Not YAML"), ("shcem: 3", "Unknown option scheme.shcem=")])
+def test_a_choice_of_the_user_s_own_that_is_none(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its flag may stand between options."""
+    (tmp_path / "scheme").mkdir()
+    (tmp_path / "scheme" / "mine.yaml").write_text(text)
+    status, _, message = run(monkeypatch, capsys, "export", "hf=b", "--config-dir", str(tmp_path), "scheme=mine")
+    assert status == 2
+    assert said in message
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if (ROOT / "scripts" / f"{name}.py").exists()])

@@ -179,35 +179,6 @@ class TestWrongArguments:
         assert "io.overwrite=true" in self.refuse(good)
         assert (tmp_path / "out" / "precious").read_text() == "mine"
 
-    @pytest.mark.parametrize(
-        ("word", "message"),
-        [
-            ("chekpoint=x", "Unknown option chekpoint=. Did you mean checkpoint=?"),
-            ("tp=2", "Did you mean parallel.tp=?"),
-            ("parallel.zz=1", "Unknown option parallel.zz=. --help"),
-            ("scheme=nvfp5", "Unknown scheme=nvfp5. Use one of auto, experts_nvfp4"),
-            ("parallel.tp=two", "parallel.tp=: Value 'two'"),
-            ("scheme.groups=3", "scheme.groups=: Invalid value"),
-            ("overwrite", "overwrite is not name=value"),
-            ("json=/a=b", "is quoted twice"),
-            ("json=/a,b", "is quoted twice"),
-            ("json=${nothing}", "json=: Interpolation key 'nothing' not found"),
-            ("~nothing", "Could not delete from config"),
-        ],
-    )
-    def test_words_that_are_no_option(self, good: dict[str, str], word: str, message: str) -> None:
-        said = self.refuse(good, word)
-        assert message in said
-        assert "hydra" not in said.lower()
-
-    @pytest.mark.parametrize(("text", "message"), [("a: [", "Not YAML"), ("shcem: 3", "Unknown option scheme.shcem=")])
-    def test_a_file_of_the_user_s_own_that_is_no_scheme(
-        self, good: dict[str, str], tmp_path: Path, text: str, message: str
-    ) -> None:
-        (own := tmp_path / "own" / "scheme").mkdir(parents=True)
-        (own / "mine.yaml").write_text(text)
-        assert message in self.refuse(good, f"--config-dir={tmp_path / 'own'}", "scheme=mine")
-
     def test_option_left_out(self, good: dict[str, str]) -> None:
         del good["checkpoint"]
         assert "checkpoint= is required" in self.refuse(good)
