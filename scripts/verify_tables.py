@@ -5,7 +5,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from amaxbridge.export.verify import Finding, Severity, VerifyReport
-from amaxbridge.export.verify.mendable import MENDABLE
 
 _SHOWN = 5
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
@@ -17,7 +16,7 @@ def verify_tables(report: VerifyReport) -> None:
     console.print(f"{report.directory}: {report.tensors:,} tensors, {_schemes(report)}, {report.rules} rules")
     if report.findings:
         console.print(_findings(report))
-        if any(each.rule in MENDABLE for each in report.failures):
+        if any(finding.mend for finding in report.findings):
             console.print(
                 f"some of it can be mended: amaxbridge repair input={report.directory} output=GOOD dry_run=true"
             )
@@ -49,7 +48,7 @@ def _findings(report: VerifyReport) -> Table:
     order = list(_COLOURS)
     for finding in sorted(report.findings, key=lambda each: order.index(each.severity)):
         then, do = escape(finding.effect), escape(finding.next_step)
-        mend = f"\n[dim]repair mends:[/] {MENDABLE[finding.rule]}" if finding.rule in MENDABLE else ""
+        mend = f"\n[dim]repair mends:[/] {finding.mend}" if finding.mend else ""
         text = f"{_problems(finding)}\n[dim]in an engine:[/] {then}\n[dim]next:[/] {do}{mend}"
         table.add_row(f"[{_COLOURS[finding.severity]}]{finding.rule}[/]", text)
     return table

@@ -66,14 +66,15 @@ def repair(
             it was read.
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
-    asked, unseen = RepairOptions(**options), unseen_policy(options.get("unseen", "error"))
+    asked = RepairOptions(**options)
+    unseen = unseen_policy(asked.unseen)
     directory, target = Path(source), resolved_output(output)
     if not directory.is_dir():
         raise UsageError(f"{directory} is not there: give a local directory")
     check_apart(directory, target)
     check_output(target, overwrite=asked.overwrite)
     companions = Companions.all_of(directory)
-    files = SourceFiles.of(directory, companions.read, hashed=asked.hash_source)
+    files = SourceFiles.of(directory, [*companions.read, *companions.weights], hashed=asked.hash_source)
     with ExitStack() as stack:
         opened = stack.enter_context(CheckpointView(directory))
         if expected is not None:
@@ -84,11 +85,11 @@ def repair(
         recorded = read_record(directory) or {} if found.changes else {}
         plan = RepairPlan(target, found, files, companions, expected, recorded, asked.record or {})
         report = RepairReport(directory, found.changes, found.refusals, before, after, plan.changed)
-        if asked.dry_run or not (found.changes or asked.copy or not before.ok):
+        if not (after.ok or asked.dry_run) and asked.verify:
+            raise CheckpointError(_hopeless(report))
+        if asked.dry_run or not (found.changes or asked.copy):
             files.check_unchanged()
             return report
-        if not after.ok and asked.verify:
-            raise CheckpointError(_hopeless(report))
         outcome = write_directory(plan, Apart(ALONE), plan.write, asked)
     return replace(report, written=True, resumed=outcome.resumed)
 

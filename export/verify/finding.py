@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from amaxbridge.export.verify.checkpoint_view import CheckpointView
+from amaxbridge.export.verify.mendable import MENDABLE
 
 
 class Severity(StrEnum):
@@ -61,6 +62,11 @@ class Finding:
     def of_all(self) -> bool:
         """True if a problem is one of every engine."""
         return any(not each.engine for each in self.problems)
+
+    @property
+    def mend(self) -> str | None:
+        """What `repair` makes of it; None if nothing, or for a note."""
+        return None if self.severity is Severity.NOTE else MENDABLE.get(self.rule)
 
     @property
     def tensors(self) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from amaxbridge.export.architectures.engines import ENGINES, RUNTIME, Engine
 from amaxbridge.export.verify.finding import Finding, Severity
-from amaxbridge.export.verify.mendable import MENDABLE
 from amaxbridge.export.verify.parallel_sizes import ParallelSize
 from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
 from amaxbridge.mappings.errors import CheckpointError, listing
@@ -173,7 +172,7 @@ class VerifyReport:
                     "severity": str(finding.severity),
                     "in_an_engine": finding.effect,
                     "next_step": finding.next_step,
-                    "repair": MENDABLE.get(finding.rule),
+                    "repair": finding.mend,
                     "problems": [
                         {"subject": each.subject, "what": each.what, "engine": each.engine} for each in finding.problems
                     ],

@@ -11,9 +11,18 @@ from omegaconf import OmegaConf
 
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.configs.options import options_of
-from amaxbridge.configs.schema import ExportConfig, QuantizeConfig
+from amaxbridge.configs.schema import ExportConfig, QuantizeConfig, RepairConfig
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
-from amaxbridge.output_options import COMMAND_LINE, MEANING, OutputKeywords, OutputOptions, SaveKeywords, SaveOptions
+from amaxbridge.output_options import (
+    COMMAND_LINE,
+    MEANING,
+    OutputKeywords,
+    OutputOptions,
+    RepairKeywords,
+    RepairOptions,
+    SaveKeywords,
+    SaveOptions,
+)
 from tests.support.paths import ROOT
 
 OPTIONS = dataclasses.fields(SaveOptions)
@@ -30,6 +39,18 @@ def test_the_keywords_are_the_options() -> None:
     for name, kind in SaveKeywords.__annotations__.items():
         assert getattr(kind, "__forward_arg__", kind) == declared[name], name
     assert get_type_hints(OutputOptions, {"Progress": object, "Recipe": object})["overwrite"] is bool
+
+
+def test_a_repair_has_those_of_an_export_and_its_own() -> None:
+    declared = {each.name: each for each in dataclasses.fields(RepairOptions)}
+    assert RepairKeywords.__annotations__.keys() == declared.keys()
+    shared = {each.name: each for each in dataclasses.fields(OutputOptions) if each.name in declared}
+    assert len(shared) == 6 and declared.keys() - shared.keys() == {"unseen", "copy"}
+    assert all(each.default == declared[name].default for name, each in shared.items())
+    on_command_line: dict[str, Any] = dict(options_of(RepairConfig))
+    for each in declared.values():
+        name = each.metadata[COMMAND_LINE]
+        assert name is None or on_command_line[name].metadata[MEANING] == each.metadata[MEANING]
 
 
 def test_python_takes_the_options_of_the_command_line() -> None:

@@ -1,6 +1,6 @@
 """Unequal global scales: what compressed-tensors, our runtime and `verify` read after the repair, and before."""
 
-import json
+import errno
 import os
 import shutil
 import signal
@@ -267,20 +267,28 @@ class TestInterrupted:
     ) -> None:
         """The disk is full in the middle: finished files stay, and the next run only writes the others."""
         write, calls = os.pwrite, iter(range(10**6))
-        left = sum(name.endswith(".safetensors") for name in expected) * 6
-
-        def pwrite(*args: object) -> int:
-            if next(calls) > left:
-                raise OSError(28, "No space left on device")
-            return write(*args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        monkeypatch.setattr(os, "pwrite", lambda *args: _full() if next(calls) > 60 else write(*args))
         with pytest.raises(WriteError, match="No space left on device"):
             repair(experts / "bad", tmp_path / "out")
         monkeypatch.undo()
         assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
         assert 0 < repair(experts / "bad", tmp_path / "out").resumed < len(expected)
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+
+    def test_another_source_is_made_anew(self, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tensor file was written anew since: what the interrupted run made of it does not count."""
+        shutil.copytree(experts / "bad", tmp_path / "bad")
+        write, calls = os.pwrite, iter(range(10**6))
+        monkeypatch.setattr(os, "pwrite", lambda *args: _full() if next(calls) > 60 else write(*args))
+        with pytest.raises(WriteError, match="No space left on device"):
+            repair(tmp_path / "bad", tmp_path / "out")
+        monkeypatch.undo()
+        file = tmp_path / "bad" / "model-00001-of-00007.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert repair(tmp_path / "bad", tmp_path / "out").resumed == 0
+        assert (tmp_path / "out" / file.name).read_bytes()[-1] == data[-1]
 
     def test_killed(self, experts: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
         """SIGKILL after some writes: nothing is at the output, and the next run ends with the same bytes."""
@@ -298,19 +306,25 @@ class TestInterrupted:
         repair(experts / "bad", tmp_path / "out")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
-    def test_a_source_that_changes(self, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00007.safetensors", "tokenizer.json"])
+    def test_a_source_that_changes(
+        self, name: str, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         shutil.copytree(experts / "bad", tmp_path / "bad")
-        done = ShardWriter.done
+        done, file = ShardWriter.done, tmp_path / "bad" / name
 
         def touch(writer: ShardWriter, bundle: str) -> None:
             done(writer, bundle)
-            config = json.loads((tmp_path / "bad" / "config.json").read_text())
-            (tmp_path / "bad" / "config.json").write_text(json.dumps({**config, "more": 1}))
+            file.write_bytes(file.read_bytes())
 
         monkeypatch.setattr(ShardWriter, "done", touch)
         with pytest.raises(CheckpointError, match="changed while they were read"):
             repair(tmp_path / "bad", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def _full() -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_all_pairs_are_mended(experts: Path, tmp_path: Path) -> None:
