@@ -150,16 +150,8 @@ def model_free_ptq(
         plan.finalizer.finite = finite
         check_targets(recipe, plan.modules, tied=bool(config.get("tie_word_embeddings")))
         check_ignored(asked.ignore, {*plan.modules, *plan.finalizer.ignore})
-        if lonely := plan.incomplete_groups:
-            _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
         report = _report(plan, checkpoint, quantized)
-        if quantized is not None:
-            _log.info(
-                "the source is quantized (%s): %d modules, of which %d are kept as they are",
-                ", ".join(quantized.formats),
-                len(quantized.weights),
-                len(report.kept),
-            )
+        _tell(plan, report, quantized)
         if asked.dry_run:
             return report
         directory = DirectoryPlan(
@@ -188,6 +180,19 @@ def model_free_ptq(
             asked,
         )
     return replace(report, resumed=outcome.resumed)
+
+
+def _tell(plan: ShardPlan, report: ModelFreeReport, quantized: QuantizedSource | None) -> None:
+    """Logs what is unusual about the source."""
+    if lonely := plan.incomplete_groups:
+        _log.warning("%d fused groups lack a member that other layers have:%s", len(lonely), listing(lonely))
+    if quantized is not None:
+        _log.info(
+            "the source is quantized (%s): %d modules, of which %d are kept as they are",
+            ", ".join(quantized.formats),
+            len(quantized.weights),
+            len(report.kept),
+        )
 
 
 def chain_of(
