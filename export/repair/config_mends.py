@@ -128,7 +128,9 @@ def _keys(view: MendedView, unseen: Unseen) -> Iterator[Found]:
         return
     raw = deepcopy(dict(view.quantization.raw))
     removed: dict[str, str] = {}
-    for where, arguments_of in view.quantization.arguments():
+    every = [*view.quantization.arguments()]
+    gated = any(arguments_of.get("scale_dtype") is not None for _, arguments_of in every)  # and so refused anyway
+    for where, arguments_of in () if gated else every:
         if arguments_of.get("zp_dtype") is not None and arguments_of.get("symmetric", True) is True:
             removed[f"{where}.zp_dtype"] = "symmetric codes have no zero points; vLLM 0.10.2 to 0.13 refuse the key"
     for key in view.quantization.unknown_keys:
@@ -208,8 +210,9 @@ MENDS = (
         "keys",
         ("config-keys", "version-gate"),
         "keys that compressed-tensors or versions of engines refuse",
-        "unknown keys that are null or empty, and zp_dtype of symmetric codes, are removed; keys that say something "
-        "are refused; scale_dtype stays, because it decides how activations are rounded",
+        "unknown keys that are null or empty are removed; so is zp_dtype of symmetric codes, where no scale_dtype "
+        "stands, which the same versions refuse, and which stays because it decides how activations are rounded; keys "
+        "that say something are refused",
         _keys,
     ),
     Mend(

@@ -152,6 +152,12 @@ OWN: dict[str, Break] = {
     "other names of the cache's scales": Break(
         "leftovers", f"{LAYER}.self_attn.k_cache_scale", rename_cache_scales("{}_cache_scale"), cache=True
     ),
+    "a key of some versions, and no other of them": Break(
+        "version-gate",
+        "group_0.weights.zp_dtype",
+        configure(f"{GROUP}.weights.zp_dtype", "torch.int8"),
+        scheme="nvfp4a16",
+    ),
     "ModelOpt's name for it": Break("quantized-is-targeted", Q, configure("quant_method", "modelopt")),
     "everything is ignored": Break("quantized-is-targeted", Q, ignore("lm_head", "re:.*")),
     "targets that match nothing": Break("quantized-is-targeted", Q, targets(r"re:transformer\..*_proj$")),
@@ -173,7 +179,7 @@ OWN: dict[str, Break] = {
 SAME = (
     "no index", "a tensor in the index only", "a tensor in a header only", "a tensor in two files",
     "a wrong total size", "quantization_config under its old name", "another method", "ModelOpt's file beside it",
-    "a key of some versions", "a group with a name of its own", "a format of another", "a global format of another",
+    "a group with a name of its own", "a format of another", "a global format of another",
     "a class and a name",
     "no regular expression", "input scales of weights only", "scales as bytes", "a quantizer's buffer",
     "another format's scale", "a cache without its scheme", "a part of a fused layer is ignored",
@@ -207,7 +213,8 @@ REFUSED = (
 """Nothing in these checkpoints says what would be right, so nothing is written."""
 
 NOT_OURS = (
-    "no tokenizer", "an unknown scheme", "no layers for prediction", "an architecture that is not known",
+    "no tokenizer", "a key of some versions", "an unknown scheme", "no layers for prediction",
+    "an architecture that is not known",
     "a layer that Marlin has no tile for", "an expert far off", "an amax far above the weights",
     "an indexer that vLLM builds in 16 bits", "an indexer that SGLang builds in 16 bits",
     "a mixer that vLLM builds in 16 bits", "a group of an architecture's own, quantized in part",

@@ -145,6 +145,25 @@ def test_nothing_right_is_changed(scheme: str, model: str, good: Callable[..., M
         assert files_of(tmp_path / "out") == before == files_of(tmp_path / "good")
 
 
+@pytest.mark.parametrize(
+    ("model", "scheme"), [(DENSE, "nvfp4"), (MOE, "nvfp4a16"), (DENSE, "w4a16"), (MOE, "fp8_dynamic")]
+)
+def test_what_other_programs_write_is_right(model: str, scheme: str, good: Callable[..., Made], tmp_path: Path) -> None:
+    """llm-compressor's config: keys that say nothing to an engine, patterns in `ignore`, names that nothing has."""
+    made = good(model, scheme)
+    group, quantization = made.group, made.quantization
+    for part in ("weights", "input_activations"):
+        if group[part] is not None:
+            group[part] |= {"observer": "static_minmax", "observer_kwargs": {}, "actorder": None}
+            group[part] |= {"zp_dtype": "torch.float8_e4m3fn", "scale_dtype": "torch.float8_e4m3fn"}
+    quantization["ignore"] = ["lm_head", r"re:.*\.mlp\.gate$", "re:vision_tower.*", "model.layers.99.mlp.gate"]
+    quantization |= {"version": "0.20.0", "global_compression_ratio": None, "kv_cache_scheme": None}
+    quantization |= {"sparsity_config": {}, "transform_config": {}, "moe_sparsity_config": None}
+    made.write(tmp_path / "good")
+    report = repair(tmp_path / "good", tmp_path / "out")
+    assert not (report.changes or report.refusals or report.written) and report.ok, report.changes
+
+
 class TestFiles:
     def test_only_what_changes_is_written_anew(self, good: Callable[..., Made], tmp_path: Path) -> None:
         made = good()
