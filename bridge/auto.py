@@ -36,6 +36,7 @@ from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, files_of
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
@@ -101,7 +102,7 @@ class AutoBridge:
             UsageError: the arguments are missing, or fit no family, or fit several.
             CheckpointError: not a distributed checkpoint.
         """
-        return cls(model_of_arguments(Path(checkpoint), architecture=architecture, vocab_size=vocab_size), ranks)
+        return cls(model_of_arguments(given_path(checkpoint), architecture=architecture, vocab_size=vocab_size), ranks)
 
     def collect_quant_state(self, model: Model) -> QuantState:
         """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks.
@@ -223,7 +224,7 @@ class AutoBridge:
         Raises:
             CheckpointError: not a distributed checkpoint, a damaged one, or not the model of config.json.
         """
-        checkpoint, path = Path(checkpoint).expanduser(), resolved_output(path)
+        checkpoint, path = given_path(checkpoint), resolved_output(path)
         check_spared(checkpoint, path)
         saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
         files = files_of(checkpoint, hashed=saver.options.hash_source)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
@@ -251,7 +252,7 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
     Raises:
         UsageError: values of config.json contradict one another.
     """
-    if not (directory / CONFIG_FILE).is_file():  # transformers would look for it on the Hub
+    if not (given_path(directory) / CONFIG_FILE).is_file():  # transformers would look for it on the Hub
         return None
     if not installed(_TRANSFORMERS):
         _log.warning("%s", NOT_COMPARED)

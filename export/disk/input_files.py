@@ -84,7 +84,10 @@ def identity(found: os.stat_result) -> tuple[int, ...]:
 def _open(path: Path, inside: Path | None) -> int:
     if inside is not None:  # before it is opened, because opening a device may do something
         refuse_leaving(path, inside)
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe would never open
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe would never open
+    except ValueError as error:  # no file has such a name
+        raise CheckpointError(f"{str(path)!a} cannot be read: {error}") from error
     try:
         kind = stat.S_IFMT(os.fstat(file).st_mode)
         if kind != stat.S_IFREG:

@@ -5,11 +5,12 @@ must stay inside the input's directory, and inside the output once it is used th
 absolute path would overwrite files of the user, and a link to `~/.ssh/id_ed25519` would publish one.
 """
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 
 _LONGEST = 255  # bytes of a part of a path, on every file system of Linux
 _MOST = 16  # parts
@@ -56,6 +57,11 @@ def refuse_alike(names: Iterable[str], named_by: Path | str) -> None:
         )
 
 
+def _readable(path: str | Path) -> str:
+    text = str(path)
+    return text if text.isprintable() and len(text) <= _SHOWN else _shown(text)
+
+
 def _shown(name: object) -> str:
     text = ascii(name)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters)"
@@ -74,7 +80,7 @@ def leaves(path: Path, directory: Path) -> bool:
 
     The files of a snapshot in the Hub's cache are links to `blobs/` of the same cache entry; these count as inside.
     """
-    root = directory.resolve()
+    root = resolved(directory)
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     return not any(resolved(path).is_relative_to(each) for each in roots)
 
@@ -83,12 +89,31 @@ def resolved(path: Path) -> Path:
     """Where a path leads, through every link.
 
     Raises:
-        CheckpointError: its links lead in a circle.
+        CheckpointError: its links lead in a circle, or it is no path.
     """
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # which of them depends on Python's version
         raise CheckpointError(f"{path} is a link that leads in a circle: put the file there") from error
+    except ValueError as error:
+        raise CheckpointError(f"{_readable(path)} cannot be read: {error}") from error
+
+
+def given_path(path: str | Path) -> Path:
+    """A path that a user gives, with `~` expanded. It need not lead anywhere.
+
+    Raises:
+        UsageError: it cannot be followed: its links lead in a circle, a name is too long or is none, a directory may
+            not be looked into, there is no such user's home.
+    """
+    try:
+        given = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            given.stat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{_readable(path)} leads nowhere ({why}): give another path") from error
+    return given
 
 
 def refuse_leaving(path: Path, directory: Path, *, named: Path | None = None) -> None:

@@ -9,12 +9,12 @@ A staging directory carries a mark: a file that is made first in it and removed 
 directory and no mark is somebody's, and is never touched.
 """
 
-import contextlib
 import os
 import re
 from pathlib import Path
 
-from amaxbridge.mappings.errors import OutputExistsError, UsageError
+from amaxbridge.export.disk.input_paths import given_path
+from amaxbridge.mappings.errors import OutputExistsError
 
 MARK = ".amaxbridge.lock"
 """The file that marks a staging directory as ours; processes that open, complete or remove it hold its lock."""
@@ -27,17 +27,9 @@ def resolved_output(path: str | Path) -> Path:
     """The directory that a user's path leads to, through every link; it need not exist.
 
     Raises:
-        UsageError: the path cannot be followed: its links lead in a circle, a name is too long, a directory may not be
-            looked into, there is no such user's home.
+        UsageError: as `given_path`.
     """
-    try:
-        resolved = Path(path).expanduser().resolve()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            resolved.stat()
-    except (OSError, RuntimeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(f"output {path} leads nowhere ({why}); choose another output") from error
-    return resolved
+    return given_path(path).resolve()
 
 
 def must_stay(target: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.output.config_and_index import read_config_json
 from amaxbridge.export.schemes.recipe import Groups, Recipe
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_named
@@ -26,7 +27,7 @@ def model_directory(name: str | Path, *, weights: bool) -> Path:
     Raises:
         UsageError: there is no such directory and no such model.
     """
-    path = Path(name).expanduser()
+    path = given_path(name)
     if path.is_dir():
         return path
     here = path.absolute()

@@ -28,7 +28,7 @@ from amaxbridge.export.output.finalizer import NothingToQuantizeError
 from amaxbridge.export.output.finished_directory import BundleWriter
 from amaxbridge.export.quantization_declared import declared_quantization
 from amaxbridge.export.schemes import find_scheme
-from amaxbridge.mappings.errors import MappingError, listing
+from amaxbridge.mappings.errors import MappingError, OutputExistsError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of
 
 type Wanted = Mapping[str, Sequence[str] | None]
@@ -55,6 +55,8 @@ def process_file(
         Bytes of all tensors, and tensor → file name.
     """
     save_path = resolved_output(save_path)
+    if save_path.exists() and not save_path.is_file():  # a directory, or a device: it would be replaced
+        raise OutputExistsError(f"{save_path} exists and is not a file: choose another output")
     with (
         _file_plan(inverse_weight_map, save_path, scheme, ignore, converter) as (plan, sources),
         StagedDirectory(save_path) as staged,

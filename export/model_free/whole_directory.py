@@ -17,7 +17,7 @@ from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups, mi
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.architectures.facts import Architecture, Guess
-from amaxbridge.export.disk.input_paths import refuse_alike
+from amaxbridge.export.disk.input_paths import given_path, refuse_alike
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
@@ -143,7 +143,7 @@ def model_free_ptq(
         quantized = None if chain else recognize(checkpoint.tensors, declared, wanted=named)
         check_cache(checkpoint.tensors, declared)
         if isinstance(quant_state, str | Path):
-            quant_state = read_quant_state(Path(quant_state), config, checkpoint.tensors)
+            quant_state = read_quant_state(given_path(quant_state), config, checkpoint.tensors)
         plan = _plan(checkpoint, recipe, quant_state, config, knowledge, quantized, chain, missing, mixed)
         if isinstance(knowledge, Guess) and architecture is None and recipe is not None:
             raise UsageError(unknown_architecture(config, source, plan.finalizer))

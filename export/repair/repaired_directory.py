@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from amaxbridge.export.architectures.facts import GUESS
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.row_chunks import Written
 from amaxbridge.export.disk.safetensors_file import SafetensorsFile, StoredTensor
@@ -68,7 +69,7 @@ def repair(
     """
     asked = RepairOptions(**options)
     unseen = unseen_policy(asked.unseen)
-    directory, target = Path(source), resolved_output(output)
+    directory, target = given_path(source), resolved_output(output)
     if not directory.is_dir():
         raise UsageError(f"{directory} is not there: give a local directory")
     check_apart(directory, target)

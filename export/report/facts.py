@@ -16,6 +16,7 @@ from torch import Tensor
 from amaxbridge.export.amax.amax_from_scales import SharedScale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import read_quant_state
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
@@ -141,13 +142,13 @@ def gather(
         UsageError: the directory does not exist, or the state is of another model.
         CheckpointError: a metadata file is not JSON, or a file changed meanwhile.
     """
-    if not directory.is_dir():
+    if not given_path(directory).is_dir():
         raise UsageError(f"{directory} does not exist: give a local directory")
     with explaining_reads(directory):
         names = [name for name in os.listdir(directory) if name.endswith((".json", ".safetensors"))]
     noted = SourceFiles.of(directory, names)  # the directory is read three times
     config = read_config_json(directory)
-    if reference is not None and not reference.is_dir():
+    if reference is not None and not given_path(reference).is_dir():
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
     state = read_quant_state(kept, config) if quant_state or os.path.lexists(kept) else None

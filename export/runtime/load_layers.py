@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amaxbridge.export.architectures.engines import members_of
+from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.strict_json import read_json_object
@@ -119,7 +120,7 @@ def load_linear(
         CheckpointError: a tensor is missing, does not fit, or is one that its format does not know; or a file changed.
         MappingError: the format does not divide the layer into so many ranks.
     """
-    with _Reader(Path(directory)) as reader:
+    with _Reader(given_path(directory)) as reader:
         return reader.linear(module_name, dtype, (tp_rank, tp_size, tp_dim))
 
 
@@ -133,7 +134,7 @@ def load_model_(model: nn.Module, directory: Path | str) -> None:
     Raises:
         CheckpointError: tensors that the model has no place for, or parameters that the checkpoint has no tensor for.
     """
-    with _Reader(Path(directory)) as reader:
+    with _Reader(given_path(directory)) as reader:
         tied = _tied(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name in reader.modules and reader.method(name, module) is not None:

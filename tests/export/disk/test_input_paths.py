@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from amaxbridge.export import model_free_ptq
 from amaxbridge.export.disk.input_paths import checked_name, leaves, weight_file_name
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.model_free.per_file import process_file
 from amaxbridge.export.report import write_report
-from amaxbridge.mappings.errors import CheckpointError
+from amaxbridge.mappings.errors import CheckpointError, OutputExistsError
 from tests.support.checkpoints import dense_model, write_checkpoint
 
 OUTWARDS = (
@@ -245,3 +246,13 @@ def test_a_report_writes_through_no_link(source: Path, tmp_path: Path, name: str
         assert "outside of" in str(error)
     assert victim.read_bytes() == before
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+def test_a_file_replaces_only_files(source: Path, tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "place"
+    (os.mkfifo if kind == "pipe" else os.mkdir)(place)
+    with pytest.raises(OutputExistsError, match="exists and is not a file"):
+        process_file({str(source / "first.safetensors"): None}, place, "nvfp4a16")
+    assert not place.is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("place")] == ["place"]

@@ -74,7 +74,7 @@ class TestLinks:
     def test_links_in_a_circle(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "a").symlink_to(tmp_path / "b")
         (tmp_path / "b").symlink_to(tmp_path / "a")
-        with pytest.raises(UsageError, match="choose another output"):
+        with pytest.raises(UsageError, match="Too many levels of symbolic links"):
             model_free_ptq(source, tmp_path / "a" / "out", "nvfp4a16")
 
     def test_a_link_to_the_source_is_the_source(self, source: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ REFUSED = {
     "an empty directory that is not writable": ("UsageError", r"is not writable for this user: make it so"),
     "neither it nor its parent is writable": ("UsageError", r"is not writable for this user: make it so"),
     "a name as long as names can be": ("UsageError", r"File name too long; choose another output"),
-    "a name that is too long": ("UsageError", r"leads nowhere \(File name too long\); choose another output"),
+    "a name that is too long": ("UsageError", r"leads nowhere \(File name too long\): give another path"),
     "a directory that cannot be looked into": ("UsageError", r"leads nowhere \(Permission denied\)"),
 }
 
