@@ -253,7 +253,7 @@ def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any
 
 
 def _is_in_our_schemes(checkpoint: SafetensorsCheckpoint, said: Mapping[str, Any]) -> bool:
-    """True if a config of ModelOpt has algorithms of our schemes alone, and inputs are multiplied by nothing.
+    """True if a config of ModelOpt has algorithms of our schemes alone, inputs too, and nothing multiplies inputs.
 
     Raises:
         UnsupportedQuantizationError: something else in it is not understood.
@@ -261,7 +261,8 @@ def _is_in_our_schemes(checkpoint: SafetensorsCheckpoint, said: Mapping[str, Any
     config = read_quant_config(said)
     others = [fault for fault in config.faults if fault.where in _READ_BY_CONVERTERS]
     replace(config, faults=tuple(fault for fault in config.faults if fault not in others)).checked()
-    return not others and not any(name.endswith(".pre_quant_scale") for name in checkpoint.weight_map)
+    says_all = not others and all(group.scheme is None or group.scheme.says_inputs for group in config.groups)
+    return says_all and not any(name.endswith(".pre_quant_scale") for name in checkpoint.weight_map)
 
 
 class _Local(Mapping[str, Tensor]):

@@ -25,6 +25,7 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """The format's, not the program's: engines ask for this name. The version is the one whose format is written."""
 MIXED = "MIXED_PRECISION"
 _IN_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")  # the algorithms for which ModelOpt writes config_groups
+_WITHOUT_SIZE = ("mxfp4",)  # the algorithm whose group_size ModelOpt does not write
 _CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _RECORDED = frozenset(("producer", "quant_method", "config_groups", "group_size"))  # they follow from the algorithm
 _READ = frozenset(
@@ -78,7 +79,7 @@ def in_config_json(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
-    width = scheme.signature.weights.group_size
+    width = scheme.signature.weights.group_size if scheme.stored_as not in _WITHOUT_SIZE else None
     return {"quant_algo": scheme.stored_as, **({"group_size": width} if width else {})}
 
 

@@ -13,6 +13,8 @@ what is stored of NVFP4's two global scales: multipliers in place of divisors.
     fp8_dynamic   FP8_PER_CHANNEL_PER_TOKEN   weight_scale [out, 1]      weight_scale [out] fp32
     fp8_block     fp8_pb_wo                   weight_scale [o, i]        weight_scale [o, 1, i, 1] fp32
     mxfp8         MXFP8                       the same
+    mxfp4a16      mxfp4                       weight_packed              weight
+    mxfp4         mxfp4                       weight_packed              weight
 
 The names are those of ModelOpt 0.47's exporters. Its other algorithms are not written, each for a reason that the
 refusal gives.
@@ -33,6 +35,7 @@ from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.export.schemes.fp8 import FP8
 from amaxbridge.export.schemes.fp8_block import FP8_BLOCK
 from amaxbridge.export.schemes.fp8_dynamic import FP8_DYNAMIC
+from amaxbridge.export.schemes.mxfp4 import MXFP4, MXFP4A16
 from amaxbridge.export.schemes.mxfp8 import MXFP8
 from amaxbridge.export.schemes.nvfp4 import NVFP4
 from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
@@ -52,12 +55,15 @@ _BY_ALGORITHM: Mapping[str, Scheme] = MappingProxyType(
         "FP8_PER_CHANNEL_PER_TOKEN": FP8_DYNAMIC,
         "fp8_pb_wo": FP8_BLOCK,
         "MXFP8": MXFP8,
+        "mxfp4": MXFP4A16,
     }
 )
-_ALGORITHMS: Mapping[str, str] = MappingProxyType({scheme.name: name for name, scheme in _BY_ALGORITHM.items()})
+"""Algorithm → the scheme with its weights, and with its inputs where the algorithm says how they are quantized."""
+_ALGORITHMS: Mapping[str, str] = MappingProxyType(
+    {**{scheme.name: name for name, scheme in _BY_ALGORITHM.items()}, MXFP4.name: "mxfp4"}
+)
 _WITHOUT: Mapping[str, str] = MappingProxyType(
     {
-        "mxfp4": "ModelOpt's exporter calls it mxfp4, which neither vLLM nor SGLang reads",
         "w4afp8": "ModelOpt's W4A8_AWQ has static inputs and FP8 scales of weights, which this scheme has not",
         "w4a16": "ModelOpt's W4A16_AWQ is for AWQ, whose scales of inputs this scheme has not",
         "w8a8": "ModelOpt's W8A8_SQ_PER_CHANNEL has static inputs, and this scheme's are scaled token by token",
@@ -86,6 +92,11 @@ class ModelOptScheme(Scheme):
     @property
     def stored_as(self) -> str:
         return _ALGORITHMS[self.base.name]
+
+    @property
+    def says_inputs(self) -> bool:
+        """True if the algorithm says how inputs are quantized: `mxfp4` stands for weights alone, and for both."""
+        return self.stored_as != _ALGORITHMS[MXFP4.name]
 
     @property
     def blocks(self) -> Blocks:
@@ -225,7 +236,7 @@ def scheme_of_algorithm(name: str) -> ModelOptScheme | None:
 
 def modelopt_schemes() -> list[ModelOptScheme]:
     """Every scheme in ModelOpt's format."""
-    return [in_modelopt(scheme) for scheme in _BY_ALGORITHM.values()]
+    return [in_modelopt(scheme) for scheme in (*_BY_ALGORITHM.values(), MXFP4)]
 
 
 def algorithms() -> list[str]:

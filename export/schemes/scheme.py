@@ -95,6 +95,11 @@ class Scheme(ABC):
         return str(self.config_group["format"])
 
     @property
+    def says_inputs(self) -> bool:
+        """True if the config of its files says how inputs are quantized."""
+        return True
+
+    @property
     def served_as(self) -> str:
         """Its entry in the tables of engines."""
         return self.name if self.plain is self else f"{self.file_format} {self.name}"

@@ -16,6 +16,7 @@ from amaxbridge.export import model_free_ptq
 from amaxbridge.export.dequantized import open_dequantized
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.verify import verify
+from amaxbridge.mappings.errors import CheckpointError
 from tests.support.checkpoints import tensors_in
 from tests.support.tiny_models import config, randomize
 
@@ -26,7 +27,9 @@ PRESETS = {
     "fp8_dynamic": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
     "mxfp8": "MXFP8_DEFAULT_CFG",
+    "mxfp4": "MXFP4_DEFAULT_CFG",
 }
+UNSERVED = ("mxfp4",)  # whose config does not say if inputs are quantized
 QUANTIZED = 7
 FUSED = {f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")}
 """FP8: ModelOpt gives each member a scale of its own, and engines round all to the largest when they load."""
@@ -79,14 +82,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 @pytest.mark.parametrize("scheme", [scheme for scheme in PRESETS if scheme not in ("nvfp4", "fp8")])
 def test_names_dtypes_shapes_and_configs(scheme: str, plain: Path, theirs: dict[str, Path], tmp_path: Path) -> None:
     """Of schemes without calibration, whose arithmetic here is compressed-tensors'."""
-    model_free_ptq(plain, tmp_path / "out", scheme, format="modelopt")
+    model_free_ptq(plain, tmp_path / "out", scheme, format="modelopt", verify=scheme not in UNSERVED)
     assert specs_of(tmp_path / "out") == specs_of(theirs[scheme])
     assert said_by(tmp_path / "out") == said_by(theirs[scheme])
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_what_modelopt_wrote_is_kept_bit_for_bit(scheme: str, theirs: dict[str, Path], tmp_path: Path) -> None:
-    report = model_free_ptq(theirs[scheme], tmp_path / "out", scheme, format="modelopt")
+    served = scheme not in UNSERVED
+    report = model_free_ptq(theirs[scheme], tmp_path / "out", scheme, format="modelopt", verify=served)
     assert len(report.kept) == QUANTIZED
     stored, found = tensors_in(theirs[scheme]), tensors_in(tmp_path / "out")
     assert stored.keys() == found.keys()
@@ -95,7 +99,7 @@ def test_what_modelopt_wrote_is_kept_bit_for_bit(scheme: str, theirs: dict[str, 
     assert said_by(tmp_path / "out") == said_by(theirs[scheme])
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
+@pytest.mark.parametrize("scheme", [scheme for scheme in PRESETS if scheme not in UNSERVED])
 def test_it_is_imported_with_its_quantizers_and_served(scheme: str, theirs: dict[str, Path]) -> None:
     said = json.loads((theirs[scheme] / "config.json").read_text())
     with SafetensorsCheckpoint(theirs[scheme]) as checkpoint:
@@ -108,3 +112,21 @@ def test_it_is_imported_with_its_quantizers_and_served(scheme: str, theirs: dict
         )
     failures = {finding.rule for finding in verify(theirs[scheme]).verdict_of("vllm").failures}
     assert failures == ({"fused-weight-scales"} if scheme == "fp8" else set())
+
+
+def test_mxfp4_is_imported_in_16_bits_and_written_only_if_asked_twice(
+    plain: Path, theirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """ModelOpt's `mxfp4` stands for quantized inputs and for plain ones, and the engines do not know it."""
+    said = json.loads((theirs["mxfp4"] / "config.json").read_text())
+    with SafetensorsCheckpoint(theirs["mxfp4"]) as checkpoint:
+        weights = open_dequantized(checkpoint, said)
+        assert not weights.schemes
+        assert len(weights.dequantized) == QUANTIZED
+    for engine in ("vllm", "sglang", "transformers", "runtime"):
+        assert not verify(theirs["mxfp4"]).verdict_of(engine).serves
+    for scheme in ("mxfp4", "mxfp4a16"):
+        with pytest.raises(CheckpointError, match="ModelOpt currently only supports"):
+            model_free_ptq(plain, tmp_path / "refused", scheme, format="modelopt")
+        model_free_ptq(plain, tmp_path / scheme, scheme, format="modelopt", verify=False)
+    assert specs_of(tmp_path / "mxfp4") == specs_of(tmp_path / "mxfp4a16") == specs_of(theirs["mxfp4"])
