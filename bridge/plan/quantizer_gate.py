@@ -140,8 +140,8 @@ _LOW_RANK = Bound(
 )
 _CHAIN = Bound(
     _never,
-    "weights are rounded several times: FP8 values of INT4 codes times scales are no codes times scales, so W4AFP8 "
-    "cannot hold them; and its engines scale inputs token by token",
+    "weights are rounded several times, to values that codes times scales (W4AFP8) cannot hold; and its engines scale "
+    "inputs token by token",
     "calibrate with one INT4 quantizer for weights, and FP8 inputs per token (block_sizes={-1: None}, type='dynamic'), "
     "which scheme=w4afp8 writes; or write these weights unquantized (ignore=)",
 )

@@ -22,6 +22,8 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 _FORMAT = "fp8"  # of a cache quantizer, in the words of a `QuantState`
 _QUANTIZERS = ("k", "v")
+CACHE_QUANTIZERS = (".k_bmm_quantizer", ".v_bmm_quantizer")
+"""Ends of the names of the cache's quantizers."""
 
 
 def cache_amax(state: QuantState) -> Iterator[tuple[str, str]]:

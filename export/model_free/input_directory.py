@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from amaxbridge.export.disk.input_paths import given_path
-from amaxbridge.export.output.config_and_index import read_config_json
+from amaxbridge.export.output.config_and_index import fused_layers, read_config_json
 from amaxbridge.export.schemes.recipe import Groups, Recipe
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_named
 from amaxbridge.mappings.errors import UsageError, listing
@@ -76,8 +76,12 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def check_ignored(ignore: Sequence[str], modules: Iterable[str]) -> None:
-    """Refuses `ignore` entries that match nothing: a misspelling would quantize what the user meant to keep."""
+    """Refuses `ignore` entries that match nothing: a misspelling would quantize what the user meant to keep.
+
+    The names of fused layers, which an output's own `ignore` has beside those of their members, may be there, too.
+    """
     modules = list(modules)
+    modules += fused_layers(modules)
     idle = [target for target in ignore if not any(is_named(module, [target]) for module in modules)]
     if idle:
         raise UsageError(

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.cache_scales import cache_amax, cache_scales
+from amaxbridge.export.amax.cache_scales import CACHE_QUANTIZERS, cache_amax, cache_scales
 from amaxbridge.export.amax.fused_group_amax import (
     DATA_FREE,
     BlockAmax,
@@ -161,7 +161,7 @@ class Finalizer:
             self._schemes = _choose(recipe.name, treated, state, kept, ignored)
             _check_can_be_quantized(self._schemes, tensors, knowledge)
             if state is not None:
-                _check_no_format_is_lost(recipe.name, tensors, state, {*self._schemes, *kept}, ignored)
+                _check_no_format_is_lost(recipe.name, state, {*self._schemes, *kept}, ignored)
                 self._take(ignored, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
@@ -543,16 +543,16 @@ def _after(start: str, text: str) -> str:
     return text.removeprefix(start) if text.startswith(start) else ""
 
 
-def _check_no_format_is_lost(
-    name: str, tensors: Iterable[str], state: QuantState, quantized: Collection[str], ignored: _Ignored
-) -> None:
-    """Refuses quantizers of modules that are written unquantized without being ignored."""
-    held = {module_of(each) for each in tensors if each.endswith(".weight")}
+def _check_no_format_is_lost(name: str, state: QuantState, quantized: Collection[str], ignored: _Ignored) -> None:
+    """Refuses quantizers of modules that are written unquantized without being ignored.
+
+    A tied output layer has no tensor, and may have quantizers. Those of the key-value cache are of no module.
+    """
     lost = [
         f"{module}: {what} {form}"
         for what, forms in (("weights", state.formats), ("inputs", state.inputs or {}))
         for module, form in forms.items()
-        if module in held and module not in quantized and not ignored.holds(module)
+        if module not in quantized and not module.endswith(CACHE_QUANTIZERS) and not ignored.holds(module)
     ]
     if lost:
         raise UsageError(

@@ -13,6 +13,7 @@ from amaxbridge.bridge.live.collect_amax import format_name
 from amaxbridge.export.amax.fused_group_amax import MixedGroups, mixed_groups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.engines import SGLANG, Layer, read_layer
+from amaxbridge.export.model_free.input_directory import check_ignored
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.quant_config import read_quant_config
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe, SchemeGroup, find_scheme, from_quantizers
@@ -325,3 +326,13 @@ def test_engines_names_of_fused_layers_are_targets_and_ignored() -> None:
         reading = read_layer(SGLANG, Layer(layer, (layer,)), quantized)
         assert (None if reading.group is None else quantized.groups[reading.group].format) == form, layer
         assert "neither" not in reading.why
+
+
+def test_the_ignore_list_of_an_output_can_be_given_again() -> None:
+    state = state_of(dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "nvfp4"))
+    config: Any = finalizer_of(find_scheme("auto"), state).quantization_config
+    assert "model.layers.0.self_attn.qkv_proj" in config["ignore"]
+    modules = [name.removesuffix(".weight") for name in model()]
+    check_ignored(config["ignore"], modules)
+    with pytest.raises(UsageError, match="gate_up_projection"):
+        check_ignored([*config["ignore"], "model.layers.0.mlp.gate_up_projection"], modules)
