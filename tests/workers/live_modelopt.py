@@ -4,8 +4,8 @@
 
 For each case: ours in OUT_DIR/CASE, the same in compressed-tensors in CASE_compressed, and on one rank ModelOpt's in
 CASE_modelopt, where its exporter writes the case. Then, on one rank, the way back: what an import of ours exports
-again, CASE_again. Every topology of an MoE model writes NAMED, with amax made from the quantizers' global names; EP and
-PP, where ModelOpt does not calibrate as on one rank, write it alone.
+again, CASE_again. Every topology of an MoE model writes NAMED, with amax made from the quantizers' global names; those
+of several ranks, where ModelOpt does not calibrate as on one, write it alone.
 """
 
 import copy
@@ -44,7 +44,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
     bridge = AutoBridge.from_hf_pretrained(hf)
     out.mkdir(parents=True, exist_ok=True)
     moe = any("experts" in key for key in bridge.hf.written)
-    calibrates = sizes.get("pp", 1) == sizes.get("ep", 1) == 1
+    calibrates = sizes == {"tp": 1} or not moe
     with megatron.distributed(**sizes):
         for case, preset in {**CASES, **({} if moe else DENSE_ONLY)}.items() if calibrates else ():
             model = calibrated(bridge, case, preset)

@@ -124,8 +124,16 @@ def test_tensor_parallel_ranks_write_the_same(dense: LiveRanks) -> None:
         assert_same_files(dense.at(tp=1) / case, dense.at(tp=2) / case)
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 1, "ep": 2}, {"tp": 1, "pp": 2}], ids=["EP=2", "PP=2"])
-def test_expert_and_pipeline_parallel_ranks_write_the_same(sizes: dict[str, int], moe: LiveRanks) -> None:
+MESHES = {
+    "EP=2": {"tp": 1, "ep": 2},
+    "PP=2": {"tp": 1, "pp": 2},
+    "TP=2": {"tp": 2},
+    "TP=2, EP=2": {"tp": 2, "ep": 2, "etp": 1},
+}
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_every_mesh_of_experts_writes_the_same(sizes: dict[str, int], moe: LiveRanks) -> None:
     assert_same_files(moe.at(tp=1) / NAMED, moe.at(processes=2, **sizes) / NAMED)
 
 
