@@ -57,7 +57,7 @@ class Mutex:
 
 
 def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
-    """Opens or creates a file and locks it.
+    """Opens or creates a file and locks it. A link is not followed: it may lead to a file of somebody's.
 
     Returns:
         The open file, whose closing releases the lock; -1 if another process holds it and `wait` is False.
@@ -65,7 +65,9 @@ def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
     Raises:
         WriteError: the file system has no locks, and they are required.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files that are open for writing
+    file = os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
+    )  # NFS locks only files that are open for writing
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
@@ -96,5 +98,5 @@ def is_held(path: Path) -> bool:
 def is_at(file: int, path: Path) -> bool:
     """True if the open file is the one at this path."""
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(os.fstat(file), path.lstat())
     return False

@@ -27,6 +27,7 @@ _NEXT_STEP = MappingProxyType(
         errno.EMFILE: _FILES,
         errno.ENFILE: _FILES,
         errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write smaller files",
+        errno.ELOOP: f"it is a link, which is not followed here: move it away and {_AGAIN}",
         errno.ENOENT: f"another program removed it: {_AGAIN}",
     }
 )

@@ -131,4 +131,4 @@ class ShardWriter:
 
     def _open(self, file_name: str) -> Descriptor:
         path = self._directory / file_name
-        return self._files.get(file_name, lambda: os.open(path, os.O_WRONLY))
+        return self._files.get(file_name, lambda: os.open(path, os.O_WRONLY | os.O_NOFOLLOW))

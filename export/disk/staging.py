@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from amaxbridge.export.disk.atomic_move import NEW, is_moving, move_into_place, sync_directory, sync_tree
+from amaxbridge.export.disk.atomic_move import NEW, is_moving, move_into_place, raise_it, sync_directory, sync_tree
 from amaxbridge.export.disk.file_locks import Mutex, hold, is_at, is_held
 from amaxbridge.export.disk.input_files import open_input
 from amaxbridge.export.disk.io_errors import explaining
@@ -417,7 +417,7 @@ class StagedDirectory:
         """True if all shards are there at full size. If not, everything is made anew: journals may speak of them."""
         if is_moving(self.root) and self.is_complete:
             return True
-        there = _inode(self.path) is not None
+        there = _inode(self.path) is not None and not _has_links(self.path)
         damaged = [
             shard.file_name
             for shard in layout.shards
@@ -460,7 +460,8 @@ class StagedDirectory:
     def _created(self, path: Path) -> Iterator[BinaryIO]:
         with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o666), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -505,9 +506,17 @@ def _inode(directory: Path) -> int | None:
     return found.st_ino if stat.S_ISDIR(found.st_mode) else None
 
 
+def _has_links(directory: Path) -> bool:
+    """True if anything below a directory is a link: what is written there would go elsewhere."""
+    return any(
+        os.path.islink(os.path.join(path, name))
+        for path, directories, files in os.walk(directory, onerror=raise_it)
+        for name in (*directories, *files)
+    )
+
+
 def _has_its_size(path: Path, shard: Shard) -> bool:
-    """True if a shard is there at full size; False also for a link to one, which may lead anywhere."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+    if not path.is_file() or path.stat().st_size != shard.nbytes:
         return False
     with open(path, "rb") as file:
         return file.read(len(shard.header)) == shard.header

@@ -1,5 +1,6 @@
 """The staging directory: who owns it, what a later run trusts in it, and that its locks are released."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from amaxbridge.export.disk.output_place import MARK
 from amaxbridge.export.disk.shard_layout import Layout, plan_layout
 from amaxbridge.export.disk.shard_writer import ShardWriter
 from amaxbridge.export.disk.staging import Share, StagedDirectory
-from amaxbridge.mappings.errors import CheckpointError, OutputExistsError, WriteError
+from amaxbridge.mappings.errors import CheckpointError, OutputExistsError, UsageError, WriteError
 from amaxbridge.mappings.tensors import TensorSpec
 
 PLAN = "a plan"
@@ -208,6 +209,29 @@ class TestShards:
         assert values(kept.target) == {2}
         assert len(list(kept.target.iterdir())) == 3
         assert not any(path.is_symlink() for path in (kept.target, *kept.target.iterdir()))
+
+    @pytest.mark.parametrize("name", [".done-0-of-1", ".plan", ".complete", ".amaxbridge.lock", "new/sub"])
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_nothing_is_written_through_a_link(
+        self, kept: StagedDirectory, layout: Layout, tmp_path: Path, name: str, exists: bool
+    ) -> None:
+        """One of the names in the staging directory leads to a file, or a directory, of the user's."""
+        mine, place = tmp_path / "mine", kept.root / name
+        if exists and name == "new/sub":
+            mine.mkdir()
+        elif exists:
+            mine.write_text("mine")
+        before = sorted(mine.iterdir()) if mine.is_dir() else exists
+        place.unlink(missing_ok=True)
+        place.symlink_to(mine)
+        with contextlib.suppress(WriteError, UsageError), kept:
+            kept.open(layout)
+            write_all(kept, layout, 2)
+            kept.write_file("sub/notes.txt", b"carried")
+            kept.commit()
+            assert (kept.target / "sub" / "notes.txt").read_bytes() == b"carried"
+        assert (sorted(mine.iterdir()) if mine.is_dir() else mine.exists()) == before
+        assert not mine.is_file() or mine.read_text() == "mine"
 
     @pytest.mark.parametrize("complete", [False, True])
     def test_a_link_in_the_place_of_the_output_is_not_moved(
