@@ -1,13 +1,13 @@
 """Mends of files and names: tensors that are there twice or belong to nothing, the index, dtypes and shapes."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from amaxbridge.export.architectures.facts import architecture_of
 from amaxbridge.export.disk.safetensors_file import StoredTensor
-from amaxbridge.export.disk.shard_layout import SINGLE_FILE
-from amaxbridge.export.output.config_and_index import INDEX_FILE, QUANT_STATE_FILE
+from amaxbridge.export.output.config_and_index import INDEX_FILE
 from amaxbridge.export.repair.edits import Change, Edits, Found, Given, Refusal
 from amaxbridge.export.repair.mend import Mend, Unseen
 from amaxbridge.export.repair.mended_view import MendedView
@@ -16,6 +16,8 @@ from amaxbridge.mappings.names import is_quantizer_state, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 _ZERO_POINT = "weight_zero_point"
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_MOST_FILES = 100_000
 _FLOATS = (torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -180,11 +182,12 @@ def _index(view: MendedView, unseen: Unseen) -> Iterator[Found]:
     stated, total = view.weight_map, sum(place.stored.spec.nbytes for _, place in view.places)
     if view.broken or not held:
         return  # what a file holds is not known
-    needless = (
-        INDEX_FILE not in view.opened.names and [*view.files] == [SINGLE_FILE] and QUANT_STATE_FILE not in view.names
-    )
-    metadata = (view.index or {}).get("metadata") or {}
-    if needless or (INDEX_FILE in view.opened.names and stated == held and metadata.get("total_size") == total):
+    metadata, has_index = (view.index or {}).get("metadata") or {}, INDEX_FILE in view.opened.names
+    in_step = stated == held and metadata.get("total_size") == total
+    if in_step or (not has_index and len(view.files) == 1):
+        return
+    if view.index is None and (gone := _gone(view.opened.files)):
+        yield Refusal(INDEX_FILE, f"cannot be written: by the names of the others, {gone} is gone with its tensors")
         return
     lost = {name: file for name, file in stated.items() if name not in held}
     missing = {name: file for name, file in lost.items() if not _is_stale(view, name)}
@@ -199,7 +202,7 @@ def _index(view: MendedView, unseen: Unseen) -> Iterator[Found]:
         "weight_map": {name: held[name] for name in sorted(held, key=natural_key)},
     }
     edits = Edits(index=index)
-    if INDEX_FILE not in view.opened.names or view.index is None:
+    if view.index is None:
         yield Change(INDEX_FILE, f"written from the headers of {len(view.files)} files", edits)
     for name in lost:
         yield Change(name, f"leaves the index: {_why_stale(view, name)}", edits)
@@ -209,6 +212,17 @@ def _index(view: MendedView, unseen: Unseen) -> Iterator[Found]:
             yield Change(name, f"{what}: it is in {file}", edits)
     if view.index is not None and metadata.get("total_size") != total:
         yield Change(INDEX_FILE, f"total_size {metadata.get('total_size')} → {total}", edits)
+
+
+def _gone(files: Iterable[str]) -> str | None:
+    """The first file that is missing among files that say their number and how many they are; None if none is."""
+    found = [match for file in files if (match := _SHARD.fullmatch(file)) is not None]
+    numbers = {(match[1], match[3]): {int(other[2]) for other in found if other[1] == match[1]} for match in found}
+    for (stem, count), there in numbers.items():
+        for number in range(1, min(int(count), _MOST_FILES) + 1):
+            if number not in there:
+                return f"{stem}-{number:0{len(count)}d}-of-{count}.safetensors"
+    return None
 
 
 def _is_stale(view: MendedView, name: str) -> bool:

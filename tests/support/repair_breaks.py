@@ -63,6 +63,16 @@ def rename_cache_scales(pattern: str) -> Callable[[Made], object]:
     return change
 
 
+def spoil(file: Path) -> None:
+    file.write_text(file.read_text()[:-9])
+
+
+def lose(directory: Path, *names: str) -> None:
+    """Removes a file of tensors, and others."""
+    for name in ("model-00002-of-00004.safetensors", *names):
+        (directory / name).unlink()
+
+
 def index_of_the_source(directory: Path) -> None:
     """The index is that of the model before it was quantized: other names, in files that are not there."""
     path = directory / INDEX
@@ -119,6 +129,11 @@ def share_nothing(made: Made, ratio: Mapping[str, float] | None = None) -> None:
 OWN: dict[str, Break] = {
     "the index of the source": Break("index", "model.", damage=index_of_the_source),
     "an index that mixes up files": Break("index", "model.", damage=edit_index(mix_up)),
+    "an index that is no JSON": Break("index", INDEX, damage=lambda directory: spoil(directory / INDEX)),
+    "no index, and a file that is gone": Break("index", INDEX, damage=lambda directory: lose(directory, INDEX)),
+    "an index that is no JSON, and a file that is gone": Break(
+        "index", INDEX, damage=lambda directory: [spoil(directory / INDEX), lose(directory)]
+    ),
     "a file twice": Break("duplicates", "model.", damage=copy_file),
     "a file twice, and no index": Break("duplicates", "model.", damage=copy_file_without_index),
     "a scale with another dim": Break("contract", Q_GLOBAL, reshape(Q_GLOBAL, 1, 1)),
@@ -176,6 +191,7 @@ OWN: dict[str, Break] = {
     ),
 }
 
+GONE = ("no index, and a file that is gone", "an index that is no JSON, and a file that is gone")
 SAME = (
     "no index", "a tensor in the index only", "a tensor in a header only", "a tensor in two files",
     "a wrong total size", "quantization_config under its old name", "another method", "ModelOpt's file beside it",
@@ -187,7 +203,7 @@ SAME = (
     "a head", "a router", "neither targeted nor ignored", "two groups for a module",
     "a pattern for routers that hits experts", "a class in ignore", "a reciprocal", "reciprocals of all inputs",
     "a wrong weight_shape",
-    *(way for way in OWN if way != "several things at once"),
+    *(way for way in OWN if way not in ("several things at once", *GONE)),
 )  # fmt: skip
 """After these, every tensor is the good checkpoint's again, bit for bit."""
 
@@ -199,6 +215,7 @@ OTHERWISE = (
 """After these, the checkpoint serves, with tensors that differ from the good one's, or with more tensors."""
 
 REFUSED = (
+    "no index, and a file that is gone", "an index that is no JSON, and a file that is gone",
     "a truncated file", "overlapping tensors", "no config.json", "a file that is gone", "no quantization_config",
     "an unknown key", "no layer", "an expert is gone", "the last experts are gone", "an expert's scale is gone",
     "an expert along the wrong side", "a weight of no architecture", "stacked scales", "codes are gone",

@@ -16,6 +16,7 @@ from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.export.verify import RULES, verify
 from amaxbridge.export.verify.mendable import MENDABLE
 from amaxbridge.mappings.errors import CheckpointError, OutputExistsError, UsageError
+from tests.export.runtime.test_runtime_load import logits
 from tests.support.checkpoints import tensors_of
 from tests.support.checkpoints_to_verify import INDEX, Made, make
 from tests.support.repair_breaks import NOT_OURS, OTHERWISE, OWN, REFUSED, SAME, WAYS
@@ -100,6 +101,28 @@ def test_the_good_checkpoint_is_back(way: str, good: Callable[..., Made], tmp_pa
     assert [finding.rule for finding in report.left] == rules_of(tmp_path / "out") == rules_of(tmp_path / "good")
     assert same(tensors_of(tmp_path / "out"), right.tensors)
     assert not repair(tmp_path / "out", tmp_path / "again").changes, "mended once, nothing is left to mend"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "no index",
+        "another method",
+        "quantized and ignored",
+        "two groups for a module",
+        "scales as bytes",
+        "a reciprocal",
+    ],
+)
+def test_transformers_computes_what_was_meant(way: str, good: Callable[..., Made], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    broken(way, good, tmp_path)
+    repair(tmp_path / "bad", tmp_path / "out")
+    meant, found = (
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")) for name in ("good", "out")
+    )
+    assert meant.isfinite().all() and meant.std() > 0.01 and torch.equal(found, meant)
 
 
 @pytest.mark.parametrize("way", OTHERWISE)
