@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export import model_free_ptq
+from amaxbridge.export.dequantized import open_dequantized
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.schemes import SCHEMES, Groups, named_scheme
 from amaxbridge.mappings.errors import UsageError
 from tests.support import quantized_sources as held
@@ -134,6 +136,11 @@ def test_fp8_in_packed_experts(scheme: str, inputs_first: bool, tmp_path: Path) 
     assert not report.kept
     recipe = None if scheme == "none" else Groups.of(SCHEMES[scheme], ["re:.*mlp\\.gate$", "lm_head"])
     same(tensors_of(tmp_path / "out"), meant if recipe is None else expected(one_by_one, recipe))
+    if scheme == "none":  # and on the way into training, where experts are single
+        with SafetensorsCheckpoint(source) as checkpoint:
+            weights = open_dequantized(checkpoint, config)
+            same({name: weights.read(name) for name in one_by_one}, one_by_one)
+            assert len(weights.schemes) + len(weights.dequantized) == sum(".experts." in name for name in one_by_one)
 
 
 @pytest.mark.parametrize("converter", [None, "kimi_int4", "compressed_tensors"])
