@@ -24,11 +24,16 @@ def recorded() -> Any:
 
 
 def config_of(excluded: list[str], algorithms: dict[str, str] | None = None) -> QuantConfig:
+    return _config_of(tuple(excluded), tuple((algorithms or {}).items()))
+
+
+@cache
+def _config_of(excluded: tuple[str, ...], algorithms: tuple[tuple[str, str], ...]) -> QuantConfig:
     said: dict[str, Any] = {"quant_algo": ONE}
     if algorithms:
-        layers = {name: {"quant_algo": algorithm} for name, algorithm in algorithms.items()}
+        layers = {name: {"quant_algo": algorithm} for name, algorithm in algorithms}
         said = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-    return read_quant_config({"quant_method": "modelopt", "exclude_modules": excluded, **said}).checked()
+    return read_quant_config({"quant_method": "modelopt", "exclude_modules": list(excluded), **said}).checked()
 
 
 def answer(engine: Engine, layer: Layer, config: QuantConfig) -> str:
