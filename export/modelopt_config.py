@@ -142,6 +142,13 @@ def in_compressed_tensors_words(raw: Mapping[str, Any]) -> tuple[dict[str, Any],
     return spelled | ({"kv_cache_scheme": cache} if cache else {}), faults
 
 
+def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Keys that no ModelOpt known here writes, and that say something."""
+    return [
+        key for key, value in raw.items() if key not in _RECORDED | _READ and value not in (None, False, "", [], {})
+    ]
+
+
 def excluded_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The entries for unquantized modules, names and wildcards, as they stand; None if they are no list of names."""
     found = raw.get("ignore", raw.get("exclude_modules")) or []

@@ -160,8 +160,8 @@ def _readers(declared: Sequence[Declared], wanted: str | None) -> dict[str, Read
             right = format_declared(others[0].method)
             assert right is not None
             raise UsageError(f"converter={wanted}, but {others[0]}: leave it out, or give converter={right.name}")
-        return {entry.name: entry.reader(fitting[0].raw if fitting else {})}
-    found: dict[str, tuple[SourceFormat, Declared]] = {}
+        return {entry.name: _reader(entry, fitting)}
+    found: dict[str, tuple[SourceFormat, list[Declared]]] = {}
     for each in declared:
         declared_as = format_declared(each.method)
         if declared_as is None:
@@ -169,13 +169,18 @@ def _readers(declared: Sequence[Declared], wanted: str | None) -> dict[str, Read
                 f"{each}, which is not read here: take the checkpoint that it was made from, or give a converter that "
                 f"dequantizes it. Read are {', '.join(SOURCE_FORMATS)}"
             )
-        found.setdefault(declared_as.name, (declared_as, each))
+        found.setdefault(declared_as.name, (declared_as, []))[1].append(each)
     if len(found) > 1:
-        said = "; ".join(str(each) for _, each in found.values())
+        said = "; ".join(str(places[0]) for _, places in found.values())
         raise UsageError(f"the source contradicts itself: {said}. Give the right one as converter={'|'.join(found)}")
     if found:
-        return {name: entry.reader(each.raw) for name, (entry, each) in found.items()}
+        return {name: _reader(entry, places) for name, (entry, places) in found.items()}
     return {name: entry.reader({}) for name, entry in SOURCE_FORMATS.items() if entry.tells}
+
+
+def _reader(entry: SourceFormat, places: Sequence[Declared]) -> ReadModule:
+    """The reader by the first of the places that declare a format. Every place must be understood."""
+    return next(iter([entry.reader(each.raw) for each in places] or [entry.reader({})]))
 
 
 def _read(module: str, local: Local, readers: Mapping[str, ReadModule]) -> tuple[str, StoredWeight] | str:

@@ -14,6 +14,7 @@ from amaxbridge.export.model_free.converters.float8 import float8_weight
 from amaxbridge.export.model_free.converters.integers import awq_weight, gptq_weight, modelopt_integers
 from amaxbridge.export.model_free.converters.scheme_weight import scheme_weight
 from amaxbridge.export.model_free.converters.stored_weight import Local, StoredWeight
+from amaxbridge.export.modelopt_config import unknown_keys
 from amaxbridge.export.quant_config import QuantConfig, read_quant_config
 from amaxbridge.export.quantization_declared import MODELOPT
 from amaxbridge.export.schemes import COMPRESSED_TENSORS
@@ -54,6 +55,13 @@ def _fp8_block(raw: Mapping[str, Any]) -> ReadModule:
 
 
 def _modelopt(raw: Mapping[str, Any]) -> ReadModule:
+    if unknown := unknown_keys(raw):
+        said = ", ".join(f"{key}={raw[key]!r:.80}" for key in unknown)
+        raise UsageError(
+            f"ModelOpt's config says {said}, which is not known here and may change what tensors mean: quantize the "
+            "checkpoint that it was made from"
+        )
+
     def read(module: str, local: Local) -> StoredWeight | None:
         found: StoredWeight | None = nvfp4_weight(local) or mxfp4_weight(local, "weight", "weight_scale")
         found = found or float8_weight(local, ("weight_scale",)) or modelopt_integers(local)

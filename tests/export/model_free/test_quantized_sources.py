@@ -307,6 +307,23 @@ def test_another_name_than_what_is_declared(tmp_path: Path) -> None:
     refused(plain, "nothing to convert", converter="fp8_block")
 
 
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(("key", "value"), [("rotation", {"type": "hadamard"}), ("scale_shift", 2), ("lora_rank", 32)])
+def test_a_key_of_modelopt_s_that_is_not_known(where: str, key: str, value: Any, tmp_path: Path) -> None:
+    config = {**MODELOPT, key: value}
+    source, _, _ = source_of(tmp_path / "in", held.nvfp4, config if where == "config.json" else MODELOPT)
+    if where != "config.json":
+        (source / where).write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": config}))
+    refused(source, "ModelOpt's config says", f"{key}=", "may change what tensors mean")
+
+
+def test_a_key_of_modelopt_s_that_says_nothing(tmp_path: Path) -> None:
+    said = {**MODELOPT, "rotation": None, "group_size": 16, "ignore": ["lm_head"]}
+    source, _, meant = source_of(tmp_path / "in", held.nvfp4, said)
+    model_free_ptq(source, tmp_path / "out", "mxfp8")
+    same(tensors_of(tmp_path / "out"), expected(meant, "mxfp8"))
+
+
 def test_a_source_that_contradicts_itself(tmp_path: Path) -> None:
     config = {**DENSE, "text_config": {"quantization_config": AWQ}}
     source, _, _ = source_of(tmp_path / "in", held.nvfp4, MODELOPT, config=config)
