@@ -159,12 +159,13 @@ def _differences(view: MendedView, raw: Mapping[str, Any], config: Mapping[str, 
     """Each entry that goes and each that is added."""
     edits = Edits(config={**view.config, "quantization_config": dict(config)})
     before, after = raw.get("ignore") or [], config["ignore"]
+    had, has = set(before), set(after)
     for entry in before:
-        if entry not in after:
+        if entry not in has:
             why = "hits quantized modules" if is_sound(entry) else "is no regular expression"
             yield Change(f"ignore: {entry}", f"is removed: it {why}", edits)
     for entry in after:
-        if entry not in before:
+        if entry not in had:
             yield Change(f"ignore: {entry}", "is added: it is not quantized", edits)
     found = {name: entry.get("targets") for name, entry in raw["config_groups"].items()}
     right = {name: entry.get("targets") for name, entry in config["config_groups"].items()}
