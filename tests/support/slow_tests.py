@@ -16,7 +16,7 @@ import pytest
 from tests.support.paths import TESTS
 
 LIST = TESTS / "slow_tests.txt"
-SLOW = 0.5  # seconds
+SLOW = 0.35  # seconds
 RANKS = "launch"
 
 
