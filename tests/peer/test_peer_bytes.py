@@ -6,7 +6,9 @@ Made on the spot, dense and with experts, one by one and packed, fused groups cu
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,20 +16,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
-from tests.support.checkpoints import cuts_inside_groups, dense_model, moe_model, write_checkpoint
+from tests.support.checkpoints import DENSE, MOE, cuts_inside_groups, dense_model, moe_model, write_checkpoint
 
 PEER = os.environ.get("PEER", ".venv-llmcompressor/bin/python")
 PRESETS = ("NVFP4A16", "MXFP4A16", "MXFP8A16", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM", "W8A8")
 UNTOUCHED = ["lm_head", "re:.*embed_tokens$", "re:.*mlp\\.gate$"]  # by us without being told
-MODELS = {"dense": dense_model, "moe": lambda: moe_model(packed=False), "packed": lambda: moe_model(packed=True)}
+MODELS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
+    "dense": (DENSE, dense_model),
+    "moe": (MOE, lambda: moe_model(packed=False)),
+    "packed": (MOE, lambda: moe_model(packed=True)),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and what the peer made of it, a directory for each preset."""
     directory = tmp_path_factory.mktemp(request.param)
-    tensors = MODELS[request.param]()
-    write_checkpoint(directory / "in", tensors, cuts=cuts_inside_groups(tensors))
+    config, model = MODELS[request.param]
+    tensors = model()
+    write_checkpoint(directory / "in", tensors, config=config, cuts=cuts_inside_groups(tensors))
     jobs = {preset: (str(directory / preset), UNTOUCHED) for preset in PRESETS}
     script = Path(__file__).with_name("run_peer.py")
     subprocess.run([PEER, script, directory / "in", json.dumps(jobs)], check=True, capture_output=True)
