@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,11 +44,7 @@ def stopped_by_signals() -> Iterator[None]:
         yield
         return
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    before = {
-        number: signal.getsignal(number)
-        for number in ((signal.SIGINT,) if under_torchrun else _STOPPING)
-        if under_torchrun or signal.getsignal(number) != signal.SIG_IGN
-    }
+    heeded = [each for each in _STOPPING if signal.getsignal(each) != signal.SIG_IGN]
     count = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -60,13 +56,8 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    try:
-        for number in before:
-            signal.signal(number, stop)
+    with _handled([signal.SIGINT] if under_torchrun else heeded, stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -83,12 +74,20 @@ def uninterrupted() -> Iterator[None]:
     def later(number: int, frame: FrameType | None) -> None:
         came.append(lambda: handlers[signal.Signals(number)](number, frame))
 
-    try:
-        for number in handlers:
-            signal.signal(number, later)
+    with _handled(handlers, later):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     for handle in came:
         handle()
+
+
+@contextlib.contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Gives signals a handler for a while."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

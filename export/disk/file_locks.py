@@ -65,9 +65,8 @@ def hold(path: Path, *, wait: bool = False, required: bool = True) -> int:
     Raises:
         WriteError: the file system has no locks, and they are required.
     """
-    file = os.open(
-        path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
-    )  # NFS locks only files that are open for writing
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # NFS locks only files that are open for writing
+    file = os.open(path, flags, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

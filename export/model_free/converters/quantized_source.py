@@ -180,7 +180,8 @@ def _readers(declared: Sequence[Declared], wanted: str | None) -> dict[str, Read
 
 def _reader(entry: SourceFormat, places: Sequence[Declared]) -> ReadModule:
     """The reader by the first of the places that declare a format. Every place must be understood."""
-    return next(iter([entry.reader(each.raw) for each in places] or [entry.reader({})]))
+    readers = [entry.reader(raw) for raw in [each.raw for each in places] or [{}]]
+    return readers[0]
 
 
 def _read(module: str, local: Local, readers: Mapping[str, ReadModule]) -> tuple[str, StoredWeight] | str:
