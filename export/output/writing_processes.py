@@ -1,9 +1,9 @@
 """The processes that write one checkpoint: ranks of a live model, which talk, or processes that never do.
 
 Ranks of a live model exchange tensors, so they begin and end together: the first opens the staging directory and moves
-    it into
-place, and its errors are raised on all. Processes that read a checkpoint compute the same plan from the same files;
-each does its share whenever it runs, and the last one completes the work. They meet only in the staging directory.
+it into place, and its errors are raised on all. Processes that read a checkpoint compute the same plan from the same
+files; each does its share whenever it runs, and the last one completes the work. They meet only in the staging
+directory.
 """
 
 import logging
