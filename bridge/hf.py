@@ -48,6 +48,12 @@ NOT_COMPARED = (
 """Note for users who export or verify without transformers."""
 
 _TRANSFORMERS = "transformers"
+_HEADS_OF_MIXERS = (
+    ("mamba_num_heads", "Mamba heads"),
+    ("mamba_num_groups", "Mamba groups"),
+    ("linear_num_key_heads", "key heads of gated delta nets"),
+    ("linear_num_value_heads", "value heads of gated delta nets"),
+)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ALWAYS_WRITTEN = ("architectures", "dtype", "model_type", "transformers_version")
 
@@ -315,7 +321,7 @@ def check_parallel_sizes(
         (even and layers % pp, f"PP={pp} does not divide {layers} layers"),
     ]
     experts = sizes.get("num_moe_experts")
-    for name, what in (("mamba_num_heads", "Mamba heads"), ("mamba_num_groups", "Mamba groups")):
+    for name, what in _HEADS_OF_MIXERS:
         count = sizes.get(name, 0)
         reasons.append((count % tp, f"TP={tp} does not divide {count} {what}"))
     if "-" in hf.family.layer_pattern(hf.config):

@@ -5,6 +5,7 @@ linear or fused into it, an expert as a module of its own or as one weight of a 
 written in one spelling, the one on the right; `canonical` converts the others to it.
 
     …self_attention.linear_qkv.layer_norm_weight      …input_layernorm.weight
+    …self_attention.in_proj.layer_norm_weight         …input_layernorm.weight
     …mlp.linear_fc1.layer_norm_weight                 …pre_mlp_layernorm.weight
     …linear_q_up_proj.layer_norm_weight               …q_layernorm.weight
     …linear_kv_up_proj.layer_norm_weight              …kv_layernorm.weight
@@ -19,7 +20,7 @@ written in one spelling, the one on the right; `canonical` converts the others t
 import re
 
 _SPELLINGS = (
-    (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"input_layernorm.\1"),
+    (re.compile(r"self_attention\.(?:linear_qkv|in_proj)\.layer_norm_(weight|bias)$"), r"input_layernorm.\1"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r"pre_mlp_layernorm.\1"),
     (re.compile(r"\.linear_(q|kv)_up_proj\.layer_norm_(weight|bias)$"), r".\1_layernorm.\2"),
     (re.compile(r"mixer\.in_proj\.layer_norm_(weight|bias)$"), r"norm.\1"),

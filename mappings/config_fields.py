@@ -83,7 +83,9 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
                 "vocab_size", "moe_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank",
                 "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                 "mamba_head_dim", "mamba_num_heads", "n_groups", "ssm_state_size",
-                "decoder_sparse_step", "max_position_embeddings", "original_max_position_embeddings",
+                "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+                "linear_conv_kernel_dim", "decoder_sparse_step", "max_position_embeddings",
+                "original_max_position_embeddings",
             ),
             _SIZE,
         ),
@@ -95,7 +97,9 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             _whole(0, _LARGEST),
         ),
         **dict.fromkeys(EXPERT_COUNTS, _EXPERTS),
-        **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "first_k_dense_replace"), _LAYERS),
+        **dict.fromkeys(
+            ("num_hidden_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers", "first_k_dense_replace"), _LAYERS
+        ),
         **dict.fromkeys(
             (
                 "rms_norm_eps", "layer_norm_epsilon", "routed_scaling_factor", "query_pre_attn_scalar", "rope_theta",

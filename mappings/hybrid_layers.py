@@ -34,7 +34,7 @@ FEED_FORWARD = "-E"
 
 _LAYERS = re.compile(f"[{re.escape(MIXERS + FEED_FORWARD)}]*")
 _TRANSFORMER = re.compile(f"([{re.escape(MIXERS)}][{FEED_FORWARD}]?)*")
-_IN_TURN = re.compile(rf"(\*[{FEED_FORWARD}])+|(\+[{FEED_FORWARD}])+")
+_IN_TURN = re.compile(rf"([*G][{FEED_FORWARD}])+|(\+[{FEED_FORWARD}])+")
 
 _DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _MTP_INNER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.")
@@ -75,11 +75,16 @@ def transformer_pattern(config: Mapping[str, Any]) -> str:
     """The pattern of a transformer: attention, alternating with MLP or experts.
 
     Args:
-        config: fields of Megatron's TransformerConfig; `moe_layer_freq` as a list, or absent if all layers are alike.
+        config: fields of Megatron's TransformerConfig; `moe_layer_freq` and `linear_attention_freq` as lists, or absent
+            if all layers are alike.
     """
     attention = "+" if config.get("multi_latent_attention") else "*"
     alike = [bool(config.get("num_moe_experts"))] * config["num_layers"]
-    layers = [attention + ("E" if sparse else "-") for sparse in config.get("moe_layer_freq", alike)]
+    linear = config.get("linear_attention_freq") or [0] * config["num_layers"]
+    layers = [
+        ("G" if delta else attention) + ("E" if sparse else "-")
+        for delta, sparse in zip(linear, config.get("moe_layer_freq", alike), strict=True)
+    ]
     return "/".join(["".join(layers), *layers[-1:] * (config.get("mtp_num_layers") or 0)])
 
 
@@ -92,7 +97,10 @@ def transformer_settings(text: str) -> dict[str, Any]:
     layers = read_pattern(text)
     if not _IN_TURN.fullmatch(layers.decoder):
         raise MappingError(f"hybrid_layer_pattern {text!r}: attention must alternate with MLP or experts")
+    delta = "G" in layers.decoder
     return {
+        "experimental_attention_variant": "gated_delta_net" if delta else None,
+        "linear_attention_freq": [int(letter == "G") for letter in layers.decoder[::2]] if delta else None,
         "num_layers": len(layers.decoder) // 2,
         "moe_layer_freq": [int(letter == "E") for letter in layers.decoder[1::2]],
         "multi_latent_attention": layers.decoder[0] == "+",

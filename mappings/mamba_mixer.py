@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.mappings.model_config import ModelConfig
-from amaxbridge.mappings.tensors import join_dim, shard_of
+from amaxbridge.mappings.tensors import join_sections, shard_of_sections
 from amaxbridge.mappings.weights import ColumnParallelMapping
 
 
@@ -24,13 +24,10 @@ class MambaProjectionMapping(ColumnParallelMapping):
     pieces: ClassVar[Sequence[str]] = ("z", "x", "B", "C", "dt")
 
     def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
-        rows = [count // len(shards) for count in self._rows(config)]
-        pieces = zip(*(shard.split(rows) for shard in shards), strict=True)
-        return {self.hf_param: torch.cat([join_dim(piece, 0) for piece in pieces])}
+        return {self.hf_param: torch.cat(join_sections(shards, self._rows(config)))}
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
-        pieces = tensors[self.hf_param].split(self._rows(config))
-        return torch.cat([shard_of(piece, 0, rank, size) for piece in pieces])
+        return shard_of_sections(tensors[self.hf_param].split(self._rows(config)), rank, size)
 
     def _rows(self, config: ModelConfig) -> list[int]:
         heads, head_dim, groups, state = config.sizes(

@@ -8,6 +8,7 @@ checkpoint, some settings have other names, which change between releases, and a
     num_query_groups                        --group-query-attention, --num-query-groups
     moe_layer_freq, a list                  the same, or the distance between layers with experts
     window_attn_skip_freq, a list           the same, or the distance between layers without a window
+    linear_attention_freq, a list           the same, or the distance between layers with softmax attention
 
 Source: megatron.training.arguments, and core_transformer_config_from_args beside it.
 """
@@ -114,6 +115,8 @@ _SIZES = dict.fromkeys(("num_layers", "mtp_num_layers"), _MOST_LAYERS) | dict.fr
         "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "vocab_size",
         "padded_vocab_size",
         "max_sequence_length", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
+        "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+        "linear_conv_kernel_dim",
     ),
     _LARGEST,
 )  # fmt: skip
@@ -136,6 +139,10 @@ _USED_IF: tuple[tuple[Callable[[Settings], Any], Callable[[str], bool]], ...] = 
     (lambda all_: _has_dense_layers(all_), lambda name: name == "ffn_hidden_size"),
     (lambda all_: not all_["add_bias_linear"], lambda name: name == "add_qkv_bias"),
     (lambda all_: all_["window_size"], lambda name: name == "window_attn_skip_freq"),
+    (
+        lambda all_: all_["experimental_attention_variant"] == "gated_delta_net",
+        lambda name: name.startswith("linear_"),
+    ),
     (lambda all_: all_["rope_scaling"], lambda name: name == "rope_scaling_factor"),
     (lambda all_: all_["multi_latent_attention"], lambda name: name in {"rope_type", "q_lora_rank"}),
     (lambda all_: _has_yarn(all_, latent=True), lambda name: name in _YARN_OF_LATENT_ATTENTION),
@@ -245,6 +252,9 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
     full = settings.get("window_attn_skip_freq")
     if layers and isinstance(full, int):
         yield "window_attn_skip_freq", [int((layer + 1) % full != 0) for layer in range(layers)]
+    attends = settings.get("linear_attention_freq")
+    if layers and isinstance(attends, int):
+        yield "linear_attention_freq", [int((layer + 1) % attends != 0) for layer in range(layers)]
 
 
 def in_use(settings: Settings) -> dict[str, Any]:

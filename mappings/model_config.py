@@ -20,6 +20,8 @@ class ModelConfig:
         attention_output_gate: each query head has an output gate beside it.
         q_lora_rank, kv_lora_rank, qk_pos_emb_head_dim: widths of multi-head latent attention.
         mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim: sizes of a Mamba-2 mixer.
+        linear_num_key_heads, linear_key_head_dim, linear_num_value_heads, linear_value_head_dim: sizes of a gated delta
+            net.
         num_moe_experts: routed experts in a layer.
         vocab_size: rows of the embedding on the Hugging Face side.
         padded_vocab_size: rows of Megatron's embedding; None for no padding.
@@ -36,6 +38,10 @@ class ModelConfig:
     mamba_head_dim: int | None = None
     mamba_num_groups: int | None = None
     mamba_state_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_value_head_dim: int | None = None
     num_moe_experts: int | None = None
     vocab_size: int | None = None
     padded_vocab_size: int | None = None

@@ -56,6 +56,27 @@ def shard_of(tensor: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
     return tensor.narrow(dim, rank * length, length)
 
 
+def join_sections(shards: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    """The sections of a fused tensor, of which every rank has its share of each, in order.
+
+    Args:
+        shards: `[sum of rows / ranks, …]`, in rank order.
+        rows: the rows of the whole sections.
+
+    Raises:
+        ValueError: the sections do not divide among the ranks.
+    """
+    if any(count % len(shards) for count in rows):
+        raise ValueError(f"sections of {', '.join(map(str, rows))} rows do not divide into {len(shards)} shards")
+    held = [count // len(shards) for count in rows]
+    return [join_dim(parts, 0) for parts in zip(*(shard.split(held) for shard in shards), strict=True)]
+
+
+def shard_of_sections(sections: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    """The inverse: the shares that `rank` of `size` has of whole sections, in one tensor."""
+    return torch.cat([shard_of(section, 0, rank, size) for section in sections])
+
+
 def max_of(tensors: Sequence[Tensor]) -> Tensor:
     """The element-wise maximum of tensors of one shape, in fp32. A NaN stays a NaN."""
     return torch.stack([tensor.float() for tensor in tensors]).amax(dim=0)

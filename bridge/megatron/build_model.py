@@ -22,12 +22,19 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
 from amaxbridge.bridge.megatron.query_key_norm import with_norms_over_all_heads
 from amaxbridge.bridge.megatron.without_cuda import TRANSFORMER_CONFIG_FOR_CPU
+from amaxbridge.bridge.megatron.zero_centred_norms import (
+    ZeroCentredRMSNorm,
+    with_zero_centred_norms,
+    with_zero_centred_norms_around,
+)
 from amaxbridge.mappings.errors import AmaxbridgeError, UsageError
 
 type ModelClass = Literal["gpt", "hybrid"]
@@ -156,13 +163,12 @@ def _transformer_config(hf: HFModel, dtype: torch.dtype, *, initialize: bool, hy
 def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     arguments = hf.family.model_arguments(hf.config)
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
-    layers = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
-    )
-    layers.layer_specs = [_adapted(layer, hf, config) for layer in layers.layer_specs]
+    layers = _decoder_spec(hf, config, vp_stage)
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=vp_stage)
+        if mtp is not None and config.layernorm_zero_centered_gamma:
+            mtp = with_zero_centred_norms_around(mtp)
     return _MODELS[hf.family.model_class](
         config,
         layers,
@@ -172,6 +178,22 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
         vp_stage=vp_stage,
         **arguments,
     )
+
+
+def _decoder_spec(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The spec of this chunk's decoder layers, with the attention and norms that Megatron's local specs lack."""
+    known = copy.copy(config)
+    known.experimental_attention_variant = None  # of which Megatron has specs for Transformer Engine only
+    block = get_gpt_decoder_block_spec(
+        known, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    block.layer_specs = [
+        _adapted(layer, hf, config, number) for number, layer in enumerate(block.layer_specs, start=first)
+    ]
+    if config.layernorm_zero_centered_gamma:
+        block.layer_norm = ZeroCentredRMSNorm
+    return block
 
 
 def _build_hybrid_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> HybridModel:
@@ -187,10 +209,20 @@ def _build_hybrid_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | 
     return build_hybrid_chunk(hf, config, vp_stage, dense=_adapted(dense, hf, config), sparse=sparse)
 
 
-def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig) -> ModuleSpec:
-    """Megatron's local spec of a layer, with the attention that the spec lacks."""
+def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: int = 0) -> ModuleSpec:
+    """Megatron's local spec of a layer, with the attention and norms that the spec lacks.
+
+    Args:
+        number: of the layer in the decoder, from 0; of interest if its layers differ.
+    """
     if config.multi_latent_attention:
         layer = _with_latent_attention(layer, config)
+    if config.layernorm_zero_centered_gamma:
+        layer = with_zero_centred_norms(layer)
+    if config.experimental_attention_variant == "gated_delta_net" and config.linear_attention_freq[number]:
+        from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net  # not in older Megatron-Core
+
+        layer = with_gated_delta_net(layer)
     return with_norms_over_all_heads(layer) if hf.family.norm_over_all_heads else layer
 
 

@@ -24,7 +24,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import is_layer_window_attention
-from torch import Tensor, nn
+from torch import Tensor
+
+from amaxbridge.bridge.megatron.zero_centred_norms import ZeroCentredRMSNorm
 
 
 class GemmaModel(GPTModel):  # type: ignore[misc]  # Megatron is not typed
@@ -41,19 +43,6 @@ class GemmaModel(GPTModel):  # type: ignore[misc]  # Megatron is not typed
             self.embedding.register_forward_hook(_scale)
         if self.post_process and config.final_logit_softcapping:
             self.output_layer.register_forward_hook(partial(_cap_output, cap=config.final_logit_softcapping))
-
-
-class ZeroCentredRMSNorm(nn.Module):
-    """RMSNorm times `1 + weight`, computed in fp32. Megatron-Core only has it through Transformer Engine."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalized = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return (normalized * (1.0 + self.weight.float())).type_as(x)
 
 
 class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]

@@ -37,6 +37,7 @@ TRANSFORMER_CONFIG_FOR_CPU = MappingProxyType(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
+        "deterministic_mode": True,  # gated delta nets in plain torch
     }
 )
 """The `TransformerConfig` arguments that Megatron needs on a CPU."""

@@ -5,6 +5,7 @@ not. Engines have no place for it. Where a norm feeds one linear and nothing els
 as in ModelOpt's exporter (`fuse_prequant_layernorm`), and the linear keeps the weight that was quantized:
 
     decoder.layers.0.self_attention.linear_qkv   decoder.layers.0.input_layernorm
+    decoder.layers.0.self_attention.in_proj      decoder.layers.0.input_layernorm
     decoder.layers.0.mlp.linear_fc1              decoder.layers.0.pre_mlp_layernorm
 
 Where inputs are linear in the outputs of another linear, that one's rows and biases take the vector
@@ -27,6 +28,7 @@ from amaxbridge.mappings.weights import GatedMLPMapping, QKVMapping
 
 _NORM_OF = {
     "self_attention.linear_qkv": "input_layernorm.weight",
+    "self_attention.in_proj": "input_layernorm.weight",
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
 }
 _AFTER_A_LINEAR = re.compile(

@@ -17,7 +17,7 @@ from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.hybrid_layers import read_pattern
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
-from amaxbridge.mappings.names import kind_of
+from amaxbridge.mappings.names import kind_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 
@@ -34,7 +34,8 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
             f"transformers builds no causal language model from {hf.source}: correct its architectures and model_type"
         )
     tensors = hf.file_tensors
-    return dict(_one_by_one(hf, {**tensors, **_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}))
+    mtp = {**_mtp_layers(hf, tensors), **_own_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}
+    return dict(_one_by_one(hf, {**tensors, **mtp}))
 
 
 class MegatronSpecs:
@@ -128,7 +129,7 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     count = hf.config.get("num_nextn_predict_layers", 0)
     first = hf.config.get("num_hidden_layers", 0)
     last = f"model.layers.{first - 1}."
-    if not count or f"{last}input_layernorm.weight" not in tensors:
+    if not count or f"{last}input_layernorm.weight" not in tensors or _has_own_mtp(hf):
         return {}
     inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
     norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]
@@ -136,6 +137,31 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)
     inner["embed_tokens.weight"] = inner["shared_head.head.weight"] = tensors["model.embed_tokens.weight"]
     return {f"model.layers.{first + n}.{name}": tensor for n in range(count) for name, tensor in inner.items()}
+
+
+def _own_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Qwen3-Next's MTP layer, `mtp.…`: like the last decoder layer with attention, with one projection before it."""
+    if not _has_own_mtp(hf) or not hf.family.weight_settings(hf.config).get("mtp_num_layers"):
+        return {}
+    (norm_name,) = _target(hf, "decoder.final_layernorm.weight")
+    norm, hidden = tensors[norm_name], hf.config["hidden_size"]
+    attending = [name for name in tensors if name.endswith(".self_attn.o_proj.weight")]
+    like = max(attending, key=natural_key).removesuffix("self_attn.o_proj.weight")
+    inner = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(like)}
+    around = dict.fromkeys(("norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"), norm)
+    around["fc.weight"] = norm.new_empty(hidden, 2 * hidden)
+    around |= {f"layers.0.{name}": tensor for name, tensor in inner.items()}
+    return {f"mtp.{name}": tensor for name, tensor in around.items()}
+
+
+def _has_own_mtp(hf: HFModel) -> bool:
+    """True if the files have MTP layers under names of their own, `mtp.…`, with one projection for all."""
+    return _target(hf, "mtp.layers.0.eh_proj.weight") == ("mtp.fc.weight",)
+
+
+def _target(hf: HFModel, megatron_param: str) -> tuple[str, ...]:
+    mapping = hf.registry.megatron_to_hf_lookup(megatron_param)
+    return mapping.targets if mapping else ()
 
 
 def _hybrid_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,6 +40,12 @@ _SHAPES = (  # settings that decide the shapes of tensors
     "qk_pos_emb_head_dim",
     "v_head_dim",
     "mtp_num_layers",
+    "linear_attention_freq",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_conv_kernel_dim",
 )
 _PARALLEL = (
     "tensor_model_parallel_size",

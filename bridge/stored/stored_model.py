@@ -9,6 +9,7 @@ Megatron stores the same parameter in several forms, depending on its version an
     …mlp.linear_fc1.weight                               [2 · ffn, hidden]      gate rows, then up rows
     …mlp.linear_fc1.weight_w, …weight_v                  [ffn, hidden]          gate, up
     …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            sections of a Mamba mixer
+    …self_attention.in_proj.weight.query, .key, …        […, hidden]            sections of a gated delta net
     …mlp.linear_fc1.weight_quantizer._amax               [2 · ffn, blocks]      see `_halves_alternate`
 
 A stored tensor is global: one rank would hold it so without parallelism. How ranks sharded it makes no difference.
@@ -50,9 +51,10 @@ _GROUPED = re.compile(r"weight_quantizer\.(\d+)")
 _PIECE = re.compile(
     r"(.*\.linear_fc1\.(?:weight|bias))_([wv])"  # gate, up: MLP.sharded_state_dict of megatron-core
     r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
+    r"|(.*\.self_attention\.(?:in_proj|conv1d)\.weight)\.(query|key|value|z|beta|alpha)"  # GatedDeltaNet's
 )
-_PIECES = ("", "w", "v", "z", "x", "B", "C", "dt")  # in the order of the mappings
-_MAMBA_AMAX = re.compile(r".*\.mixer\.in_proj\.weight_quantizer\._amax(?:_pre|_post)?")
+_PIECES = ("", "w", "v", "query", "key", "value", "z", "x", "B", "C", "dt", "beta", "alpha")  # in the mappings' order
+_SECTIONED_AMAX = re.compile(r".*\.(?:mixer|self_attention)\.in_proj\.weight_quantizer\._amax(?:_pre|_post)?")
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
 _WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._amax(?:_pre|_post)?")
@@ -124,7 +126,7 @@ class StoredModel(Mapping[str, Tensor]):
             if is_of_model(key):
                 for name, region in _one_by_one(key, spec):
                     piece = _PIECE.fullmatch(name)
-                    name, part = (piece[1] or piece[3], piece[2] or piece[4]) if piece else (name, "")
+                    name, part = filter(None, piece.groups()) if piece else (name, "")
                     regions.setdefault(self._spelling(name), {})[part] = region
         return {name: self._stored(name, parts, regions) for name, parts in regions.items()}
 
@@ -213,7 +215,7 @@ class StoredModel(Mapping[str, Tensor]):
         ModelOpt 0.47 stores the per-channel amax of a gated `linear_fc1` in rank order, `[gate0 up0 gate1 …]`, but the
         weight as gate, then up. The cuts tell the difference: one for each rank in the amax, two in the weight.
         """
-        if _MAMBA_AMAX.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
+        if _SECTIONED_AMAX.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {name} is per-channel and was saved by several ranks, which lose "
                 "the order of its rows: export from the live model instead"

@@ -17,6 +17,7 @@ from amaxbridge.mappings.families.qwen2 import QWEN2
 from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
 from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
+from amaxbridge.mappings.families.qwen3_next import QWEN3_NEXT
 from amaxbridge.mappings.family import ModelFamily
 
 __all__ = ["FAMILIES", "family_of"]
@@ -28,6 +29,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
     MIXTRAL,
     OLMOE,
     DEEPSEEK_V3,

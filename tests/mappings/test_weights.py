@@ -21,6 +21,12 @@ from amaxbridge.mappings import (
     VocabParallelMapping,
 )
 from amaxbridge.mappings.errors import MappingError
+from amaxbridge.mappings.gated_delta_net import (
+    DeltaConvolutionMapping,
+    DeltaProjectionMapping,
+    InterleavedDeltaProjectionMapping,
+    ZeroCentredNormMapping,
+)
 from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
@@ -134,6 +140,76 @@ def test_a_mamba_rank_has_its_share_of_each_piece() -> None:
 
 def mamba_sizes(groups: int, heads: int, head_dim: int, state: int) -> ModelConfig:
     return ModelConfig(mamba_num_groups=groups, mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_state_dim=state)
+
+
+@given(
+    size=st.sampled_from([1, 2, 4]),
+    key_heads=st.sampled_from([4, 8]),
+    values_per_key=st.integers(1, 3),
+    key_dim=st.integers(1, 3),
+    value_dim=st.integers(1, 3),
+    trailing=st.sampled_from([(), (1,), (3,), (1, 4)]),
+)
+def test_a_gated_delta_net(
+    size: int, key_heads: int, values_per_key: int, key_dim: int, value_dim: int, trailing: tuple[int, ...]
+) -> None:
+    """Weights, per-channel rows and the convolution's three dims; both forms of Hugging Face."""
+    heads = key_heads * values_per_key
+    config = delta_sizes(key_heads, key_dim, heads, value_dim)
+    keys, values = key_heads * key_dim, heads * value_dim
+    rows = {"qkv": 2 * keys + values, "z": values, "b": heads, "a": heads}
+    apart = {name: numbered(count, *trailing) + 1000 * index for index, (name, count) in enumerate(rows.items())}
+    fused = {"qkvz": numbered(2 * keys + 2 * values, *trailing), "ba": numbered(2 * heads, *trailing) + 1000}
+    of_parts = round_trip(DeltaProjectionMapping("m", *apart), apart, config, size)
+    of_fused = round_trip(InterleavedDeltaProjectionMapping("m", *fused), fused, config, size)
+    assert {len(shard) for shard in of_parts + of_fused} == {(2 * keys + 2 * values + 2 * heads) // size}
+    round_trip(DeltaConvolutionMapping("m", "h"), {"h": numbered(2 * keys + values, *trailing)}, config, size)
+
+
+def test_a_rank_has_its_share_of_each_section_of_a_gated_delta_net() -> None:
+    """Two key heads with two value heads each, one row a head: q k v v z z b b a a of either."""
+    config = delta_sizes(key_heads=2, key_dim=1, heads=4, value_dim=1)
+    fused = {"qkvz": torch.tensor([10, 20, 30, 31, 40, 41, 11, 21, 32, 33, 42, 43]), "ba": torch.arange(50, 58)}
+    mapping = InterleavedDeltaProjectionMapping("m", "qkvz", "ba")
+    shards = [mapping.split(fused, config, rank, 2).tolist() for rank in (0, 1)]
+    assert shards == [[10, 20, 30, 31, 40, 41, 50, 51, 52, 53], [11, 21, 32, 33, 42, 43, 54, 55, 56, 57]]
+    apart = DeltaProjectionMapping("m", "qkv", "z", "b", "a").join([torch.tensor(shard) for shard in shards], config)
+    assert {name: rows.tolist() for name, rows in apart.items()} == {
+        "qkv": [10, 11, 20, 21, 30, 31, 32, 33],
+        "z": [40, 41, 42, 43],
+        "b": [50, 51, 54, 55],
+        "a": [52, 53, 56, 57],
+    }
+
+
+def test_sections_that_do_not_divide_among_ranks_are_refused() -> None:
+    config = delta_sizes(key_heads=2, key_dim=2, heads=2, value_dim=2)
+    mapping = DeltaProjectionMapping("in_proj.weight", "qkv", "z", "b", "a")
+    with pytest.raises(MappingError, match=r"in_proj\.weight: 4 shard.*, 2 rows do not divide into 4 shards"):
+        mapping.join([numbered(5)] * 4, config)
+    with pytest.raises(MappingError, match="do not divide among 3 key heads"):
+        mapping.join([numbered(5)], delta_sizes(key_heads=3, key_dim=2, heads=4, value_dim=2))
+    with pytest.raises(MappingError, match="does not say linear_num_key_heads"):
+        mapping.join([numbered(5)], ModelConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_zero_centred_norm_is_one_less_in_megatron(size: int, dtype: torch.dtype) -> None:
+    """Weights from a half on come back bit for bit; a weight's dtype never changes."""
+    mapping, weight = ZeroCentredNormMapping("m", "h"), torch.linspace(0.5, 2.0, 97).to(dtype)
+    for shard in round_trip(mapping, {"h": weight}, None, size):
+        assert torch.equal(shard.double(), weight.double() - 1)
+        assert shard.dtype == dtype
+
+
+def delta_sizes(key_heads: int, key_dim: int, heads: int, value_dim: int) -> ModelConfig:
+    return ModelConfig(
+        linear_num_key_heads=key_heads,
+        linear_key_head_dim=key_dim,
+        linear_num_value_heads=heads,
+        linear_value_head_dim=value_dim,
+    )
 
 
 @given(size=SIZES, vocab=st.integers(1, 40), padding=st.integers(0, 9))

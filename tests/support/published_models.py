@@ -24,6 +24,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,
+    "Qwen3-Coder-Next-E336": "53B",  # Qwen3-Coder-Next, of 80B, with 336 of its 512 experts in a layer
 }
 
 

@@ -46,6 +46,15 @@ NEMOTRON_H: Mapping[str, Any] = {
     "routed_scaling_factor": 2.5,
 }
 
+DELTA_NET: Mapping[str, Any] = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -153,6 +162,18 @@ TINY_MODELS: dict[str, TinyModel] = {
             num_experts_per_tok=2,
             moe_intermediate_size=32,
             norm_topk_prob=True,
+        ),
+        MOE,
+    ),
+    "Qwen3-Next": TinyModel(
+        config(
+            "Qwen3NextForCausalLM",
+            **DELTA_NET,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            mlp_only_layers=[1],
         ),
         MOE,
     ),

@@ -23,11 +23,12 @@ from amaxbridge.bridge.live.model_walk import layer_pattern, walk_parameters, wa
 from amaxbridge.bridge.live.process_ranks import current_ranks, process_group, world_rank
 from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.mappings.ranks import Axis
+from tests.support.without_fla import without_fla
 from tests.workers.model import forward
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:
-    with process_group():
+    with process_group(), without_fla():
         found = [run(Path(case["hf"]), Path(case["back"]), case["sizes"], case["model_class"]) for case in cases]
     if world_rank() == 0:
         out.write_text(json.dumps(found))

@@ -16,11 +16,12 @@ from transformers import AutoConfig
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.mappings.families import family_of
+from tests.support.without_fla import without_fla
 
 
 def main(configs: Path, out: Path) -> None:
     gc.disable()  # a hundred thousand modules, all of them in use
-    with megatron.distributed(tp=1):
+    with megatron.distributed(tp=1), without_fla():
         plans = {file.stem: plan(file, out.parent / "unwritten") for file in configs.iterdir()}
     out.write_text(json.dumps(plans))
 

@@ -107,6 +107,14 @@ COMMAND_LINES = {
         "--window-attn-skip-freq 2 --activation-func-clamp-value 7.0 --glu-linear-offset 1.0 --num-experts 32 "
         "--moe-router-topk 4"
     ),
+    "Qwen3-Coder-Next-E336": (
+        f"{COMMON} --swiglu --position-embedding-type rope --num-layers 48 --hidden-size 2048 --ffn-hidden-size 5120 "
+        "--num-attention-heads 16 --kv-channels 256 --group-query-attention --num-query-groups 2 --qk-layernorm "
+        "--apply-layernorm-1p --norm-epsilon 1e-6 --attention-output-gate --rotary-percent 0.25 --rotary-base 5000000 "
+        "--max-position-embeddings 262144 --experimental-attention-variant gated_delta_net --linear-attention-freq 4 "
+        "--linear-num-key-heads 16 --linear-num-value-heads 32 --num-experts 336 --moe-ffn-hidden-size 512 "
+        "--moe-shared-expert-intermediate-size 512 --moe-shared-expert-gate --moe-router-topk 10"
+    ),
     "Nemotron-H-8B": (
         f"{COMMON} --squared-relu --position-embedding-type none --hidden-size 4096 --num-attention-heads 32 "
         "--ffn-hidden-size 21504 --kv-channels 128 --group-query-attention --num-query-groups 8 --mamba-num-heads 128 "
