@@ -112,7 +112,7 @@ class AutoBridge:
         chunks = unwrap(model)
         config, quantizers = self._model_config(chunks), list(self._all_quantizers(chunks))
         self._check_quantizers(quantizers, self._ranks(), ())
-        state = collect_scalars(quantizers, self.hf.registry, self._ranks())
+        state = collect_scalars(quantizers, self.hf.registry, config, self._ranks())
         tensors = list(state_parameters(quantizers))
         amax = dict(state.amax)
         for bundle in self._stream(tensors, config, self._plan(tensors, config)):
@@ -241,7 +241,7 @@ class AutoBridge:
         return saver.save(
             plan,
             lambda needed: (join_bundle(bundle, stored, config) for bundle in needed if bundle.owner == share.rank),
-            lambda: collect_scalars(quantizers, self.hf.registry, LOCAL),
+            lambda: collect_scalars(quantizers, self.hf.registry, config, LOCAL),
             source=files,
         )
 
@@ -296,7 +296,7 @@ class AutoBridge:
         return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(self._all_quantizers(chunks), self.hf.registry, self._ranks())
+        return collect_scalars(self._all_quantizers(chunks), self.hf.registry, self.hf.model_config, self._ranks())
 
     def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
         """The per-tensor state, with the formats of weights that the plan moves as codes and scales.

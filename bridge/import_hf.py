@@ -45,7 +45,8 @@ class ImportReport:
         left: quantized modules of the directory that are unquantized now: no quantizers of ModelOpt compute what
             they did.
         changed: module whose original bytes re-quantizing will not reproduce → the difference.
-        cache_scales: key-value cache scales that are dropped: Megatron has no quantizers for them.
+        cache_scales: key-value cache scales that are dropped: Megatron has no quantizers for them, or their format is
+            unknown.
     """
 
     schemes: Mapping[str, int]
@@ -130,7 +131,7 @@ def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckp
         if mapping is None:
             continue
         if mapping.targets[0] in weights.cache_scales:
-            megatron.enable_cache(quantizer.module)
+            megatron.enable_quantizer(quantizer.module, weights.cache_format.quantizer)
             found.update(mapping.targets)
         for suffix in (WEIGHT_QUANTIZER, INPUT_QUANTIZER):
             schemes = _schemes(mapping, suffix, weights)
@@ -180,7 +181,8 @@ def _warn(report: ImportReport) -> None:
         )
     if report.cache_scales:
         _log.warning(
-            "%d scales of a key-value cache stay behind: the model has no quantizers for them, or they are not FP8:%s",
+            "%d scales of a key-value cache stay behind: the model has no quantizers for them, or their format is "
+            "unknown:%s",
             len(report.cache_scales),
             listing(report.cache_scales),
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.cache_scales import amax_of_cache_scale, stored_cache_scales
+from amaxbridge.export.amax.cache_scales import PER_TENSOR, cache_format, stored_cache_scales
 from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
@@ -73,6 +73,8 @@ class DequantizedCheckpoint:
     Attributes:
         schemes: quantized module → its scheme.
         dequantized: modules that no scheme holds, which are quantized in the directory and have no amax here.
+        cache_format: the format of `cache_scales`; FP8 per tensor where config.json does not say.
+        cache_scales: the buffers of the key-value cache's quantizers → their scales.
 
     Raises:
         UsageError: another quantization than of compressed-tensors, or a format that is not known here.
@@ -87,6 +89,7 @@ class DequantizedCheckpoint:
         self.schemes: Mapping[str, Scheme] = {}
         self.dequantized: Sequence[str] = ()
         config = read_quant_config(quantization)
+        self.cache_format = cache_format(config.kv_cache) or PER_TENSOR
         self.cache_scales = stored_cache_scales(checkpoint.weight_map, config.kv_cache)
         if isinstance(checkpoint, ConvertedCheckpoint):
             self.schemes, self.dequantized = checkpoint.schemes, checkpoint.dequantized
@@ -131,7 +134,7 @@ class DequantizedCheckpoint:
         fp32, `[blocks down, blocks across]` for the blocks of a weight, else 0-d.
         """
         if quantizer in self.cache_scales:
-            return amax_of_cache_scale(self.checkpoint.read(self.cache_scales[quantizer]))
+            return self.cache_format.amax(self.checkpoint.read(self.cache_scales[quantizer]))
         module = quantizer.rpartition("_quantizer.")[0].rpartition(".")[0]
         scheme = self.schemes.get(module)
         if scheme is None or not scheme.format:

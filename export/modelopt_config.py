@@ -7,7 +7,7 @@ alone.
     hf_quant_config.json: quantization    config.json: quantization_config
     quant_algo                            quant_algo
     exclude_modules                       ignore                  names, or with * and ? as in file names
-    kv_cache_quant_algo                   kv_cache_scheme         "FP8", or {num_bits, type, dynamic}
+    kv_cache_quant_algo                   kv_cache_scheme         "FP8", "NVFP4", or {num_bits, type, dynamic}
     group_size                            config_groups.…         of some algorithms
     quantized_layers                      quantized_layers        of MIXED_PRECISION
 """
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import translate
 from typing import Any
 
+from amaxbridge.export.amax.cache_scales import CACHE_FORMATS, CacheFormat
 from amaxbridge.export.schemes import MODELOPT_FORMAT, Scheme, algorithms, scheme_of_algorithm
 
 HF_QUANT_CONFIG_FILE = "hf_quant_config.json"
@@ -26,7 +27,7 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 MIXED = "MIXED_PRECISION"
 _IN_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")  # the algorithms for which ModelOpt writes config_groups
 _WITHOUT_SIZE = ("mxfp4",)  # the algorithm whose group_size ModelOpt does not write
-_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _RECORDED = frozenset(("producer", "quant_method", "config_groups", "group_size"))  # they follow from the algorithm
 _READ = frozenset(
     (
@@ -42,17 +43,19 @@ EVERY_MODULE = "re:.*"
 # Writing
 
 
-def hf_quant_config(schemes: Mapping[str, Scheme], excluded: Sequence[str], *, kv_cache: bool) -> dict[str, Any]:
+def hf_quant_config(
+    schemes: Mapping[str, Scheme], excluded: Sequence[str], *, cache: CacheFormat | None
+) -> dict[str, Any]:
     """hf_quant_config.json, as ModelOpt writes it.
 
     Args:
         schemes: quantized module → its scheme.
         excluded: entries for the unquantized linear modules: names, or wildcards as of file names.
-        kv_cache: True if there are scales of an FP8 key-value cache.
+        cache: how the key-value cache is quantized, if there are scales of it.
     """
     layers = {module: _layer(scheme) for module, scheme in schemes.items()}
     kinds = {json.dumps(layer): layer for layer in layers.values()}
-    said: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if kv_cache else None}
+    said: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": cache.algorithm if cache else None}
     said |= next(iter(kinds.values())) if len(kinds) == 1 else {"quantized_layers": layers}
     return {"producer": _PRODUCER, "quantization": {**said, "exclude_modules": list(excluded)}}
 
@@ -74,7 +77,8 @@ def in_config_json(written: Mapping[str, Any]) -> dict[str, Any]:
     elif said["quant_algo"] in _IN_GROUPS:
         config["config_groups"] = {"group_0": {**_group(said), "targets": ["Linear"]}}
     config |= {"ignore": said["exclude_modules"], "quant_algo": said["quant_algo"]}
-    config |= {"kv_cache_scheme": _CACHE} if said["kv_cache_quant_algo"] else {}
+    algorithm = said["kv_cache_quant_algo"]
+    config |= {"kv_cache_scheme": _FP8_CACHE if algorithm == "FP8" else algorithm} if algorithm else {}
     return {**config, "producer": written["producer"], "quant_method": MODELOPT_FORMAT}
 
 
@@ -128,11 +132,12 @@ def in_compressed_tensors_words(raw: Mapping[str, Any]) -> tuple[dict[str, Any],
     if excluded is None:
         faults.append(("ignore" if "ignore" in raw else "exclude_modules", "is not a list of names"))
     cache = raw.get("kv_cache_scheme") or raw.get("kv_cache_quant_algo")
-    if isinstance(cache, str) and cache.upper() == "FP8":
-        cache = _CACHE
     if isinstance(cache, str):
-        faults.append(("kv_cache_quant_algo", f"is {cache}; FP8 is read"))
-        cache = None
+        caches = {each.algorithm: each for each in CACHE_FORMATS.values() if each.algorithm}
+        known = caches.get(cache.upper())
+        if known is None:
+            faults.append(("kv_cache_quant_algo", f"is {cache}; {' and '.join(caches)} are read"))
+        cache = known and dict(known.config)
     spelled |= {
         "quant_method": MODELOPT_FORMAT,
         "format": MODELOPT_FORMAT,

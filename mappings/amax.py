@@ -109,6 +109,19 @@ class AmaxMapping(QuantizerMapping):
 
 
 @dataclass(frozen=True)
+class CacheAmaxMapping(AmaxMapping):
+    """The amax of a key-value cache's quantizer: one number, or `[heads]`, which tensor parallelism divides."""
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        heads = all(shard.ndim for shard in shards)
+        return {name: join_dim(shards, 0) if heads else _max_scalar(shards) for name in self.targets}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        (amax,) = tensors.values()
+        return shard_of(amax, 0, rank, size) if amax.ndim else amax
+
+
+@dataclass(frozen=True)
 class AmaxFanoutMapping(QuantizerMapping):
     """One Megatron amax under several Hugging Face names: q/k/v of a fused QKV, gate/up of a gated MLP.
 

@@ -20,7 +20,7 @@ from amaxbridge.mappings.amax import (
     OUTPUT_QUANTIZER,
     PRE_QUANT_SCALE,
     WEIGHT_QUANTIZER,
-    AmaxMapping,
+    CacheAmaxMapping,
     convert_to_amax_map,
     per_expert_amax_map,
     stored_scales_map,
@@ -54,4 +54,4 @@ def _key_value_cache(weights: Iterable[MegatronParamMapping]) -> Iterator[Megatr
             core = mapping.megatron_param.removesuffix(fused) + ".core_attention"
             attention = module_of(module_of(mapping.k))
             for quantizer in ("k_bmm_quantizer._amax", "v_bmm_quantizer._amax"):
-                yield AmaxMapping(f"{core}.{quantizer}", f"{attention}.{quantizer}")
+                yield CacheAmaxMapping(f"{core}.{quantizer}", f"{attention}.{quantizer}")

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
+from amaxbridge.export.amax.cache_scales import CACHE_QUANTIZERS, PER_HEAD, cache_format_of
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
 from amaxbridge.export.schemes import quantizer_format
 from amaxbridge.export.schemes.quantizer_settings import FOUR_OVER_SIX, LEARNED, LEARNED_UNROUNDED, input_format
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER, MoeAmaxFanoutMapping
-from amaxbridge.mappings.errors import UnmappedParameterError, UsageError, listing
+from amaxbridge.mappings.errors import AmaxError, UnmappedParameterError, UsageError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import natural_key
 from amaxbridge.mappings.ranks import Axis, Ranks
 from amaxbridge.mappings.registry import MappingRegistry
@@ -32,7 +34,7 @@ _GLOBAL = "_global_amax"
 _MULTIPLIER = "_pre_quant_scale"
 _BUFFERS = ("_amax", "_amax_post", "_amax_pre", _GLOBAL, _MULTIPLIER)
 _CONSTANT = 448.0  # amax of a quantizer with use_constant_amax
-_CACHE_QUANTIZERS = (".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
+_HEAD = ":"  # between the name of a cache amax and the number of a head
 
 
 class _Local(NamedTuple):
@@ -62,22 +64,27 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
                 yield Parameter(name, _as_rows(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
 
 
-def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, ranks: Ranks) -> QuantState:
+def collect_scalars(
+    quantizers: Iterable[Quantizer], registry: MappingRegistry, config: ModelConfig, ranks: Ranks
+) -> QuantState:
     """The per-tensor state and the formats of all enabled quantizers. Collective; every rank gets the same.
 
-    The maximum of a per-block amax is per-tensor state too: `_global_amax`, unless ModelOpt keeps one itself.
+    The maximum of a per-block amax is per-tensor state too: `_global_amax`, unless ModelOpt keeps one itself. So are
+    the amax of a key-value cache's heads, which are few: tensor-parallel ranks have some heads each.
 
     Raises:
         UnmappedParameterError: an enabled quantizer has no Hugging Face name.
         UsageError: ranks have quantizers of different formats for one module.
+        AmaxError: the amax of a key-value cache are not those of all heads.
     """
-    local = _local_state((each for each in quantizers if each.module.is_enabled and not each.chain), registry)
+    enabled = (each for each in quantizers if each.module.is_enabled and not each.chain)
+    local = _local_state(enabled, registry, ranks.rank(Axis.TP))
     names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
     reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
     if unmapped:
         raise UnmappedParameterError(
-            f"{len(unmapped)} enabled quantizers have no mapping:{listing(unmapped)}\n"
+            f"{len(unmapped)} enabled quantizers have no mapping:{listing(unmapped)}\n{_why_unmapped(unmapped)}"
             "Disable them before the export, or add a mapping to the model's family in mappings/families/"
         )
     names = sorted({name for report in reports for name in report.values}, key=natural_key)
@@ -85,7 +92,7 @@ def collect_scalars(quantizers: Iterable[Quantizer], registry: MappingRegistry, 
     known = [name for name in names if greatest[name] != _NO_VALUE]
     whole = set(known).difference(*(report.of_parts for report in reports))
     return QuantState(
-        amax={name: torch.tensor(greatest[name]) for name in known},
+        amax=_with_heads({name: greatest[name] for name in known}, config),
         formats=_agreed("weights", [report.formats for report in reports]),
         inputs=_agreed("inputs", [report.inputs for report in reports]),
         missing=frozenset(names) - frozenset(known),
@@ -112,7 +119,41 @@ def _agreed(what: str, reports: Iterable[Mapping[str, str]]) -> dict[str, str]:
     return {module: form for module, forms in found.items() for form in forms}
 
 
-def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> _Local:
+def _why_unmapped(names: Sequence[str]) -> str:
+    """Why quantizers of attention have no place; "" for others."""
+    if any(name.endswith(CACHE_QUANTIZERS) for name in names):
+        return (
+            "Latent attention: training rounds the keys and values of each head, but engines keep the latent vector "
+            "that they are made of, whose amax no quantizer has.\n"
+        )
+    return ""
+
+
+def _with_heads(values: Mapping[str, float], config: ModelConfig) -> dict[str, Tensor]:
+    """The amax by name: that of a cache with one for each head as a vector.
+
+    Raises:
+        AmaxError: it is not one for each key and value head of the model.
+    """
+    amax, heads = dict[str, Tensor](), dict[str, dict[int, float]]()
+    for name, value in values.items():
+        quantizer, several, head = name.partition(_HEAD)
+        if several:
+            heads.setdefault(quantizer, {})[int(head)] = value
+        else:
+            amax[name] = torch.tensor(value)
+    wanted = config.num_query_groups or config.num_attention_heads
+    lost = [f"{name}: of {len(found)} heads" for name, found in heads.items() if len(found) != wanted]
+    if lost:
+        raise AmaxError(
+            f"{len(lost)} amax of the key-value cache do not have the {wanted} heads of the model:{listing(lost)}\n"
+            "ModelOpt saves those of the first tensor-parallel rank alone: export from the live model "
+            "(save_hf_pretrained), or calibrate with one scale for all heads (axis=None)"
+        )
+    return amax | {name: torch.tensor([found[head] for head in sorted(found)]) for name, found in heads.items()}
+
+
+def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry, tp_rank: int) -> _Local:
     local = _Local({}, {}, {}, [], set())
     for quantizer in quantizers:
         mapping = quantizer_mapping(quantizer, registry)
@@ -124,8 +165,11 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> 
                 local.formats[target.removesuffix(WEIGHT_QUANTIZER)] = format_name(quantizer.module)
             elif target.endswith(INPUT_QUANTIZER):
                 local.inputs[target.removesuffix(INPUT_QUANTIZER)] = input_format_name(quantizer.module)
-            elif target.endswith(_CACHE_QUANTIZERS):
+            elif target.removesuffix("._amax").endswith(CACHE_QUANTIZERS):
                 local.formats[target.removesuffix("._amax")] = cache_format_name(quantizer.module)
+        if is_per_head(quantizer):
+            local.values.update(_heads(quantizer, mapping.targets, tp_rank))
+            continue
         for buffer, value in _scalars(quantizer):
             names = [target.removesuffix("_amax") + buffer for target in mapping.targets]
             local.values.update(dict.fromkeys(names, value))
@@ -163,6 +207,21 @@ def _scalars(quantizer: Quantizer) -> Iterator[tuple[str, float]]:
             yield buffer, _not_nan(float(tensor))
         elif buffer == "_amax" and _GLOBAL not in found:
             yield _GLOBAL, _not_nan(float(tensor.max()))
+
+
+def is_per_head(quantizer: Quantizer) -> bool:
+    """True for a quantizer of the key-value cache with an amax for each head."""
+    return quantizer.name.endswith(CACHE_QUANTIZERS) and cache_format_name(quantizer.module) == PER_HEAD.name
+
+
+def _heads(quantizer: Quantizer, targets: Iterable[str], tp_rank: int) -> Iterator[tuple[str, float]]:
+    """The amax of this rank's heads by name and number; like a missing one where it was never calibrated."""
+    amax = dict(_buffers(quantizer)).get("_amax")
+    if amax is None:
+        yield from ((name, _NO_VALUE) for name in targets)
+        return
+    for number, value in enumerate(amax.flatten().tolist(), tp_rank * amax.numel()):
+        yield from ((f"{name}{_HEAD}{number}", _not_nan(value)) for name in targets)
 
 
 def _not_nan(value: float) -> float:
@@ -218,9 +277,8 @@ def format_name(quantizer: Any) -> str:
 
 
 def cache_format_name(quantizer: Any) -> str:
-    """The format of a quantizer of the key-value cache: `fp8` if it has one static scale, or else in words."""
-    words = input_format_name(quantizer)
-    return "fp8" if words == "e4m3 per tensor" else words
+    """The format of a quantizer of the key-value cache: the name of a `CacheFormat`, or else in words."""
+    return cache_format_of(input_format_name(quantizer))
 
 
 def input_format_name(quantizer: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from amaxbridge.bridge.live.collect_amax import amax_shape, is_dynamic, quantizer_mapping
+from amaxbridge.bridge.live.collect_amax import amax_shape, is_dynamic, is_per_head, quantizer_mapping
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.bridge.live.quantized_parameters import fill
 from amaxbridge.bridge.plan.export_plan import find_mappings
@@ -47,6 +47,8 @@ def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
     held = getattr(quantizer.module, "_amax", None)
     if held is not None and held.numel() == amax.numel():
         amax = amax.reshape(held.shape).to(held.device)
+    elif is_per_head(quantizer):
+        amax = amax.reshape(1, 1, -1, 1)  # as keys and values: [tokens, batch, heads, head_dim]
     elif amax.numel() > 1:
         amax = amax.reshape(amax_shape(quantizer.module.block_sizes or {}, amax.shape))
     if held is not None:

@@ -9,12 +9,7 @@ from amaxbridge.mappings.extras import EXTRAS, need
 need("A model in Megatron", *EXTRAS["megatron"])
 
 from amaxbridge.bridge.megatron.build_model import build_chunks, build_model
-from amaxbridge.bridge.megatron.insert_quantizers import (
-    cache_quantizers,
-    enable_cache,
-    enable_quantizer,
-    insert_quantizers,
-)
+from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers, enable_quantizer, insert_quantizers
 from amaxbridge.bridge.megatron.megatron_checkpoint import load_checkpoint, save_checkpoint
 from amaxbridge.bridge.megatron.process_groups import distributed, process_ranks
 
@@ -23,7 +18,6 @@ __all__ = [
     "build_model",
     "cache_quantizers",
     "distributed",
-    "enable_cache",
     "enable_quantizer",
     "insert_quantizers",
     "load_checkpoint",

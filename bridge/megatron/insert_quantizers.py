@@ -9,17 +9,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.utils.distributed import ParallelState
 from torch import Tensor, nn
 
 from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
 from amaxbridge.mappings.errors import UsageError
 
-_CACHE = QuantizerSettings((4, 3))
-"""FP8 settings for keys and values: the cache quantizers of ModelOpt's `FP8_KV_CFG`."""
+_HEADS = 2  # the axis of keys and values, [tokens, batch, heads, head_dim]
 
 
 def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
@@ -40,13 +41,8 @@ def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
 
 
 def enable_quantizer(quantizer: Any, settings: QuantizerSettings) -> None:
-    """Enables a disabled weight or input quantizer with a scheme's settings."""
+    """Enables a disabled quantizer with the settings of a scheme, or of a format of the key-value cache."""
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**settings.attributes, enable=True))
-
-
-def enable_cache(quantizer: Any) -> None:
-    """Enables a quantizer of cached keys or values, in FP8."""
-    enable_quantizer(quantizer, _CACHE)
 
 
 class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not typed
@@ -56,6 +52,8 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not
         self.q_bmm_quantizer = TensorQuantizer()
         self.k_bmm_quantizer = TensorQuantizer()
         self.v_bmm_quantizer = TensorQuantizer()
+        data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.parallel_state = ParallelState(data_parallel, parallel_state.get_tensor_model_parallel_group())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
@@ -69,16 +67,30 @@ class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not
         del state
 
     def modelopt_post_restore(self, prefix: str = "") -> None:
-        """Moves the amax to the device that ModelOpt noted: attention has no weight to follow."""
+        """Moves the amax to the device that ModelOpt noted: attention has no weight to follow.
+
+        One for each head takes the shape of this rank's heads: checkpoints are loaded at other sizes than saved.
+        """
+        for quantizer in (self.k_bmm_quantizer, self.v_bmm_quantizer):
+            if quantizer.axis == _HEADS and (amax := getattr(quantizer, "_amax", None)) is not None:
+                quantizer._amax = amax.new_ones(1, 1, self.num_query_groups_per_partition, 1)
         self.to(device=self.device)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Megatron's own state, which only has sinks, and that of the quantizers, the same on all ranks."""
+        """Megatron's own state, which only has sinks, and that of the quantizers.
+
+        An amax of one number is the same on all ranks; of one for each head, every rank has those of its heads.
+        """
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = self.state_dict(prefix="", keep_vars=True)
         more = {name: value for name, value in state.items() if prefix + name not in own}
+        of_heads = [
+            f"{letter}_bmm_quantizer" for letter in "kv" if getattr(self, f"{letter}_bmm_quantizer").axis == _HEADS
+        ]
+        heads = {name: _HEADS for name in more if name.removesuffix("._amax") in of_heads}
+        more |= {name: more[name].view(1, 1, -1, 1) for name in heads}  # ModelOpt keeps that of a single head as []
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        return {**own, **make_sharded_tensors_for_checkpoint(more, prefix, {}, sharded_offsets, **groups)}
+        return {**own, **make_sharded_tensors_for_checkpoint(more, prefix, heads, sharded_offsets, **groups)}
 
 
 @contextlib.contextmanager

@@ -271,11 +271,12 @@ class StoredModel(Mapping[str, Tensor]):
         return frozenset(module_of(name) for name in self.tensors if is_quantizer_state(name))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """All quantizer buffers: small ones are read at once; larger ones give their shape, and an amax its maximum."""
+        """All quantizer buffers. Small ones and those of the key-value cache are read; others give their shape."""
         small, large = list[StoredTensor](), list[StoredTensor]()
         for name, each in self.tensors.items():
             if is_quantizer_state(name):
-                (small if each.spec.shape.count(1) == len(each.spec.shape) else large).append(each)
+                is_small = each.spec.shape.count(1) == len(each.spec.shape) or "_bmm_quantizer." in name
+                (small if is_small else large).append(each)
         values = self.checkpoint.read([each.regions[0] for each in small])
         yield from zip((each.name for each in small), values, strict=True)
         for each in large:

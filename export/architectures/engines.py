@@ -59,6 +59,7 @@ class Engine:
         cuts: serves under tensor and expert parallelism, and needs shards that suit its kernels.
         cuts_wildcards: renames `experts*` of ModelOpt's configs as `experts` and `experts.*`.
         mixed_needs: algorithms of ModelOpt of which it needs one to know MIXED_PRECISION; () if it needs none.
+        caches: the formats of key-value caches whose scales it reads, as `cache_scales` names them.
         unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
     """
 
@@ -79,6 +80,7 @@ class Engine:
     cuts: bool = False
     cuts_wildcards: bool = False
     mixed_needs: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ("fp8",)
     unread_experts: Mapping[str, str] = field(default_factory=dict)
 
     def leaves_out(self, architecture: str, projection: str) -> str | None:
@@ -101,7 +103,8 @@ class Engine:
 
 VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
-    cuts=True, cuts_wildcards=True, unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    cuts=True, cuts_wildcards=True, caches=("fp8", "fp8 per head", "nvfp4"),
+    unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 SGLANG = Engine(
     "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,
@@ -110,7 +113,7 @@ SGLANG = Engine(
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
-    head_is_linear=True,
+    head_is_linear=True, caches=("fp8", "fp8 per head"),
 )  # fmt: skip
 RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
 """Our own, which loads models of transformers."""

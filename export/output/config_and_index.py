@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from amaxbridge.export.amax.cache_scales import CacheFormat
 from amaxbridge.export.architectures.engines import fused_layer_names
 from amaxbridge.export.disk.atomic_move import raise_it
 from amaxbridge.export.disk.input_files import parts_of, read_input
@@ -20,7 +21,7 @@ from amaxbridge.export.disk.shard_layout import SINGLE_FILE, Layout
 from amaxbridge.export.disk.strict_json import read_json_object
 from amaxbridge.export.output.provenance import RECORD_FILE
 from amaxbridge.export.quantization_declared import FILES_OF_QUANTIZATION, without_declarations
-from amaxbridge.export.schemes.scheme import Scheme, arguments
+from amaxbridge.export.schemes.scheme import Scheme
 from amaxbridge.mappings.config_fields import check_all_fields
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
@@ -68,7 +69,7 @@ def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | 
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], *, kv_cache: bool = False
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], *, cache: CacheFormat | None = None
 ) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors.
 
@@ -80,7 +81,7 @@ def quantization_config(
     Args:
         schemes: quantized module → its scheme.
         ignore: the unquantized linear modules.
-        kv_cache: True if the layers have `k_scale` and `v_scale`, for an FP8 key-value cache.
+        cache: how the key-value cache is quantized, if the layers have `k_scale` and `v_scale`.
     """
     members: dict[str, list[str]] = {}
     for module, scheme in schemes.items():
@@ -98,7 +99,7 @@ def quantization_config(
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [*ignore, *fused_layers(ignore)],
     }
-    return config | ({"kv_cache_scheme": arguments(8, "float", "tensor")} if kv_cache else {})
+    return config | ({"kv_cache_scheme": dict(cache.config)} if cache else {})
 
 
 def patterns_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:

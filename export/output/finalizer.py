@@ -14,7 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.cache_scales import CACHE_QUANTIZERS, cache_amax, cache_scales
+from amaxbridge.export.amax.cache_scales import (
+    CACHE_QUANTIZERS,
+    PER_HEAD,
+    PER_TENSOR,
+    CacheFormat,
+    CacheScales,
+    cache_amax,
+    cache_scales,
+)
 from amaxbridge.export.amax.fused_group_amax import (
     DATA_FREE,
     BlockAmax,
@@ -145,10 +153,10 @@ class Finalizer:
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
         linears = [module for module in linears if module not in kept]
         self.kept = kept
-        self._keeps_cache = any(name.endswith(CACHE_SCALES) for name in tensors)
+        self._kept_cache = _kept_cache(self.format, tensors)
         self._schemes: dict[str, Scheme] = {}
         self._amax: dict[str, GroupAmax] = {}
-        self._cache_scales: dict[str, tuple[str, Tensor]] = {}
+        self._cache = CacheScales(None, {})
         self.filled: dict[str, str] = {}
         self.finite = FiniteCheck(NonFinite.WARN)
         self.data_free = recipe is not None and state is None
@@ -189,7 +197,7 @@ class Finalizer:
             return None
         if (said := self.hf_quant_config) is not None:
             return in_config_json(said)
-        return quantization_config(self.written, self.ignore, kv_cache=self.has_cache)
+        return quantization_config(self.written, self.ignore, cache=self.cache)
 
     @property
     def hf_quant_config(self) -> dict[str, Any] | None:
@@ -197,12 +205,12 @@ class Finalizer:
         if self.format != MODELOPT_FORMAT or not self.written:
             return None
         excluded = excluded_entries(self.ignore, self.written)
-        return hf_quant_config(self.written, excluded, kv_cache=self.has_cache)
+        return hf_quant_config(self.written, excluded, cache=self.cache)
 
     @property
-    def has_cache(self) -> bool:
-        """True if there are scales of a key-value cache."""
-        return bool(self._cache_scales) or self._keeps_cache
+    def cache(self) -> CacheFormat | None:
+        """The format of the key-value cache, of which there are scales; None without."""
+        return self._cache.format or self._kept_cache
 
     @property
     def written(self) -> dict[str, Scheme]:
@@ -216,7 +224,7 @@ class Finalizer:
             module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
             for module, scheme in self.written.items()
         }
-        caches = {name: scale.tolist() for name, scale in self._cache_scales.values()}
+        caches = {name: scale.tolist() for name, scale in self._cache.tensors.values()}
         folded = [*sorted(name for name in self._vectors.norms if self._vector_of_norm(name)), *sorted(self._of_rows)]
         parts = [decided, caches, *([folded] if folded else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -244,8 +252,8 @@ class Finalizer:
                     yield Written(name, first, self._folded(name, first, rows, bundle.state))
             else:
                 quantized[module] = tensor
-            if name in self._cache_scales:
-                scale, value = self._cache_scales[name]
+            if name in self._cache.tensors:
+                scale, value = self._cache.tensors[name]
                 yield Written(scale, 0, value)
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
@@ -316,7 +324,7 @@ class Finalizer:
             for module, scheme in self._schemes.items()
             if scheme.needs_weight_amax or module + WEIGHT_QUANTIZER in state.missing
         }
-        self._cache_scales = cache_scales(state, specs, in_projections=self.format == MODELOPT_FORMAT)
+        self._cache = cache_scales(state, specs, files=self.format)
         written = {module + INPUT_QUANTIZER for module in inputs} | {name for name, _ in cache_amax(state)}
         known = {name for name in {*specs, *state.amax} if is_quantizer_state(name)}
         known -= {name for name in known if ignored.holds(name.rsplit(".", 2)[0])}
@@ -341,8 +349,8 @@ class Finalizer:
                 planned[name] = {name: spec} if module is None else self._specs_of(module, spec)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
-            if name in self._cache_scales:
-                scale, tensor = self._cache_scales[name]
+            if name in self._cache.tensors:
+                scale, tensor = self._cache.tensors[name]
                 planned[name] = {scale: TensorSpec.of(tensor), **planned[name]}
         if problems:
             raise MappingError(
@@ -384,6 +392,21 @@ class Finalizer:
     def _quantized_module(self, name: str) -> str | None:
         module = module_of(name)
         return module if name.endswith(".weight") and module in self._schemes else None
+
+
+def _kept_cache(name: str, specs: Mapping[str, TensorSpec]) -> CacheFormat | None:
+    """The format of cache scales that the tensors hold already; they are FP8's.
+
+    Raises:
+        UsageError: files of this format cannot say it.
+    """
+    scales = [spec for name, spec in specs.items() if name.endswith(CACHE_SCALES)]
+    kept = PER_HEAD if any(len(spec.shape) > 1 or spec.shape[:1] not in ((), (1,)) for spec in scales) else PER_TENSOR
+    if scales and name not in kept.files:
+        raise UsageError(
+            f"format={name} has no place for a key-value cache in {kept.words}\nWrite format={kept.files[0]}"
+        )
+    return kept if scales else None
 
 
 def _check_one_format(name: str, kept: Mapping[str, Scheme]) -> None:

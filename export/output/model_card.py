@@ -154,7 +154,7 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
         "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
         "formats": _formats(finalizer),
         "format": finalizer.format,
-        "kv_cache": finalizer.has_cache and bool(finalizer.quantized),
+        "kv_cache": finalizer.cache.words if finalizer.cache and finalizer.quantized else "",
         "bytes": {"before": conversion.source_bytes, "after": layout.total_size},
         "tensors": sum(len(shard.specs) for shard in layout.shards),
         "files": len(layout.shards),
@@ -216,7 +216,7 @@ def _section(facts: Mapping[str, Any]) -> str:
     before, after, amax = facts["bytes"]["before"], facts["bytes"]["after"], facts["amax"]
     rows = {
         "scheme": facts["scheme"] + (f" ({', '.join(facts['formats'])})" if facts["formats"] else ""),
-        "key-value cache": "FP8" if facts["kv_cache"] else "",
+        "key-value cache": "FP8" if facts["kv_cache"] is True else facts["kv_cache"],  # of older records: True
         "size": f"{size_text(after)}, before {size_text(before)}" + (f" ({after / before:.0%})" if before else ""),
         "modules quantized": f"{facts['quantized']:,}",
         "left as they are": ", ".join(f"`{module}`" for module in facts["ignored"]),

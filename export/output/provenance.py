@@ -38,7 +38,7 @@ _FORM = {
     "architecture": _TEXT,
     "scheme": _TEXT,
     "formats": _TEXTS,
-    "kv_cache": (bool, None),
+    "kv_cache": (str, bool, None),
     "bytes": ({"before": int, "after": int}, None),
     "quantized": _COUNT,
     "ignored": _TEXTS,

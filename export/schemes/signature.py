@@ -28,7 +28,7 @@ _FORM: Any = {
 }
 _GROUPED = ("group", "tensor_group")
 _GROUP: Any = {"format": (str, None), "weights": ({}, None), "input_activations": ({}, None)}
-_STRATEGIES = ("tensor", "channel", "token", "block", *_GROUPED)
+_STRATEGIES = ("tensor", "channel", "token", "block", "attn_head", *_GROUPED)
 _DYNAMIC = ("tensor", "token", *_GROUPED)
 
 
@@ -43,7 +43,8 @@ class Arguments:
     Args:
         bits: bits of a code.
         kind: `int` or `float`.
-        strategy: what shares a scale: `tensor`, `channel`, `token`, `group`, `tensor_group`, `block`.
+        strategy: what shares a scale: `tensor`, `channel`, `token`, `group`, `tensor_group`, `block`; of the key-value
+            cache also `attn_head`.
         dynamic: True if scales are made at run time, `local` if only block scales are.
         symmetric: False if there are zero points.
         group_size: columns that share a scale; None for all columns.

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
+from amaxbridge.export.amax.cache_scales import cache_format
 from amaxbridge.export.architectures.engines import ENGINES, RUNTIME
 from amaxbridge.export.modelopt_config import MIXED
 from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.engine_readings import build_of, readings
-from amaxbridge.export.verify.finding import Problem, Rule
+from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.export.verify.parallel_sizes import parallel_sizes
 
@@ -100,6 +101,13 @@ def _fits(view: CheckpointView) -> Iterator[Problem]:
                 yield Problem(module.name, f"{engine.name}: {what}", engine.key)
 
 
+def _cache(view: CheckpointView) -> Iterator[Problem]:
+    found = cache_format(view.quantization.kv_cache)
+    for engine in ENGINES:
+        if found is not None and found.name not in engine.caches:
+            yield Problem("kv_cache_scheme", f"{engine.label} reads no scales of {found.words}", engine.key)
+
+
 def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
     named = view.config.get("architectures")
     architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
@@ -140,6 +148,14 @@ RULES = (
         "does not load, or stops at the first forward",
         "Choose a scheme that fits these shapes, or leave these modules unquantized",
         _fits,
+    ),
+    Rule(
+        "engine-cache",
+        "the engine reads the scales of the key-value cache",
+        "keys and values stay in 16 bits, which is more exact, and takes two to four times the memory",
+        "Serve with an engine that does (docs/quantizers.md), or calibrate the cache in FP8 per tensor",
+        _cache,
+        Severity.WARNING,
     ),
     Rule(
         "experts-unread",

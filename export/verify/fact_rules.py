@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from amaxbridge.export.architectures.facts import Architecture, Role, pattern_of, value_of
 from amaxbridge.export.disk.safetensors_file import StoredTensor
+from amaxbridge.export.output.finalizer import CACHE_SCALES
 from amaxbridge.export.output.provenance import was_guessed
 from amaxbridge.export.verify.checkpoint_view import QUANTIZED_SUFFIXES, CheckpointView
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
@@ -75,12 +76,12 @@ def _accounted(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _unquantized(view: CheckpointView) -> Iterator[tuple[str, StoredTensor]]:
-    """Tensors of two and more dims that are no part of a quantized module."""
+    """Tensors of two and more dims that are no part of a quantized module, nor scales of the key-value cache."""
     quantized = {module.name for module in view.quantized}
     for name, stored in view.tensors.items():
         owner, _, suffix = name.rpartition(".")
         of_codes = owner in quantized and suffix in {*QUANTIZED_SUFFIXES, "weight"}
-        if len(stored.spec.shape) > 1 and not of_codes:
+        if len(stored.spec.shape) > 1 and not of_codes and not name.endswith(CACHE_SCALES):
             yield name, stored
 
 

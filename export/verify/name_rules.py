@@ -4,10 +4,12 @@ What a model needs is known from two sources. config.json gives the number of la
 group gives its tensors. A reference checkpoint, or the caller of `verify`, gives every name and shape (`expected`).
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+from amaxbridge.export.amax.cache_scales import PER_HEAD, cache_format
 from amaxbridge.export.architectures.facts import Role
 from amaxbridge.export.schemes import MODELOPT_FORMAT
 from amaxbridge.export.verify.checkpoint_view import INPUT_SCALES, QUANTIZED_SUFFIXES, CheckpointView, Module
@@ -204,6 +206,7 @@ def _cache(view: CheckpointView) -> Iterator[Problem]:
             yield Problem(name, "is there; config.json says nothing of a quantized cache")
         return
     in_projections = view.quantization.method == MODELOPT_FORMAT
+    count = _scales_of_a_layer(view)
     attentions = {name.rpartition(".")[0].removesuffix(f".{name[-7]}_proj") for name in found}
     attentions |= {name.rpartition(".")[0] for name in view.modules if name.endswith(".self_attn.k_proj")}
     for attention in sorted(attentions, key=natural_key):
@@ -211,6 +214,14 @@ def _cache(view: CheckpointView) -> Iterator[Problem]:
             name = f"{attention}.{suffix[0]}_proj.{suffix}" if in_projections else f"{attention}.{suffix}"
             if name not in found and not is_mtp(view, name):
                 yield Problem(name, "is not there; config.json has a kv_cache_scheme")
+            elif name in found and math.prod(view.tensors[name].spec.shape) != count:
+                yield Problem(name, f"is {view.tensors[name].spec}; kv_cache_scheme says {count} scales for each layer")
+
+
+def _scales_of_a_layer(view: CheckpointView) -> int:
+    """The number of scales that keys, and values, of one layer have."""
+    heads = view.text_config.get("num_key_value_heads") or view.text_config.get("num_attention_heads")
+    return heads if cache_format(view.quantization.kv_cache) is PER_HEAD and isinstance(heads, int) else 1
 
 
 def _named(module: Module) -> str:
@@ -290,7 +301,7 @@ RULES = (
     ),
     Rule(
         "kv-scales",
-        "a key-value cache in FP8 has k_scale and v_scale in every layer, and kv_cache_scheme in config.json",
+        "a quantized key-value cache has k_scale and v_scale in every layer, as many as kv_cache_scheme says",
         "missing: the cache is scaled by 1, and saturates; without kv_cache_scheme the scales stop the load",
         "Export again; calibrate the cache's quantizers of every layer, or disable all",
         _cache,

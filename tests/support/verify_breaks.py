@@ -54,6 +54,15 @@ def drop(*names: str) -> Callable[[Made], object]:
     return lambda made: [made.tensors.pop(name) for name in names]
 
 
+def per_head(made: Made) -> None:
+    """Scales of the key-value cache for each head, as compressed-tensors has them."""
+    made.quantization["kv_cache_scheme"]["strategy"] = "attn_head"
+    heads = made.config["num_key_value_heads"]
+    for name in made.tensors:
+        if name.endswith(("k_scale", "v_scale")):
+            made.tensors[name] = made.tensors[name].expand(heads)[:, None, None].contiguous()
+
+
 def drop_all(part: str) -> Callable[[Made], object]:
     return lambda made: drop(*[name for name in made.tensors if part in name])(made)
 
@@ -312,6 +321,10 @@ NAMES = {
     "a cache without its scheme": Break(
         "kv-scales", f"{LAYER}.self_attn.k_scale", lambda made: made.quantization.pop("kv_cache_scheme"), cache=True
     ),
+    "one scale of a cache with one for each head": at(
+        "kv-scales", f"{LAYER}.self_attn.k_scale", put, torch.ones(3, 1, 1), cache=True
+    ),
+    "a cache with scales for each head, for SGLang": Break("engine-cache", "kv_cache_scheme", per_head, cache=True),
 }
 
 MATCHING = {

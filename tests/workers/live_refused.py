@@ -27,7 +27,7 @@ from tests.workers.model import forward  # noqa: E402
 
 FP8: Mapping[str, Any] = {"num_bits": (4, 3), "axis": None}
 CACHES: Mapping[str, Mapping[str, Any]] = {
-    "cache_per_head": {"num_bits": (4, 3), "axis": 2},
+    "cache_int8_per_head": {"num_bits": 8, "axis": 2},
     "cache_per_token": {"num_bits": (4, 3), "block_sizes": {-1: None}, "type": "dynamic"},
     "cache_dynamic": {"num_bits": (4, 3), "axis": None, "type": "dynamic"},
     "cache_nvfp4": mtq.NVFP4_KV_CFG["quant_cfg"][0]["cfg"],

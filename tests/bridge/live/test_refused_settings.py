@@ -10,7 +10,7 @@ from tests.workers.live_refused import CACHES, CASES
 
 LINEAR = "decoder.layers.0.mlp.linear_fc2"
 UNKNOWN = "amaxbridge does not know it, so it may change values"
-CACHE = "quantizers of the key-value cache are not FP8 with one static scale"
+CACHE = "quantizers of the key-value cache have no place in format=compressed-tensors"
 LIVE = {
     "attribute": f"{LINEAR}.weight_quantizer: _of_tomorrow=3: {UNKNOWN}",
     "attribute_of_a_disabled_one": f"{LINEAR}.output_quantizer: _of_tomorrow=3: {UNKNOWN}",
@@ -25,10 +25,10 @@ LIVE = {
     "compress_nvfp4": "_fake_quant=False: the weight itself is stored as codes (mtq.compress)",
     "compress_fp8": "_fake_quant=False: the weight itself is stored as codes (mtq.compress)",
     "svdquant": "_svdquant_lora_a=a tensor [4, ",
-    "cache_per_head": "model.layers.0.self_attn.k_bmm_quantizer: e4m3 axis=2",
+    "cache_int8_per_head": "model.layers.0.self_attn.k_bmm_quantizer: int8 axis=2",
     "cache_per_token": "model.layers.0.self_attn.k_bmm_quantizer: e4m3 per token",
     "cache_dynamic": "model.layers.0.self_attn.k_bmm_quantizer: e4m3 per tensor, dynamic",
-    "cache_nvfp4": "model.layers.0.self_attn.k_bmm_quantizer: e2m1 in blocks of 16 with e4m3 scales",
+    "cache_nvfp4": "model.layers.0.self_attn.k_bmm_quantizer: nvfp4, which engines read from format=modelopt alone",
     "cache_int8": "model.layers.0.self_attn.k_bmm_quantizer: int8 per tensor",
 }
 """Case → a part of the message."""

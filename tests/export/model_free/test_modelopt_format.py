@@ -182,7 +182,7 @@ def test_a_format_that_cannot_be(scheme: str, name: str, message: str, tmp_path:
         ({"quant_algo": "W4A8_AWQ"}, "quant_algo is W4A8_AWQ; known"),
         ({"quant_algo": "MIXED_PRECISION"}, "quantized_layers is no object of layers"),
         ({"pre_quant_scale": True}, "pre_quant_scale is true"),
-        ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo is NVFP4"),
+        ({"kv_cache_quant_algo": "INT8"}, "kv_cache_quant_algo is INT8"),
         ({"ignore": "lm_head"}, "ignore is not a list"),
         ({"rotation": "hadamard"}, "rotation is an unknown key"),
     ],
