@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny_models import NEMOTRON_H, config, expert_biases, randomize
+from tests.support.tiny_models import DELTA_NET, NEMOTRON_H, config, expert_biases, randomize
 
 
 def make_qwen3(directory: Path) -> None:
@@ -130,4 +130,27 @@ def make_nemotron_h(directory: Path) -> None:
             likes[".final_layernorm.weight"] = norm
         for name, tensor in likes.items():
             tensors[f"mtp.layers.{layer}{name}"] = (0.1 * torch.randn(tensor.shape)).to(tensor.dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_qwen3_next(directory: Path) -> None:
+    """Two layers with experts, the second with attention, and an MTP layer, which transformers does not build."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3NextForCausalLM
+
+    torch.manual_seed(23)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_nextn_predict_layers": 1}
+    shared = {"shared_expert_intermediate_size": 48}
+    model = Qwen3NextForCausalLM(config("Qwen3NextForCausalLM", **DELTA_NET, **sizes, **shared)())
+    randomize(model)
+    model.bfloat16().save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    likes = {"fc.weight": torch.empty(64, 128, dtype=torch.bfloat16), "norm.weight": norm}
+    likes |= {"pre_fc_norm_embedding.weight": norm, "pre_fc_norm_hidden.weight": norm}
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
+    likes |= {name.replace("model.layers.1.", "layers.0."): tensor for name, tensor in last.items()}
+    for name, like in likes.items():
+        tensors[f"mtp.{name}"] = (0.1 * torch.randn(like.shape)).to(like.dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -16,13 +16,14 @@ import torch
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.import_hf import import_hf
 from amaxbridge.bridge.live.process_ranks import process_group, world_rank
+from tests.support.without_fla import without_fla
 from tests.workers.model import forward
 
 
 def main(steps: list[dict[str, Any]]) -> None:
     with process_group():
         for step in steps:
-            with megatron.distributed(**step["sizes"]):
+            with megatron.distributed(**step["sizes"]), without_fla():
                 take(step, AutoBridge.from_hf_pretrained(step["hf"]))
 
 
