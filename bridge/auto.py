@@ -47,6 +47,7 @@ from amaxbridge.export.output.writing_processes import Apart, Together
 from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
 from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.family_file import FamilySource
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
@@ -70,17 +71,21 @@ class AutoBridge:
         self._given_ranks = ranks
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | Path, *, ranks: Ranks | None = None) -> Self:
+    def from_hf_pretrained(
+        cls, path: str | Path, *, family: FamilySource | None = None, ranks: Ranks | None = None
+    ) -> Self:
         """A bridge for the architecture of a Hugging Face directory or hub name. No weights are read.
 
         Args:
+            family: a family of your own, for a model that is not known here: its file, or the ModelFamily. The file
+                runs. See docs/custom-models.md.
             ranks: the ranks to communicate with; default: those of Megatron's parallel state, or none without it.
 
         Raises:
-            UsageError: not a model directory.
+            UsageError: not a model directory, or `family` is none that can be used.
             UnknownArchitectureError: no family has its architecture.
         """
-        return cls(read_hf_model(path), ranks)
+        return cls(read_hf_model(path, family), ranks)
 
     @classmethod
     def from_megatron_checkpoint(
@@ -89,6 +94,7 @@ class AutoBridge:
         *,
         architecture: str | None = None,
         vocab_size: int | None = None,
+        family: FamilySource | None = None,
         ranks: Ranks | None = None,
     ) -> Self:
         """A bridge for the model of a Megatron checkpoint, as described by the arguments that training saved in it.
@@ -96,13 +102,14 @@ class AutoBridge:
         Args:
             architecture: the Hugging Face architecture, if the arguments fit several.
             vocab_size: the tokenizer's vocabulary size, if Megatron only saved the padded one.
-            ranks: as in `from_hf_pretrained`.
+            family, ranks: as in `from_hf_pretrained`.
 
         Raises:
             UsageError: the arguments are missing, or fit no family, or fit several.
             CheckpointError: not a distributed checkpoint.
         """
-        return cls(model_of_arguments(given_path(checkpoint), architecture=architecture, vocab_size=vocab_size), ranks)
+        hf = model_of_arguments(given_path(checkpoint), architecture=architecture, vocab_size=vocab_size, family=family)
+        return cls(hf, ranks)
 
     def collect_quant_state(self, model: Model) -> QuantState:
         """Amax and format of every enabled quantizer in Hugging Face names, reduced with max over the ranks.

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,11 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
+from amaxbridge.export.dequantized import open_dequantized
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
+from amaxbridge.export.disk.packed_experts import found_in
+from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.model_free.input_directory import model_directory
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
@@ -29,6 +32,7 @@ from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError
 from amaxbridge.mappings.extras import installed, need
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.family_file import FamilySource, find_family, judge
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.registry import MappingRegistry
 
@@ -66,7 +70,7 @@ class HFModel:
         directory: directory of its files; None if the model is only known from a Megatron checkpoint.
         written: config.json as it is on the disk; the output's config.json is made from it.
         filled: the same with the defaults of the architecture filled in.
-        family: the model family that `architectures` names.
+        family: the model family that `architectures` names, or the user's own.
         notes: what users of the output must know about the configuration.
     """
 
@@ -130,22 +134,31 @@ class HFModel:
 
     @cached_property
     def file_tensors(self) -> Mapping[str, torch.Tensor] | None:
-        """The language model's `expected_tensors` on the meta device, without a tied head; built once."""
-        if not installed(_TRANSFORMERS):
-            return None
-        from transformers import AutoConfig
+        """The language model's `expected_tensors` on the meta device, without a tied head; built once.
 
-        with _judged_by_transformers(self.source):
-            tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+        A model of a user's own family that transformers has no class for has the tensors of the directory's files.
+        """
+        if self.family.file is not None and not _has_class(self):
+            tensors = _tensors_of_files(self.directory, self.family, self.written)
+        elif not installed(_TRANSFORMERS):
+            return None
+        else:
+            from transformers import AutoConfig
+
+            with _judged_by_transformers(self.source):
+                tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
         left = (*self.family.carried, *self.tied_head)
         return tensors and {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
 
 
-def read_hf_model(path: str | Path) -> HFModel:
+def read_hf_model(path: str | Path, family: FamilySource | None = None) -> HFModel:
     """Reads a local directory, or fetches everything but the weights of a model on the Hub.
 
+    Args:
+        family: a family of the user's own: its file, or the family itself.
+
     Raises:
-        UsageError: the directory or its config.json is missing.
+        UsageError: the directory or its config.json is missing, or the file of `family` is none; see `own_family`.
         UnknownArchitectureError: no family claims the model.
         MissingExtraError: config.json lacks fields that only transformers fills in, which is not installed.
     """
@@ -157,20 +170,65 @@ def read_hf_model(path: str | Path) -> HFModel:
                 "training saved: give it as checkpoint=, and hf= a directory with config.json"
             )
     written = read_config_json(directory)
-    family = family_of(written)
+    found = find_family(family, written)
+    if found.file is not None and _config_class(written.get("model_type")) is None:
+        return _own_model(HFModel(directory, written, written, found))
     if not installed(_TRANSFORMERS):
-        return _checked(HFModel(directory, written, completed(written, family), family, (NOT_COMPARED,)))
+        return _checked(HFModel(directory, written, completed(written, found), found, (NOT_COMPARED,)))
     with _judged_by_transformers(directory / CONFIG_FILE):
         filled = _auto_config(directory, written).to_dict()
-    hf = _checked(HFModel(directory, written, filled, family))
+    hf = _checked(HFModel(directory, written, filled, found))
     hf.check_unchanged()  # transformers has read it once more
-    return hf
+    return hf if found.file is None else _own_model(hf)
 
 
 def _checked(hf: HFModel) -> HFModel:
     """The model, if the fields that its family reads have values that a model has."""
     check_fields(hf.config, hf.source, OF_FAMILIES)
+    judge(hf.family, hf.config)
     return hf
+
+
+def _own_model(hf: HFModel) -> HFModel:
+    """A model of a user's own family, with what its users must know."""
+    hf = _checked(hf)
+    notes = [f"the mappings are those of a family of the user's own, {Path(hf.family.file or '').name}"]
+    if hf.file_tensors is None:
+        notes.append(
+            "names and shapes were compared with nothing: transformers has no class of the model, and the directory of "
+            "config.json has no weights"
+        )
+    return replace(hf, notes=(*hf.notes, *notes))
+
+
+def _config_class(model_type: object) -> Any:
+    """transformers' configuration class of a model type; None if it has none, or is not installed."""
+    if not installed(_TRANSFORMERS):
+        return None
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+
+
+def _has_class(hf: HFModel) -> bool:
+    """True if a user's own code registered the model's class with transformers."""
+    kind = _config_class(hf.written.get("model_type"))
+    if kind is None:
+        return False
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None), "__name__", None) in hf.family.architectures
+
+
+def _tensors_of_files(
+    directory: Path | None, family: ModelFamily, config: Mapping[str, Any]
+) -> dict[str, torch.Tensor] | None:
+    """The tensors that the files of a directory hold, quantized weights as they are dequantized; None without files."""
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return None
+    with SafetensorsCheckpoint(directory, found_in(family.packed_experts)) as checkpoint:
+        specs = open_dequantized(checkpoint, config).specs()
+    return None if specs is None else {name: spec.meta() for name, spec in specs.items()}
 
 
 @contextmanager
@@ -225,15 +283,21 @@ def _class_of_architecture(written: Mapping[str, Any]) -> Any:
     return getattr(getattr(transformers, name, None), "config_class", None)
 
 
-def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
-    """A model without a directory, from the fields of its config.json. Special tokens stay unset.
+def make_hf_model(family: ModelFamily, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
+    """A model without a directory, of the family's first architecture, from the fields of its config.json.
 
-    Other fields have the defaults of transformers; a note lists them.
+    Special tokens stay unset. Other fields have the defaults of transformers; a note lists them.
 
     Raises:
         UsageError: transformers refuses a field.
         MissingExtraError: transformers is not installed.
     """
+    architecture = family.architectures[0]
+    if family.file is not None:
+        written = {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch."), **fields}
+        only = f"config.json has the fields alone that {Path(family.file).name} writes"
+        hf = _own_model(HFModel(None, written, written, family))
+        return replace(hf, notes=(*hf.notes, only))
     need("A config.json made of saved arguments", _TRANSFORMERS)
     import transformers
 
@@ -243,7 +307,6 @@ def make_hf_model(architecture: str, fields: Mapping[str, Any], dtype: torch.dty
     written = {**fields, **json.loads(config.to_json_string())}
     rest = [name for name in written if name not in {*fields, *_TOKENS, *_ALWAYS_WRITTEN}]
     unsaid = f"config.json has the defaults of transformers in {', '.join(rest)}, and no {', '.join(_TOKENS)}"
-    family = family_of({"architectures": [architecture]})
     return _checked(HFModel(None, written, config.to_dict(), family, (unsaid,)))
 
 

@@ -102,6 +102,9 @@ class ExportConfig(CommonConfig):
         "from the arguments that training saved in the checkpoint.",
         None,
     )
+    family: str | None = option(
+        "Python file with a model family of your own, for a model that is not known here. The file runs.", None
+    )
     architecture: str | None = option("Without hf=: the architecture, if the saved arguments fit several.", None)
     vocab_size: int | None = option(
         "Without hf=: the tokenizer's vocabulary size, if only Megatron's padded one was saved.", None
@@ -130,6 +133,9 @@ class ImportConfig(CommonConfig):
     """
 
     hf: str = option("Hugging Face directory.")
+    family: str | None = option(
+        "Python file with a model family of your own, for a model that is not known here. The file runs.", None
+    )
     output: str = option("Directory to write.")
     model: ModelConfig = option("How the Megatron model is built.", ModelConfig)
     parallel: ParallelConfig = option("Megatron's mesh.", ParallelConfig)

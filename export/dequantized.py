@@ -128,6 +128,19 @@ class DequantizedCheckpoint:
             self._compare(module, scheme, stored, weight)
         return weight
 
+    def specs(self) -> dict[str, TensorSpec] | None:
+        """What `read` gives under each name, from headers alone; None for files that a converter reads."""
+        if isinstance(self.checkpoint, ConvertedCheckpoint):
+            return None
+        found = {name: stored.spec for name, stored in self.checkpoint.tensors.items()}
+        for scale in self.cache_scales.values():
+            found.pop(scale)
+        for module, scheme in self.schemes.items():
+            stored = {each: found.pop(f"{module}.{each}") for each in _local_names(scheme)}
+            if (shape := scheme.weight_shape(stored)) is not None:  # `_misfits` has refused the others
+                found[f"{module}.weight"] = TensorSpec(shape, torch.bfloat16)
+        return found
+
     def amax(self, quantizer: str) -> Tensor | None:
         """The amax of a quantizer by buffer name, `….weight_quantizer._amax`; None if the format has none.
 

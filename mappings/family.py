@@ -92,6 +92,9 @@ class ModelFamily:
         hybrid_pattern: source of `hybrid_layer_pattern`, for a family that exists only as a HybridModel, with the same
             layers. None for transformers: a GPTModel, or a HybridModel with two layers for each.
         kept_in_fp32: name suffixes of the tensors that files hold in fp32, whatever the model's dtype.
+        layer: (Megatron's own spec of a decoder layer, its TransformerConfig) → the spec of the model's layer, for a
+            model whose layers Megatron-Core lacks. The spec given may be changed. Only called when a model is built.
+        file: the file of a user's own family; None for those here.
     """
 
     architectures: tuple[str, ...]
@@ -114,11 +117,13 @@ class ModelFamily:
     carried: tuple[str, ...] = ()
     hybrid_pattern: Translation | None = None
     kept_in_fp32: tuple[str, ...] = ()
+    layer: Callable[[Any, Any], Any] | None = None
+    file: str | None = None
 
     @cached_property
     def registry(self) -> MappingRegistry:
         """The weight mappings and the amax mappings derived from them, shared by all members of the family."""
-        return _registry(self.mappings)
+        return _registry(self.mappings, self.file)
 
     @property
     def up_is_a_factor(self) -> bool:
@@ -128,7 +133,7 @@ class ModelFamily:
     def registry_for(self, hf_config: HFConfig) -> MappingRegistry:
         """The registry of one model, including the mappings that depend on its configuration."""
         exceptions = tuple(self.exceptions(hf_config))
-        return self.registry.with_exceptions(_registry(exceptions)) if exceptions else self.registry
+        return self.registry.with_exceptions(_registry(exceptions, self.file)) if exceptions else self.registry
 
     def language_config(self, hf_config: HFConfig) -> HFConfig:
         """The configuration of the language model inside that of a model that may be multimodal."""
@@ -238,9 +243,9 @@ class ModelFamily:
         return _nested(fields)
 
 
-def _registry(weights: Sequence[MegatronParamMapping]) -> MappingRegistry:
+def _registry(weights: Sequence[MegatronParamMapping], file: str | None) -> MappingRegistry:
     quantizers, per_expert = quantizer_mappings(weights), per_expert_quantizer_mappings(weights)
-    return MappingRegistry(*weights, *quantizers, alternatives=per_expert)
+    return MappingRegistry(*weights, *quantizers, alternatives=per_expert, file=file)
 
 
 def fixed(value: Any, **fields: Any) -> Translation:

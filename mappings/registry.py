@@ -31,7 +31,13 @@ class MappingRegistry:
         AmbiguousMappingError: two mappings could claim the same Megatron name, or write the same Hugging Face name.
     """
 
-    def __init__(self, *mappings: MegatronParamMapping, alternatives: Iterable[MegatronParamMapping] = ()) -> None:
+    def __init__(
+        self,
+        *mappings: MegatronParamMapping,
+        alternatives: Iterable[MegatronParamMapping] = (),
+        file: str | None = None,
+    ) -> None:
+        self.file = file
         self._mappings = (*mappings, *alternatives)
         self._by_megatron = _Index((mapping.megatron_param, mapping) for mapping in self._mappings)
         self._by_hf = _Index((target, mapping) for mapping in mappings for target in mapping.targets)

@@ -65,11 +65,13 @@ def _described_model(options: ExportConfig) -> "HFModel":
         if options.checkpoint is None:
             raise UsageError("hf= is required where there is no checkpoint")
         checkpoint = Path(options.checkpoint)
-        return model_of_arguments(checkpoint, architecture=options.architecture, vocab_size=options.vocab_size)
+        return model_of_arguments(
+            checkpoint, architecture=options.architecture, vocab_size=options.vocab_size, family=options.family
+        )
     if options.architecture or options.vocab_size:
         raise UsageError("architecture= and vocab_size= are for a checkpoint without hf=, whose config.json says both")
     try:
-        return read_hf_model(options.hf)
+        return read_hf_model(options.hf, options.family)
     except UnknownArchitectureError:
         raise
     except UsageError as error:

@@ -20,7 +20,7 @@ def import_hf(options: ImportConfig) -> None:
     from amaxbridge.export.disk.staging import check_output
     from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
-    hf, sizes = read_hf_model(options.hf), asdict(options.parallel)
+    hf, sizes = read_hf_model(options.hf, options.family), asdict(options.parallel)
     output = resolved_output(options.output)
     check_output(output, overwrite=options.io.overwrite)
     if options.dry_run:

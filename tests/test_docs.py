@@ -58,6 +58,7 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "PLAIN_CKPT": plain_checkpoint(live.hf, tmp_path_factory.mktemp("plain")),
         "SERVED": trained / "nvfp4",
         "BAD": served_wrong(trained / "nvfp4", tmp_path_factory.mktemp("bad") / "BAD"),
+        "examples": ROOT / "examples",
         "FP8_DIR": block_quantized(tmp_path_factory.mktemp("fp8")),
     }
 

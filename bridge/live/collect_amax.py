@@ -85,7 +85,8 @@ def collect_scalars(
     if unmapped:
         raise UnmappedParameterError(
             f"{len(unmapped)} enabled quantizers have no mapping:{listing(unmapped)}\n{_why_unmapped(unmapped)}"
-            "Disable them before the export, or add a mapping to the model's family in mappings/families/"
+            "Disable them before the export, or add mappings of the weights beside them to "
+            f"{registry.file or 'a family file of your own (family=FILE.py, docs/custom-models.md)'}"
         )
     names = sorted({name for report in reports for name in report.values}, key=natural_key)
     least, greatest = _reduce(names, local.values, ranks)

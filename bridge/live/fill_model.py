@@ -13,6 +13,7 @@ from amaxbridge.mappings.errors import AmaxError, MappingError, UnmappedParamete
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Ranks
 from amaxbridge.mappings.registry import MappingRegistry
+from amaxbridge.mappings.tensors import TensorSpec
 
 
 def fill_quantizers(
@@ -73,7 +74,8 @@ def fill_parameters(
         MappingError: shards do not have their parameter's shape; all of them are named.
     """
     parameters = list(parameters)
-    mappings = find_mappings([parameter.name for parameter in parameters], registry)
+    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
+    mappings = find_mappings(list(specs), registry, specs)
     problems = []
     for parameter in parameters:
         mapping = mappings[parameter.name]

@@ -82,7 +82,7 @@ def build_chunks(
     only_hybrid = hf.family.hybrid_pattern is not None
     if model_class == "gpt" and only_hybrid:
         raise UsageError(f"{', '.join(hf.family.architectures)} is a HybridModel in Megatron, not a GPTModel")
-    if model_class == "hybrid" and hf.family.model_class != "gpt":
+    if model_class == "hybrid" and (hf.family.model_class != "gpt" or hf.family.layer is not None):
         raise UsageError(f"{', '.join(hf.family.architectures)} cannot be built as a HybridModel")
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     hybrid = only_hybrid or model_class == "hybrid"
@@ -223,7 +223,9 @@ def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: 
         from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net  # not in older Megatron-Core
 
         layer = with_gated_delta_net(layer)
-    return with_norms_over_all_heads(layer) if hf.family.norm_over_all_heads else layer
+    if hf.family.norm_over_all_heads:
+        layer = with_norms_over_all_heads(layer)
+    return layer if hf.family.layer is None else hf.family.layer(copy.deepcopy(layer), config)
 
 
 def _with_latent_attention(layer: ModuleSpec, config: MLATransformerConfig) -> ModuleSpec:

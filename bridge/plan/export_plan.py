@@ -11,12 +11,14 @@ are chosen to spread the bytes evenly. Only the owner's own tensor-parallel grou
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from amaxbridge.bridge.live.model_walk import Parameter
 from amaxbridge.bridge.plan.input_multipliers import linears_before, norms_with_linears
 from amaxbridge.mappings.errors import MappingError, UnmappedParameterError, listing
 from amaxbridge.mappings.fused_groups import group_of
+from amaxbridge.mappings.lines_to_add import lines_to_add
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of, module_of, natural_key
@@ -131,21 +133,27 @@ def plan_reports(
 ) -> list[BundlePlan]:
     """As `plan_export`, from the reports of all ranks. The ranks need not exist."""
     names = sorted({name for report in reports for name in report.specs} - skip, key=natural_key)
-    return _Planner(reports, config).plan(find_mappings(names, registry).values())
+    specs = {name: spec for report in reports for name, spec in report.specs.items()}
+    return _Planner(reports, config).plan(find_mappings(names, registry, specs).values())
 
 
-def find_mappings(names: Sequence[str], registry: MappingRegistry) -> dict[str, MegatronParamMapping]:
+def find_mappings(
+    names: Sequence[str], registry: MappingRegistry, specs: Mapping[str, TensorSpec] = MappingProxyType({})
+) -> dict[str, MegatronParamMapping]:
     """The resolved mapping of each Megatron name.
 
+    Args:
+        specs: shapes of shards, by which the message guesses what mappings are missing.
+
     Raises:
-        UnmappedParameterError: some names have no mapping; all of them are named.
+        UnmappedParameterError: some names have no mapping; all of them are named, and the lines that would map them.
     """
     mappings = {name: found for name in names if (found := registry.megatron_to_hf_lookup(name)) is not None}
     unmapped = [name for name in names if name not in mappings]
     if unmapped:
         raise UnmappedParameterError(
             f"{len(unmapped)} of {len(names)} Megatron parameters have no mapping:{listing(unmapped)}\n"
-            "Add a mapping to the model's family in mappings/families/"
+            f"To export them, {lines_to_add(registry, megatron={name: specs.get(name) for name in unmapped})}"
         )
     return mappings
 

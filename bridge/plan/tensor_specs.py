@@ -15,6 +15,7 @@ from amaxbridge.export.disk.packed_experts import packed_source
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.hybrid_layers import read_pattern
+from amaxbridge.mappings.lines_to_add import lines_to_add
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of, natural_key
@@ -28,8 +29,13 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
         UsageError: transformers cannot build the model.
         MissingExtraError: transformers is not installed.
     """
-    need("The list of a model's tensors", "transformers")
+    if hf.file_tensors is None and hf.family.file is not None:
+        raise UsageError(
+            f"nothing says which tensors {', '.join(hf.family.architectures)} has: give hf= a directory with its "
+            f"weights, or register its class with transformers in {hf.family.file}"
+        )
     if hf.file_tensors is None:
+        need("The list of a model's tensors", "transformers")
         raise UsageError(
             f"transformers builds no causal language model from {hf.source}: correct its architectures and model_type"
         )
@@ -44,13 +50,14 @@ class MegatronSpecs:
     Args:
         hf: the model.
         config: its sizes; `hf.model_config` unless the vocabulary is padded.
+        held: the Megatron tensors of a checkpoint, if there is one: the message names those without a mapping, too.
 
     Raises:
         UsageError: transformers cannot build the model, or the model has tensors that no mapping takes, which an
             export would drop; all are named.
     """
 
-    def __init__(self, hf: HFModel, config: ModelConfig) -> None:
+    def __init__(self, hf: HFModel, config: ModelConfig, *, held: Mapping[str, TensorSpec] | None = None) -> None:
         self._tensors = hf_tensors(hf)
         self._config = config
         self._registry = hf.registry
@@ -66,7 +73,7 @@ class MegatronSpecs:
             raise UsageError(
                 f"{hf.source} describes a model with tensors that no mapping of its family takes:"
                 f"{listing(f'{kind}: {left[name]}' for kind, name in _by_kind(left))}\n"
-                "Correct config.json, or add a mapping to the model's family in mappings/families/"
+                f"Correct config.json, or {lines_to_add(hf.registry, megatron=held or {}, hf=left)}"
             )
 
     def shard(self, name: str, size: int) -> TensorSpec:

@@ -16,8 +16,9 @@ from amaxbridge.bridge.stored.identification import check_kind, identify, stored
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.errors import AmaxbridgeError, UsageError, listing
-from amaxbridge.mappings.families import FAMILIES, family_of
+from amaxbridge.mappings.families import FAMILIES
 from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.family_file import FamilySource, find_family, own_family
 from amaxbridge.mappings.megatron_settings import DEFAULTS, Settings, argument, differences, from_arguments, in_use
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -32,7 +33,13 @@ class _Attempt:
     problems: Sequence[str]
 
 
-def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, vocab_size: int | None = None) -> HFModel:
+def model_of_arguments(
+    checkpoint: Path,
+    *,
+    architecture: str | None = None,
+    vocab_size: int | None = None,
+    family: FamilySource | None = None,
+) -> HFModel:
     """The model of a checkpoint. Arguments and errors: see `AutoBridge.from_megatron_checkpoint`."""
     opened = DistCheckpoint(checkpoint)
     check_kind(opened)
@@ -44,7 +51,7 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
     settings = from_arguments(arguments)
     size = vocab_size or settings.get("vocab_size")
     settings["vocab_size"] = size or embedding.shape[0]
-    families = FAMILIES if architecture is None else [family_of({"architectures": [architecture]})]
+    families = _families(architecture, family)
     families = [family for family in families if not family.carried]
     if not families:
         raise UsageError(f"{architecture} has modules beside Megatron's model: give hf= a directory with their weights")
@@ -58,6 +65,12 @@ def model_of_arguments(checkpoint: Path, *, architecture: str | None = None, voc
         names = ", ".join(_kinds(fitting))
         raise UsageError(f"the arguments saved in {opened.directory} fit {names}: choose one with architecture=")
     return fitting[0]
+
+
+def _families(architecture: str | None, family: FamilySource | None) -> Sequence[ModelFamily]:
+    if architecture is not None:
+        return [find_family(family, {"architectures": [architecture]})]
+    return FAMILIES if family is None else [own_family(family)]
 
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:
@@ -75,7 +88,7 @@ def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded
         missing = [name for name in tables if filled.get(name) is None and DEFAULTS.get(name, "none") is not None]
         if missing:
             return _Attempt(family, None, [*(f"{argument(name)} was not saved" for name in missing), *unlike])
-        hf = make_hf_model(family.architectures[0], family.hf_config(filled), dtype)
+        hf = make_hf_model(family, family.hf_config(filled), dtype)
         expected = family.settings(hf.config)
     except AmaxbridgeError as error:
         return _Attempt(family, None, [str(error), *unlike])

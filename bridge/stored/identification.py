@@ -64,26 +64,33 @@ def stored_model(opened: DistCheckpoint, hf: HFModel) -> StoredModel:
 
 def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
     arguments = read_arguments(stored.checkpoint)
-    if arguments is None:
+    if arguments is None and hf.family.file is not None and hf.file_tensors is None:
+        raise CheckpointError(
+            f"{stored.checkpoint.directory} has no saved arguments, and {hf.source} no weights: nothing says if they "
+            "are the same model. Give hf= a directory with weights"
+        )
+    if arguments is None and hf.family.file is None:
         need("Checking a checkpoint without saved arguments against config.json", "transformers")
     found = list(disagreements(arguments, hf)) if arguments is not None else []
     return found + tensor_disagreements(stored, hf)
 
 
 def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
-    """One line for each kind of tensor that differs from the model's; empty if transformers is not installed.
+    """One line for each kind of tensor that differs from the model's; empty if nothing says which the model has.
+
+    That is so where transformers is not installed, and for a user's own family without a class or weights.
 
     Raises:
         UsageError: as `MegatronSpecs`.
     """
-    if not installed("transformers"):
+    if hf.file_tensors is None and (hf.family.file is not None or not installed("transformers")):
         return []
-    specs = MegatronSpecs(hf, hf.model_config)
     held = {
         name: each.spec
         for name, each in stored.tensors.items()
         if not is_quantizer_state(name) and name not in hf.without_tensor
     }
+    specs = MegatronSpecs(hf, hf.model_config, held=held)
     return [*_other_sizes(held, specs), *specs.disagreements(held)]
 
 

@@ -97,7 +97,8 @@ WITHOUT = {  # a program → what it says in an environment with core dependenci
     "from amaxbridge.export.report import render; render(None)": (
         "The page of a report needs jinja2, not installed here: pip install 'amaxbridge[report]'"
     ),
-    "from amaxbridge.bridge.hf import make_hf_model; make_hf_model('Qwen3ForCausalLM', {}, None)": (
+    "from amaxbridge.bridge.hf import make_hf_model; from amaxbridge.mappings.families.qwen3 import QWEN3; "
+    "make_hf_model(QWEN3, {}, None)": (
         "A config.json made of saved arguments needs transformers, not installed here: "
         "pip install 'amaxbridge[megatron]'"
     ),

@@ -34,7 +34,7 @@ def arguments_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def there_and_back(hf_config: Mapping[str, Any]) -> HFModel:
     family = family_of(hf_config)
     settings = family.settings_of(from_arguments(arguments_of(hf_config)))
-    return make_hf_model(hf_config["architectures"][0], family.hf_config({**DEFAULTS, **settings}), torch.bfloat16)
+    return make_hf_model(family, family.hf_config({**DEFAULTS, **settings}), torch.bfloat16)
 
 
 def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) -> Path:
