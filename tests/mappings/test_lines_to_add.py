@@ -8,6 +8,7 @@ from amaxbridge.mappings.families import FAMILIES, family_of
 from amaxbridge.mappings.family import ModelFamily
 from amaxbridge.mappings.lines_to_add import lines_to_add
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of
 from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -96,8 +97,11 @@ def test_many_layers_are_one_line_and_what_has_a_mapping_is_left_out() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architectures[0])
 def test_a_family_that_lacks_one_of_its_mappings_gets_it_back(family: ModelFamily) -> None:
     """Of each mapping of each family, from its names on both sides: the line runs, and has the same names."""
-    exact = 0
+    exact, with_numbers = 0, [each for each in family.mappings if kind_of(each.megatron_param) != each.megatron_param]
+    assert len(with_numbers) < len(family.mappings) / 4, "a line would have wildcards in place of their numbers"
     for missing in family.mappings:
+        if missing in with_numbers:
+            continue
         rest = [mapping for mapping in family.mappings if mapping is not missing]
         names = {missing.megatron_param.replace("*", "1"): None}
         targets = {target.replace("*", "1"): None for target in missing.targets}
