@@ -92,7 +92,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
         **dict.fromkeys(
             (
                 "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "n_group",
-                "topk_group", "num_experts_per_tok", "sliding_window",
+                "topk_group", "num_experts_per_tok", "sliding_window", "num_shared_experts",
             ),
             _whole(0, _LARGEST),
         ),
@@ -103,7 +103,8 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
         **dict.fromkeys(
             (
                 "rms_norm_eps", "layer_norm_epsilon", "routed_scaling_factor", "query_pre_attn_scalar", "rope_theta",
-                "factor",
+                "factor", "router_scaling_factor", "attention_multiplier", "embedding_multiplier",
+                "residual_multiplier", "logits_scaling",
             ),
             _POSITIVE,
         ),
@@ -124,9 +125,12 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
         **dict.fromkeys(
             ("rope_type", "type", "model_type", "hidden_act", "hidden_activation", "mlp_hidden_act"), _NAME
         ),
-        **dict.fromkeys(("architectures", "layer_types", "layers_block_type", "mtp_layers_block_type"), _NAMES),
+        **dict.fromkeys(
+            ("architectures", "layer_types", "layers_block_type", "mtp_layers_block_type", "mlp_layer_types"), _NAMES
+        ),
         **dict.fromkeys(("rope_parameters", "full_attention", "sliding_attention"), _OBJECT),
         "mlp_only_layers": _list_of("layers", _LAYERS[1]),
+        "no_rope_layers": _list_of("zeros and ones", lambda value: type(value) is int and value in (0, 1)),
     }
 )  # fmt: skip
 """Fields that the families of `mappings.families` read, those of rotary parameters among them."""

@@ -95,6 +95,8 @@ class ModelFamily:
         layer: (Megatron's own spec of a decoder layer, its TransformerConfig) → the spec of the model's layer, for a
             model whose layers Megatron-Core lacks. The spec given may be changed. Only called when a model is built.
         file: the file of a user's own family; None for those here.
+        alike: architectures that compute the same from the same Megatron tensors, under other names in files. Saved
+            arguments that fit both are read as these.
     """
 
     architectures: tuple[str, ...]
@@ -119,6 +121,7 @@ class ModelFamily:
     kept_in_fp32: tuple[str, ...] = ()
     layer: Callable[[Any, Any], Any] | None = None
     file: str | None = None
+    alike: tuple[str, ...] = ()
 
     @cached_property
     def registry(self) -> MappingRegistry:
@@ -129,6 +132,10 @@ class ModelFamily:
     def up_is_a_factor(self) -> bool:
         """True if a gated MLP multiplies what its up projection makes, as it is, by the gate."""
         return self.layers.keys().isdisjoint(("activation_func_clamp_value", "glu_linear_offset"))
+
+    def has_in_layers(self, module: str) -> bool:
+        """True if a decoder layer has this Megatron module with a weight."""
+        return any(mapping.megatron_param == f"decoder.layers.*.{module}.weight" for mapping in self.mappings)
 
     def registry_for(self, hf_config: HFConfig) -> MappingRegistry:
         """The registry of one model, including the mappings that depend on its configuration."""

@@ -193,6 +193,27 @@ class QKVMapping(MegatronParamMapping):
         return shard_of(torch.cat([q, k, v], dim=1).flatten(0, 2), 0, rank, size)
 
 
+@dataclass(frozen=True)
+class PackedQKVMapping(DirectMapping):
+    """As `QKVMapping`, for a family whose files hold all query, then all key, then all value rows in one tensor."""
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        return {self.hf_param: torch.cat([*_QKV._join(shards, config).values()])}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        groups, heads, gates = _attention_layout(config)
+        rows = tensors[self.hf_param].unflatten(0, (groups * (gates * heads + 2), -1))
+        parts = rows.split([groups * gates * heads, groups, groups])
+        return _QKV._split(dict(zip("qkv", (part.flatten(0, 1) for part in parts), strict=True)), config, rank, size)
+
+
+_QKV = QKVMapping("", q="q", k="k", v="v")
+
+
 def _attention_layout(config: ModelConfig) -> tuple[int, int, int]:
     """Query groups, query heads of a group, and 2 if each head has an output gate beside its query, else 1."""
     (heads,) = config.sizes("num_attention_heads")
@@ -223,3 +244,22 @@ class GatedMLPMapping(MegatronParamMapping):
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
         return torch.cat([shard_of(tensors[name], 0, rank, size) for name in self.targets])
+
+
+@dataclass(frozen=True)
+class PackedGatedMLPMapping(DirectMapping):
+    """As `GatedMLPMapping`, for a family whose files hold all gate rows and then all up rows in one tensor."""
+
+    @property
+    def shard_dim(self) -> int:
+        return 0
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        return {self.hf_param: torch.cat([*_GATED._join(shards, config).values()])}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        gate, up = tensors[self.hf_param].unflatten(0, (2, -1))
+        return _GATED._split({"gate": gate, "up": up}, config, rank, size)
+
+
+_GATED = GatedMLPMapping("", gate="gate", up="up")

@@ -28,6 +28,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
+from amaxbridge.bridge.megatron.multipliers import with_multipliers
+from amaxbridge.bridge.megatron.norms_after import with_norms_after
 from amaxbridge.bridge.megatron.query_key_norm import with_norms_over_all_heads
 from amaxbridge.bridge.megatron.without_cuda import TRANSFORMER_CONFIG_FOR_CPU
 from amaxbridge.bridge.megatron.zero_centred_norms import (
@@ -169,7 +171,7 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
         mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=vp_stage)
         if mtp is not None and config.layernorm_zero_centered_gamma:
             mtp = with_zero_centred_norms_around(mtp)
-    return _MODELS[hf.family.model_class](
+    model = _MODELS[hf.family.model_class](
         config,
         layers,
         mtp_block_spec=mtp,
@@ -178,6 +180,7 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -
         vp_stage=vp_stage,
         **arguments,
     )
+    return with_multipliers(model)
 
 
 def _decoder_spec(hf: HFModel, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -225,6 +228,8 @@ def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: 
         layer = with_gated_delta_net(layer)
     if hf.family.norm_over_all_heads:
         layer = with_norms_over_all_heads(layer)
+    if hf.family.has_in_layers("post_mlp_layernorm"):
+        layer = with_norms_after(layer, also_before=hf.family.has_in_layers("input_layernorm"))
     return layer if hf.family.layer is None else hf.family.layer(copy.deepcopy(layer), config)
 
 

@@ -56,7 +56,7 @@ def model_of_arguments(
     if not families:
         raise UsageError(f"{architecture} has modules beside Megatron's model: give hf= a directory with their weights")
     attempts = [_attempt(family, settings, embedding.dtype, padded=size is None) for family in families]
-    fitting = [attempt.hf for attempt in attempts if attempt.hf is not None]
+    fitting = _preferred([attempt.hf for attempt in attempts if attempt.hf is not None])
     if len(_kinds(fitting)) > 1:
         fitting = [hf for hf in fitting if not tensor_disagreements(stored_model(opened, hf), hf)] or fitting
     if not fitting:
@@ -71,6 +71,12 @@ def _families(architecture: str | None, family: FamilySource | None) -> Sequence
     if architecture is not None:
         return [find_family(family, {"architectures": [architecture]})]
     return FAMILIES if family is None else [own_family(family)]
+
+
+def _preferred(models: Sequence[HFModel]) -> list[HFModel]:
+    """The models, without those whose family says that another of them computes the same."""
+    found = {name for hf in models for name in hf.family.architectures}
+    return [hf for hf in models if found.isdisjoint(hf.family.alike)]
 
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:

@@ -6,18 +6,27 @@ from typing import Any
 
 from amaxbridge.mappings.errors import UnknownArchitectureError
 from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
+from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
+from amaxbridge.mappings.families.exaone4 import EXAONE4
 from amaxbridge.mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
+from amaxbridge.mappings.families.glm4 import GLM4
 from amaxbridge.mappings.families.glm4_moe import GLM4_MOE
 from amaxbridge.mappings.families.gpt_oss import GPT_OSS
+from amaxbridge.mappings.families.granite import GRANITE
+from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.llama import LLAMA, MISTRAL
+from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
 from amaxbridge.mappings.families.mixtral import MIXTRAL
 from amaxbridge.mappings.families.nemotron_h import NEMOTRON_H
+from amaxbridge.mappings.families.olmo2 import OLMO2, OLMO3
 from amaxbridge.mappings.families.olmoe import OLMOE
-from amaxbridge.mappings.families.qwen2 import QWEN2
+from amaxbridge.mappings.families.phi3 import PHI3
+from amaxbridge.mappings.families.qwen2 import QWEN2, SEED_OSS
 from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
 from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
 from amaxbridge.mappings.families.qwen3_next import QWEN3_NEXT
+from amaxbridge.mappings.families.smollm3 import SMOLLM3
 from amaxbridge.mappings.family import ModelFamily
 
 __all__ = ["FAMILIES", "family_of"]
@@ -39,6 +48,17 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GEMMA3,
     GEMMA3_MULTIMODAL,
     NEMOTRON_H,
+    SEED_OSS,
+    GLM4,
+    ERNIE4_5,
+    EXAONE4,
+    SMOLLM3,
+    PHI3,
+    OLMO2,
+    OLMO3,
+    GRANITE,
+    MINIMAX_M2,
+    HY_V3,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}

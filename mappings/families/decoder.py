@@ -11,6 +11,7 @@ from amaxbridge.mappings.family import HFConfig, Source, Translation, fixed, loo
 from amaxbridge.mappings.megatron_settings import Settings
 from amaxbridge.mappings.weights import (
     GatedMLPMapping,
+    PackedGatedMLPMapping,
     QKVMapping,
     ReplicatedMapping,
     RowParallelMapping,
@@ -22,15 +23,14 @@ HF = "model.layers.*"
 
 EMBEDDING = VocabParallelMapping("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 
-QKV = (
-    ReplicatedMapping(f"{MEGATRON}.input_layernorm.weight", f"{HF}.input_layernorm.weight"),
-    QKVMapping(
-        f"{MEGATRON}.self_attention.linear_qkv.weight",
-        q=f"{HF}.self_attn.q_proj.weight",
-        k=f"{HF}.self_attn.k_proj.weight",
-        v=f"{HF}.self_attn.v_proj.weight",
-    ),
+INPUT_NORM = ReplicatedMapping(f"{MEGATRON}.input_layernorm.weight", f"{HF}.input_layernorm.weight")
+QKV_WEIGHT = QKVMapping(
+    f"{MEGATRON}.self_attention.linear_qkv.weight",
+    q=f"{HF}.self_attn.q_proj.weight",
+    k=f"{HF}.self_attn.k_proj.weight",
+    v=f"{HF}.self_attn.v_proj.weight",
 )
+QKV = (INPUT_NORM, QKV_WEIGHT)
 QKV_BIAS = QKVMapping(
     f"{MEGATRON}.self_attention.linear_qkv.bias",
     q=f"{HF}.self_attn.q_proj.bias",
@@ -44,14 +44,14 @@ QK_NORMS = (
 ATTENTION_OUTPUT = RowParallelMapping(f"{MEGATRON}.self_attention.linear_proj.weight", f"{HF}.self_attn.o_proj.weight")
 
 MLP_NORM = ReplicatedMapping(f"{MEGATRON}.pre_mlp_layernorm.weight", f"{HF}.post_attention_layernorm.weight")
-MLP = (
-    GatedMLPMapping(
-        f"{MEGATRON}.mlp.linear_fc1.weight",
-        gate=f"{HF}.mlp.gate_proj.weight",
-        up=f"{HF}.mlp.up_proj.weight",
-    ),
-    RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_proj.weight"),
+GATE_AND_UP = GatedMLPMapping(
+    f"{MEGATRON}.mlp.linear_fc1.weight",
+    gate=f"{HF}.mlp.gate_proj.weight",
+    up=f"{HF}.mlp.up_proj.weight",
 )
+GATE_UP_PACKED = PackedGatedMLPMapping(f"{MEGATRON}.mlp.linear_fc1.weight", f"{HF}.mlp.gate_up_proj.weight")
+DOWN = RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_proj.weight")
+MLP = (GATE_AND_UP, DOWN)
 
 ROUTER = ReplicatedMapping(f"{MEGATRON}.mlp.router.weight", f"{HF}.mlp.gate.weight")
 ROUTED_EXPERTS = (
@@ -62,6 +62,19 @@ ROUTED_EXPERTS = (
     ),
     RowParallelMapping(f"{MEGATRON}.mlp.experts.linear_fc2.weight*", f"{HF}.mlp.experts.*.down_proj.weight"),
 )
+
+NORMS_AFTER = "post_self_attn_layernorm", "post_mlp_layernorm"
+"""Megatron's names of a layer's norms of what attention and MLP compute, before it is added to the residual."""
+
+
+def norms_after(attention: str, mlp: str) -> tuple[ReplicatedMapping, ...]:
+    """The mappings of norms after attention and MLP, which have these names in a layer of the Hugging Face files."""
+    names = zip(NORMS_AFTER, (attention, mlp), strict=True)
+    return tuple(ReplicatedMapping(f"{MEGATRON}.{norm}.weight", f"{HF}.{name}.weight") for norm, name in names)
+
+
+WITH_NORMS_AFTER: dict[str, Source] = dict.fromkeys(NORMS_AFTER, fixed(True))
+"""Settings of a model with these norms, named as the arguments of training frameworks that have them."""
 
 OUTPUT = VocabParallelMapping("output_layer.weight", "lm_head.weight")
 HEAD = (ReplicatedMapping("decoder.final_layernorm.weight", "model.norm.weight"), OUTPUT)
@@ -97,6 +110,12 @@ MODEL_ARGUMENTS: dict[str, Source] = {
     "rotary_base": "rope_parameters.rope_theta",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
 }
+
+PARTIAL_ROTARY = Translation(
+    lambda hf_config: look_up(hf_config, "rope_parameters").get("partial_rotary_factor", 1.0),
+    lambda settings: {"rope_parameters.partial_rotary_factor": settings["rotary_percent"]},
+)
+"""Megatron's `rotary_percent`: the share of each head's columns that is rotated."""
 
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -183,3 +202,22 @@ SLIDING_LAYERS: dict[str, Source] = {
     "window_size": WINDOW,
     "window_attn_skip_freq": Translation(_sliding_layers, _layer_types),
 }
+
+
+def layers_without_rope(field: str, *, marked: int) -> Translation:
+    """Megatron's `no_rope_freq`: 1 for each layer without rotary embedding, None if there is none.
+
+    Args:
+        field: a list with a number for each layer.
+        marked: the number of a layer without rotary embedding.
+    """
+
+    def read(hf_config: HFConfig) -> list[int] | None:
+        layers = [int(each == marked) for each in look_up(hf_config, field)]
+        return layers if any(layers) else None
+
+    def write(settings: Settings) -> dict[str, Any]:
+        layers = settings["no_rope_freq"] or [0] * settings["num_layers"]
+        return {field: [marked if each else 1 - marked for each in layers]}
+
+    return Translation(read, write)

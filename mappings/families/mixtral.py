@@ -6,6 +6,16 @@ from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowP
 
 _MOE, _HF_MOE = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.block_sparse_moe"
 
+EXPERTS = (
+    ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.gate.weight"),
+    GatedMLPMapping(
+        f"{_MOE}.experts.linear_fc1.weight*",
+        gate=f"{_HF_MOE}.experts.*.w1.weight",
+        up=f"{_HF_MOE}.experts.*.w3.weight",
+    ),
+    RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.w2.weight"),
+)
+
 MIXTRAL = ModelFamily(
     architectures=("MixtralForCausalLM",),
     mappings=(
@@ -13,13 +23,7 @@ MIXTRAL = ModelFamily(
         *decoder.QKV,
         decoder.ATTENTION_OUTPUT,
         decoder.MLP_NORM,
-        ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.gate.weight"),
-        GatedMLPMapping(
-            f"{_MOE}.experts.linear_fc1.weight*",
-            gate=f"{_HF_MOE}.experts.*.w1.weight",
-            up=f"{_HF_MOE}.experts.*.w3.weight",
-        ),
-        RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.w2.weight"),
+        *EXPERTS,
         *decoder.HEAD,
     ),
     transformer={

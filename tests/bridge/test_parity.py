@@ -23,8 +23,11 @@ BUILDABLE = [name for name, tiny in TINY_MODELS.items() if not tiny.unbuildable]
 
 
 @pytest.fixture(scope="module")
-def cases(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    return run_parity(launch, tmp_path_factory.mktemp("parity"))
+def cases(launch: Launcher, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Case]:
+    """Those of the models whose tests were selected, and the one with images."""
+    selected = (getattr(item, "callspec", None) for item in request.session.items)
+    models = {call.params["model"] for call in selected if call and isinstance(call.params.get("model"), str)}
+    return run_parity(launch, tmp_path_factory.mktemp("parity"), {*models, "Gemma 3 with images"})
 
 
 def of(cases: list[Case], model: str) -> list[Case]:
@@ -97,7 +100,10 @@ def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], mo
     """Without the Hugging Face directory, every mesh's files give the same bytes and the directory's logits."""
     for number, case in enumerate(of(cases, model)):
         out = tmp_path / str(number)
-        AutoBridge.from_megatron_checkpoint(case.checkpoint).convert_checkpoint(case.checkpoint, out, scheme="none")
+        family = read_hf_model(case.hf).family
+        named = family.architectures[0] if family.alike else None  # else the family that it is like would be taken
+        bridge = AutoBridge.from_megatron_checkpoint(case.checkpoint, architecture=named)
+        bridge.convert_checkpoint(case.checkpoint, out, scheme="none")
         files = (directory / "model.safetensors" for directory in (case.back, out))
         assert len({file.read_bytes() for file in files}) == 1, case.label
     with torch.no_grad():

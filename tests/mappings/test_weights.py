@@ -30,6 +30,7 @@ from amaxbridge.mappings.gated_delta_net import (
 from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
+from amaxbridge.mappings.weights import PackedGatedMLPMapping, PackedQKVMapping
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 
@@ -80,7 +81,9 @@ def test_qkv(
     shapes = {"q": heads * (1 + gate) * head_dim, "k": groups * head_dim, "v": groups * head_dim}
     tensors = {name: numbered(count, *trailing) + 1000 * index for index, (name, count) in enumerate(shapes.items())}
     if rows % size == 0:
-        round_trip(mapping, tensors, config, size)
+        shards = round_trip(mapping, tensors, config, size)
+        packed = round_trip(PackedQKVMapping("m", "h"), {"h": torch.cat([*tensors.values()])}, config, size)
+        assert all(map(torch.equal, packed, shards))
     else:
         with pytest.raises(MappingError, match=f"does not divide into {size} shards"):
             mapping.split(tensors, config, 0, size)
@@ -104,8 +107,24 @@ def test_qkv_with_an_output_gate_keeps_each_heads_query_and_gate_together() -> N
 def test_gated_mlp(size: int, width: int, trailing: tuple[int, ...]) -> None:
     gate = numbered(width * size, *trailing)
     shards = round_trip(GatedMLPMapping("m", "g", "u"), {"g": gate, "u": gate + 1000}, None, size)
+    packed = round_trip(PackedGatedMLPMapping("m", "h"), {"h": torch.cat([gate, gate + 1000])}, None, size)
+    assert all(map(torch.equal, packed, shards))
     for rank, shard in enumerate(shards):
         assert torch.equal(shard[:width], gate[rank * width : (rank + 1) * width]), "each rank: its gate, then its up"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "rows", "message"),
+    [
+        (PackedQKVMapping("m", "h"), 9, r"h \[9\] do not make shard 0 of 1"),
+        (PackedQKVMapping("m", "h"), 16, "do not make shard 0 of 3"),
+        (PackedGatedMLPMapping("m", "h"), 7, r"h \[7\] do not make shard 0 of 1"),
+    ],
+)
+def test_packed_rows_that_do_not_divide(mapping: MegatronParamMapping, rows: int, message: str) -> None:
+    config = ModelConfig(num_attention_heads=4, num_query_groups=2)
+    with pytest.raises(MappingError, match=message):
+        mapping.split({"h": numbered(rows)}, config, 0, 3 if rows == 16 else 1)
 
 
 @given(

@@ -6,7 +6,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ def processes(sizes: dict[str, int]) -> int:
     return max(sizes["tp"] * sizes.get("pp", 1), sizes.get("ep", 1))
 
 
-def run_parity(launch: Launcher, root: Path) -> list[Case]:
-    """All models of the table at all their meshes: one launch for each number of processes."""
+def run_parity(launch: Launcher, root: Path, models: Collection[str] = TINY_MODELS.keys()) -> list[Case]:
+    """These models of the table at all their meshes: one launch for each number of processes."""
     planned: list[tuple[str, dict[str, int]]] = []
     for number, (name, tiny) in enumerate(TINY_MODELS.items()):
-        if not tiny.unbuildable:
+        if name in models and not tiny.unbuildable:
             save_tiny_model(tiny, root / str(number))
             planned += [(name, dict(sizes)) for sizes in tiny.meshes]
     directories = {name: root / str(number) for number, name in enumerate(TINY_MODELS)}

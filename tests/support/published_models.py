@@ -1,4 +1,8 @@
-"""Published models: how many parameters each has, and its config.json from `tests/published_models/`."""
+"""Published models: how many parameters each has, and its config.json from `tests/published_models/`.
+
+Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5-0.3B, GLM-4-9B, HY-V3
+and SmolLM3-3B, whose sizes they are, and those named `defaults`.
+"""
 
 import json
 from typing import Any
@@ -7,24 +11,39 @@ from tests.support.paths import PUBLISHED_MODELS
 
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
     "DeepSeek-V3": "671B",
+    "ERNIE-4.5-0.3B": 360_748_032,
+    "EXAONE-4.0-32B": "32B",
+    "GLM-4-9B": 9_400_279_040,
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
     "GPT-OSS-20B": "21B",
+    "Granite-defaults": 6_738_415_616,
     "Gemma-2-9B": 9_241_705_984,
     "Gemma-3-1B": 999_885_952,
     "Gemma-3-4B": "4B",  # its language model
+    "HY-V3": "295B",
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
+    "MiniMax-M2.5": "229B",
     "Mistral-7B-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
+    "OLMo-2-defaults": 6_888_624_128,
     "OLMoE-1B-7B": 6_919_161_856,
     "Nemotron-3-Nano-30B-A3B": "32B",
     "Nemotron-H-8B": "8B",
+    "Olmo-3.1-32B": "32B",
+    "Phi-4": 14_659_507_200,
     "Qwen1.5-MoE-A2.7B": 14_315_784_192,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-Coder-Next-E336": "53B",  # Qwen3-Coder-Next, of 80B, with 336 of its 512 experts in a layer
+    "Seed-OSS-36B": "36B",
+    "SmolLM3-3B": 3_075_098_624,
+}
+
+NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
+    "Olmo-3.1-32B": "the same in all layers",
 }
 
 

@@ -17,6 +17,7 @@ SIZES: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.08,
+    "pad_token_id": None,  # the default of some classes lies beyond this vocabulary
 }
 DENSE: tuple[Mapping[str, int], ...] = ({"tp": 1}, {"tp": 2})
 MOE: tuple[Mapping[str, int], ...] = (*DENSE, {"tp": 1, "ep": 2})
@@ -106,8 +107,8 @@ def expert_biases(model: Any) -> None:
     """Sets the routers' biases, in fp32 as DeepSeek stores them."""
     import torch
 
-    for name, module in model.named_modules():
-        if name.endswith(".gate"):
+    for module in model.modules():
+        if "e_score_correction_bias" in dict(module.named_buffers(recurse=False)):
             module.e_score_correction_bias = 0.1 * torch.randn(8)
 
 
@@ -258,6 +259,61 @@ TINY_MODELS: dict[str, TinyModel] = {
     "Gemma 3 with images": TinyModel(_gemma3_with_images),
     "Nemotron-H": TinyModel(
         config("NemotronHForCausalLM", **NEMOTRON_H),
+        MOE,
+        prepare=expert_biases,
+    ),
+    "Seed-OSS": TinyModel(config("SeedOssForCausalLM", head_dim=32)),
+    "GLM-4": TinyModel(config("Glm4ForCausalLM", head_dim=32)),
+    "ERNIE-4.5": TinyModel(config("Ernie4_5ForCausalLM", head_dim=32)),
+    "Exaone 4": TinyModel(
+        config("Exaone4ForCausalLM", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "Exaone 4 without windows": TinyModel(
+        config("Exaone4ForCausalLM", sliding_window=None, layer_types=["full_attention"] * 2, tie_word_embeddings=True)
+    ),
+    "SmolLM3": TinyModel(config("SmolLM3ForCausalLM", no_rope_layers=[1, 0])),
+    "Phi-3": TinyModel(config("Phi3ForCausalLM", sliding_window=None)),
+    "Phi-4-mini": TinyModel(
+        config(
+            "Phi3ForCausalLM",
+            sliding_window=5,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        )
+    ),
+    "OLMo 2": TinyModel(config("Olmo2ForCausalLM")),
+    "OLMo 3": TinyModel(
+        config("Olmo3ForCausalLM", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "Granite": TinyModel(
+        config(
+            "GraniteForCausalLM",
+            embedding_multiplier=12.0,
+            attention_multiplier=0.3,
+            residual_multiplier=0.22,
+            logits_scaling=8.0,
+        )
+    ),
+    "MiniMax-M2": TinyModel(
+        config(
+            "MiniMaxM2ForCausalLM",
+            head_dim=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        ),
+        MOE,
+        prepare=expert_biases,
+    ),
+    "Hunyuan 3": TinyModel(
+        config(
+            "HYV3ForCausalLM",
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            num_shared_experts=2,
+        ),
         MOE,
         prepare=expert_biases,
     ),

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import family_of
 from tests.support.without_fla import without_fla
 
@@ -26,13 +27,16 @@ def main(configs: Path, out: Path) -> None:
     out.write_text(json.dumps(plans))
 
 
-def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors that an export would write: name → shape."""
+def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]] | str:
+    """The tensors that an export would write: name → shape. Or why Megatron does not build the model."""
     written = json.loads(file.read_text())
     filled = AutoConfig.for_model(**written).to_dict()
     bridge = AutoBridge(HFModel(file.with_suffix(""), written, filled, family_of(written)))
-    with torch.device("meta"):
-        model = megatron.build_model(bridge.hf, initialize=False)
+    try:
+        with torch.device("meta"):
+            model = megatron.build_model(bridge.hf, initialize=False)
+    except UsageError as error:
+        return str(error)
     report = bridge.save_hf_pretrained(model, unwritten, scheme="none", dry_run=True)
     return {name: spec.shape for shard in report.layout.shards for name, spec in shard.specs.items()}
 

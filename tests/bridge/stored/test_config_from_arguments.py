@@ -18,13 +18,22 @@ from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.mappings.errors import UnknownArchitectureError, UsageError
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_arguments, to_arguments
-from tests.support.published_models import PARAMETERS, published
+from tests.support.published_models import NOT_BUILT, PARAMETERS, published
 from tests.support.tiny_models import TINY_MODELS
 
 NOT_OF_MEGATRON = {"initializer_range", "chunk_size", "bos_token_id", "eos_token_id", "pad_token_id"}
-TWO_KINDS = ("Qwen3-MoE", "OLMoE")  # which the arguments do not tell apart; `test_parity.py` has their tensors
+NOT_OF_THIS_MEGATRON = {"activation", "post_self_attn_layernorm", "post_mlp_layernorm"}
+TWO_KINDS = (  # which the arguments do not tell apart; `test_parity.py` has their tensors
+    *("Qwen3-MoE", "OLMoE"),
+    *("Exaone 4 without windows", "OLMo 2", "MiniMax-M2"),
+)
+ALIKE = {  # which compute the same as a family before them
+    "Seed-OSS": "Qwen2ForCausalLM",
+    "Phi-3": "LlamaForCausalLM",
+    "Hunyuan 3": "Glm4MoeForCausalLM",
+}
 IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part
-ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - {*TWO_KINDS, *IMAGES})
+ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - {*TWO_KINDS, *ALIKE, *IMAGES})
 
 
 def arguments_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) ->
     return directory
 
 
-@pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS])
+@pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS, *ALIKE])
 def test_a_tiny_config_comes_back(name: str) -> None:
     """Every field comes back, except those that no setting of Megatron decides."""
     original = TINY_MODELS[name].make().to_dict()
@@ -58,7 +67,7 @@ def test_a_tiny_config_comes_back(name: str) -> None:
             assert found == value, field
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - set(IMAGES)))
+@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - {*IMAGES, *NOT_BUILT}))
 def test_a_published_config_computes_the_same(name: str) -> None:
     original = published(name).to_dict()
     family = family_of(original)
@@ -74,6 +83,16 @@ def test_the_arguments_tell_the_family(name: str, tmp_path: Path) -> None:
     assert hf.written["architectures"] == original["architectures"]
     assert hf.written["vocab_size"] == 131
     assert not [note for note in hf.notes if "Megatron's defaults" in note]
+
+
+@pytest.mark.parametrize(("name", "first"), ALIKE.items())
+def test_of_families_that_compute_the_same_the_first_is_taken(name: str, first: str, tmp_path: Path) -> None:
+    """The other one has to be named."""
+    original = TINY_MODELS[name].make().to_dict()
+    checkpoint = save_with(tmp_path, arguments_of(original))
+    assert model_of_arguments(checkpoint).written["architectures"] == [first]
+    (wanted,) = original["architectures"]
+    assert model_of_arguments(checkpoint, architecture=wanted).written["architectures"] == [wanted]
 
 
 COMMON = (
@@ -168,7 +187,7 @@ def test_defaults_are_megatron_s() -> None:
     known = {name: line.get(name, fields.get(name)) for name in DEFAULTS if name in line or name in fields}
     assert {name: DEFAULTS[name] for name in known} == known
     others = {name for name, value in DEFAULTS.items() if value is not None and name not in known}
-    assert [name for name in others if name != "activation" and not name.startswith("yarn_")] == []  # GPT-OSS above
+    assert [name for name in others - NOT_OF_THIS_MEGATRON if not name.startswith("yarn_")] == []  # GPT-OSS above
 
 
 class TestOptionsAndErrors:
