@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from amaxbridge.export.model_free.converters.config_keys import AWQ_KEYS, FP8_KEYS, GPTQ_KEYS, MXFP4_KEYS, refuse
 from amaxbridge.export.model_free.converters.float4 import mxfp4_weight, nvfp4_weight
 from amaxbridge.export.model_free.converters.float8 import float8_weight
 from amaxbridge.export.model_free.converters.integers import awq_weight, gptq_weight, modelopt_integers
@@ -46,6 +47,7 @@ class SourceFormat:
 
 
 def _fp8_block(raw: Mapping[str, Any]) -> ReadModule:
+    FP8_KEYS.check(raw)
     block = raw.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list) and len(block) == 2 and all(_is_size(side) for side in block)
@@ -55,12 +57,7 @@ def _fp8_block(raw: Mapping[str, Any]) -> ReadModule:
 
 
 def _modelopt(raw: Mapping[str, Any]) -> ReadModule:
-    if unknown := unknown_keys(raw):
-        said = ", ".join(f"{key}={raw[key]!r:.80}" for key in unknown)
-        raise UsageError(
-            f"ModelOpt's config says {said}, which is not known here and may change what tensors mean: quantize the "
-            "checkpoint that it was made from"
-        )
+    refuse("ModelOpt", {key: raw[key] for key in unknown_keys(raw)})
 
     def read(module: str, local: Local) -> StoredWeight | None:
         found: StoredWeight | None = nvfp4_weight(local) or mxfp4_weight(local, "weight", "weight_scale")
@@ -109,6 +106,7 @@ def _spellings(module: str) -> list[str]:
 
 
 def _awq(raw: Mapping[str, Any]) -> ReadModule:
+    AWQ_KEYS.check(raw)
     version = str(raw.get("version", "gemm")).lower()
     if version != "gemm":
         raise UsageError(
@@ -121,7 +119,12 @@ def _awq(raw: Mapping[str, Any]) -> ReadModule:
 
 
 def _gptq(raw: Mapping[str, Any]) -> ReadModule:
-    version, bits = str(raw.get("checkpoint_format", "gptq")).lower(), raw.get("bits")
+    GPTQ_KEYS.check(raw)
+    refuse("GPTQ", {"dynamic": raw["dynamic"]} if not _only_leaves_out(raw.get("dynamic")) else {})
+    said = [str(raw[key]).lower() for key in ("checkpoint_format", "format") if raw.get(key)]
+    if len(set(said)) > 1:
+        raise UsageError(f"GPTQ: checkpoint_format and format contradict each other: {said[0]!r} and {said[1]!r}")
+    version, bits = said[0] if said else "gptq", raw.get("bits")
     if version not in ("gptq", "gptq_v2") or not isinstance(bits, int) or not raw:
         raise UsageError(
             f"GPTQ: bits={bits!r}, checkpoint_format={version!r}; needed are the bits, and gptq or gptq_v2, in the "
@@ -130,7 +133,13 @@ def _gptq(raw: Mapping[str, Any]) -> ReadModule:
     return lambda module, local: gptq_weight(local, bits, less_one=version == "gptq")
 
 
+def _only_leaves_out(dynamic: Any) -> bool:
+    """True if GPTQModel's rules for single modules only leave modules unquantized (`-:`)."""
+    return not dynamic or (isinstance(dynamic, dict) and all(str(rule).startswith("-:") for rule in dynamic))
+
+
 def _gpt_oss(raw: Mapping[str, Any]) -> ReadModule:
+    MXFP4_KEYS.check(raw)
     return lambda module, local: mxfp4_weight(local, "blocks", "scales")
 
 
