@@ -58,7 +58,8 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 
 _CLASSES = {
-    "", "TensorQuantizer", "StaticBlockScaleQuantizer", "HardDisabledTensorQuantizer", "SVDQuantTensorQuantizer"
+    "", "TensorQuantizer", "StaticBlockScaleQuantizer", "HardDisabledTensorQuantizer", "SVDQuantTensorQuantizer",
+    "NVFP4StaticQuantizer",  # ModelOpt 0.44's name of StaticBlockScaleQuantizer
 }  # fmt: skip
 _UNKNOWN = "amaxbridge does not know it, so it may change values"
 _BLOCK_KEYS = {-1, -2, "type", "scale_bits", "four_over_six"}

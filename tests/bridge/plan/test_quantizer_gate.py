@@ -130,6 +130,12 @@ def test_learned_amax_in_high_precision_or_for_integers() -> None:
     assert "_quant_max_bound=7.0" in refused(learned)
 
 
+def test_the_older_name_of_static_quantizers() -> None:
+    """ModelOpt 0.44 calls the class NVFP4StaticQuantizer."""
+    older = type("NVFP4StaticQuantizer", (StaticBlockScaleQuantizer,), {})
+    assert not refused(older.from_tensor_quantizer(made(), torch.tensor(1.0)))
+
+
 def test_a_disabled_quantizer_still_multiplies_and_rotates() -> None:
     quantizer = made(rotate=True)
     quantizer.backend = "mine"
