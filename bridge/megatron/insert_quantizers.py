@@ -41,8 +41,16 @@ def insert_quantizers(chunks: Sequence[nn.Module]) -> None:
 
 
 def enable_quantizer(quantizer: Any, settings: QuantizerSettings) -> None:
-    """Enables a disabled quantizer with the settings of a scheme, or of a format of the key-value cache."""
+    """Enables a disabled quantizer with the settings of a scheme, or of a format of the key-value cache.
+
+    A quantizer of static blocks also gets the axes that ModelOpt notes in its first forward pass: without them,
+    ModelOpt saves the amax of one tensor-parallel rank as that of all.
+    """
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**settings.attributes, enable=True))
+    blocks = settings.block_sizes or {}
+    cut = [dim for dim, size in blocks.items() if isinstance(dim, int) and size]
+    if cut and blocks.get("type") != "dynamic":
+        quantizer.axis = tuple(range(0, 2 * len(cut), 2))
 
 
 class _QuantizedAttention(QuantModule):  # type: ignore[misc]  # ModelOpt is not typed

@@ -68,17 +68,19 @@ def _group_names(view: CheckpointView) -> Iterator[Problem]:
 
 
 def _formats(view: CheckpointView) -> Iterator[Problem]:
-    groups = view.quantization.groups
+    """Older programs write one format for all groups, which engines then take for each."""
+    groups, overall = view.quantization.groups, view.quantization.format or None
     for group in groups:
-        if group.format is None:
+        found = group.format or overall
+        if found is None:
             yield Problem(f"{group.name}.format", "is not there")
-        elif group.scheme is not None and group.format != group.scheme.config_group["format"]:
+        elif group.scheme is not None and found != group.scheme.config_group["format"]:
             right = group.scheme.config_group["format"]
-            yield Problem(f"{group.name}.format", f"is {group.format!r}; {group.scheme.name} is stored as {right!r}")
-    formats = {group.format for group in groups}
+            yield Problem(f"{group.name}.format", f"is {found!r}; {group.scheme.name} is stored as {right!r}")
+    formats = {group.format or overall for group in groups}
     right = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
-    if groups and (view.quantization.format or None) != right:
-        yield Problem("format", f"is {view.quantization.format or None!r}, must be {right!r}")
+    if groups and overall != right:
+        yield Problem("format", f"is {overall!r}, must be {right!r}")
 
 
 def _schemes(view: CheckpointView) -> Iterator[Problem]:

@@ -120,7 +120,7 @@ def _unused_range(view: CheckpointView) -> Iterator[Problem]:
 def _weight_shapes(view: CheckpointView) -> Iterator[Problem]:
     for module in view.quantized:
         stored = module.tensors.get("weight_shape")
-        if stored is None or stored.spec.dtype != torch.int64 or stored.spec.shape != (2,):
+        if stored is None or stored.spec.dtype not in (torch.int32, torch.int64) or stored.spec.shape != (2,):
             continue
         found = tuple(stored.read().tolist())
         if module.shape is not None and found != module.shape:

@@ -119,6 +119,21 @@ def test_other_formats(launch: Launcher, qwen3: Path, wide: Path, tmp_path: Path
         same_tensors(tmp_path / f"{name}_out", source)
 
 
+def test_blocks_that_ranks_divide(launch: Launcher, wide: Path, tmp_path: Path) -> None:
+    """Imported at TP=2, the checkpoint holds the amax of every rank's blocks."""
+    schemes = {"fp8_block": SCHEMES["fp8_block"], "w4a16": named_scheme("w4a16", 64), "w8a8": SCHEMES["w8a8"]}
+    sources = {name: quantized(wide, scheme, tmp_path / name) for name, scheme in schemes.items()}
+    steps = [
+        {"sizes": {"tp": 2}, "hf": str(source), "import": str(tmp_path / f"{name}_checkpoint")}
+        for name, source in sources.items()
+    ]
+    launch(WORKERS / "live_import.py", json.dumps(steps), processes=2)
+    for name, source in sources.items():
+        bridge = AutoBridge.from_hf_pretrained(source)
+        bridge.convert_checkpoint(tmp_path / f"{name}_checkpoint", tmp_path / f"{name}_out", scheme="auto")
+        same_tensors(tmp_path / f"{name}_out", source)
+
+
 def test_formats_of_other_programs(launch: Launcher, wide: Path, tmp_path: Path) -> None:
     """GPTQ's codes and FP8 blocks go through training's quantizers; AWQ with zero points, which it lacks, is plain."""
     kinds = {"gptq": held.gptq, "fp8": held.blocks_of_fp8, "awq": held.awq}

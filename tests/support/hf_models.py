@@ -61,24 +61,24 @@ def make_deepseek_v3(directory: Path, mtp_layers: int, sizes: dict[str, Any]) ->
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(13)
-    config = DeepseekV3Config(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        first_k_dense_replace=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        max_position_embeddings=64,
-        initializer_range=0.08,
-        num_nextn_predict_layers=mtp_layers,
-        **sizes,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.08,
+        "num_nextn_predict_layers": mtp_layers,
+    }
+    config = DeepseekV3Config(**{**fields, **sizes})
     model = DeepseekV3ForCausalLM(config)
     randomize(model)
     model.bfloat16()

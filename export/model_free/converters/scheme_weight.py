@@ -15,6 +15,7 @@ from amaxbridge.export.model_free.converters.stored_weight import (
     same_weights,
 )
 from amaxbridge.export.schemes import Scheme
+from amaxbridge.export.schemes.stored_specs import stored_specs
 from amaxbridge.mappings.tensors import TensorSpec
 
 _ANY = TensorSpec((1024, 1024), torch.bfloat16)  # which tensors a scheme writes does not depend on the shape
@@ -85,11 +86,7 @@ def check_specs(scheme: Scheme, shape: tuple[int, int], found: Mapping[str, Tens
     Raises:
         ValueError: they are not; names the first that is not.
     """
-    allowed: dict[str, set[TensorSpec]] = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for arithmetic in Arithmetic:
-            for name, spec in scheme.tensor_specs(TensorSpec(shape, dtype), arithmetic).items():
-                allowed.setdefault(name, set()).add(spec)
+    allowed = stored_specs(scheme, shape)
     for name, spec in found.items():
         if _numbers_in_one_dim(spec) not in allowed.get(name, ()):
             right = " or ".join(sorted(map(str, allowed.get(name, ())))) or "nothing of this name"
