@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from amaxbridge.mappings.errors import UnknownArchitectureError
+from amaxbridge.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
 from amaxbridge.mappings.families.exaone4 import EXAONE4
@@ -41,6 +42,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     QWEN3_NEXT,
     MIXTRAL,
     OLMOE,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
     GLM4_MOE,
     GPT_OSS,

@@ -1,100 +1,20 @@
-"""DeepSeek-V3: multi-head latent attention, and the experts and MTP layers of `sigmoid_experts`."""
+"""DeepSeek-V3, Moonlight and Kimi-K2: latent attention, and the experts and MTP layers of `sigmoid_experts`."""
 
-from typing import Any
+from amaxbridge.mappings.families import decoder, latent_attention, sigmoid_experts
+from amaxbridge.mappings.family import ModelFamily
 
-from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.families import decoder, sigmoid_experts
-from amaxbridge.mappings.family import HFConfig, ModelFamily, Translation, look_up
-from amaxbridge.mappings.mapping import MegatronParamMapping
-from amaxbridge.mappings.megatron_settings import Settings
-from amaxbridge.mappings.weights import ColumnParallelMapping, LatentDownMapping, ReplicatedMapping
-
-_ATTENTION, _HF_ATTENTION = f"{decoder.MEGATRON}.self_attention", f"{decoder.HF}.self_attn"
-_Q_ROWS = ("q_lora_rank",)
-_KV_ROWS = ("kv_lora_rank", "qk_pos_emb_head_dim")
-
-_LAYER: tuple[MegatronParamMapping, ...] = (
-    ReplicatedMapping(f"{decoder.MEGATRON}.input_layernorm.weight", f"{decoder.HF}.input_layernorm.weight"),
-    ColumnParallelMapping(f"{_ATTENTION}.linear_q_proj.weight", f"{_HF_ATTENTION}.q_proj.weight"),
-    LatentDownMapping(f"{_ATTENTION}.linear_q_down_proj.weight", f"{_HF_ATTENTION}.q_a_proj.weight", rows=_Q_ROWS),
-    ReplicatedMapping(f"{_ATTENTION}.q_layernorm.weight", f"{_HF_ATTENTION}.q_a_layernorm.weight"),
-    ColumnParallelMapping(f"{_ATTENTION}.linear_q_up_proj.weight", f"{_HF_ATTENTION}.q_b_proj.weight"),
-    LatentDownMapping(
-        f"{_ATTENTION}.linear_kv_down_proj.weight", f"{_HF_ATTENTION}.kv_a_proj_with_mqa.weight", rows=_KV_ROWS
-    ),
-    ReplicatedMapping(f"{_ATTENTION}.kv_layernorm.weight", f"{_HF_ATTENTION}.kv_a_layernorm.weight"),
-    ColumnParallelMapping(f"{_ATTENTION}.linear_kv_up_proj.weight", f"{_HF_ATTENTION}.kv_b_proj.weight"),
-    decoder.ATTENTION_OUTPUT,
-    decoder.MLP_NORM,
-    *decoder.MLP,
-    *sigmoid_experts.EXPERTS,
-)
-
-
-def _rope(hf_config: HFConfig) -> dict[str, Any]:
-    """The rotary settings, which multi-head latent attention has in its TransformerConfig.
-
-    Both sides rotate the pairs (0, 1), (2, 3), … of the rotary dims and return them as two halves, so no row moves.
-
-    Raises:
-        UsageError: Megatron lacks this rotary embedding.
-    """
-    rope = look_up(hf_config, "rope_parameters")
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "yarn"):
-        raise UsageError(f"Megatron's latent attention has no rope_type={kind!r}")
-    if kind == "default":
-        return {
-            "rope_type": "rope",
-            "rotary_base": look_up(hf_config, "rope_parameters.rope_theta"),
-            "mscale_all_dim": 0.0,
-        }
-    scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    return {
-        "rope_type": "yarn",
-        "rotary_base": look_up(hf_config, "rope_parameters.rope_theta"),
-        "rotary_scaling_factor": look_up(hf_config, "rope_parameters.factor"),
-        "original_max_position_embeddings": look_up(hf_config, "rope_parameters.original_max_position_embeddings"),
-        "beta_fast": rope.get("beta_fast") or 32,
-        "beta_slow": rope.get("beta_slow") or 1,
-        "mscale": scales[0] if all(scales) else 1.0,  # as in transformers: one of the two alone has no effect
-        "mscale_all_dim": scales[1] or 0.0,
-    }
-
-
-def _rope_parameters(settings: Settings) -> dict[str, Any]:
-    """Writes both mscales or neither, as transformers reads them. The rotary base is an argument of the model."""
-    if settings["rope_type"] == "rope":
-        return {"rope_parameters.rope_type": "default"}
-    scales = ("mscale", "mscale_all_dim") if settings["mscale_all_dim"] else ()
-    names = ("original_max_position_embeddings", "beta_fast", "beta_slow", *scales)
-    rope = {"rope_type": "yarn", "factor": settings["rotary_scaling_factor"]}
-    rope |= {name: settings[name] for name in names}
-    return {f"rope_parameters.{name}": value for name, value in rope.items()}
-
+LAYER = (*latent_attention.ATTENTION, decoder.MLP_NORM, *decoder.MLP, *sigmoid_experts.EXPERTS)
 
 DEEPSEEK_V3 = ModelFamily(
     architectures=("DeepseekV3ForCausalLM",),
-    mappings=(decoder.EMBEDDING, *_LAYER, *decoder.HEAD),
-    exceptions=lambda hf_config: sigmoid_experts.mtp_layers(hf_config, _LAYER),
-    transformer={
-        **{name: field for name, field in decoder.DECODER_SIZES.items() if name != "kv_channels"},
-        "q_lora_rank": "q_lora_rank",
-        "kv_lora_rank": "kv_lora_rank",
-        "qk_head_dim": "qk_nope_head_dim",
-        "qk_pos_emb_head_dim": "qk_rope_head_dim",
-        "v_head_dim": "v_head_dim",
-        **sigmoid_experts.SIZES,
-    },
-    requires={"attention_bias": False, "rope_interleave": True},
-    computed=Translation(_rope, _rope_parameters),
-    computes={"hidden_act": "silu", "norm_topk_prob": True},
+    mappings=(decoder.EMBEDDING, *LAYER, *decoder.HEAD),
+    exceptions=lambda hf_config: sigmoid_experts.mtp_layers(hf_config, LAYER),
+    transformer={**latent_attention.SIZES, **sigmoid_experts.SIZES, **sigmoid_experts.SPELLED_ROUTER},
+    requires={"attention_bias": False, "rope_interleave": True, "moe_layer_freq": 1},
+    computed=latent_attention.ROPE,
+    computes=sigmoid_experts.COMPUTES,
+    check=sigmoid_experts.check_router,
     model=decoder.MODEL_ARGUMENTS,
-    constants={
-        **decoder.GATED_RMSNORM_DECODER,
-        **sigmoid_experts.ROUTER,
-        "multi_latent_attention": True,
-        "qk_layernorm": True,
-    },
+    constants={**latent_attention.CONSTANTS, "moe_router_enable_expert_bias": True},
     kept_in_fp32=sigmoid_experts.KEPT_IN_FP32,
 )

@@ -24,7 +24,8 @@ GLM4_MOE = ModelFamily(
         "add_qkv_bias": "attention_bias",
         "qk_layernorm": "use_qk_norm",
     },
-    computes={"hidden_act": "silu", "norm_topk_prob": True},
+    computes=sigmoid_experts.COMPUTES,
+    check=sigmoid_experts.check_router,
     model={
         **decoder.MODEL_ARGUMENTS,
         **decoder.ROPE_SCALING,

@@ -2,7 +2,7 @@
 
 The router takes the top k of sigmoid scores plus a bias for each expert, within the best groups of experts. Megatron
 ranks a group by its best `top k / chosen groups` experts, transformers by its best two: the same if that number is
-two, as in every released model.
+two, as in every released model; `check_router` refuses to build any other.
 
 Megatron numbers the layers for multi-token prediction (MTP) from 0, Hugging Face from `num_hidden_layers` on, a shift
 that wildcards cannot express. So these mappings are made for one configuration, from the decoder layer's own, and are
@@ -13,8 +13,9 @@ layer has copies of the embedding and the output layer; Megatron shares these wi
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import decoder
-from amaxbridge.mappings.family import HFConfig, Source, Translation, look_up
+from amaxbridge.mappings.family import HFConfig, Source, Translation, fixed, look_up
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.megatron_settings import Settings
 from amaxbridge.mappings.weights import (
@@ -27,15 +28,18 @@ from amaxbridge.mappings.weights import (
 
 _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
-EXPERTS: tuple[MegatronParamMapping, ...] = (
-    decoder.ROUTER,
-    ReplicatedMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.gate.e_score_correction_bias"),
+SHARED_EXPERTS: tuple[MegatronParamMapping, ...] = (
     GatedMLPMapping(
         f"{_MLP}.shared_experts.linear_fc1.weight",
         gate=f"{_HF_MLP}.shared_experts.gate_proj.weight",
         up=f"{_HF_MLP}.shared_experts.up_proj.weight",
     ),
     RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_experts.down_proj.weight"),
+)
+EXPERTS: tuple[MegatronParamMapping, ...] = (
+    decoder.ROUTER,
+    ReplicatedMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.gate.e_score_correction_bias"),
+    *SHARED_EXPERTS,
     *decoder.ROUTED_EXPERTS,
 )
 
@@ -112,6 +116,38 @@ SIZES: dict[str, Source] = {
 }
 
 ROUTER = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+SPELLED_ROUTER: dict[str, Source] = {
+    "moe_router_score_function": fixed("sigmoid", scoring_func="sigmoid", topk_method="noaux_tc")
+}
+"""For architectures whose router vLLM and SGLang choose by these fields: without them they would take a softmax."""
+
+COMPUTES = {"hidden_act": "silu", "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""What Megatron's layers compute. transformers has no field for the last two; published files do."""
+
+
+def check_router(hf_config: HFConfig) -> None:
+    """Raises UsageError if Megatron routes tokens otherwise than transformers and the engines."""
+    if look_up(hf_config, "num_experts_per_tok") == 1:
+        raise UsageError("Megatron does not normalize the score of a single expert, num_experts_per_tok=1")
+    check_groups(hf_config, ranked_by=2)
+
+
+def check_groups(hf_config: HFConfig, *, ranked_by: int) -> None:
+    """Raises UsageError if Megatron ranks groups of experts otherwise than transformers and the engines.
+
+    Args:
+        ranked_by: the number of experts of a group whose scores, added, rank it in transformers, vLLM and SGLang.
+    """
+    if (hf_config.get("n_group") or 1) == 1:
+        return
+    taken, chosen = look_up(hf_config, "num_experts_per_tok"), look_up(hf_config, "topk_group") or 0
+    best = taken // chosen if chosen else 0
+    if best != ranked_by:
+        raise UsageError(
+            f"Megatron ranks a group of experts by its best {best} (num_experts_per_tok={taken} divided by "
+            f"topk_group={chosen}), this model by its best {ranked_by}: it has no equal in Megatron's layers"
+        )
+
 
 KEPT_IN_FP32 = ("e_score_correction_bias",)
 """fp32 as published; transformers lists it in `_keep_in_fp32_modules_strict`."""

@@ -12,6 +12,7 @@ from typing import Any
 from amaxbridge.mappings.families import FAMILIES, family_of
 from amaxbridge.mappings.family import ModelFamily
 from tests.support.paths import PUBLISHED_MODELS, ROOT
+from tests.support.published_models import configured
 from tests.support.tiny_models import TINY_MODELS
 
 TABLE = ROOT / "bridge" / "hf_defaults.json"
@@ -55,9 +56,7 @@ def read_of(family: ModelFamily, config: Mapping[str, Any]) -> tuple[set[str], d
 
 def filled(written: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration completed by transformers."""
-    from transformers import AutoConfig
-
-    config: dict[str, Any] = AutoConfig.for_model(**written).to_dict()
+    config: dict[str, Any] = configured(written).to_dict()
     return config
 
 

@@ -5,11 +5,14 @@ and SmolLM3-3B, whose sizes they are, and those named `defaults`.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tests.support.paths import PUBLISHED_MODELS
 
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
+    "DeepSeek-V2-Lite": "16B",
+    "DeepSeek-V2.5": "236B",
     "DeepSeek-V3": "671B",
     "ERNIE-4.5-0.3B": 360_748_032,
     "EXAONE-4.0-32B": "32B",
@@ -21,6 +24,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Gemma-3-1B": 999_885_952,
     "Gemma-3-4B": "4B",  # its language model
     "HY-V3": "295B",
+    "Kimi-K2-Instruct": 1_026_408_232_448,
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
@@ -29,6 +33,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Mixtral-8x7B": 46_702_792_704,
     "OLMo-2-defaults": 6_888_624_128,
     "OLMoE-1B-7B": 6_919_161_856,
+    "Moonlight-16B-A3B": "16B",
     "Nemotron-3-Nano-30B-A3B": "32B",
     "Nemotron-H-8B": "8B",
     "Olmo-3.1-32B": "32B",
@@ -43,11 +48,20 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
 }
 
 NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
+    "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
     "Olmo-3.1-32B": "the same in all layers",
 }
 
 
 def published(name: str) -> Any:
-    from transformers import AutoConfig
+    return configured(json.loads((PUBLISHED_MODELS / f"{name}.json").read_text()))
 
-    return AutoConfig.for_model(**json.loads((PUBLISHED_MODELS / f"{name}.json").read_text()))
+
+def configured(written: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json; one with a `model_type` of its own is of its architecture's."""
+    import transformers
+
+    if written["model_type"] in transformers.CONFIG_MAPPING:
+        return transformers.AutoConfig.for_model(**written)
+    kind = getattr(transformers, written["architectures"][0]).config_class
+    return kind.from_dict({name: value for name, value in written.items() if name not in ("model_type", "auto_map")})

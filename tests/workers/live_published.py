@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import family_of
+from tests.support.published_models import configured
 from tests.support.without_fla import without_fla
 
 
@@ -30,7 +30,7 @@ def main(configs: Path, out: Path) -> None:
 def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]] | str:
     """The tensors that an export would write: name → shape. Or why Megatron does not build the model."""
     written = json.loads(file.read_text())
-    filled = AutoConfig.for_model(**written).to_dict()
+    filled = configured(written).to_dict()
     bridge = AutoBridge(HFModel(file.with_suffix(""), written, filled, family_of(written)))
     try:
         with torch.device("meta"):

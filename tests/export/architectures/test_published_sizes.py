@@ -9,6 +9,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from amaxbridge.export.architectures.facts import architecture_of
 from tests.support.paths import ROOT
+from tests.support.published_models import configured
 
 PUBLISHED = sorted((ROOT / "tests" / "published_models").glob("*.json"))
 
@@ -17,7 +18,7 @@ PUBLISHED = sorted((ROOT / "tests" / "published_models").glob("*.json"))
 def test_every_tensor_is_known_and_fits(file) -> None:  # type: ignore[no-untyped-def]
     """No tensor of a published model is refused: sizes are read as its config.json means them."""
     published = json.loads(file.read_text())
-    config = transformers.AutoConfig.for_model(published["model_type"]).from_dict(published)
+    config = configured(published)
     with torch.device("meta"):
         model = getattr(transformers, published["architectures"][0])(config)
     known = architecture_of(published)
