@@ -25,6 +25,7 @@ from amaxbridge.mappings.families.phi3 import PHI3
 from amaxbridge.mappings.families.qwen2 import QWEN2, SEED_OSS
 from amaxbridge.mappings.families.qwen2_moe import QWEN2_MOE
 from amaxbridge.mappings.families.qwen3 import QWEN3
+from amaxbridge.mappings.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
 from amaxbridge.mappings.families.qwen3_next import QWEN3_NEXT
 from amaxbridge.mappings.families.smollm3 import SMOLLM3
@@ -40,6 +41,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
     QWEN3,
     QWEN3_MOE,
     QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
     MIXTRAL,
     OLMOE,
     DEEPSEEK_V2,

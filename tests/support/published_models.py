@@ -42,6 +42,8 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,
+    "Qwen3.5-27B-text": "27B",  # text_config of the published config.json, with the architecture of that part
+    "Qwen3.5-35B-A3B-text": "35B",  # likewise
     "Qwen3-Coder-Next-E336": "53B",  # Qwen3-Coder-Next, of 80B, with 336 of its 512 experts in a layer
     "Seed-OSS-36B": "36B",
     "SmolLM3-3B": 3_075_098_624,

@@ -178,6 +178,19 @@ TINY_MODELS: dict[str, TinyModel] = {
         ),
         MOE,
     ),
+    "Qwen3.5": TinyModel(config("Qwen3_5ForCausalLM", **DELTA_NET)),
+    "Qwen3.5-MoE": TinyModel(
+        config(
+            "Qwen3_5MoeForCausalLM",
+            **DELTA_NET,
+            intermediate_size=None,  # no layer has an MLP
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+        ),
+        MOE,
+    ),
     "Mixtral": TinyModel(config("MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2), MOE),
     "OLMoE": TinyModel(
         config("OlmoeForCausalLM", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False),

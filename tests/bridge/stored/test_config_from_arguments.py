@@ -32,8 +32,9 @@ ALIKE = {  # which compute the same as a family before them
     "Phi-3": "LlamaForCausalLM",
     "Hunyuan 3": "Glm4MoeForCausalLM",
 }
+TWO_FORMS = {"Qwen3.5-MoE", "Qwen3-Coder-Next-E336"}  # Qwen3-Next and Qwen3.5 are one model in Megatron
 IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part
-ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - {*TWO_KINDS, *ALIKE, *IMAGES})
+ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - {*TWO_KINDS, *ALIKE, *TWO_FORMS, *IMAGES})
 
 
 def arguments_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def save_with(directory: Path, arguments: Mapping[str, Any], rows: int = 131) ->
     return directory
 
 
-@pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS, *ALIKE])
+@pytest.mark.parametrize("name", [*ONE_KIND, *TWO_KINDS, *ALIKE, "Qwen3.5-MoE"])
 def test_a_tiny_config_comes_back(name: str) -> None:
     """Every field comes back, except those that no setting of Megatron decides."""
     original = TINY_MODELS[name].make().to_dict()
@@ -93,6 +94,16 @@ def test_of_families_that_compute_the_same_the_first_is_taken(name: str, first: 
     assert model_of_arguments(checkpoint).written["architectures"] == [first]
     (wanted,) = original["architectures"]
     assert model_of_arguments(checkpoint, architecture=wanted).written["architectures"] == [wanted]
+
+
+def test_a_model_that_hugging_face_has_in_two_forms_must_be_named(tmp_path: Path) -> None:
+    """Qwen3.5 has the projections of a gated delta net apart, Qwen3-Next together; Megatron has them all in one."""
+    checkpoint = save_with(tmp_path, arguments_of(TINY_MODELS["Qwen3.5-MoE"].make().to_dict()))
+    names = ("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM")
+    with pytest.raises(UsageError, match=f"fit {', '.join(names)}: choose one with architecture="):
+        model_of_arguments(checkpoint)
+    for name in names:
+        assert model_of_arguments(checkpoint, architecture=name).written["architectures"] == [name]
 
 
 COMMON = (
@@ -166,8 +177,8 @@ def test_arguments_of_megatron_s_command_line(
     from megatron.training.arguments import core_transformer_config_from_args
 
     arguments, original = megatron_arguments[name], published(name).to_dict()
-    hf = model_of_arguments(save_with(tmp_path, vars(arguments)))
-    family = family_of(original)
+    checkpoint, family = save_with(tmp_path, vars(arguments)), family_of(original)
+    hf = model_of_arguments(checkpoint, architecture=family.architectures[0] if name in TWO_FORMS else None)
     assert hf.family is family
     expected = {**family.settings(original), "vocab_size": arguments.vocab_size}
     assert differences(family.settings(hf.config), expected) == []
