@@ -12,6 +12,7 @@ from amaxbridge.mappings.families.exaone4 import EXAONE4
 from amaxbridge.mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
 from amaxbridge.mappings.families.glm4 import GLM4
 from amaxbridge.mappings.families.glm4_moe import GLM4_MOE
+from amaxbridge.mappings.families.glm4_moe_lite import GLM4_MOE_LITE
 from amaxbridge.mappings.families.gpt_oss import GPT_OSS
 from amaxbridge.mappings.families.granite import GRANITE
 from amaxbridge.mappings.families.hy_v3 import HY_V3
@@ -48,6 +49,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     GLM4_MOE,
+    GLM4_MOE_LITE,
     GPT_OSS,
     GEMMA2,
     GEMMA3,

@@ -80,6 +80,33 @@ def _moe_layers(hf_config: HFConfig) -> list[int]:
     return [int(layer >= dense) for layer in range(look_up(hf_config, "num_hidden_layers"))]
 
 
+def _listed_layers(hf_config: HFConfig) -> list[int]:
+    """1 for each layer with experts, 0 for each dense one.
+
+    Raises:
+        UsageError: `first_k_dense_replace`, which engines read, says otherwise than the list, which transformers reads.
+    """
+    listed = [int(kind == "sparse") for kind in look_up(hf_config, "mlp_layer_types")]
+    told = hf_config.get("first_k_dense_replace")
+    if told is not None and listed != [int(layer >= told) for layer in range(len(listed))]:
+        raise UsageError(
+            f"first_k_dense_replace={told}, and mlp_layer_types lists others as dense: engines read the one, "
+            "transformers the other"
+        )
+    return listed
+
+
+def _layer_types(settings: Settings) -> dict[str, Any]:
+    sparse = settings["moe_layer_freq"]
+    first = [*sparse, 1].index(1)
+    fields: dict[str, Any] = {"mlp_layer_types": ["sparse" if each else "dense" for each in sparse]}
+    return fields | ({"first_k_dense_replace": first} if all(sparse[first:]) else {})
+
+
+LISTED_LAYERS = Translation(_listed_layers, _layer_types)
+"""Megatron's `moe_layer_freq` for architectures that list the kind of each layer."""
+
+
 def _shared_experts(settings: Settings) -> dict[str, Any]:
     width = settings["moe_shared_expert_intermediate_size"] or 0
     return {"n_shared_experts": width // settings["moe_ffn_hidden_size"]}

@@ -12,6 +12,7 @@ from tests.support.hf_defaults_table import CONFIGS, TABLE, filled, read_of, tab
 from tests.support.tiny_models import TINY_MODELS
 
 REFUSED = {  # published before transformers wrote these fields
+    "GLM-4.7-Flash": "mlp_layer_types",
     "Gemma-3-4B": "head_dim",
     "Nemotron-3-Nano-30B-A3B": "layers_block_type",
     "Nemotron-H-8B": "head_dim, layers_block_type",

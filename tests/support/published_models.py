@@ -1,7 +1,7 @@
 """Published models: how many parameters each has, and its config.json from `tests/published_models/`.
 
 Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5-0.3B, GLM-4-9B, HY-V3
-and SmolLM3-3B, whose sizes they are, and those named `defaults`.
+and SmolLM3-3B, whose sizes they are, and those named `defaults`. GLM-4.7-Flash is as vLLM's tests quote it.
 """
 
 import json
@@ -17,6 +17,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "ERNIE-4.5-0.3B": 360_748_032,
     "EXAONE-4.0-32B": "32B",
     "GLM-4-9B": 9_400_279_040,
+    "GLM-4.7-Flash": "30B",
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
     "GPT-OSS-20B": "21B",
     "Granite-defaults": 6_738_415_616,

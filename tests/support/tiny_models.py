@@ -317,6 +317,25 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=expert_biases,
     ),
+    "GLM-4.7-Flash": TinyModel(
+        config(
+            "Glm4MoeLiteForCausalLM",
+            num_key_value_heads=4,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense", "sparse"],
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=24,
+            qk_rope_head_dim=8,
+            v_head_dim=32,
+            num_nextn_predict_layers=0,
+            rms_norm_eps=1e-6,  # 1e-5 in GLM-4.7-Flash, which transformers' norms of latents do not follow
+        ),
+        MOE,
+        prepare=expert_biases,
+    ),
     "GPT-OSS": TinyModel(
         config(
             "GptOssForCausalLM",

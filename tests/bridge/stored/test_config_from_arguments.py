@@ -31,6 +31,7 @@ ALIKE = {  # which compute the same as a family before them
     "Seed-OSS": "Qwen2ForCausalLM",
     "Phi-3": "LlamaForCausalLM",
     "Hunyuan 3": "Glm4MoeForCausalLM",
+    "GLM-4.7-Flash": "DeepseekV3ForCausalLM",
 }
 TWO_FORMS = {"Qwen3.5-MoE", "Qwen3-Coder-Next-E336"}  # Qwen3-Next and Qwen3.5 are one model in Megatron
 IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part
