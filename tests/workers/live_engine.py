@@ -49,6 +49,7 @@ QUANTIZERS: Mapping[str, dict[str, Any]] = {
     "w8a8": INT8_ROWS_AND_TOKENS,
 }
 WEIGHTS_ONLY = ("mxfp4", "mxfp8", "fp8_block", "w4a16_asym")
+MODELOPT_FORMAT = ("nvfp4", "nvfp4a16", "fp8", "fp8_dynamic", "fp8_block", "mxfp8")
 SCALED_BY_TOKEN = ("fp8_dynamic", "w8a8")
 
 
@@ -66,6 +67,10 @@ def main(hf: Path, out: Path, sizes: dict[str, int], *, only_logits: bool) -> No
         for scheme in QUANTIZERS:
             model = quantized(bridge, scheme)
             bridge.save_hf_pretrained(model, out / scheme, scheme=scheme, max_shard_bytes=500_000)
+            if scheme in MODELOPT_FORMAT:
+                bridge.save_hf_pretrained(
+                    model, out / f"{scheme}.modelopt", scheme=scheme, format="modelopt", verify=False
+                )  # which knows that engines do not serve some of these
             finish(out, scheme, hf, None if scheme in WEIGHTS_ONLY else forward(model))
         if world_rank() == 0:
             model_free_ptq(str(out / "none"), out / "w4a16_asym", "w4a16_asym", ignore=ignored(out / "w4a16"))

@@ -1,0 +1,87 @@
+"""Loads every checkpoint that `prepare.py` made in vLLM on a GPU, and prints the table of docs/in-vllm.md.
+
+    python serve_all.py MADE_DIR OUT_DIR [--jobs 14]
+
+Runs in vLLM's environment. A checkpoint takes half a minute, several run at a time on one GPU. Exit status 1 if
+both formats load and differ although the kernels are the same.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SERVE = Path(__file__).with_name("serve_one.py")
+MODELOPT = ".modelopt"
+type Found = Mapping[tuple[str, str], dict[str, Any]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("made", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=14)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    references = sorted(file for file in options.made.glob("*/*.safetensors") if ".tp" not in file.name)
+    work = [
+        (checkpoint, file)
+        for file in references
+        for checkpoint in (file.with_suffix(""), file.with_suffix(MODELOPT))
+        if checkpoint.is_dir()
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda pair: subprocess.run([sys.executable, SERVE, *pair, options.out], check=True), work))
+    found = {(each["model"], each["name"]): each for each in map(torch.load, sorted(options.out.glob("*.pt")))}
+    assert len(found) == len(work)
+    print("\n".join(rows(found)))
+    return any(difference(found, key) and not other_kernels(found, key) for key in found)
+
+
+def rows(found: Found) -> Iterator[str]:
+    yield "| model | scheme | mean | largest | ModelOpt's format | kernels |"
+    yield "|---|---|---:|---:|---|---|"
+    for (model, name), case in found.items():
+        if not name.endswith(MODELOPT):
+            figures = ("does not load", "–") if "error" in case else (f"{case['mean']:.3f}", f"{case['largest']:.2f}")
+            kernels = ", ".join(kernels_of(case)) or "–"
+            yield f"| {model} | {name} | {' | '.join(figures)} | {formats(found, (model, name))} | {kernels} |"
+
+
+def formats(found: Found, key: tuple[str, str]) -> str:
+    """What ModelOpt's format gives beside compressed-tensors."""
+    other = found.get((key[0], key[1] + MODELOPT))
+    if other is None:
+        return "–"
+    if "error" in other:
+        return f"does not load: `{other['error']}`"
+    off = difference(found, (key[0], key[1] + MODELOPT))
+    return f"mean {off:.3f} apart: {', '.join(kernels_of(other))}" if off else "equal"
+
+
+def difference(found: Found, key: tuple[str, str]) -> float:
+    """Mean difference of log-probabilities between the two formats of a checkpoint, where both load."""
+    one, other = found[key], found.get((key[0], key[1].removesuffix(MODELOPT)), {})
+    if "error" in one or "error" in other:
+        return 0.0
+    return float((one["logprobs"] - other["logprobs"]).abs().mean())
+
+
+def other_kernels(found: Found, key: tuple[str, str]) -> bool:
+    return kernels_of(found[key]) != kernels_of(found[key[0], key[1].removesuffix(MODELOPT)])
+
+
+def kernels_of(case: Mapping[str, Any]) -> list[str]:
+    """Kernels of linear layers, and the backend of experts."""
+    return [
+        name for name in case.get("kernels", ()) if name.endswith("LinearKernel") or "ScaledMM" in name or "=" in name
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
