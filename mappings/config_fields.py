@@ -79,7 +79,8 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
     {
         **dict.fromkeys(
             (
-                "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads",
+                "hidden_size", "intermediate_size", "intermediate_size_mlp", "head_dim", "num_attention_heads",
+                "num_key_value_heads",
                 "vocab_size", "moe_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank",
                 "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                 "mamba_head_dim", "mamba_num_heads", "n_groups", "ssm_state_size",
@@ -93,6 +94,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             (
                 "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "n_group",
                 "topk_group", "num_experts_per_tok", "sliding_window", "num_shared_experts",
+                "attention_chunk_size", "floor_scale",
             ),
             _whole(0, _LARGEST),
         ),
@@ -111,7 +113,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
         **dict.fromkeys(
             (
                 "attn_logit_softcapping", "final_logit_softcapping", "swiglu_limit", "swiglu_alpha", "mscale",
-                "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor",
+                "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor", "attn_scale", "alpha",
             ),
             _NUMBER,
         ),
@@ -119,6 +121,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             (
                 "attention_bias", "mlp_bias", "qkv_bias", "use_bias", "mamba_proj_bias", "norm_topk_prob",
                 "rope_interleave", "tie_word_embeddings", "use_qk_norm", "use_sliding_window", "truncate",
+                "attn_temperature_tuning",
             ),
             _FLAG,
         ),
@@ -129,7 +132,8 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             ("architectures", "layer_types", "layers_block_type", "mtp_layers_block_type", "mlp_layer_types"), _NAMES
         ),
         **dict.fromkeys(("rope_parameters", "full_attention", "sliding_attention"), _OBJECT),
-        "mlp_only_layers": _list_of("layers", _LAYERS[1]),
+        **dict.fromkeys(("mlp_only_layers", "moe_layers"), _list_of("layers", _LAYERS[1])),
+        "moe_topk": _or_list(_whole(0, _MOST_EXPERTS)),
         "no_rope_layers": _list_of("zeros and ones", lambda value: type(value) is int and value in (0, 1)),
     }
 )  # fmt: skip

@@ -82,6 +82,7 @@ class ModelFamily:
         check: raises UsageError for anything else that Megatron's layers do not compute.
         exceptions: Hugging Face config → mappings that depend on a number in it. They win over `mappings`.
         norm_over_all_heads: the query and key norms cover all heads of a token together; Megatron's cover one.
+        norm_after_rotary: queries and keys are rotated before they are normalized; Megatron normalizes first.
         layers: further settings of Megatron's configuration that change what layers compute. A model is built with them
             but never compared with them: each training framework keeps them in another place.
         activation: the activation of the MLP, as Hugging Face configs name it.
@@ -111,6 +112,7 @@ class ModelFamily:
     check: Callable[[HFConfig], None] = lambda hf_config: None
     exceptions: Callable[[HFConfig], Iterable[MegatronParamMapping]] = lambda hf_config: ()
     norm_over_all_heads: bool = False
+    norm_after_rotary: bool = False
     layers: Mapping[str, Source] = field(default_factory=dict)
     activation: str = "silu"
     model_class: str = "gpt"

@@ -28,9 +28,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
+from amaxbridge.bridge.megatron.llama4_attention import with_llama4_attention
 from amaxbridge.bridge.megatron.multipliers import with_multipliers
 from amaxbridge.bridge.megatron.norms_after import with_norms_after
-from amaxbridge.bridge.megatron.query_key_norm import with_norms_over_all_heads
+from amaxbridge.bridge.megatron.query_key_norm import with_norms_after_rotary, with_norms_over_all_heads
 from amaxbridge.bridge.megatron.without_cuda import TRANSFORMER_CONFIG_FOR_CPU
 from amaxbridge.bridge.megatron.zero_centred_norms import (
     ZeroCentredRMSNorm,
@@ -228,6 +229,10 @@ def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: 
         layer = with_gated_delta_net(layer)
     if hf.family.norm_over_all_heads:
         layer = with_norms_over_all_heads(layer)
+    if hf.family.norm_after_rotary:
+        layer = with_norms_after_rotary(layer)
+    if hasattr(config, "attn_temperature_tuning"):
+        layer = with_llama4_attention(layer, config, number)
     if hf.family.has_in_layers("post_mlp_layernorm"):
         layer = with_norms_after(layer, also_before=hf.family.has_in_layers("input_layernorm"))
     return layer if hf.family.layer is None else hf.family.layer(copy.deepcopy(layer), config)

@@ -10,13 +10,15 @@ from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
 from amaxbridge.mappings.families.exaone4 import EXAONE4
 from amaxbridge.mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
-from amaxbridge.mappings.families.glm4 import GLM4
-from amaxbridge.mappings.families.glm4_moe import GLM4_MOE
+from amaxbridge.mappings.families.glm4 import GLM, GLM4
+from amaxbridge.mappings.families.glm4_moe import DOTS1, GLM4_MOE
 from amaxbridge.mappings.families.glm4_moe_lite import GLM4_MOE_LITE
 from amaxbridge.mappings.families.gpt_oss import GPT_OSS
 from amaxbridge.mappings.families.granite import GRANITE
+from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MOE_V1
 from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.llama import LLAMA, MISTRAL
+from amaxbridge.mappings.families.llama4 import LLAMA4
 from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
 from amaxbridge.mappings.families.mixtral import MIXTRAL
 from amaxbridge.mappings.families.nemotron_h import NEMOTRON_H
@@ -66,6 +68,11 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GRANITE,
     MINIMAX_M2,
     HY_V3,
+    LLAMA4,
+    HUNYUAN_DENSE_V1,
+    HUNYUAN_MOE_V1,
+    DOTS1,
+    GLM,
 )
 
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}

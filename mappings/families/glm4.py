@@ -1,4 +1,6 @@
-"""GLM-4, dense: norms before and after attention and MLP; half of each head is rotated, in pairs of columns."""
+"""GLM-4, dense: half of each head is rotated, in pairs of columns. The newer one has norms after attention and MLP."""
+
+from dataclasses import replace
 
 from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.family import ModelFamily
@@ -21,4 +23,13 @@ GLM4 = ModelFamily(
     model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING, "rotary_percent": decoder.PARTIAL_ROTARY},
     constants={**decoder.GATED_RMSNORM_DECODER, "rotary_interleaved": True},
     layers=decoder.WITH_NORMS_AFTER,
+)
+
+_AFTER = {f"{decoder.MEGATRON}.{norm}.weight" for norm in decoder.NORMS_AFTER}
+GLM = replace(
+    GLM4,
+    architectures=("GlmForCausalLM",),
+    mappings=tuple(mapping for mapping in GLM4.mappings if mapping.megatron_param not in _AFTER),
+    layers={},
+    alike=("Ernie4_5ForCausalLM",),
 )

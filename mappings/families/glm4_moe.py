@@ -1,7 +1,12 @@
-"""GLM-4.5 and 4.6: grouped-query attention that rotates half of each head, and the experts of `sigmoid_experts`."""
+"""GLM-4.5 and 4.6, and dots.llm1: grouped-query attention and the experts of `sigmoid_experts`.
+
+GLM rotates half of each head; dots has no MTP layers and no biases.
+"""
+
+from dataclasses import replace
 
 from amaxbridge.mappings.families import decoder, sigmoid_experts
-from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.family import ModelFamily, Translation
 
 _LAYER = (
     *decoder.QKV,
@@ -33,4 +38,18 @@ GLM4_MOE = ModelFamily(
     },
     constants={**decoder.GATED_RMSNORM_DECODER, **sigmoid_experts.ROUTER},
     kept_in_fp32=sigmoid_experts.KEPT_IN_FP32,
+)
+
+DOTS1 = replace(
+    GLM4_MOE,
+    architectures=("Dots1ForCausalLM",),
+    mappings=tuple(mapping for mapping in GLM4_MOE.mappings if mapping is not decoder.QKV_BIAS),
+    exceptions=lambda hf_config: (),
+    transformer={**decoder.DECODER_SIZES, **sigmoid_experts.SIZES},
+    requires=decoder.NO_BIASES,
+    computed=Translation(lambda hf_config: {}, lambda settings: {"norm_topk_prob": True}),  # not transformers' default
+    model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
+    constants={**GLM4_MOE.constants, "qk_layernorm": True},
+    layers=decoder.SLIDING_LAYERS,
+    alike=("Glm4MoeForCausalLM",),
 )

@@ -53,7 +53,7 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {  # what `COMPUTED` has that the arch
     "activation": frozenset(TINY_MODELS) - {"GPT-OSS"},  # which transformers gives no choice
     "window": frozenset({"Qwen2.5", "Qwen3", "Qwen3, tied", "Qwen1.5-MoE", "Qwen3-MoE", "SmolLM3"}),
     "clipping": frozenset({"OLMoE"}),
-    "router": frozenset({"DeepSeek-V3", "Moonlight", "Kimi-K2", "GLM-4.5", "GLM-4.7-Flash", "Nemotron-H"}),
+    "router": frozenset({"DeepSeek-V3", "Moonlight", "Kimi-K2", "GLM-4.5", "GLM-4.7-Flash", "dots.llm1", "Nemotron-H"}),
     "swiglu": frozenset({"GPT-OSS"}),
     "both directions": frozenset({"Gemma 2", "Gemma 3"}),
     "scales": frozenset(),
@@ -70,7 +70,7 @@ WITHOUT_A_SWITCH = (  # for biases that its mappings do not take
         "Phi-3",
         "Phi-4-mini",
     ),
-    *("Exaone 4", "Exaone 4 without windows", "MiniMax-M2"),
+    *("Exaone 4", "Exaone 4 without windows", "MiniMax-M2", "GLM-4, old"),
 )
 
 

@@ -66,7 +66,7 @@ def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: li
 
 def linears_in(names: list[str]) -> set[str]:
     """The modules that ModelOpt quantizes: all linears but routers and the output layer, whatever their class is."""
-    others = re.compile(r"norm|router|gate\.weight|embed|head|conv1d|(?<!\.weight)$")
+    others = re.compile(r"norm|router|gate\.(wg\.)?weight|embed|head|conv1d|(?<!\.weight)$")
     return {module_of(name) for name in names if not others.search(name)}
 
 

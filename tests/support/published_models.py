@@ -1,7 +1,8 @@
 """Published models: how many parameters each has, and its config.json from `tests/published_models/`.
 
-Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5-0.3B, GLM-4-9B, HY-V3
-and SmolLM3-3B, whose sizes they are, and those named `defaults`. GLM-4.7-Flash is as vLLM's tests quote it.
+Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5-0.3B, GLM-4-9B,
+GLM-4-9B-chat, HY-V3 and SmolLM3-3B, whose sizes they are, and those named `defaults`. GLM-4.7-Flash is as vLLM's tests
+quote it.
 """
 
 import json
@@ -20,15 +21,20 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "GLM-4.7-Flash": "30B",
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
     "GPT-OSS-20B": "21B",
+    "GLM-4-9B-chat": 9_399_951_360,
     "Granite-defaults": 6_738_415_616,
     "Gemma-2-9B": 9_241_705_984,
     "Gemma-3-1B": 999_885_952,
     "Gemma-3-4B": "4B",  # its language model
     "HY-V3": "295B",
     "Kimi-K2-Instruct": 1_026_408_232_448,
+    "Hunyuan-MoE-defaults": "78B",
+    "Hunyuan-dense-defaults": "9B",
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
+    "Llama-4-Maverick-text": "401B",  # the language models of both
+    "Llama-4-Scout-text": "108B",
     "MiniMax-M2.5": "229B",
     "Mistral-7B-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
@@ -48,10 +54,12 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Qwen3-Coder-Next-E336": "53B",  # Qwen3-Coder-Next, of 80B, with 336 of its 512 experts in a layer
     "Seed-OSS-36B": "36B",
     "SmolLM3-3B": 3_075_098_624,
+    "dots.llm1-defaults": "161B",
 }
 
 NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
     "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
+    "Llama-4-Scout-text": "scales only as rope_type 'llama3'",
     "Olmo-3.1-32B": "the same in all layers",
 }
 

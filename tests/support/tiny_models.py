@@ -112,6 +112,15 @@ def expert_biases(model: Any) -> None:
             module.e_score_correction_bias = 0.1 * torch.randn(8)
 
 
+def _narrow_routers(model: Any) -> None:
+    """Keeps router scores small: Megatron compares their sigmoids, all of them one in fp32 from a score of 17 on."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
 def _wide_experts(model: Any) -> None:
     """Makes the experts' weights so large that gate and up reach the limits at which they are clamped."""
     import torch
@@ -422,6 +431,50 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=expert_biases,
     ),
+    "Llama 4": TinyModel(
+        config(
+            "Llama4ForCausalLM",
+            head_dim=32,
+            intermediate_size_mlp=128,
+            num_local_experts=8,
+            num_hidden_layers=4,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 0, 1, 1],
+            attention_chunk_size=8,
+            floor_scale=4,
+            attn_scale=0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        MOE,
+        prepare=_narrow_routers,
+    ),
+    "Hunyuan, dense": TinyModel(config("HunYuanDenseV1ForCausalLM", head_dim=32)),
+    "Hunyuan, dense, stretched": TinyModel(
+        config(
+            "HunYuanDenseV1ForCausalLM",
+            head_dim=32,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+        )
+    ),
+    "Hunyuan, MoE": TinyModel(config("HunYuanMoEV1ForCausalLM", head_dim=32, num_experts=8, moe_topk=2), MOE),
+    "dots.llm1": TinyModel(
+        config(
+            "Dots1ForCausalLM",
+            head_dim=32,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        MOE,
+        prepare=expert_biases,
+    ),
+    "GLM-4, old": TinyModel(config("GlmForCausalLM", head_dim=32)),
     "Hunyuan 3": TinyModel(
         config(
             "HYV3ForCausalLM",
