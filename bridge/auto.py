@@ -356,8 +356,13 @@ def _differences(config: Any, expected: Mapping[str, Any]) -> list[str]:
 
 
 def _setting(config: Any, name: str) -> Any:
-    """A field of Megatron's configuration; `moe_layer_freq` always as a list; a number N means every Nth layer."""
+    """A field of Megatron's configuration; `moe_layer_freq` always as a list; a number N means every Nth layer.
+
+    An MTP layer that all depths share counts once.
+    """
     value = getattr(config, name)
+    if name == "mtp_num_layers" and value and getattr(config, "mtp_use_repeated_layer", False):
+        return 1
     if name == "moe_layer_freq" and isinstance(value, int):
         return [int(layer % value == 0) for layer in range(config.num_layers)]
     return value

@@ -71,6 +71,11 @@ def read_pattern(text: str) -> HybridPattern:
     return HybridPattern(decoder, mtp[0] if mtp else "", len(mtp))
 
 
+def once(text: str) -> str:
+    """The pattern with a single MTP layer, for a model that repeats one layer at every depth."""
+    return "/".join(text.split("/")[:2])
+
+
 def transformer_pattern(config: Mapping[str, Any]) -> str:
     """The pattern of a transformer: attention, alternating with MLP or experts.
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.hybrid_layers import once
 
 type Settings = Mapping[str, Any]
 
@@ -196,7 +197,19 @@ def to_arguments(settings: Settings) -> dict[str, Any]:
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among saved arguments, and those that Megatron derives from them; without defaults."""
     settings = told(arguments)
-    return settings | dict(_made_of_others(settings))
+    return settings | dict(_made_of_others(settings)) | _with_one_repeated_layer(settings)
+
+
+def _with_one_repeated_layer(settings: Settings) -> dict[str, Any]:
+    """What changes if an MTP layer that all depths share counts once, as it lies in files."""
+    if not (settings.get("mtp_use_repeated_layer") and settings.get("mtp_num_layers")):
+        return {}
+    pattern = settings.get("hybrid_layer_pattern")
+    return {
+        "mtp_use_repeated_layer": False,
+        "mtp_num_layers": 1,
+        **({"hybrid_layer_pattern": once(pattern)} if pattern else {}),
+    }
 
 
 def told(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.hybrid_layers import once
 from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of
 
 ABSENT = object()
@@ -88,8 +89,10 @@ def _unwrap_one(chunk: Any) -> nn.Module:
 
 
 def layer_pattern(chunks: Sequence[nn.Module]) -> str | None:
-    """The `hybrid_layer_pattern` of a HybridModel, None of a GPTModel."""
-    return getattr(chunks[0], "hybrid_layer_pattern", None)
+    """The `hybrid_layer_pattern` of a HybridModel, None of a GPTModel. A repeated MTP layer is in it once."""
+    pattern: str | None = getattr(chunks[0], "hybrid_layer_pattern", None)
+    repeats = getattr(getattr(chunks[0], "config", None), "mtp_use_repeated_layer", False)
+    return once(pattern) if pattern is not None and repeats else pattern
 
 
 def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Parameter]:

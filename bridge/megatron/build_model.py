@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
+from amaxbridge.bridge.megatron.latent_experts import latent_linears
 from amaxbridge.bridge.megatron.llama4_attention import with_llama4_attention
 from amaxbridge.bridge.megatron.multipliers import with_multipliers
 from amaxbridge.bridge.megatron.norms_after import with_norms_after
@@ -91,7 +92,7 @@ def build_chunks(
     hybrid = only_hybrid or model_class == "hybrid"
     build = _build_hybrid_chunk if hybrid else _build_chunk
     stages = [None] if chunks is None else range(chunks)
-    with _judged_by_megatron(hf):
+    with _judged_by_megatron(hf), latent_linears():
         config = _transformer_config(hf, dtype, initialize=initialize, hybrid=hybrid)
         return [_keep_biases(build(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
 

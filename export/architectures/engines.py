@@ -8,7 +8,7 @@ its own name first; of what they ask about its members, they know the members on
 tests/golden/engine_matchers.json holds the answers of the engines' own matchers, which a test compares with ours.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -172,6 +172,26 @@ def fused_layer_names(module: str) -> tuple[str, ...]:
     if is_routed_expert(module):
         return ()
     return tuple(name for name, first in (*_PRIMARY_OF.items(), *_OF_SGLANG.items()) if first == primary)
+
+
+def ungated_names(module: str, modules: Container[str]) -> tuple[str, ...]:
+    """What engines call the gate of an expert that has none, if this module is its up projection; else ().
+
+    They ask for three projections of every first expert: SGLang for `gate_proj`, vLLM for `None`, Python's own word.
+    """
+    parent, _, projection = module.rpartition(".")
+    ungated = is_routed_expert(module) and projection == "up_proj" and f"{parent}.gate_proj" not in modules
+    return ("gate_proj", "None") if ungated else ()
+
+
+def renamed_by_engines(architecture: str, module: str) -> tuple[str, ...]:
+    """What engines call a module of the files, where that is something else: `model.layers.0…` for `backbone.…`.
+
+    They rename names in `targets`, but no patterns.
+    """
+    builds = (engine.facts.builds.get(architecture) for engine in ENGINES if engine.facts is not None)
+    names = dict.fromkeys(build.path_of(module) for build in builds if build is not None and build.renames)
+    return tuple(name for name in names if name != module)
 
 
 def as_named_by(engine: Engine, build: Build, config: QuantConfig) -> QuantConfig:

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from amaxbridge.export.amax.cache_scales import CacheFormat
-from amaxbridge.export.architectures.engines import fused_layer_names
+from amaxbridge.export.architectures.engines import fused_layer_names, ungated_names
 from amaxbridge.export.disk.atomic_move import raise_it
 from amaxbridge.export.disk.input_files import parts_of, read_input
 from amaxbridge.export.disk.input_paths import leaves
@@ -69,7 +69,11 @@ def config_json(hf_config: Mapping[str, Any], quantization: Mapping[str, Any] | 
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], *, cache: CacheFormat | None = None
+    schemes: Mapping[str, Scheme],
+    ignore: Sequence[str],
+    *,
+    cache: CacheFormat | None = None,
+    other_names: Callable[[str], Iterable[str]] = lambda module: (),
 ) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors.
 
@@ -82,6 +86,7 @@ def quantization_config(
         schemes: quantized module → its scheme.
         ignore: the unquantized linear modules.
         cache: how the key-value cache is quantized, if the layers have `k_scale` and `v_scale`.
+        other_names: what engines and transformers call a module of the files where it is not what the files call it.
     """
     members: dict[str, list[str]] = {}
     for module, scheme in schemes.items():
@@ -89,7 +94,8 @@ def quantization_config(
     groups = [json.loads(group) for group in members]
     for group, modules in zip(groups, members.values(), strict=True):
         others = (schemes.keys() - set(modules)) | set(ignore)
-        group["targets"] = ["Linear"] if len(groups) == 1 and "lm_head" not in schemes else patterns_of(modules, others)
+        alone = len(groups) == 1 and "lm_head" not in schemes
+        group["targets"] = ["Linear"] if alone else patterns_of(modules, others, other_names)
         group["output_activations"] = None
     formats = {group["format"] for group in groups}
     config = {
@@ -102,12 +108,19 @@ def quantization_config(
     return config | ({"kv_cache_scheme": dict(cache.config)} if cache else {})
 
 
-def patterns_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Targets for exactly these modules: patterns over numbers, or over one where a pattern would match others."""
-    taken = {tuple(split_at_numbers(name)[::2]) for name in others}
+def patterns_of(
+    modules: Collection[str], others: Iterable[str], other_names: Callable[[str], Iterable[str]] = lambda module: ()
+) -> list[str]:
+    """Targets for exactly these modules: patterns over numbers, or over one where a pattern would match others.
+
+    Args:
+        other_names: further names of a module, which are targets, too.
+    """
+    taken = {tuple(split_at_numbers(name)[::2]) for other in others for name in (other, *other_names(other))}
     targets: dict[str, None] = {}
-    for module in modules:
-        fused = fused_layer_names(module)
+    known = set(modules)
+    for module in (name for each in modules for name in (each, *other_names(each))):
+        fused = (*fused_layer_names(module), *ungated_names(module, known))
         between = tuple(split_at_numbers(module)[::2])
         if not fused and between in taken:
             targets[module] = None
@@ -124,12 +137,21 @@ def patterns_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
 def fused_layers(modules: Iterable[str]) -> list[str]:
     """The names of the layers that engines make of the fused groups among these modules."""
     groups = groups_among(module for module in modules if not module.startswith("re:"))
-    return [
+    fused = [
         f"{group.primary.rpartition('.')[0]}.{name}"
         for group in groups
         if len(group.members) > 1
         for name in fused_layer_names(group.primary)
     ]
+    known = {module for group in groups for module in group.members}
+    ungated = [
+        f"{module.rpartition('.')[0]}.{name}"
+        for group in groups
+        for module in group.members
+        if ".experts.0." in module
+        for name in ungated_names(module, known)
+    ]
+    return [*fused, *ungated]
 
 
 def index_json(layout: Layout, *, alone: bool = True) -> bytes | None:

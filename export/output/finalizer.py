@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -33,7 +34,8 @@ from amaxbridge.export.amax.fused_group_amax import (
     share_amax,
 )
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.architectures.facts import GUESS, Knowledge
+from amaxbridge.export.architectures.engines import renamed_by_engines
+from amaxbridge.export.architectures.facts import GUESS, Architecture, Knowledge
 from amaxbridge.export.architectures.modelopt_matchers import excluded_entries
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -43,7 +45,7 @@ from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
 from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT, Recipe, Scheme
 from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.scheme import naming, quantize_group
-from amaxbridge.export.schemes.targets import is_targeted
+from amaxbridge.export.schemes.targets import is_pattern, is_targeted
 from amaxbridge.mappings.amax import (
     GLOBAL_AMAX,
     INPUT_QUANTIZER,
@@ -55,7 +57,7 @@ from amaxbridge.mappings.amax import (
 )
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
-from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
+from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 NOTHING_KEPT: Mapping[str, Scheme] = MappingProxyType({})
@@ -147,6 +149,7 @@ class Finalizer:
     ) -> None:
         self._vectors = vectors
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
+        self._knowledge = knowledge
         self.format = COMPRESSED_TENSORS if recipe is None else recipe.format
         _check_one_format(self.format, kept)
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
@@ -197,7 +200,8 @@ class Finalizer:
             return None
         if (said := self.hf_quant_config) is not None:
             return in_config_json(said)
-        return quantization_config(self.written, self.ignore, cache=self.cache)
+        others = partial(names_elsewhere, self._knowledge)
+        return quantization_config(self.written, self.ignore, cache=self.cache, other_names=others)
 
     @property
     def hf_quant_config(self) -> dict[str, Any] | None:
@@ -434,6 +438,17 @@ def unquantized_modules(
     ignore += knowledge.heads_without_tensor(shapes)  # Linear to every engine, though they have no tensors
     ignore += knowledge.linears_without_suffix(shapes)
     return ignore + [name for name in knowledge.other_names(ignore) if name not in ignore]
+
+
+def names_elsewhere(knowledge: Knowledge, module: str) -> list[str]:
+    """What engines and transformers call a module of the files where it is not what the files call it."""
+    if not isinstance(knowledge, Architecture):
+        return []
+    own = [] if is_routed_expert(module) else knowledge.other_names([module])
+    names = dict.fromkeys(
+        [*(each for each in own if not is_pattern(each)), *renamed_by_engines(knowledge.name, module)]
+    )
+    return list(names)
 
 
 def _exactly(value: Tensor | Arithmetic | None) -> str:

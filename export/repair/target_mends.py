@@ -13,7 +13,7 @@ from typing import Any
 
 from amaxbridge.export.architectures.facts import GUESS, Knowledge
 from amaxbridge.export.output.config_and_index import fused_layers, patterns_of
-from amaxbridge.export.output.finalizer import unquantized_modules
+from amaxbridge.export.output.finalizer import names_elsewhere, unquantized_modules
 from amaxbridge.export.quant_config import ConfigGroup
 from amaxbridge.export.repair.edits import Change, Edits, Found, Refusal
 from amaxbridge.export.repair.mend import Mend, Unseen
@@ -145,12 +145,13 @@ def _retargeted(view: MendedView, groups: Mapping[str, ConfigGroup]) -> dict[str
     members: dict[str, list[str]] = {}
     for module, group in groups.items():
         members.setdefault(group.name, []).append(module)
-    spared = set(_unquantized(view))
+    spared, known = set(_unquantized(view)), view.once(architecture) or GUESS
     alone = len(members) == 1 and not any(module.endswith(HEAD) for module in groups)
     entries = []
     for name, modules in members.items():
         others = (groups.keys() - set(modules)) | spared
-        targets = [EVERY_LINEAR] if alone else patterns_of(sorted(modules, key=natural_key), others)
+        named = sorted(modules, key=natural_key)
+        targets = [EVERY_LINEAR] if alone else patterns_of(named, others, lambda each: names_elsewhere(known, each))
         entries.append({**raw["config_groups"][name], "targets": targets})
     return {**raw, "config_groups": {f"group_{number}": entry for number, entry in enumerate(entries)}}
 

@@ -76,7 +76,7 @@ def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_a_published_model(name: str, plans: Mapping[str, Any]) -> None:
     hf = hf_model(published(name))
     tensors = hf_tensors(hf)
-    after = [
+    after = ["mtp."] + [
         f"model.layers.{hf.config.get('num_hidden_layers', 0) + n}."
         for n in range(8)
         if "num_hidden_layers" in hf.config

@@ -42,6 +42,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "OLMoE-1B-7B": 6_919_161_856,
     "Moonlight-16B-A3B": "16B",
     "Nemotron-3-Nano-30B-A3B": "32B",
+    "Nemotron-3-Super-120B-A12B": "121B",
     "Nemotron-H-8B": "8B",
     "Olmo-3.1-32B": "32B",
     "Phi-4": 14_659_507_200,

@@ -487,6 +487,11 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=expert_biases,
     ),
+    "Nemotron 3 Super, latent experts": TinyModel(
+        config("NemotronHForCausalLM", **NEMOTRON_H, moe_latent_size=32),
+        MOE,
+        prepare=expert_biases,
+    ),
 }
 TINY_MODELS |= {
     f"{name}, HybridModel": replace(TINY_MODELS[name], model_class="hybrid")

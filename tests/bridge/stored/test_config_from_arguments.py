@@ -151,6 +151,16 @@ COMMAND_LINES = {
         "--linear-num-key-heads 16 --linear-num-value-heads 32 --num-experts 336 --moe-ffn-hidden-size 512 "
         "--moe-shared-expert-intermediate-size 512 --moe-shared-expert-gate --moe-router-topk 10"
     ),
+    "Nemotron-3-Super-120B-A12B": (
+        f"{COMMON.replace('128256', '131072')} --squared-relu --position-embedding-type none --hidden-size 4096 "
+        "--num-attention-heads 32 --ffn-hidden-size 2688 --kv-channels 128 --group-query-attention "
+        "--num-query-groups 2 --mamba-num-heads 128 --max-position-embeddings 262144 --num-experts 512 "
+        "--moe-ffn-hidden-size 2688 --moe-shared-expert-intermediate-size 5376 --moe-latent-size 1024 "
+        "--moe-router-topk 22 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+        "--moe-router-topk-scaling-factor 5.0 --mtp-use-repeated-layer --mtp-num-layers 2 "
+        "--hybrid-layer-pattern MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*"
+        "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME/*E/*E"
+    ),
     "Nemotron-H-8B": (
         f"{COMMON} --squared-relu --position-embedding-type none --hidden-size 4096 --num-attention-heads 32 "
         "--ffn-hidden-size 21504 --kv-channels 128 --group-query-attention --num-query-groups 8 --mamba-num-heads 128 "

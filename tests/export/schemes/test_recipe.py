@@ -13,6 +13,7 @@ from amaxbridge.bridge.live.collect_amax import format_name
 from amaxbridge.export.amax.fused_group_amax import MixedGroups, mixed_groups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.engines import SGLANG, Layer, read_layer
+from amaxbridge.export.architectures.facts import architecture_of
 from amaxbridge.export.model_free.input_directory import check_ignored
 from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.quant_config import read_quant_config
@@ -326,6 +327,31 @@ def test_engines_names_of_fused_layers_are_targets_and_ignored() -> None:
         reading = read_layer(SGLANG, Layer(layer, (layer,)), quantized)
         assert (None if reading.group is None else quantized.groups[reading.group].format) == form, layer
         assert "neither" not in reading.why
+
+
+def test_experts_without_a_gate_and_renamed_layers_are_targets_and_ignored() -> None:
+    """Engines ask for a gate of the first expert all the same, and call `backbone.layers` `model.layers`."""
+    mixer = "backbone.layers.{}.mixer"
+    formats = {f"{mixer.format(0)}.in_proj": "fp8"} | {
+        f"{mixer.format(1)}.experts.{expert}.{each}_proj": "nvfp4" for expert in range(2) for each in ("up", "down")
+    }
+    plain = [f"{mixer.format(3)}.experts.0.{each}_proj" for each in ("up", "down")]
+    specs = {f"{module}.weight": TensorSpec((16, 32), torch.bfloat16) for module in [*formats, *plain]}
+    amax = {f"{module}.{kind}_quantizer._amax": torch.tensor(2.0) for module in formats for kind in ("weight", "input")}
+    known = architecture_of({"architectures": ["NemotronHForCausalLM"], "num_hidden_layers": 4})
+    assert known is not None
+    finalizer = Finalizer(specs, find_scheme("auto"), QuantState(amax, formats), knowledge=known)
+    quantized = read_quant_config(finalizer.quantization_config)
+    asked = {"model.layers.0.mixer.in_proj": "fp8", "backbone.layers.0.mixer.in_proj": "fp8"}
+    asked |= {
+        f"model.layers.1.mixer.experts.0.{each}": "nvfp4" for each in ("up_proj", "None", "down_proj", "gate_proj")
+    }
+    for layer, scheme in asked.items():
+        reading = read_layer(SGLANG, Layer(layer, (layer,)), quantized)
+        group = None if reading.group is None else quantized.groups[reading.group]
+        assert group is not None and group.scheme is not None and group.scheme.name == scheme, layer
+    gates = {f"backbone.layers.3.mixer.experts.0.{each}" for each in ("up_proj", "None", "gate_proj")}
+    assert gates <= set(quantized.ignore)
 
 
 def test_the_ignore_list_of_an_output_can_be_given_again() -> None:
