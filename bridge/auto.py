@@ -172,7 +172,11 @@ class AutoBridge:
     @contextlib.contextmanager
     def open_weights(self) -> Iterator[DequantizedCheckpoint]:
         """Opens the tensors of the Hugging Face directory."""
-        with SafetensorsCheckpoint(self.hf.weights_directory, found_in(self.hf.family.packed_experts)) as checkpoint:
+        layout = self.hf.family.packed_experts
+        if layout is not None and layout.either:
+            with SafetensorsCheckpoint(self.hf.weights_directory) as checkpoint:
+                layout = self.hf.packed_experts({name: each.spec for name, each in checkpoint.tensors.items()})
+        with SafetensorsCheckpoint(self.hf.weights_directory, found_in(layout)) as checkpoint:
             yield open_dequantized(checkpoint, self.hf.written)
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:

@@ -6,13 +6,13 @@ Without transformers, `hf_defaults` completes the configuration, and the tensors
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
+from amaxbridge.export.architectures.facts import architecture_of
 from amaxbridge.export.dequantized import open_dequantized
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
@@ -30,8 +31,8 @@ from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_j
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
-from amaxbridge.mappings.families import family_of
-from amaxbridge.mappings.family import ModelFamily
+from amaxbridge.mappings.families import FAMILIES, family_of
+from amaxbridge.mappings.family import ModelFamily, PackedExperts
 from amaxbridge.mappings.family_file import FamilySource, find_family, judge
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.registry import MappingRegistry
@@ -41,6 +42,14 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger("amaxbridge")
+
+
+class HasShape(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
 
 OUTPUT_LAYER = "output_layer.weight"
 """Megatron's name of the output layer."""
@@ -147,8 +156,29 @@ class HFModel:
 
             with _judged_by_transformers(self.source):
                 tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+        if tensors is None:
+            return None
         left = (*self.family.carried, *self.tied_head)
-        return tensors and {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
+        held, layout = self.packed_experts(tensors), self.family.packed_experts
+        if held is None or layout is None or held.transposed == layout.transposed:
+            return tensors
+        return {
+            name: each.transpose(1, 2) if each.ndim == 3 and ".experts." in name else each
+            for name, each in tensors.items()
+        }
+
+    def packed_experts(self, tensors: Mapping[str, HasShape]) -> PackedExperts | None:
+        """How files with these tensors pack the experts of a layer.
+
+        Raises:
+            MappingError: files may have either order of axes, and these do not tell which.
+        """
+        layout, known = self.family.packed_experts, architecture_of(self.filled)
+        if layout is None or not layout.either or known is None:
+            return layout
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".experts." in name}
+        return replace(layout, transposed=known.with_axes_of(shapes).inputs_first)
 
 
 def read_hf_model(path: str | Path, family: FamilySource | None = None) -> HFModel:
@@ -336,7 +366,6 @@ def expected_tensors(directory: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, torch.Tensor] | None:
-    from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
@@ -345,10 +374,25 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
             del config.quantization_config
         _leave_rope_unscaled(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+            model = _model_class(config)(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError, ImportError):  # no such model in transformers: other rules still apply
         return None
     return dict(revert_weight_conversion(model, model.state_dict()))
+
+
+def _model_class(config: "PreTrainedConfig") -> Callable[..., Any]:
+    """Makes transformers' model of a configuration: with its towers, if a family here carries them along.
+
+    Of such a model, transformers' class for causal language models may be the language model alone.
+    """
+    import transformers
+
+    for family in FAMILIES:
+        for name in config.architectures or ():
+            if family.carried and name in family.architectures:
+                make: Callable[..., Any] = getattr(transformers, name)._from_config
+                return make
+    return partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
 
 
 def _leave_rope_unscaled(config: "PreTrainedConfig") -> None:
@@ -360,6 +404,8 @@ def _leave_rope_unscaled(config: "PreTrainedConfig") -> None:
 
 def _unscaled(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters, of all layers or of each kind of layer, without scaling."""
+    if rope.get("rope_type") == "axial":  # how towers count rows and columns of patches, which is no scaling
+        return dict(rope)
     if all(isinstance(value, Mapping) for value in rope.values()):
         return {kind: _unscaled(value) for kind, value in rope.items()}
     kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}

@@ -28,7 +28,7 @@ def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]
     known = _table()
     entry = next(known[name] for name in written["architectures"] if name in known)
     part = family.language_part
-    told = dict((written.get(part) or {}) if part else written)
+    told = dict((written.get(part) or written) if part else written)
     told = {name: told[other] for name, other in entry["same"].items() if other in told} | told
     absent = [name for name in entry["required"] if name not in told]
     if absent:
@@ -36,8 +36,11 @@ def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]
             f"config.json does not say {', '.join(absent)}, which transformers fills in: write them there, or "
             "pip install 'amaxbridge[megatron]'"
         )
-    told = entry["defaults"] | told
-    return {**written, part: told} if part else told
+    defaults: dict[str, Any] = entry["defaults"]
+    told = defaults | told
+    if part is None:
+        return told
+    return {"tie_word_embeddings": defaults["tie_word_embeddings"], **written, part: told}
 
 
 @cache

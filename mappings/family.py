@@ -27,6 +27,9 @@ from amaxbridge.mappings.registry import MappingRegistry
 
 type HFConfig = Mapping[str, Any]
 
+_OF_THE_WHOLE_MODEL = ("architectures", "tie_word_embeddings")
+"""Fields of a multimodal config.json that hold for its language model, whatever its own part says of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Translation:
@@ -56,10 +59,12 @@ class PackedExperts:
     Args:
         transposed: weights have their inputs first, `[experts, hidden, 2 · ffn]` and `[experts, ffn, hidden]`.
         interleaved: gate and up rows alternate (gate 0, up 0, gate 1, …), instead of all gate rows before all up rows.
+        either: weights in files may also have the other order of axes; sizes tell. This one is written.
     """
 
     transposed: bool = False
     interleaved: bool = False
+    either: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,8 @@ class ModelFamily:
         """The configuration of the language model inside that of a model that may be multimodal."""
         if self.language_part is None:
             return hf_config
-        return {**look_up(hf_config, self.language_part), "architectures": hf_config.get("architectures")}
+        of_all = {name: hf_config[name] for name in _OF_THE_WHOLE_MODEL if name in hf_config}
+        return {**look_up(hf_config, self.language_part), **of_all}
 
     def weight_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """The fields of Megatron's TransformerConfig that mappings read: they decide names and shapes of weights.

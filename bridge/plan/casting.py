@@ -91,7 +91,7 @@ class Casting:
             return hf
         name, part = _NAMES[self.written], hf.family.language_part
         fields = _with_dtype(hf.written, name)
-        if part is not None and any(field in hf.written[part] for field in DTYPE_FIELDS):
+        if part is not None and any(field in hf.written.get(part, {}) for field in DTYPE_FIELDS):
             fields[part] = _with_dtype(hf.written[part], name)
         return replace(hf, written=fields)
 

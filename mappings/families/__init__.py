@@ -31,6 +31,13 @@ from amaxbridge.mappings.families.qwen3 import QWEN3
 from amaxbridge.mappings.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from amaxbridge.mappings.families.qwen3_moe import QWEN3_MOE
 from amaxbridge.mappings.families.qwen3_next import QWEN3_NEXT
+from amaxbridge.mappings.families.qwen_vision import (
+    QWEN2_5_VL,
+    QWEN3_5_MOE_VISION,
+    QWEN3_5_VISION,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+)
 from amaxbridge.mappings.families.smollm3 import SMOLLM3
 from amaxbridge.mappings.family import ModelFamily
 
@@ -46,6 +53,11 @@ FAMILIES: tuple[ModelFamily, ...] = (
     QWEN3_NEXT,
     QWEN3_5,
     QWEN3_5_MOE,
+    QWEN3_5_VISION,
+    QWEN3_5_MOE_VISION,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN2_5_VL,
     MIXTRAL,
     OLMOE,
     DEEPSEEK_V2,

@@ -81,7 +81,7 @@ def table() -> dict[str, Any]:
 
 def _entry(architecture: str, family: ModelFamily, names: list[str]) -> dict[str, Any]:
     default = _configured(architecture, family)
-    aliases = {field: alias for alias, field in _aliases(architecture).items()}
+    aliases = {field: alias for alias, field in _aliases(architecture, family).items()}
     defaults, same, required = dict[str, Any](), dict[str, str](), list[str]()
     for name in names:
         if name not in default:
@@ -103,15 +103,18 @@ def _configured(architecture: str, family: ModelFamily, **changes: Any) -> dict[
 
     kind = getattr(transformers, architecture).config_class
     made = kind(**({family.language_part: changes} if family.language_part else changes)).to_dict()
-    config: dict[str, Any] = made[family.language_part] if family.language_part else made
+    config: dict[str, Any] = family.language_config(made)
     return config
 
 
-def _aliases(architecture: str) -> Mapping[str, str]:
-    """Other name of a field → the field."""
+def _aliases(architecture: str, family: ModelFamily) -> Mapping[str, str]:
+    """Other name of a field of a language model's configuration → the field."""
     import transformers
 
-    aliases: Mapping[str, str] = getattr(transformers, architecture).config_class.attribute_map
+    config = getattr(transformers, architecture).config_class()
+    aliases: Mapping[str, str] = (
+        getattr(config, family.language_part) if family.language_part else config
+    ).attribute_map
     return aliases
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from amaxbridge.mappings.families import family_of
 from tests.support.paths import PUBLISHED_MODELS
 
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
@@ -50,6 +51,11 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-8B": 8_190_735_360,
+    "Qwen2.5-VL-7B": "8B",  # the language model, as for all with images
+    "Qwen3-VL-30B-A3B": "31B",
+    "Qwen3-VL-4B": "4B",
+    "Qwen3.5-27B": "27B",
+    "Qwen3.5-35B-A3B": "35B",
     "Qwen3.5-27B-text": "27B",  # text_config of the published config.json, with the architecture of that part
     "Qwen3.5-35B-A3B-text": "35B",  # likewise
     "Qwen3-Coder-Next-E336": "53B",  # Qwen3-Coder-Next, of 80B, with 336 of its 512 experts in a layer
@@ -63,6 +69,12 @@ NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are
     "Llama-4-Scout-text": "scales only as rope_type 'llama3'",
     "Olmo-3.1-32B": "the same in all layers",
 }
+
+
+def with_images() -> set[str]:
+    """The models of which Megatron has the language model."""
+    files = {name: json.loads((PUBLISHED_MODELS / f"{name}.json").read_text()) for name in PARAMETERS}
+    return {name for name, config in files.items() if family_of(config).carried}
 
 
 def published(name: str) -> Any:

@@ -67,6 +67,7 @@ class TinyModel:
         unbuildable: why Megatron cannot build it on a CPU; then its names and shapes are all that is tested.
         prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
         model_class: Megatron's, as `megatron.build_model` takes it.
+        files: makes published files of those that transformers wrote, if they differ: tensors by name, in place.
     """
 
     make: Callable[[], "PreTrainedConfig"]
@@ -74,6 +75,7 @@ class TinyModel:
     unbuildable: str = ""
     prepare: Callable[[Any], None] = field(default=lambda model: None)
     model_class: str | None = None
+    files: Callable[[dict[str, Any]], None] | None = None
 
 
 def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"]:
@@ -121,6 +123,12 @@ def _narrow_routers(model: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
 
 
+def inputs_first(tensors: dict[str, Any]) -> None:
+    """Packed experts as Qwen3-VL-MoE was published: inputs before outputs."""
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+
 def _wide_experts(model: Any) -> None:
     """Makes the experts' weights so large that gate and up reach the limits at which they are clamped."""
     import torch
@@ -143,6 +151,34 @@ def _gemma3_with_images() -> "PreTrainedConfig":
         mm_tokens_per_image=4,
     )
 
+
+def _qwen_with_images(
+    architecture: str, sections: list[int], vision: Mapping[str, Any], **text: Any
+) -> Callable[[], "PreTrainedConfig"]:
+    """Makes the configuration of a Qwen with images, whose language model is what Megatron builds.
+
+    Args:
+        sections: how many rotary frequencies are for time, height and width; text has the same position in all.
+    """
+
+    def make() -> "PreTrainedConfig":
+        import transformers
+
+        kind = getattr(transformers, architecture).config_class
+        sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+        made: PreTrainedConfig = kind(
+            architectures=[architecture],
+            text_config={**SIZES, "rope_parameters": rope, **text},
+            vision_config={**sizes, "patch_size": 4, **vision},
+            tie_word_embeddings=False,
+        )
+        return made
+
+    return make
+
+
+DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 
 TINY_MODELS: dict[str, TinyModel] = {
     "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
@@ -383,6 +419,41 @@ TINY_MODELS: dict[str, TinyModel] = {
         )
     ),
     "Gemma 3 with images": TinyModel(_gemma3_with_images),
+    "Qwen3.5 with images": TinyModel(
+        _qwen_with_images("Qwen3_5ForConditionalGeneration", [2, 1, 1], {"num_position_embeddings": 16}, **DELTA_NET)
+    ),
+    "Qwen3.5-MoE with images": TinyModel(
+        _qwen_with_images(
+            "Qwen3_5MoeForConditionalGeneration",
+            [2, 1, 1],
+            {"num_position_embeddings": 16},
+            **DELTA_NET,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+        ),
+        MOE,
+    ),
+    "Qwen3-VL with images": TinyModel(
+        _qwen_with_images("Qwen3VLForConditionalGeneration", [8, 4, 4], DEEPSTACK, head_dim=32)
+    ),
+    "Qwen3-VL-MoE with images": TinyModel(
+        _qwen_with_images(
+            "Qwen3VLMoeForConditionalGeneration",
+            [8, 4, 4],
+            DEEPSTACK,
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+        ),
+        MOE,
+        files=inputs_first,
+    ),
+    "Qwen2.5-VL with images": TinyModel(
+        _qwen_with_images("Qwen2_5_VLForConditionalGeneration", [2, 3, 3], {"fullatt_block_indexes": [0]})
+    ),
     "Nemotron-H": TinyModel(
         config("NemotronHForCausalLM", **NEMOTRON_H),
         MOE,
@@ -502,14 +573,25 @@ TINY_MODELS |= {
 def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
     """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors.torch import load_file, save_file
 
     from tests.workers.model import TOKENS
 
     torch.manual_seed(17)
-    model = AutoModelForCausalLM.from_config(tiny.make(), dtype=torch.float32).eval()
+    model = class_of(config := tiny.make())._from_config(config, dtype=torch.float32).eval()
     randomize(model)
     tiny.prepare(model)
     model.save_pretrained(directory)
+    if tiny.files is not None:
+        tensors = load_file(directory / "model.safetensors")
+        tiny.files(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         torch.save(model(TOKENS).logits, directory / "logits.pt")
+
+
+def class_of(config: Any) -> Any:
+    """transformers' class of the architecture that a configuration names."""
+    import transformers
+
+    return getattr(transformers, config.architectures[0])

@@ -18,7 +18,7 @@ from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.mappings.errors import UnknownArchitectureError, UsageError
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_arguments, to_arguments
-from tests.support.published_models import NOT_BUILT, PARAMETERS, published
+from tests.support.published_models import NOT_BUILT, PARAMETERS, published, with_images
 from tests.support.tiny_models import TINY_MODELS
 
 NOT_OF_MEGATRON = {"initializer_range", "chunk_size", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -37,7 +37,7 @@ ALIKE = {  # which compute the same as a family before them
     "GLM-4.7-Flash": "DeepseekV3ForCausalLM",
 }
 TWO_FORMS = {"Qwen3.5-MoE", "Qwen3-Coder-Next-E336"}  # Qwen3-Next and Qwen3.5 are one model in Megatron
-IMAGES = ("Gemma 3 with images", "Gemma-3-4B")  # of which Megatron has a part
+IMAGES = {*(name for name in TINY_MODELS if "images" in name), *with_images()}  # of which Megatron has a part
 STRETCHED = "Hunyuan, dense, stretched"  # whose rotary base comes back, but not what it was stretched by
 OTHERS = {*TWO_KINDS, *ALIKE, *TWO_FORMS, *IMAGES, STRETCHED}
 ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - OTHERS)
