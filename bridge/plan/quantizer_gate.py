@@ -174,7 +174,7 @@ BOUND: Mapping[str, Bound] = MappingProxyType(
         "_rotate": Bound(
             _has_no_rotation,
             "a Hadamard transform is applied before rounding",
-            "calibrate without rotate: no engine applies the transform of ModelOpt's quantizers",
+            "calibrate without rotate: vLLM transforms inputs of dense layers alone, at TP=1; other engines nothing",
             while_disabled=True,
             in_weights=True,
         ),
