@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amaxbridge.bridge.hf import OUTPUT_LAYER, HFModel, read_hf_model
 from amaxbridge.bridge.live.bundle_stream import join_bundle, stream_bundles
 from amaxbridge.bridge.live.collect_amax import collect_scalars, state_parameters
+from amaxbridge.bridge.live.compressed_weights import check_unpackable, faults_of_groups, packing_of, without_packing
 from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers
 from amaxbridge.bridge.live.model_walk import (
     Parameter,
@@ -244,9 +245,12 @@ class AutoBridge:
             for note in self.hf.notes:
                 _log.warning("%s", note)
         stored, config = stored_model(opened, self.hf), self.hf.model_config
-        quantizers = stored.all_quantizers()  # first: weights that ModelOpt packed have other shapes
+        quantizers = stored.all_quantizers()
+        check_unpackable([*stored.packing_faults, *faults_of_groups(stored.packings.items(), self.hf.registry)])
         check_described(stored, self.hf)
-        self._check_quantizers(quantizers, LOCAL, None if saver.recipe is None else saver.recipe.ignore)
+        ignore = None if saver.recipe is None else saver.recipe.ignore
+        self._check_quantizers(quantizers, LOCAL, ignore)
+        stored.is_plain = partial(self._is_plain, ignore=ignore)
         held = [*stored.parameters(), *state_parameters(quantizers)]
         plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)
         return saver.save(
@@ -268,16 +272,15 @@ class AutoBridge:
         Args:
             ignore: modules that are written unquantized; None for all.
         """
-
-        def plain(quantizer: str) -> bool:
-            mapping = self.hf.registry.megatron_to_hf_lookup(f"{quantizer}._amax")
-            return ignore is None or (mapping is not None and all(is_ignored(name) for name in mapping.targets))
-
-        def is_ignored(amax: str) -> bool:
-            return ignore is not None and is_targeted(module_of(module_of(amax)), ignore)
-
         reports = ranks.all_gather_object(Axis.WORLD, list(refusals(found)))
-        check_quantizers([each for report in reports for each in report], plain)
+        check_quantizers([each for report in reports for each in report], partial(self._is_plain, ignore=ignore))
+
+    def _is_plain(self, quantizer: str, *, ignore: Sequence[str] | None) -> bool:
+        """True if the weights of a quantizer are written unquantized."""
+        if ignore is None:
+            return True
+        mapping = self.hf.registry.megatron_to_hf_lookup(f"{quantizer}._amax")
+        return mapping is not None and all(is_targeted(module_of(module_of(name)), ignore) for name in mapping.targets)
 
     def _held(self, chunks: Sequence[nn.Module], recipe: Recipe | None) -> list[Parameter]:
         """This rank's tensors that the plan moves: parameters, and quantizer state that follows them.
@@ -286,7 +289,12 @@ class AutoBridge:
             UsageError: the recipe keeps FP8 parameters, but no scheme writes some of them; all are named.
         """
         parameters, quantizers = list(self._parameters(chunks)), list(self._all_quantizers(chunks))
-        self._check_quantizers(quantizers, self._ranks(), None if recipe is None else recipe.ignore)
+        ignore = None if recipe is None else recipe.ignore
+        self._check_quantizers(quantizers, self._ranks(), ignore)
+        parameters, faults = without_packing(parameters, quantizers, partial(self._is_plain, ignore=ignore))
+        packings = ((each.name, found) for each in quantizers if (found := packing_of(each)) is not None)
+        faults += faults_of_groups(packings, self.hf.registry)
+        check_unpackable([each for rank in self._ranks().all_gather_object(Axis.WORLD, faults) for each in rank])
         if recipe is not None and recipe.adopts_codes:
             names = {quantizer.name for quantizer in quantizers if quantizer.module.is_enabled}
             parameters, problems = as_stored(parameters, self.hf.registry, recipe.ignore, names)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amaxbridge.bridge.live.compressed_weights import amax_of_scales, packing_of
 from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.export.amax.cache_scales import CACHE_QUANTIZERS, PER_HEAD, cache_format_of
 from amaxbridge.export.amax.quant_state import Divergence, QuantState
@@ -187,6 +188,10 @@ def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> Megatr
 
 def _buffers(quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
     """The buffers that act on values."""
+    scale = getattr(quantizer.module, "_scale", None)
+    if quantizer.module.is_enabled and scale is not None and (packing := packing_of(quantizer)) is not None:
+        yield "_amax", amax_of_scales(packing, scale, getattr(quantizer.module, "_double_scale", None))
+        return
     constant = bool(getattr(quantizer.module, "_use_constant_amax", False))
     if constant and quantizer.module.is_enabled:
         yield "_amax", torch.tensor(_CONSTANT)

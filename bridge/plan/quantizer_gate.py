@@ -15,12 +15,13 @@ Source: modelopt.torch.quantization, nn.modules.tensor_quantizer and nn.modules.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from amaxbridge.bridge.live.compressed_weights import packing_of
 from amaxbridge.bridge.live.model_walk import ABSENT, Quantizer
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import kind_of
@@ -125,9 +126,22 @@ def _fits_lsq_bound(value: Any, quantizer: Quantizer) -> bool:
     return not quantizer.attributes.get("_lsq") or value == 6.0
 
 
+def _is_read_packed(value: Any, quantizer: Quantizer) -> bool:
+    del value
+    return packing_of(quantizer) is not None
+
+
+def _is_fake_or_read_packed(value: Any, quantizer: Quantizer) -> bool:
+    return value is True or packing_of(quantizer) is not None
+
+
+def _is_false_or_read_packed(value: Any, quantizer: Quantizer) -> bool:
+    return value is False or packing_of(quantizer) is not None
+
+
 _COMPRESSED = Bound(
-    _never,
-    "the weight itself is stored as codes (mtq.compress)",
+    _is_read_packed,
+    "the weight itself is stored as codes (mtq.compress) of a format that is not read: NVFP4, FP8 and INT4 are",
     "export the model from before mtq.compress",
     while_disabled=True,
     in_weights=True,
@@ -150,13 +164,8 @@ _AFFINE = Bound(_never, "subtracts a bias before rounding", "calibrate without b
 
 BOUND: Mapping[str, Bound] = MappingProxyType(
     {
-        "_fake_quant": Bound(
-            _is(True),
-            _COMPRESSED.changes,
-            _COMPRESSED.remedy,
-            in_weights=True,
-        ),
-        "_dequantize": Bound(_is(False), _COMPRESSED.changes, _COMPRESSED.remedy, in_weights=True, while_disabled=True),
+        "_fake_quant": replace(_COMPRESSED, fits=_is_fake_or_read_packed, while_disabled=False),
+        "_dequantize": replace(_COMPRESSED, fits=_is_false_or_read_packed),
         "_scale": _COMPRESSED,
         "_double_scale": _COMPRESSED,
         "_scale_zeros": _COMPRESSED,

@@ -85,11 +85,8 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
     """
     if hf.file_tensors is None and (hf.family.file is not None or not installed("transformers")):
         return []
-    held = {
-        name: each.spec
-        for name, each in stored.tensors.items()
-        if not is_quantizer_state(name) and name not in hf.without_tensor
-    }
+    found = {each.name: TensorSpec.of(each.tensor) for each in stored.parameters()}
+    held = {name: spec for name, spec in found.items() if name not in hf.without_tensor}
     specs = MegatronSpecs(hf, hf.model_config, held=held)
     return [*_other_sizes(held, specs), *specs.disagreements(held)]
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from amaxbridge.bridge.live.compressed_weights import Packing
 from amaxbridge.bridge.plan.quantizer_gate import WITHOUT_EFFECT
 from amaxbridge.bridge.stored.inert_pickle import (
     Made,
@@ -96,9 +97,10 @@ def _of_modelopt(state: Mapping[str, Any], what: str) -> Settings:
     more = [key for key in state if key not in (*_MODELOPT, _OWN)]
     if more:
         raise CheckpointError(f"{what}: ModelOpt saved {', '.join(map(str, more))} here, which is unknown")
-    if state.get(_PACKED):
+    if (packed := state.get(_PACKED)) and (kind := _packed_by(packed)) not in set(Packing):
         raise CheckpointError(
-            f"{what}: the weight was packed by ModelOpt (mtq.compress)\nExport a checkpoint that was saved before"
+            f"{what}: the weight was packed by ModelOpt (mtq.compress) as {kind}, and {', '.join(Packing)} are read\n"
+            "Export a checkpoint that was saved before"
         )
     settings = state.get(_QUANTIZERS) or {}
     if not isinstance(settings, dict) or not all(isinstance(each, dict) for each in settings.values()):
@@ -119,6 +121,13 @@ def _of_modelopt(state: Mapping[str, Any], what: str) -> Settings:
     if incomplete:
         raise CheckpointError(f"{what}: quantizers without a complete configuration:{listing(incomplete)}")
     return settings
+
+
+def _packed_by(state: Any) -> str:
+    """The name of the class that packed a weight."""
+    metadata = state.get("metadata") if isinstance(state, dict) else None
+    kind = metadata.get("qtensor_class") if isinstance(metadata, dict) else None
+    return kind.name if isinstance(kind, Named) and kind.module.startswith("modelopt.") else "an unknown class"
 
 
 def _without_statistics(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amaxbridge.bridge.live.compressed_weights import (
+    Packing,
+    amax_of_scales,
+    block_of,
+    fault_of_scales,
+    one_scale_of_each_row,
+    packing_of,
+    quantizer_of,
+    unpacked,
+    weight_of,
+)
 from amaxbridge.bridge.live.model_walk import ABSENT, Parameter, Quantizer
 from amaxbridge.bridge.stored.module_state import Settings, quantizer_settings
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
@@ -57,7 +68,7 @@ _PIECES = ("", "w", "v", "query", "key", "value", "z", "x", "B", "C", "dt", "bet
 _SECTIONED_AMAX = re.compile(r".*\.(?:mixer|self_attention)\.in_proj\.weight_quantizer\._amax(?:_pre|_post)?")
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
-_WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._amax(?:_pre|_post)?")
+_WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._(?:amax(?:_pre|_post)?|scale)")
 _THE_SAME_FOR_ALL = ("_disabled", "_num_bits")
 
 
@@ -107,10 +118,55 @@ class StoredModel(Mapping[str, Tensor]):
     def __init__(self, checkpoint: DistCheckpoint, spelling: Callable[[str], str] = canonical) -> None:
         self.checkpoint = checkpoint
         self._spelling = spelling
+        self.is_plain: Callable[[str], bool] = lambda quantizer: False
 
     def __getitem__(self, name: str) -> Tensor:
+        quantizer = quantizer_of(name)
+        if (packing := self.packings.get(quantizer)) is None or name.endswith(("._scale", "._double_scale")):
+            return self._read(name)
+        scale, double_scale = self._scales(quantizer)
+        if name.endswith("._amax"):
+            return amax_of_scales(packing, scale, double_scale).reshape(self.tensors[name].spec.shape)
+        return unpacked(packing, self._read(name), scale, double_scale, restores=not self.is_plain(quantizer))
+
+    def _read(self, name: str) -> Tensor:
         stored = self.tensors[name]
         return stored.join(self.checkpoint.read(stored.regions))
+
+    def _scales(self, quantizer: str) -> tuple[Tensor, Tensor | None]:
+        """The scales of a weight that `mtq.compress` packed."""
+        scale, double_scale = self._read(f"{quantizer}._scale"), f"{quantizer}._double_scale"
+        if self.packings[quantizer] is Packing.FP8 and scale.ndim == 2:
+            scale = one_scale_of_each_row(quantizer, scale)
+        return scale, self._read(double_scale) if double_scale in self.tensors else None
+
+    @cached_property
+    def packings(self) -> dict[str, Packing]:
+        """The quantizers whose weights `mtq.compress` packed, and how."""
+        return {name: packing for name, packing in self._packed.items() if self._fault_of(name, packing) is None}
+
+    @cached_property
+    def packing_faults(self) -> list[str]:
+        """One line for each packed weight that cannot be unpacked."""
+        return [fault for name, packing in self._packed.items() if (fault := self._fault_of(name, packing)) is not None]
+
+    @cached_property
+    def _packed(self) -> dict[str, Packing]:
+        found = dict[str, Packing]()
+        for name, setting in self._one_setting_each.items():
+            held = [each for each in ("_scale", "_double_scale") if f"{name}.{each}" in self.tensors]
+            attributes = {**setting, **dict.fromkeys(held, torch.empty(0))}
+            packing = packing_of(Quantizer(name, None, None, (), attributes))
+            if packing is not None and weight_of(name) in self.tensors:
+                found[name] = packing
+        return found
+
+    def _fault_of(self, quantizer: str, packing: Packing) -> str | None:
+        weight, scale = weight_of(quantizer), self.tensors[f"{quantizer}._scale"].spec
+        if packing is Packing.FP8 and len(scale.shape) == 2:
+            scale = TensorSpec((scale.shape[0], 1), scale.dtype)  # ranks' copies, side by side
+        block = block_of(self._one_setting_each[quantizer])
+        return fault_of_scales(weight, packing, self.tensors[weight].spec, scale, block)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -148,7 +204,15 @@ class StoredModel(Mapping[str, Tensor]):
         """All parameters and buffers except quantizer buffers, as tensors without data."""
         for name, stored in self.tensors.items():
             if not is_quantizer_state(name):
-                yield Parameter(name, stored.spec.meta())
+                yield Parameter(name, self._plain_spec(name, stored.spec).meta())
+
+    def _plain_spec(self, name: str, spec: TensorSpec) -> TensorSpec:
+        """Shape and dtype of a tensor, those of a packed weight as it is read."""
+        packing = self.packings.get(quantizer_of(name))
+        if packing is None:
+            return spec
+        columns = spec.shape[1] * (2 if packing.has_two_in_a_byte else 1)
+        return TensorSpec((spec.shape[0], columns), torch.bfloat16)
 
     def quantizers(self) -> list[Quantizer]:
         """As `all_quantizers`: those that are enabled."""
@@ -162,7 +226,7 @@ class StoredModel(Mapping[str, Tensor]):
         Raises:
             CheckpointError: the checkpoint has state of a quantizer without its configuration, or two configurations.
         """
-        settings, experts = self._one_setting_each(), self._experts()
+        settings, experts = self._one_setting_each, self._experts()
         buffers: dict[str, dict[str, Tensor]] = {}
         for name, value in self._state():
             quantizer, _, buffer = name.rpartition(".")
@@ -176,7 +240,9 @@ class StoredModel(Mapping[str, Tensor]):
         return [
             Quantizer(
                 name,
-                SimpleNamespace(**_attributes(setting), **held, is_enabled=not setting["_disabled"]),
+                SimpleNamespace(
+                    **_attributes(setting), **self._effective(name, held), is_enabled=not setting["_disabled"]
+                ),
                 rows=None,
                 experts=experts.get(module_of(name), ()),
                 attributes={**dict.fromkeys(_saved_buffers(setting), ABSENT), **setting, **held},
@@ -185,6 +251,15 @@ class StoredModel(Mapping[str, Tensor]):
             for held in [buffers.get(name, {})]
         ]
 
+    def _effective(self, quantizer: str, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The buffers that act: those of a packed weight are the amax of its scales."""
+        if quantizer not in self.packings:
+            return held
+        amax = self[f"{quantizer}._amax"]
+        whole = {} if amax.numel() == 1 else {"_global_amax": amax.max()}
+        return {"_amax": amax if amax.numel() == 1 else TensorSpec.of(amax).meta(), **whole}
+
+    @cached_property
     def _one_setting_each(self) -> dict[str, Mapping[str, Any]]:
         """Quantizer → its configuration. One that experts share is in the state of each of them."""
         settings: dict[str, Mapping[str, Any]] = {}

@@ -92,8 +92,7 @@ CASES: Mapping[str, tuple[Any, Callable[[Any], None] | None]] = {
             rotation, rotation_of_a_disabled_one, module_with_such_a_name,
         )
     },
-    "compress_nvfp4": (mtq.NVFP4_DEFAULT_CFG, compress),
-    "compress_fp8": (mtq.FP8_DEFAULT_CFG, compress),
+    "compress_int8": (mtq.INT8_WEIGHT_ONLY_CFG, compress),
     "svdquant": ({**mtq.NVFP4_SVDQUANT_DEFAULT_CFG, "algorithm": {"method": "svdquant", "lowrank": 4}}, None),
     **{
         name: (

@@ -22,8 +22,7 @@ LIVE = {
     "rotation": f"{LINEAR}.weight_quantizer: _rotate=True: a Hadamard transform",
     "rotation_of_a_disabled_one": "core_attention.q_bmm_quantizer: _rotate=True: a Hadamard transform",
     "module_with_such_a_name": f"parameters have no mapping:\n  {LINEAR}.codebook_quantizer.weight",
-    "compress_nvfp4": "_fake_quant=False: the weight itself is stored as codes (mtq.compress)",
-    "compress_fp8": "_fake_quant=False: the weight itself is stored as codes (mtq.compress)",
+    "compress_int8": "_fake_quant=False: the weight itself is stored as codes (mtq.compress)",
     "svdquant": "_svdquant_lora_a=a tensor [4, ",
     "cache_int8_per_head": "model.layers.0.self_attn.k_bmm_quantizer: int8 axis=2",
     "cache_per_token": "model.layers.0.self_attn.k_bmm_quantizer: e4m3 per token",
@@ -35,8 +34,7 @@ LIVE = {
 STORED = LIVE | {
     "module_inside": f"{LINEAR}.input_quantizer.of_tomorrow",
     "module_with_such_a_name": f"{LINEAR}.codebook_quantizer",
-    "compress_nvfp4": "the weight was packed by ModelOpt (mtq.compress)",
-    "compress_fp8": "the weight was packed by ModelOpt (mtq.compress)",
+    "compress_int8": "the weight was packed by ModelOpt (mtq.compress) as INT8QTensor",
 }
 """Where a checkpoint says less than the model."""
 ONLY_QUANTIZED = {"bias", *CACHES}
