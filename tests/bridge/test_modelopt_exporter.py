@@ -87,6 +87,33 @@ def test_names_dtypes_shapes_and_configs(scheme: str, plain: Path, theirs: dict[
     assert said_by(tmp_path / "out") == said_by(theirs[scheme])
 
 
+@pytest.mark.parametrize("scheme", ["fp8_dynamic", "fp8_block"])
+def test_fp8_without_data_tensor_by_tensor(scheme: str, plain: Path, theirs: dict[str, Path], tmp_path: Path) -> None:
+    """Scales are ModelOpt's, rounded as compressed-tensors rounds them, in bf16; codes lie at most one code apart."""
+    model_free_ptq(plain, tmp_path / "out", scheme, format="modelopt")
+    ours, expected = tensors_in(tmp_path / "out"), tensors_in(theirs[scheme])
+    seen = 0
+    for name, tensor in ours.items():
+        other = expected[name]
+        if name.endswith("weight_scale"):
+            seen += 1
+            assert ((tensor - other).abs() <= 2**-8 * other).all(), name
+            assert torch.equal(tensor, tensor.bfloat16().float()), name
+        elif tensor.dtype == torch.float8_e4m3fn:
+            steps = (ordinal(tensor) - ordinal(other)).abs()
+            assert steps.max() <= 1, name
+            assert (steps > 0).float().mean() < 0.05, name
+        else:
+            assert same_bits(tensor, other), name
+    assert seen == QUANTIZED
+
+
+def ordinal(codes: Tensor) -> Tensor:
+    """The place of E4M3 numbers among all of them, zero in the middle."""
+    bits = codes.view(torch.uint8).int()
+    return torch.where(bits < 128, bits, 128 - bits)
+
+
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_what_modelopt_wrote_is_kept_bit_for_bit(scheme: str, theirs: dict[str, Path], tmp_path: Path) -> None:
     served = scheme not in UNSERVED
