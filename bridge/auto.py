@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from amaxbridge.bridge.hf import OUTPUT_LAYER, HFModel, read_hf_model
 from amaxbridge.bridge.live.bundle_stream import join_bundle, stream_bundles
 from amaxbridge.bridge.live.collect_amax import collect_scalars, state_parameters
-from amaxbridge.bridge.live.compressed_weights import check_unpackable, faults_of_groups, packing_of, without_packing
+from amaxbridge.bridge.live.compressed_weights import (
+    check_unpackable,
+    faults_of_groups,
+    faults_of_ranks,
+    packing_of,
+    shared_scales,
+    without_packing,
+)
 from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers
 from amaxbridge.bridge.live.model_walk import (
     Parameter,
@@ -294,7 +301,10 @@ class AutoBridge:
         parameters, faults = without_packing(parameters, quantizers, partial(self._is_plain, ignore=ignore))
         packings = ((each.name, found) for each in quantizers if (found := packing_of(each)) is not None)
         faults += faults_of_groups(packings, self.hf.registry)
-        check_unpackable([each for rank in self._ranks().all_gather_object(Axis.WORLD, faults) for each in rank])
+        own = faults, shared_scales(quantizers, self.hf.registry)
+        reports = self._ranks().all_gather_object(Axis.WORLD, own)
+        of_all = [fault for each, _ in reports for fault in each]
+        check_unpackable([*dict.fromkeys(of_all), *faults_of_ranks(scales for _, scales in reports)])
         if recipe is not None and recipe.adopts_codes:
             names = {quantizer.name for quantizer in quantizers if quantizer.module.is_enabled}
             parameters, problems = as_stored(parameters, self.hf.registry, recipe.ignore, names)

@@ -12,6 +12,7 @@ Sources: modelopt.torch.quantization 0.47.0, `TensorQuantizer._real_quantize`, a
 int4_tensor.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +193,27 @@ def faults_of_groups(packings: Iterable[tuple[str, Packing]], registry: MappingR
                 f"{quantizer}: its scale is its own, and engines run {', '.join(sorted(modules | others))} as one"
             )
     return faults
+
+
+def shared_scales(quantizers: Iterable[Quantizer], registry: MappingRegistry) -> dict[str, str]:
+    """By quantizer, a digest of the scales of packed weights that all ranks with a shard must have alike."""
+    scales = {}
+    for each in quantizers:
+        packing, mapping = packing_of(each), registry.megatron_to_hf_lookup(weight_of(each.name))
+        scale = each.module._double_scale if packing is Packing.NVFP4 else getattr(each.module, "_scale", None)
+        of_rows = mapping is not None and mapping.shard_dim == 1
+        if packing in (Packing.NVFP4, Packing.FP8) and scale is not None and (scale.numel() == 1 or of_rows):
+            scales[each.name] = hashlib.sha256(scale.detach().float().cpu().numpy().tobytes()).hexdigest()
+    return scales
+
+
+def faults_of_ranks(reports: Iterable[Mapping[str, str]]) -> list[str]:
+    """One line for each packed weight whose shards have several scales, from the `shared_scales` of all ranks."""
+    found: dict[str, set[str]] = {}
+    for report in reports:
+        for name, scales in report.items():
+            found.setdefault(name, set()).add(scales)
+    return [f"{name}: ranks packed it under {len(each)} scales" for name, each in found.items() if len(each) > 1]
 
 
 def check_unpackable(problems: Sequence[str]) -> None:

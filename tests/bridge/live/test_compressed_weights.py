@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from amaxbridge.bridge.live.compressed_weights import Packing, amax_of_scales, unpacked
+from amaxbridge.bridge.live.compressed_weights import (
+    Packing,
+    amax_of_scales,
+    check_unpackable,
+    faults_of_ranks,
+    unpacked,
+)
 from amaxbridge.export.kernels import scaled
+from amaxbridge.mappings.errors import UsageError
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import same_files
 from tests.support.hf_models import make_qwen3_moe
@@ -89,6 +96,15 @@ def test_what_is_not_read_is_refused_by_name(live: LiveRanks) -> None:
         assert "weights that mtq.compress packed cannot be written from their codes" in said
         assert "decoder.layers.1.mlp.experts.linear_fc2.weight0: codes [64, " in said
         assert "Export the model from before mtq.compress" in said
+
+
+def test_ranks_with_scales_of_their_own_are_refused() -> None:
+    """Codes of several ranks fit one global scale only if all were made with it."""
+    same, other = {"a.weight_quantizer": "5e", "b.weight_quantizer": "0f"}, {"a.weight_quantizer": "71"}
+    assert faults_of_ranks([same, same, {}]) == []
+    assert faults_of_ranks([same, other]) == ["a.weight_quantizer: ranks packed it under 2 scales"]
+    with pytest.raises(UsageError, match=r"cannot be written from their codes:\n  a\.weight_quantizer: ranks packed"):
+        check_unpackable(faults_of_ranks([same, other]))
 
 
 def test_every_code_of_nvfp4_survives() -> None:
