@@ -8,6 +8,7 @@ from torch import nn
 from amaxbridge.bridge.live.collect_amax import collect_scalars, state_parameters
 from amaxbridge.bridge.live.model_walk import walk_all_quantizers
 from amaxbridge.mappings.families.qwen3 import QWEN3
+from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import LOCAL
 
 MXFP8 = {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
@@ -26,6 +27,6 @@ def test_amax_that_calibration_left_on_mx_quantizers_have_no_effect() -> None:
     quantizers = list(walk_all_quantizers([model]))
     assert len(quantizers) == 2
     assert not list(state_parameters(quantizers))
-    state = collect_scalars(quantizers, QWEN3.registry, LOCAL)
+    state = collect_scalars(quantizers, QWEN3.registry, ModelConfig(), LOCAL)
     assert state.formats == {"model.layers.0.mlp.down_proj": "mxfp8"}
     assert not state.amax and not state.missing
