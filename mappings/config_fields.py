@@ -85,7 +85,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
                 "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                 "mamba_head_dim", "mamba_num_heads", "n_groups", "ssm_state_size",
                 "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-                "linear_conv_kernel_dim", "decoder_sparse_step", "max_position_embeddings",
+                "linear_conv_kernel_dim", "moe_layer_interval", "decoder_sparse_step", "max_position_embeddings",
                 "original_max_position_embeddings",
             ),
             _SIZE,
@@ -94,7 +94,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             (
                 "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "n_group",
                 "topk_group", "num_experts_per_tok", "sliding_window", "num_shared_experts",
-                "attention_chunk_size", "floor_scale",
+                "attention_chunk_size", "floor_scale", "moe_num_shared_experts", "moe_k", "moe_layer_start_index",
             ),
             _whole(0, _LARGEST),
         ),

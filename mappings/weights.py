@@ -38,6 +38,19 @@ class ReplicatedMapping(DirectMapping):
 
 
 @dataclass(frozen=True)
+class RowOfMatrixMapping(DirectMapping):
+    """One to one and replicated: a vector `[n]` in Megatron, a matrix `[1, n]` in Hugging Face's files."""
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        return {self.hf_param: shards[0][None]}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        row: Tensor
+        (row,) = tensors[self.hf_param]
+        return row
+
+
+@dataclass(frozen=True)
 class ColumnParallelMapping(DirectMapping):
     """One to one, output rows spread over the ranks: `[out/tp, in]`, biases `[out/tp]`."""
 

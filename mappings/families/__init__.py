@@ -8,6 +8,7 @@ from amaxbridge.mappings.errors import UnknownArchitectureError
 from amaxbridge.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
+from amaxbridge.mappings.families.ernie4_5_moe import ERNIE4_5_MOE
 from amaxbridge.mappings.families.exaone4 import EXAONE4
 from amaxbridge.mappings.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
 from amaxbridge.mappings.families.glm4 import GLM, GLM4
@@ -81,6 +82,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     MINIMAX_M2,
     HY_V3,
     LLAMA4,
+    ERNIE4_5_MOE,
     HUNYUAN_DENSE_V1,
     HUNYUAN_MOE_V1,
     DOTS1,

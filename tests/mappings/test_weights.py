@@ -30,7 +30,7 @@ from amaxbridge.mappings.gated_delta_net import (
 from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
-from amaxbridge.mappings.weights import PackedGatedMLPMapping, PackedQKVMapping
+from amaxbridge.mappings.weights import PackedGatedMLPMapping, PackedQKVMapping, RowOfMatrixMapping
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 
@@ -60,6 +60,8 @@ def test_one_to_one(size: int, rows: int, columns: int) -> None:
     ):
         shards = round_trip(kind("m.weight", "h.weight"), {"h.weight": tensor}, None, size)
         assert {tuple(shard.shape) for shard in shards} == {shape}
+    vectors = round_trip(RowOfMatrixMapping("m.bias", "h.bias"), {"h.bias": tensor[:1]}, None, size)
+    assert all(torch.equal(vector, tensor[0]) for vector in vectors)
 
 
 @given(
@@ -118,6 +120,7 @@ def test_gated_mlp(size: int, width: int, trailing: tuple[int, ...]) -> None:
     [
         (PackedQKVMapping("m", "h"), 9, r"h \[9\] do not make shard 0 of 1"),
         (PackedQKVMapping("m", "h"), 16, "do not make shard 0 of 3"),
+        (RowOfMatrixMapping("m", "h"), 2, r"h \[2\] do not make shard 0 of 1"),
         (PackedGatedMLPMapping("m", "h"), 7, r"h \[7\] do not make shard 0 of 1"),
     ],
 )

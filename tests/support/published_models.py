@@ -1,6 +1,6 @@
 """Published models: how many parameters each has, and its config.json from `tests/published_models/`.
 
-Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5-0.3B, GLM-4-9B,
+Where no published file was at hand, the defaults of transformers' class stand for it: ERNIE-4.5, GLM-4-9B,
 GLM-4-9B-chat, HY-V3 and SmolLM3-3B, whose sizes they are, and those named `defaults`. GLM-4.7-Flash is as vLLM's tests
 quote it.
 """
@@ -17,6 +17,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "DeepSeek-V2.5": "236B",
     "DeepSeek-V3": "671B",
     "ERNIE-4.5-0.3B": 360_748_032,
+    "ERNIE-4.5-21B-A3B": "22B",
     "EXAONE-4.0-32B": "32B",
     "GLM-4-9B": 9_400_279_040,
     "GLM-4.7-Flash": "30B",
@@ -66,6 +67,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
 
 NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
     "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
+    "ERNIE-4.5-21B-A3B": "adds a bias to softmax scores",
     "Llama-4-Scout-text": "scales only as rope_type 'llama3'",
     "Olmo-3.1-32B": "the same in all layers",
 }

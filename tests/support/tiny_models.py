@@ -519,6 +519,17 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=_narrow_routers,
     ),
+    "ERNIE-4.5-MoE": TinyModel(
+        config(
+            "Ernie4_5_MoeForCausalLM",
+            num_hidden_layers=3,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_intermediate_size=32,
+            moe_layer_start_index=1,
+        ),
+        unbuildable="Megatron adds a router's bias to sigmoid scores only",
+    ),
     "Hunyuan, dense": TinyModel(config("HunYuanDenseV1ForCausalLM", head_dim=32)),
     "Hunyuan, dense, stretched": TinyModel(
         config(

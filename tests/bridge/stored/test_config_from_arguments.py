@@ -39,7 +39,8 @@ ALIKE = {  # which compute the same as a family before them
 TWO_FORMS = {"Qwen3.5-MoE", "Qwen3-Coder-Next-E336"}  # Qwen3-Next and Qwen3.5 are one model in Megatron
 IMAGES = {*(name for name in TINY_MODELS if "images" in name), *with_images()}  # of which Megatron has a part
 STRETCHED = "Hunyuan, dense, stretched"  # whose rotary base comes back, but not what it was stretched by
-OTHERS = {*TWO_KINDS, *ALIKE, *TWO_FORMS, *IMAGES, STRETCHED}
+UNBUILDABLE = {name for name, tiny in TINY_MODELS.items() if tiny.unbuildable}  # so that nothing saves their arguments
+OTHERS = {*TWO_KINDS, *ALIKE, *TWO_FORMS, *IMAGES, *UNBUILDABLE, STRETCHED}
 ONE_KIND = sorted({name.partition(", Hybrid")[0] for name in TINY_MODELS} - OTHERS)
 
 
