@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
 from amaxbridge.bridge.megatron.latent_experts import latent_linears
@@ -196,6 +197,12 @@ def _decoder_spec(hf: HFModel, config: TransformerConfig, vp_stage: int | None) 
     block.layer_specs = [
         _adapted(layer, hf, config, number) for number, layer in enumerate(block.layer_specs, start=first)
     ]
+    if config.experimental_attention_variant == "gated_delta_net":
+        linear = config.linear_attention_freq[first:]
+        block.layer_specs = [
+            with_gated_delta_net(layer) if delta else layer
+            for layer, delta in zip(block.layer_specs, linear, strict=False)
+        ]
     if config.layernorm_zero_centered_gamma:
         block.layer_norm = ZeroCentredRMSNorm
     return block
@@ -211,7 +218,10 @@ def _build_hybrid_chunk(hf: HFModel, config: TransformerConfig, vp_stage: int | 
         )
         for experts in (None, config.num_moe_experts)
     )
-    return build_hybrid_chunk(hf, config, vp_stage, dense=_adapted(dense, hf, config), sparse=sparse)
+    dense = _adapted(dense, hf, config)
+    if config.layernorm_zero_centered_gamma:
+        sparse = with_zero_centred_norms(sparse)
+    return build_hybrid_chunk(hf, config, vp_stage, dense=dense, sparse=sparse)
 
 
 def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: int = 0) -> ModuleSpec:
@@ -224,10 +234,6 @@ def _adapted(layer: ModuleSpec, hf: HFModel, config: TransformerConfig, number: 
         layer = _with_latent_attention(layer, config)
     if config.layernorm_zero_centered_gamma:
         layer = with_zero_centred_norms(layer)
-    if config.experimental_attention_variant == "gated_delta_net" and config.linear_attention_freq[number]:
-        from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net  # not in older Megatron-Core
-
-        layer = with_gated_delta_net(layer)
     if hf.family.norm_over_all_heads:
         layer = with_norms_over_all_heads(layer)
     if hf.family.norm_after_rotary:

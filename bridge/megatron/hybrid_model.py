@@ -26,21 +26,26 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net
 from amaxbridge.bridge.megatron.mamba_in_torch import mixer_class
+from amaxbridge.bridge.megatron.zero_centred_norms import ZeroCentredRMSNorm
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.hybrid_layers import with_stages
 
 
 class LocalHybridStack(HybridStack):  # type: ignore[misc]  # Megatron is not typed
-    """Megatron's stack of layers, with torch's final norm in place of Transformer Engine's."""
+    """Megatron's stack of layers, with a final norm of this package or torch in place of Transformer Engine's."""
 
     def __init__(self, config: TransformerConfig, submodules: Any, *, post_layer_norm: bool = True, **kw: Any) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kw)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = WrappedTorchNorm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = _norm(config)(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def _norm(config: TransformerConfig) -> Any:
+    """The norm that Megatron-Core's own layers of this configuration have."""
+    return ZeroCentredRMSNorm if config.layernorm_zero_centered_gamma else WrappedTorchNorm
 
 
 def build_hybrid_chunk(
@@ -65,7 +70,7 @@ def build_hybrid_chunk(
     arguments.pop("rope_scaling_factor", None)
     return HybridModel(
         config,
-        ModuleSpec(module=LocalHybridStack, submodules=_layers(dense.submodules, sparse.submodules, mixer)),
+        ModuleSpec(module=LocalHybridStack, submodules=_layers(dense, sparse.submodules, mixer, _norm(config))),
         hybrid_layer_pattern=with_stages(pattern, stages),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -75,9 +80,10 @@ def build_hybrid_chunk(
 
 
 def _layers(
-    dense: TransformerLayerSubmodules, sparse: TransformerLayerSubmodules, mixer: type[MambaMixer]
+    layer: ModuleSpec, sparse: TransformerLayerSubmodules, mixer: type[MambaMixer], norm: Any
 ) -> HybridStackSubmodules:
     """The spec of every kind of layer. Norms that Transformer Engine fuses get the fused name on the disk."""
+    dense, delta = layer.submodules, with_gated_delta_net(layer).submodules
     attention = TransformerLayerSubmodules(
         input_layernorm=dense.input_layernorm,
         self_attention=dense.self_attention,
@@ -98,12 +104,18 @@ def _layers(
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )
     around_mtp = MultiTokenPredictionLayerSubmodules(
-        enorm=WrappedTorchNorm, hnorm=WrappedTorchNorm, eh_proj=ColumnParallelLinear, layer_norm=WrappedTorchNorm
+        enorm=norm, hnorm=norm, eh_proj=ColumnParallelLinear, layer_norm=norm
     )
     mtp = MultiTokenPredictionBlockSubmodules(
         layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=around_mtp)]
     )
     fused_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    delta_net = TransformerLayerSubmodules(
+        input_layernorm=delta.input_layernorm,
+        self_attention=delta.self_attention,
+        self_attn_bda=delta.self_attn_bda,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+    )
     latent = {"mla_layer": ModuleSpec(module=TransformerLayer, submodules=attention)}
     if not latent.keys() <= {field.name for field in fields(HybridStackSubmodules)}:
         latent = {}  # megatron-core 0.18 has no such layers
@@ -111,6 +123,7 @@ def _layers(
         attention_layer=ModuleSpec(
             module=TransformerLayer, submodules=replace(attention, sharded_state_dict_keys_map=fused_norm)
         ),
+        gdn_layer=ModuleSpec(module=TransformerLayer, submodules=delta_net),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
         moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe),
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),

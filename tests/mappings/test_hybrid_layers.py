@@ -8,6 +8,7 @@ from amaxbridge.mappings.hybrid_layers import (
     read_pattern,
     transformer_name,
     transformer_pattern,
+    transformer_settings,
     with_stages,
 )
 
@@ -78,3 +79,20 @@ def test_patterns() -> None:
     assert transformer_pattern(sparse) == "+-+E+E/+E/+E"
     assert with_stages("*-*E*E/*E", 2) == "*-*|E*E/*E"
     assert with_stages("M-*", 1) == "M-*"
+
+
+def test_gated_delta_nets_alternate_with_mlps_as_attention_does() -> None:
+    config = {
+        "num_layers": 4,
+        "moe_layer_freq": [1, 1, 0, 1],
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [1, 1, 1, 0],
+        "multi_latent_attention": False,
+        "mtp_num_layers": 1,
+    }
+    assert transformer_pattern(config) == "GEGEG-*E/*E"
+    assert transformer_settings("GEGEG-*E/*E") == config
+    plain = transformer_settings("*-*E")
+    assert (plain["experimental_attention_variant"], plain["linear_attention_freq"]) == (None, None)
+    with pytest.raises(MappingError, match="attention must alternate"):
+        transformer_settings("GG*-")

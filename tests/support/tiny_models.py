@@ -577,7 +577,7 @@ TINY_MODELS: dict[str, TinyModel] = {
 }
 TINY_MODELS |= {
     f"{name}, HybridModel": replace(TINY_MODELS[name], model_class="hybrid")
-    for name in ("Qwen3, tied", "Qwen3-MoE", "DeepSeek-V3")
+    for name in ("Qwen3, tied", "Qwen3-MoE", "DeepSeek-V3", "Qwen3-Next")
 }
 
 
