@@ -152,10 +152,7 @@ class HFModel:
         elif not installed(_TRANSFORMERS):
             return None
         else:
-            from transformers import AutoConfig
-
-            with _judged_by_transformers(self.source):
-                tensors = _file_tensors(lambda: AutoConfig.for_model(**self.filled))
+            tensors = self._tensors_of_transformers()
         if tensors is None:
             return None
         left = (*self.family.carried, *self.tied_head)
@@ -179,6 +176,19 @@ class HFModel:
             return layout
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".experts." in name}
         return replace(layout, transposed=known.with_axes_of(shapes).inputs_first)
+
+    def _tensors_of_transformers(self) -> dict[str, torch.Tensor] | None:
+        import transformers
+
+        prefix = ""
+        with _judged_by_transformers(self.source):
+            if self.family.language_model is None:
+                tensors = _file_tensors(lambda: transformers.AutoConfig.for_model(**self.filled))
+            else:
+                architecture, prefix = self.family.language_model
+                kind = getattr(transformers, architecture).config_class
+                tensors = _file_tensors(lambda: kind.from_dict({**self.config, "architectures": [architecture]}))
+        return tensors and {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def read_hf_model(path: str | Path, family: FamilySource | None = None) -> HFModel:
@@ -389,6 +399,8 @@ def _model_class(config: "PreTrainedConfig") -> Callable[..., Any]:
 
     for family in FAMILIES:
         for name in config.architectures or ():
+            if family.language_model is not None and name in family.architectures:
+                raise ValueError(f"transformers saves {name} under names that published files do not have")
             if family.carried and name in family.architectures:
                 make: Callable[..., Any] = getattr(transformers, name)._from_config
                 return make

@@ -94,6 +94,8 @@ class ModelFamily:
         model_class: `gpt`, or the name of a class in `bridge.megatron` if Megatron-Core lacks the model.
         packed_experts: how unquantized files pack the experts of a layer; None if each expert has its own tensors.
         language_part: the field of config.json that holds the language model's configuration; None for all of it.
+        language_model: the architecture that the language model has by itself, and the prefix of its names in files, if
+            transformers does not save the whole under the names of published files; None if it does.
         carried: name prefixes of the tensors beside the language model, which exports copy from the Hugging Face files.
         hybrid_pattern: source of `hybrid_layer_pattern`, for a family that exists only as a HybridModel, with the same
             layers. None for transformers: a GPTModel, or a HybridModel with two layers for each.
@@ -123,6 +125,7 @@ class ModelFamily:
     model_class: str = "gpt"
     packed_experts: PackedExperts | None = None
     language_part: str | None = None
+    language_model: tuple[str, str] | None = None
     carried: tuple[str, ...] = ()
     hybrid_pattern: Translation | None = None
     kept_in_fp32: tuple[str, ...] = ()

@@ -163,8 +163,11 @@ class CheckpointView:
 
     @cached_property
     def quantization(self) -> QuantConfig:
-        """What config.json says of quantization, or ModelOpt's file beside it where config.json says nothing."""
-        raw = self.config.get("quantization_config")
+        """What config.json says of quantization, or ModelOpt's file beside it where config.json says nothing.
+
+        Engines look into the language model's part of config.json last, where Kimi-K2.5 says it.
+        """
+        raw = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         if not raw and isinstance(said := self.hf_quant_config.get("quantization"), dict):
             raw = {**said, "quant_method": MODELOPT_FORMAT}
         return read_quant_config(raw)

@@ -18,6 +18,7 @@ from amaxbridge.mappings.families.gpt_oss import GPT_OSS
 from amaxbridge.mappings.families.granite import GRANITE
 from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MOE_V1
 from amaxbridge.mappings.families.hy_v3 import HY_V3
+from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
 from amaxbridge.mappings.families.llama import LLAMA, MISTRAL
 from amaxbridge.mappings.families.llama4 import LLAMA4
 from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
@@ -63,6 +64,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     OLMOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    KIMI_K25,
     GLM4_MOE,
     GLM4_MOE_LITE,
     GPT_OSS,

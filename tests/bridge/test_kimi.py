@@ -1,4 +1,4 @@
-"""Kimi-K2 as it is published: a `model_type` with code of its own, and experts in INT4, 32 columns a group.
+"""Kimi-K2-Thinking and K2.5 as published: types with code of their own, and experts in INT4, 32 columns a group.
 
 The codes are made here with a formula of its own and packed by compressed-tensors, so both judge the reader.
 """
@@ -6,7 +6,7 @@ The codes are made here with a formula of its own and packed by compressed-tenso
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,35 +21,14 @@ from tests.support.checkpoints import tensors_in
 from tests.support.comparing import same_tensors
 from tests.support.hf_models import make_deepseek_v3
 from tests.support.launcher import Launcher
-from tests.support.paths import ROOT
+from tests.support.paths import PUBLISHED_MODELS, ROOT
 
 GROUP = 32
-PUBLISHED: dict[str, Any] = {  # the quantization_config of Kimi-K2.5's language model, Kimi-K2-Thinking's likewise
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": GROUP,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
+PUBLISHED: dict[str, Any] = json.loads((PUBLISHED_MODELS / "Kimi-K2.5.json").read_text())["text_config"][
+    "quantization_config"
+]
+"""In Kimi-K2.5 inside the language model's configuration; Kimi-K2-Thinking has the same at the top."""
+CODES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 
 def in_int4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -63,38 +42,55 @@ def in_int4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor
     return held, (codes * scale.float()[..., None]).flatten(1)
 
 
-@pytest.fixture(scope="module")
-def kimi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A tiny Kimi-K2-Thinking, and what its experts' codes mean."""
-    root = tmp_path_factory.mktemp("kimi")
+class Kimi(NamedTuple):
+    """A tiny Kimi, and what its experts' codes mean, by name of the weight."""
+
+    directory: Path
+    meant: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=["Kimi-K2-Thinking", "Kimi-K2.5"])
+def kimi(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kimi:
+    root, images = tmp_path_factory.mktemp("kimi"), request.param == "Kimi-K2.5"
     sizes = {"num_hidden_layers": 2, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
     sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
     plain = make_deepseek_v3(root / "plain", 0, sizes)
+    prefix = "language_model." if images else ""
     (directory := root / "int4").mkdir()
     stored, meant = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for name, tensor in tensors_in(plain).items():
         if ".mlp.experts." in name:
-            parts, meant[name] = in_int4(tensor)
-            stored |= {f"{module_of(name)}.{local}": part for local, part in parts.items()}
+            parts, meant[prefix + name] = in_int4(tensor)
+            stored |= {f"{prefix}{module_of(name)}.{local}": part for local, part in parts.items()}
         else:
-            stored[name] = tensor
+            stored[prefix + name] = tensor
     for layer in range(2):  # which Kimi's files hold, too
-        stored[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8, dtype=torch.bfloat16)
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+        frequencies = torch.ones(8, dtype=torch.bfloat16)
+        stored[f"{prefix}model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies
     config = json.loads((plain / "config.json").read_text())
     classes = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
     config |= {"model_type": "kimi_k2", "auto_map": classes, "quantization_config": PUBLISHED}
+    if images:
+        for name in ("vision_tower.encoder.blocks.0.wqkv.weight", "mm_projector.proj.0.weight"):
+            stored[name] = torch.randn(96, 32, dtype=torch.bfloat16)
+        config = {
+            "architectures": ["KimiK25ForConditionalGeneration"],
+            "model_type": "kimi_k25",
+            "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
+            "dtype": "bfloat16",
+            "text_config": config,
+            "tie_word_embeddings": False,
+        }
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
-    return directory, meant
+    return Kimi(directory, meant)
 
 
 def without_frequencies(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors_in(directory).items() if not name.endswith("inv_freq")}
 
 
-def test_int4_experts_go_through_training(
-    kimi: tuple[Path, dict[str, torch.Tensor]], launch: Launcher, tmp_path: Path
-) -> None:
+def test_int4_experts_go_through_training(kimi: Kimi, launch: Launcher, tmp_path: Path) -> None:
     """Imported at EP=2 and TP=2, exported from the checkpoint: the same bytes, shapes counted in int64."""
     source, meant = kimi
     assert len(meant) == 24
@@ -112,19 +108,23 @@ def test_int4_experts_go_through_training(
             assert torch.equal(found[name], tensor.long() if shape else tensor), name
             assert found[name].dtype == (torch.int64 if shape else tensor.dtype), name
         assert {each.engine for each in verify(out).verdicts if each.serves} >= {"vllm"}
+        written = json.loads((out / "config.json").read_text())
+        assert "quantization_config" in written and "quantization_config" not in written.get("text_config", {})
 
 
-def test_plain_weights_of_int4_experts(kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_plain_weights_of_int4_experts(kimi: Kimi, tmp_path: Path) -> None:
     source, meant = kimi
     model_free_ptq(source, tmp_path / "plain", "none")
     found = tensors_in(tmp_path / "plain")
-    codes = (".weight_packed", ".weight_scale", ".weight_shape")
-    assert found.keys() == {name for name in tensors_in(source) if not name.endswith(codes)} | meant.keys()
+    assert found.keys() == {name for name in tensors_in(source) if not name.endswith(CODES)} | meant.keys()
     assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in meant.items())
     model_free_ptq(source, tmp_path / "nvfp4a16", "nvfp4a16")
     model_free_ptq(tmp_path / "plain", tmp_path / "again", "nvfp4a16")
     same_tensors(tmp_path / "nvfp4a16", tmp_path / "again")
 
 
-def test_the_source_itself_is_served_by_vllm(kimi: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    assert {each.engine for each in verify(kimi[0]).verdicts if each.serves} >= {"vllm"}
+def test_vllm_serves_the_source_itself(kimi: Kimi) -> None:
+    """In Kimi-K2.5 vLLM's class leaves the tower out, which no entry of `ignore` says and `verify` does not know."""
+    failures = verify(kimi.directory).verdict_of("vllm").failures
+    subjects = [problem.subject for failure in failures for problem in failure.problems]
+    assert all(subject.startswith(("vision_tower.", "mm_projector.")) for subject in subjects), subjects

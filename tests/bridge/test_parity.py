@@ -113,7 +113,7 @@ def test_a_checkpoint_is_exported_from_its_arguments_alone(cases: list[Case], mo
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-IMAGES = [model for model in BUILDABLE if "images" in model]
+IMAGES = [model for model in BUILDABLE if "images" in model and TINY_MODELS[model].save is None]
 
 
 @pytest.mark.parametrize("model", IMAGES)

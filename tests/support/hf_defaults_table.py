@@ -12,7 +12,7 @@ from typing import Any
 from amaxbridge.mappings.families import FAMILIES, family_of
 from amaxbridge.mappings.family import ModelFamily
 from tests.support.paths import PUBLISHED_MODELS, ROOT
-from tests.support.published_models import configured
+from tests.support.published_models import class_of, configured
 from tests.support.tiny_models import TINY_MODELS
 
 TABLE = ROOT / "bridge" / "hf_defaults.json"
@@ -99,9 +99,7 @@ def _entry(architecture: str, family: ModelFamily, names: list[str]) -> dict[str
 
 def _configured(architecture: str, family: ModelFamily, **changes: Any) -> dict[str, Any]:
     """The default configuration of a language model, with fields changed."""
-    import transformers
-
-    kind = getattr(transformers, architecture).config_class
+    kind = class_of({"architectures": [architecture]}).config_class
     made = kind(**({family.language_part: changes} if family.language_part else changes)).to_dict()
     config: dict[str, Any] = family.language_config(made)
     return config
@@ -109,9 +107,7 @@ def _configured(architecture: str, family: ModelFamily, **changes: Any) -> dict[
 
 def _aliases(architecture: str, family: ModelFamily) -> Mapping[str, str]:
     """Other name of a field of a language model's configuration → the field."""
-    import transformers
-
-    config = getattr(transformers, architecture).config_class()
+    config = class_of({"architectures": [architecture]}).config_class()
     aliases: Mapping[str, str] = (
         getattr(config, family.language_part) if family.language_part else config
     ).attribute_map

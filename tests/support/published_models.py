@@ -32,6 +32,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Kimi-K2-Instruct": 1_026_408_232_448,
     "Hunyuan-MoE-defaults": "78B",
     "Hunyuan-dense-defaults": "9B",
+    "Kimi-K2.5": 1_026_408_232_448,  # its language model
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
@@ -89,5 +90,13 @@ def configured(written: Mapping[str, Any]) -> Any:
 
     if written["model_type"] in transformers.CONFIG_MAPPING:
         return transformers.AutoConfig.for_model(**written)
-    kind = getattr(transformers, written["architectures"][0]).config_class
+    kind = class_of(written).config_class
     return kind.from_dict({name: value for name, value in written.items() if name not in ("model_type", "auto_map")})
+
+
+def class_of(written: Mapping[str, Any]) -> Any:
+    """transformers' model class of a config.json, which it may spell otherwise than published files: Kimi_K25…"""
+    import transformers
+
+    (name,) = written["architectures"]
+    return getattr(transformers, name, None) or getattr(transformers, name.replace("KimiK25", "Kimi_K25"))

@@ -68,6 +68,7 @@ class TinyModel:
         prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
         model_class: Megatron's, as `megatron.build_model` takes it.
         files: makes published files of those that transformers wrote, if they differ: tensors by name, in place.
+        save: writes its files and logits, if transformers does not save it under the names of published files.
     """
 
     make: Callable[[], "PreTrainedConfig"]
@@ -76,6 +77,7 @@ class TinyModel:
     prepare: Callable[[Any], None] = field(default=lambda model: None)
     model_class: str | None = None
     files: Callable[[dict[str, Any]], None] | None = None
+    save: Callable[["TinyModel", Path], None] | None = None
 
 
 def config(architecture: str, **changes: Any) -> Callable[[], "PreTrainedConfig"]:
@@ -583,6 +585,9 @@ TINY_MODELS |= {
 
 def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
     """A random fp32 model of the row in Hugging Face's format, and beside it the logits that transformers computes."""
+    if tiny.save is not None:
+        tiny.save(tiny, directory)
+        return
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -606,3 +611,43 @@ def class_of(config: Any) -> Any:
     import transformers
 
     return getattr(transformers, config.architectures[0])
+
+
+def _kimi_with_images() -> "PreTrainedConfig":
+    from transformers import Kimi_K25Config
+
+    text = TINY_MODELS["Kimi-K2"].make().to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    architectures = ["KimiK25ForConditionalGeneration"]
+    return Kimi_K25Config(
+        architectures=architectures, text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
+
+
+def _save_kimi(tiny: TinyModel, directory: Path) -> None:
+    """As published: Kimi-K2's names behind `language_model.`, the tower's as Moonshot's code has them."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_model(TINY_MODELS["Kimi-K2"], directory)
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(directory / "model.safetensors").items()}
+    tower = {
+        "vision_tower.patch_embed.proj.weight": (32, 3, 14, 14),
+        "vision_tower.patch_embed.pos_emb.weight": (4, 4, 32),
+        "vision_tower.encoder.blocks.0.wqkv.weight": (96, 32),
+        "vision_tower.encoder.final_layernorm.weight": (32,),
+        "mm_projector.pre_norm.weight": (32,),
+        "mm_projector.proj.0.weight": (128, 128),
+        "mm_projector.proj.2.bias": (64,),
+    }
+    tensors |= {name: torch.randn(shape) for name, shape in tower.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tiny.make().save_pretrained(directory)
+    written = json.loads((directory / "config.json").read_text())
+    written["text_config"] |= {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(written))
+
+
+TINY_MODELS["Kimi-K2.5 with images"] = TinyModel(_kimi_with_images, MOE, save=_save_kimi)
