@@ -84,6 +84,16 @@ def test_a_checkpoint_saved_at_tp_2_exports_the_same_bytes(live_delta: LiveRanks
     same_files(tmp_path / "out", live_delta.at() / "nvfp4")
 
 
+def test_the_small_projection_stays_in_16_bits_on_demand(live_delta: LiveRanks, tmp_path: Path) -> None:
+    """As ModelOpt's exporter leaves it, though Megatron has one quantizer for both."""
+    bridge, checkpoint = AutoBridge.from_hf_pretrained(live_delta.hf), live_delta.at(tp=2) / "checkpoint"
+    bridge.convert_checkpoint(checkpoint, tmp_path / "out", ignore=["re:.*in_proj_(ba?|a)$"])
+    found, source = tensors_in(tmp_path / "out"), tensors_in(live_delta.hf)
+    assert torch.equal(found[f"{DELTA}.in_proj_ba.weight"], source[f"{DELTA}.in_proj_ba.weight"])
+    assert f"{DELTA}.in_proj_qkvz.weight_packed" in found
+    assert verify(tmp_path / "out", reference=live_delta.hf).ok
+
+
 def test_rows_that_a_checkpoint_has_in_the_order_of_ranks_are_refused(live_delta: LiveRanks, tmp_path: Path) -> None:
     bridge, checkpoint = AutoBridge.from_hf_pretrained(live_delta.hf), live_delta.at(tp=2) / "fp8_checkpoint"
     with pytest.raises(CheckpointError, match=r"self_attention\.in_proj\.weight_quantizer\._amax is per-channel"):
