@@ -446,7 +446,7 @@ def check_parallel_sizes(
         count = sizes.get(name, 0)
         reasons.append((count % tp, f"TP={tp} does not divide {count} {what}"))
     if "-" in hf.family.layer_pattern(hf.config):
-        width = sizes["ffn_hidden_size"]
+        width = sizes.get("ffn_hidden_size", 0)  # layers may differ
         reasons.append((width % tp, f"TP={tp} does not divide the MLP width of {width}"))
     if experts:
         reasons += _expert_reasons(experts, sizes["moe_ffn_hidden_size"], world=world, pp=pp, ep=ep, etp=etp or tp)

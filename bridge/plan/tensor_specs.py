@@ -61,7 +61,7 @@ class MegatronSpecs:
         self._tensors = hf_tensors(hf)
         self._config = config
         self._registry = hf.registry
-        self._known: dict[tuple[str, int], TensorSpec] = {}
+        self._known: dict[tuple[object, ...], TensorSpec] = {}
         self.mappings: dict[str, MegatronParamMapping] = {}
         for name in self._tensors:
             mapping = hf.registry.hf_to_megatron_lookup(name)
@@ -77,11 +77,11 @@ class MegatronSpecs:
             )
 
     def shard(self, name: str, size: int) -> TensorSpec:
-        """Shape and dtype of a parameter's shard, if sharded over `size` ranks; computed once for each kind."""
-        key = kind_of(name), size
+        """Shape and dtype of a parameter's shard, if sharded over `size` ranks; computed once for all alike."""
+        mapping = self.mappings[name]
+        tensors = {target: self._tensors[target] for target in mapping.targets}
+        key = kind_of(name), size, *(TensorSpec.of(tensor) for tensor in tensors.values())
         if key not in self._known:
-            mapping = self.mappings[name]
-            tensors = {target: self._tensors[target] for target in mapping.targets}
             self._known[key] = TensorSpec.of(mapping.split(tensors, self._config, 0, size))
         return self._known[key]
 

@@ -77,7 +77,8 @@ def _layers(view: CheckpointView) -> Iterator[Problem]:
     for stack, layers in stacks.items():
         is_main = stack in ("model.layers", "backbone.layers", "model.language_model.layers", "language_model.layers")
         wanted = _number_of_layers(view, set().union(*layers.values())) if is_main else None
-        for numbered in _gaps(layers, max(layers) + 1 if wanted is None else wanted):
+        empty = _empty_layers(view) if is_main else set[int]()
+        for numbered in _gaps({*layers, *empty}, max(layers) + 1 if wanted is None else wanted):
             yield Problem(f"{stack}.{numbered}", "has no tensors")
 
 
@@ -90,6 +91,19 @@ def _number_of_layers(view: CheckpointView, parts: Collection[str]) -> int | Non
     if isinstance(kinds, list) and "mlp" in kinds and {"self_attn", "mlp"} <= set(parts):
         return len([kind for kind in kinds if kind != "mlp"])
     return wanted if isinstance(wanted, int) else None
+
+
+def _empty_layers(view: CheckpointView) -> set[int]:
+    """The layers that have neither attention nor MLP, where config.json describes each (`block_configs`)."""
+    blocks = view.text_config.get("block_configs")
+    return {
+        number
+        for number, block in enumerate(blocks if isinstance(blocks, list) else ())
+        if isinstance(block, dict)
+        and all(
+            isinstance(part := block.get(name), dict) and part.get("no_op") is True for name in ("attention", "ffn")
+        )
+    }
 
 
 def _gaps(numbers: Collection[int], count: int) -> Iterator[str]:
