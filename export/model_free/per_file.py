@@ -24,8 +24,8 @@ from amaxbridge.export.model_free.pipeline import devices_of, write_bundles
 from amaxbridge.export.model_free.shard_plan import ShardPlan, plan_shards
 from amaxbridge.export.model_free.whole_directory import chain_of
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
-from amaxbridge.export.output.finalizer import NothingToQuantizeError
 from amaxbridge.export.output.finished_directory import BundleWriter
+from amaxbridge.export.output.module_schemes import NothingToQuantizeError
 from amaxbridge.export.quantization_declared import declared_quantization
 from amaxbridge.export.schemes import find_scheme
 from amaxbridge.mappings.errors import MappingError, OutputExistsError, listing

@@ -6,7 +6,7 @@ that comes one call for each bundle, in any order, on any rank.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.cache_scales import (
-    CACHE_QUANTIZERS,
     PER_HEAD,
     PER_TENSOR,
     CacheFormat,
@@ -30,24 +29,31 @@ from amaxbridge.export.amax.fused_group_amax import (
     GroupAmax,
     MissingAmax,
     MixedGroups,
-    mixed_groups,
     share_amax,
 )
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.architectures.engines import renamed_by_engines
-from amaxbridge.export.architectures.facts import GUESS, Architecture, Knowledge
+from amaxbridge.export.architectures.facts import GUESS, Knowledge
 from amaxbridge.export.architectures.modelopt_matchers import excluded_entries
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.modelopt_config import hf_quant_config, in_config_json
 from amaxbridge.export.output.config_and_index import quantization_config
+from amaxbridge.export.output.module_schemes import (
+    Ignored,
+    check_can_be_quantized,
+    check_no_format_is_lost,
+    check_no_state_is_lost,
+    check_one_format,
+    check_vectors_have_places,
+    choose_schemes,
+    names_elsewhere,
+    unified_modules,
+    unquantized_modules,
+)
 from amaxbridge.export.output.nonfinite import FiniteCheck, NonFinite
 from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT, Recipe, Scheme
-from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.scheme import naming, quantize_group
-from amaxbridge.export.schemes.targets import is_pattern, is_targeted
 from amaxbridge.mappings.amax import (
-    GLOBAL_AMAX,
     INPUT_QUANTIZER,
     LEARNED_POST,
     LEARNED_PRE,
@@ -57,19 +63,12 @@ from amaxbridge.mappings.amax import (
 )
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.fused_groups import groups_among
-from amaxbridge.mappings.names import is_quantizer_state, is_routed_expert, module_of, natural_key
+from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.tensors import TensorSpec
 
 NOTHING_KEPT: Mapping[str, Scheme] = MappingProxyType({})
 CACHE_SCALES = (".k_scale", ".v_scale")
 """Ends of the names of a key-value cache's scales."""
-
-
-class NothingToQuantizeError(UsageError):
-    """A recipe targets no linear module: of a whole model a mistake, of one file no surprise."""
-
-
-_TAKE_AUTO = "Take the scheme that it was trained for, or scheme=auto, which reads it from the quantizers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ class Finalizer:
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
         self._knowledge = knowledge
         self.format = COMPRESSED_TENSORS if recipe is None else recipe.format
-        _check_one_format(self.format, kept)
+        check_one_format(self.format, kept)
         tensors = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         linears = [module_of(name) for name, spec in tensors.items() if _is_linear(name, spec)]
         linears = [module for module in linears if module not in kept]
@@ -166,13 +165,13 @@ class Finalizer:
         self.unified: list[str] = []
         if recipe is not None:
             treated = {module: recipe.scheme_of(module, state, knowledge.stays_unquantized) for module in linears}
-            self.unified = _unified(treated, state, kept, mixed)
-            ignored = _Ignored(recipe.ignore, frozenset(self.unified))
+            self.unified = unified_modules(treated, state, kept, mixed)
+            ignored = Ignored(recipe.ignore, frozenset(self.unified))
             treated |= dict.fromkeys(self.unified)
-            self._schemes = _choose(recipe.name, treated, state, kept, ignored)
-            _check_can_be_quantized(self._schemes, tensors, knowledge)
+            self._schemes = choose_schemes(recipe.name, treated, state, kept, ignored)
+            check_can_be_quantized(self._schemes, tensors, knowledge)
             if state is not None:
-                _check_no_format_is_lost(recipe.name, state, {*self._schemes, *kept}, ignored)
+                check_no_format_is_lost(recipe.name, state, {*self._schemes, *kept}, ignored)
                 self._take(ignored, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]
@@ -318,9 +317,7 @@ class Finalizer:
             for name, tensor in tensors.items():
                 yield Written(f"{module}.{name}", 0, tensor)
 
-    def _take(
-        self, ignored: "_Ignored", state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax
-    ) -> None:
+    def _take(self, ignored: Ignored, state: QuantState, specs: Mapping[str, TensorSpec], missing: MissingAmax) -> None:
         """Takes from the state what the chosen schemes write, and refuses what none of them can store."""
         inputs = {module for module, scheme in self._schemes.items() if scheme.needs_input_amax}
         weights = {
@@ -336,9 +333,9 @@ class Finalizer:
         vectors = {name for name in known if name.endswith(PRE_QUANT_SCALE)}
         in_weights = {name for name in vectors if name.removesuffix(PRE_QUANT_SCALE) not in self._schemes}
         homeless = {name: self._why_not_in_rows(name, specs, state) for name in vectors - in_norms - in_weights}
-        _check_vectors_have_places({name: why for name, why in homeless.items() if why})
+        check_vectors_have_places({name: why for name, why in homeless.items() if why})
         self._of_rows = {self._vectors.rows[name]: name for name in homeless}
-        _check_no_state_is_lost(known - written - vectors)
+        check_no_state_is_lost(known - written - vectors)
         shared = share_amax(state, weights, inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
@@ -413,210 +410,9 @@ def _kept_cache(name: str, specs: Mapping[str, TensorSpec]) -> CacheFormat | Non
     return kept if scales else None
 
 
-def _check_one_format(name: str, kept: Mapping[str, Scheme]) -> None:
-    """Refuses modules that are kept in another format than that of the files."""
-    others = [f"{module}: {scheme.name}" for module, scheme in kept.items() if scheme.file_format != name]
-    if others:
-        raise UsageError(
-            f"format={name}: {len(others)} modules come quantized in another format:{listing(others)}\n"
-            "Write the files in the format of these modules, or have the converter dequantize them"
-        )
-
-
-def unquantized_modules(
-    linears: Iterable[str], shapes: Mapping[str, tuple[int, ...]], knowledge: Knowledge
-) -> list[str]:
-    """The entries of `ignore` for what stays unquantized, in the spellings of files and of transformers' modules.
-
-    Args:
-        linears: the modules with an unquantized 2-D weight, embeddings among them.
-        shapes: every tensor of the files.
-    """
-    ignore = [module for module in linears if not knowledge.is_embedding(module)]
-    packed = (module_of(name) for name, shape in shapes.items() if knowledge.packs_experts(name, shape))
-    ignore += dict.fromkeys(packed)  # as engines name the layer
-    ignore += knowledge.heads_without_tensor(shapes)  # Linear to every engine, though they have no tensors
-    ignore += knowledge.linears_without_suffix(shapes)
-    return ignore + [name for name in knowledge.other_names(ignore) if name not in ignore]
-
-
-def names_elsewhere(knowledge: Knowledge, module: str) -> list[str]:
-    """What engines and transformers call a module of the files where it is not what the files call it."""
-    if not isinstance(knowledge, Architecture):
-        return []
-    own = [] if is_routed_expert(module) else knowledge.other_names([module])
-    names = dict.fromkeys(
-        [*(each for each in own if not is_pattern(each)), *renamed_by_engines(knowledge.name, module)]
-    )
-    return list(names)
-
-
 def _exactly(value: Tensor | Arithmetic | None) -> str:
     return float(value).hex() if isinstance(value, Tensor) else str(value)
 
 
 def _is_linear(name: str, spec: TensorSpec) -> bool:
     return name.endswith(".weight") and len(spec.shape) == 2
-
-
-def _check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec], knowledge: Knowledge) -> None:
-    """Refuses what shapes and names alone tell to be in vain.
-
-    Raises:
-        UsageError: embeddings, which engines look up and never multiply.
-        MappingError: weights without rows or columns.
-    """
-    modules = list(modules)
-    if embeddings := list(filter(knowledge.is_embedding, modules)):
-        raise UsageError(
-            f"{len(embeddings)} targets are embeddings, which no engine reads quantized:{listing(embeddings)}\n"
-            "Leave them out of the targets"
-        )
-    shapes = {module: specs[f"{module}.weight"] for module in modules if f"{module}.weight" in specs}
-    if empty := [f"{module}: {spec}" for module, spec in shapes.items() if 0 in spec.shape]:
-        raise MappingError(f"{len(empty)} weights to be quantized are empty:{listing(empty)}\nName them in ignore")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ignored:
-    """The modules that are written unquantized although they have quantizers.
-
-    Args:
-        targets: what the recipe ignores.
-        modules: members of fused groups with several formats, if they are to be unquantized.
-    """
-
-    targets: tuple[str, ...]
-    modules: frozenset[str]
-
-    def holds(self, module: str) -> bool:
-        """True if the module is one of them."""
-        return module in self.modules or is_targeted(module, self.targets)
-
-
-def _unified(
-    treated: Mapping[str, Scheme | None], state: QuantState | None, kept: Mapping[str, Scheme], policy: MixedGroups
-) -> list[str]:
-    """The members of fused groups with several formats, which are all written unquantized.
-
-    Raises:
-        MappingError: there are such groups, and the policy does not say so, or files hold a member quantized already.
-    """
-    calibrations = {} if state is None else state.formats
-    found = mixed_groups(
-        {
-            module: f"as {scheme.name}{_after(scheme.format, calibrations.get(module, ''))}" if scheme else "not"
-            for module, scheme in {**treated, **kept}.items()
-        }
-    )
-    refused = [each for each in found if policy is MixedGroups.ERROR or not kept.keys().isdisjoint(each.treatment)]
-    if refused:
-        raise MappingError(
-            f"fused groups must be quantized as one:{listing(refused)}\n"
-            "Target or ignore all of their members, or give mixed_groups=unquantized to write these groups in 16 bits"
-        )
-    return [module for each in found for module in each.treatment]
-
-
-def _choose(
-    name: str,
-    treated: Mapping[str, Scheme | None],
-    state: QuantState | None,
-    kept: Mapping[str, Scheme],
-    ignored: _Ignored,
-) -> dict[str, Scheme]:
-    """The scheme of each module to quantize, checked against the quantizers.
-
-    Args:
-        name: name of the recipe.
-        treated: linear module → the scheme that the recipe gives it.
-    """
-    chosen = {module: scheme for module, scheme in treated.items() if scheme is not None}
-    if not chosen and not kept:
-        raise NothingToQuantizeError(
-            f"scheme={name} finds no module with quantizers: all are ignored, or none is targeted"
-            if state is not None
-            else f"scheme={name} finds no linear module to quantize: all are ignored, or none is targeted"
-        )
-    if state is None:
-        static = [module for module, scheme in chosen.items() if scheme.needs_input_amax]
-        if static:
-            raise UsageError(
-                f"scheme={name} needs calibrated inputs, for {len(static)} modules:{listing(static)}\n"
-                "Give quant_state= of a trained model, or choose a scheme without static inputs: nvfp4a16, fp8_dynamic"
-            )
-        return chosen
-    left = [
-        module
-        for module, scheme in treated.items()
-        if scheme is None and module in state.formats and not ignored.holds(module)
-    ]
-    if left:
-        raise UsageError(
-            f"{len(left)} modules have quantizers, and scheme={name} does not target them:{listing(left)}\n"
-            "Target them, or ignore them"
-        )
-    suited = {module: scheme.suited(state.formats[module]) for module, scheme in chosen.items()}
-    fitting = {module: scheme for module, scheme in suited.items() if scheme is not None}
-    others = {module: scheme for module, scheme in chosen.items() if module not in fitting}
-    if others:
-        wanted = ", ".join(dict.fromkeys(scheme.format or f"no {scheme.name}" for scheme in others.values()))
-        found = [f"{module}: {state.formats[module]}" for module in others]
-        raise UsageError(f"scheme={name} needs {wanted} quantizers, but the model has:{listing(found)}\n{_TAKE_AUTO}")
-    if state.inputs is not None:
-        found = [
-            f"{module}: {state.inputs.get(module, 'not quantized')}, {scheme.name} has {scheme.input_format or 'none'}"
-            for module, scheme in fitting.items()
-            if not reads_inputs_as(scheme, module, state)
-        ]
-        if found:
-            raise UsageError(
-                f"scheme={name} has other inputs than {len(found)} modules in training:{listing(found)}\n{_TAKE_AUTO}"
-            )
-    return fitting
-
-
-def _after(start: str, text: str) -> str:
-    """What follows `start` in a text; "" if it does not start so."""
-    return text.removeprefix(start) if text.startswith(start) else ""
-
-
-def _check_no_format_is_lost(name: str, state: QuantState, quantized: Collection[str], ignored: _Ignored) -> None:
-    """Refuses quantizers of modules that are written unquantized without being ignored.
-
-    A tied output layer has no tensor, and may have quantizers. Those of the key-value cache are of no module.
-    """
-    lost = [
-        f"{module}: {what} {form}"
-        for what, forms in (("weights", state.formats), ("inputs", state.inputs or {}))
-        for module, form in forms.items()
-        if module not in quantized and not module.endswith(CACHE_QUANTIZERS) and not ignored.holds(module)
-    ]
-    if lost:
-        raise UsageError(
-            f"{len(lost)} quantizers round what scheme={name} writes unquantized:{listing(lost)}\n"
-            "Disable these quantizers before the export, or ignore the modules"
-        )
-
-
-def _check_vectors_have_places(homeless: Mapping[str, str]) -> None:
-    """Refuses vectors that multiply inputs of quantized modules and that nothing before can take; says why."""
-    if homeless:
-        rows = [f"{name}: {homeless[name]}" for name in sorted(homeless, key=natural_key)]
-        raise UsageError(
-            f"the input quantizers of {len(rows)} modules multiply inputs by a vector (AWQ, SmoothQuant), which no "
-            f"engine does:{listing(rows)}\n"
-            "Ignore these modules (ignore=re:.*o_proj and so on): they are written in 16 bits with the vector in their "
-            "weights, exactly; or calibrate without AWQ and SmoothQuant"
-        )
-
-
-def _check_no_state_is_lost(unwritten: Iterable[str]) -> None:
-    """The completeness gate: quantizer state that the schemes do not write is refused, not dropped."""
-    of_weights = (WEIGHT_QUANTIZER, GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, STORED_SCALES)
-    lost = sorted(name for name in unwritten if not name.endswith(of_weights))
-    if lost:
-        raise UsageError(
-            f"the scheme has no place for {len(lost)} quantizer values:{listing(lost)}\n"
-            "Disable these quantizers before the export, or choose another scheme"
-        )

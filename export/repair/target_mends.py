@@ -13,7 +13,7 @@ from typing import Any
 
 from amaxbridge.export.architectures.facts import GUESS, Knowledge
 from amaxbridge.export.output.config_and_index import fused_layers, patterns_of
-from amaxbridge.export.output.finalizer import names_elsewhere, unquantized_modules
+from amaxbridge.export.output.module_schemes import names_elsewhere, unquantized_modules
 from amaxbridge.export.quant_config import ConfigGroup
 from amaxbridge.export.repair.edits import Change, Edits, Found, Refusal
 from amaxbridge.export.repair.mend import Mend, Unseen
