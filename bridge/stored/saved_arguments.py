@@ -16,7 +16,7 @@ from amaxbridge.mappings.megatron_settings import argument, differences, from_ar
 
 _COMMON = "common_state/"
 _COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
-_SHAPES = (  # settings that decide the shapes of tensors
+_SHAPES = (  # settings that decide the shapes of tensors, or what a mapping makes of their values
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -46,6 +46,7 @@ _SHAPES = (  # settings that decide the shapes of tensors
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_conv_kernel_dim",
+    "layernorm_zero_centered_gamma",
 )
 _PARALLEL = (
     "tensor_model_parallel_size",

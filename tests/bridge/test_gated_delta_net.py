@@ -11,7 +11,9 @@ import torch
 from amaxbridge import verify
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import check_parallel_sizes, read_hf_model
+from amaxbridge.bridge.stored.saved_arguments import disagreements
 from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.megatron_settings import to_arguments
 from amaxbridge.mappings.names import module_of
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import label, same_files, same_tensors
@@ -116,6 +118,15 @@ def test_verify(live_delta: LiveRanks, written: str) -> None:
     report = verify(exported, reference=live_delta.hf)
     assert report.ok, report
     assert verify(exported, engine="vllm").ok
+
+
+def test_a_model_trained_with_other_norms_is_refused(live_delta: LiveRanks) -> None:
+    """Their weights would be written one too large."""
+    hf = read_hf_model(live_delta.hf)
+    saved = to_arguments(hf.family.settings(hf.config))
+    assert list(disagreements(saved, hf)) == []
+    (found,) = disagreements({**saved, "layernorm_zero_centered_gamma": False}, hf)
+    assert found == "--layernorm-zero-centered-gamma False, but config.json gives True"
 
 
 def test_heads_that_do_not_divide_among_ranks_are_refused(live_delta: LiveRanks) -> None:
