@@ -220,6 +220,7 @@ REFUSED = (
     "an unknown key", "no layer", "an expert is gone", "the last experts are gone", "an expert's scale is gone",
     "an expert along the wrong side", "a weight of no architecture", "stacked scales", "codes are gone",
     "all input scales are gone", "scales of padded columns", "zero points of no format", "a cache's scale is gone",
+    "several scales of a cache with one",
     "a pattern that hits the fused name", "a group quantized in part", "a global scale of 0", "a global scale of -1",
     "a global scale of nan", "a global scale of inf", "a block scale of 0", "a block scale of -1",
     "a block scale of nan", "NaN in E8M0", "Inf in a row's scale", "an input scale of zero", "reciprocals of rows",
@@ -238,7 +239,7 @@ NOT_OURS = (
     "int8 experts in SGLang", "MXFP4 in SGLang", "NVFP4 experts in transformers", "zero points in transformers",
     "no norm", "one tensor more", "another shape", "swapped nibbles", "weights of another layer",
     "an amax below the weights", "another amax than training's", "heads that do not divide",
-    "experts that do not divide",
+    "experts that do not divide", "a cache with scales for each head, for SGLang",
 )  # fmt: skip
 """Warnings, engines that do not serve them, and what a reference alone shows."""
 

@@ -321,7 +321,7 @@ NAMES = {
     "a cache without its scheme": Break(
         "kv-scales", f"{LAYER}.self_attn.k_scale", lambda made: made.quantization.pop("kv_cache_scheme"), cache=True
     ),
-    "one scale of a cache with one for each head": at(
+    "several scales of a cache with one": at(
         "kv-scales", f"{LAYER}.self_attn.k_scale", put, torch.ones(3, 1, 1), cache=True
     ),
     "a cache with scales for each head, for SGLang": Break("engine-cache", "kv_cache_scheme", per_head, cache=True),
