@@ -19,6 +19,7 @@ from modelopt.torch.quantization.tensor_quant import _fp8_eager, _tensor_quant
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amaxbridge.export.amax.cache_scales import PER_TENSOR
 from amaxbridge.export.amax.fused_group_amax import DATA_FREE, BlockAmax, GroupAmax
 from amaxbridge.export.disk.packed_experts import split_fused_moe_experts
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -291,7 +292,7 @@ def test_what_is_planned_is_written(name: str, shape: tuple[int, ...]) -> None:
 
 def test_a_config_of_several_schemes() -> None:
     schemes = {"model.layers.0.a": SCHEMES["nvfp4"], "model.layers.1.a": SCHEMES["nvfp4"], "b": SCHEMES["w8a8"]}
-    config = quantization_config(schemes, ["lm_head"], kv_cache=True)
+    config = quantization_config(schemes, ["lm_head"], cache=PER_TENSOR)
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.format == config["format"] == "mixed-precision"
     assert [group.targets for group in parsed.config_groups.values()] == [[r"re:model\.layers\.\d+\.a$"], [r"re:b$"]]
