@@ -114,6 +114,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             (
                 "attn_logit_softcapping", "final_logit_softcapping", "swiglu_limit", "swiglu_alpha", "mscale",
                 "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor", "attn_scale", "alpha",
+                "llama_4_scaling_beta",
             ),
             _NUMBER,
         ),

@@ -19,7 +19,7 @@ from amaxbridge.mappings.families.granite import GRANITE
 from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MOE_V1
 from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
-from amaxbridge.mappings.families.llama import LLAMA, MISTRAL
+from amaxbridge.mappings.families.llama import LLAMA, MINISTRAL3, MISTRAL
 from amaxbridge.mappings.families.llama4 import LLAMA4
 from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
 from amaxbridge.mappings.families.mixtral import MIXTRAL
@@ -85,6 +85,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     HY_V3,
     LLAMA4,
     ERNIE4_5_MOE,
+    MINISTRAL3,
     HUNYUAN_DENSE_V1,
     HUNYUAN_MOE_V1,
     DOTS1,

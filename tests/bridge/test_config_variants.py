@@ -70,7 +70,7 @@ WITHOUT_A_SWITCH = (  # for biases that its mappings do not take
         "Phi-3",
         "Phi-4-mini",
     ),
-    *("Exaone 4", "Exaone 4 without windows", "MiniMax-M2", "GLM-4, old"),
+    *("Exaone 4", "Exaone 4 without windows", "MiniMax-M2", "GLM-4, old", "Ministral 3"),
 )
 
 

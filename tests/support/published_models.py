@@ -16,6 +16,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "DeepSeek-V2-Lite": "16B",
     "DeepSeek-V2.5": "236B",
     "DeepSeek-V3": "671B",
+    "Devstral-2-123B": "125B",  # which its name makes 123
     "ERNIE-4.5-0.3B": 360_748_032,
     "ERNIE-4.5-21B-A3B": "22B",
     "EXAONE-4.0-32B": "32B",
@@ -68,6 +69,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
 
 NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
     "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
+    "Devstral-2-123B": "scales only as rope_type 'llama3'",
     "ERNIE-4.5-21B-A3B": "adds a bias to softmax scores",
     "Llama-4-Scout-text": "scales only as rope_type 'llama3'",
     "Olmo-3.1-32B": "the same in all layers",

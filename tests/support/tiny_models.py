@@ -521,6 +521,19 @@ TINY_MODELS: dict[str, TinyModel] = {
         MOE,
         prepare=_narrow_routers,
     ),
+    "Ministral 3": TinyModel(
+        config(
+            "Ministral3ForCausalLM",
+            head_dim=32,
+            sliding_window=5,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    ),
     "ERNIE-4.5-MoE": TinyModel(
         config(
             "Ernie4_5_MoeForCausalLM",

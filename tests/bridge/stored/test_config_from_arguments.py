@@ -32,6 +32,7 @@ TWO_KINDS = (  # which the arguments do not tell apart; `test_parity.py` has the
 )
 ALIKE = {  # which compute the same as a family before them
     "Seed-OSS": "Qwen2ForCausalLM",
+    "Ministral 3": "MistralForCausalLM",
     "Phi-3": "LlamaForCausalLM",
     "Hunyuan 3": "Glm4MoeForCausalLM",
     "GLM-4.7-Flash": "DeepseekV3ForCausalLM",
