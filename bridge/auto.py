@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -21,7 +22,7 @@ from amaxbridge.bridge.live.compressed_weights import (
     shared_scales,
     without_packing,
 )
-from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers
+from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers, mappings_of
 from amaxbridge.bridge.live.model_walk import (
     Parameter,
     Quantizer,
@@ -34,6 +35,7 @@ from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
+from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
 from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
@@ -166,12 +168,12 @@ class AutoBridge:
     def load_hf_weights(self, model: Model) -> None:
         """Fills this rank's shards of the model's parameters from the safetensors of the Hugging Face directory.
 
-        A compressed-tensors checkpoint is dequantized on the way. `import_hf` restores its amax too.
+        Collective. A compressed-tensors checkpoint is dequantized on the way. `import_hf` restores its amax too.
 
         Raises:
             UsageError: Megatron does not compute the model that config.json describes.
             UnmappedParameterError: parameters have no mapping; all of them are named.
-            CheckpointError: a file or a tensor is missing, or `model` is another model.
+            CheckpointError: a file or a tensor is missing, `model` is another model, or has no place for a tensor.
             MappingError: a tensor does not have the shape that the model needs.
         """
         with self.open_weights() as weights:
@@ -195,7 +197,10 @@ class AutoBridge:
             replace(each, name=_EMBEDDING) if self.hf.tied and each.name == OUTPUT_LAYER else each
             for each in self._parameters(chunks)
         ]
-        fill_parameters(parameters, weights.read, self.hf.registry, self._model_config(chunks), self._ranks())
+        mappings, ranks = mappings_of(parameters, self.hf.registry), self._ranks()
+        taken = ranks.all_gather_object(Axis.WORLD, [name for mapping in mappings for name in mapping.targets])
+        check_nothing_is_left(self.hf, weights, chain.from_iterable(taken), warn=ranks.rank(Axis.WORLD) == 0)
+        fill_parameters(parameters, mappings, weights.read, self._model_config(chunks), ranks)
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers: the inverse of `collect_quant_state`.

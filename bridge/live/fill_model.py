@@ -1,6 +1,6 @@
 """Filling a live Megatron model from Hugging Face tensors and amax: each rank reads what its own shards need."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from amaxbridge.bridge.live.quantized_parameters import fill
 from amaxbridge.bridge.plan.export_plan import find_mappings
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.mappings.errors import AmaxError, MappingError, UnmappedParameterError, listing
+from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Ranks
 from amaxbridge.mappings.registry import MappingRegistry
@@ -57,28 +58,34 @@ def _set_amax(quantizer: Quantizer, amax: Tensor) -> None:
     quantizer.module.amax = amax.clone()
 
 
+def mappings_of(parameters: Iterable[Parameter], registry: MappingRegistry) -> list[MegatronParamMapping]:
+    """The mapping of each parameter.
+
+    Raises:
+        UnmappedParameterError: parameters have no mapping; all of them are named.
+    """
+    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
+    return list(find_mappings(list(specs), registry, specs).values())
+
+
 def fill_parameters(
-    parameters: Iterable[Parameter],
+    parameters: Sequence[Parameter],
+    mappings: Sequence[MegatronParamMapping],
     read: Callable[[str], Tensor],
-    registry: MappingRegistry,
     config: ModelConfig,
     ranks: Ranks,
 ) -> None:
     """Copies into each parameter its shard of the Hugging Face tensors. No communication.
 
     Args:
+        mappings: that of each parameter.
         read: Hugging Face name → tensor.
 
     Raises:
-        UnmappedParameterError: parameters have no mapping; all of them are named.
         MappingError: shards do not have their parameter's shape; all of them are named.
     """
-    parameters = list(parameters)
-    specs = {parameter.name: TensorSpec.of(parameter.tensor) for parameter in parameters}
-    mappings = find_mappings(list(specs), registry, specs)
     problems = []
-    for parameter in parameters:
-        mapping = mappings[parameter.name]
+    for parameter, mapping in zip(parameters, mappings, strict=True):
         tensors = {name: read(name) for name in mapping.targets}
         shard = mapping.split(tensors, config, ranks.rank(mapping.axis), ranks.size(mapping.axis))
         if shard.shape != parameter.tensor.shape:

@@ -15,6 +15,7 @@ import torch
 from amaxbridge.bridge.hf import HFModel, check_parallel_sizes
 from amaxbridge.bridge.live.bundle_stream import BUCKET_BYTES
 from amaxbridge.bridge.plan.export_plan import BundlePlan, RankReport, plan_reports
+from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
 from amaxbridge.bridge.plan.mesh import Mesh
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.save import ExportReport, Saver
@@ -110,7 +111,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
 
     Raises:
         UsageError: Megatron does not compute this model, or it cannot be built at these sizes.
-        CheckpointError: files or tensors are missing; all are named.
+        CheckpointError: files or tensors are missing, or Megatron has no place for some; all are named.
     """
     hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
@@ -124,8 +125,9 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
             for name in mapping.targets
             if module_of(name) not in schemes and not weights.checkpoint.has(name)
         ]
-    if missing:
-        raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")
+        if missing:
+            raise CheckpointError(f"{hf.directory} lacks {len(missing)} tensors of its model:{listing(missing)}")
+        check_nothing_is_left(hf, weights, [name for each in specs.mappings.values() for name in each.targets])
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in _reports(specs, mesh)]
     return ImportPlan(mesh, Counter(scheme.name for scheme in schemes.values()), held)
 

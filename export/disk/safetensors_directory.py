@@ -104,9 +104,13 @@ class SafetensorsCheckpoint:
 
     def has(self, name: str) -> bool:
         """True if `read` would find the tensor; opens no file."""
+        return bool(self.names_of(name))
+
+    def names_of(self, name: str) -> list[str]:
+        """The tensors of the files that `read` takes a tensor from: itself, or those that pack it; opens no file."""
         source = self._packed(name)
-        packed = (source.name, f"{source.name}_blocks") if source is not None else ()
-        return any(each in self.weight_map for each in (name, *packed))
+        packed = [f"{source.name}{end}" for end in ("", "_blocks", "_scales")] if source is not None else []
+        return [each for each in (name, *packed) if each in self.weight_map]
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor into CPU memory; an expert's tensor also from packed experts.

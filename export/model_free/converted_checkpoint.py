@@ -57,7 +57,11 @@ class ConvertedCheckpoint:
 
     def has(self, name: str) -> bool:
         """True if `read` would find the tensor."""
-        return name in self._bundles or self._checkpoint.has(name)
+        return bool(self.names_of(name))
+
+    def names_of(self, name: str) -> list[str]:
+        """As `SafetensorsCheckpoint.names_of`."""
+        return [name] if name in self._bundles else self._checkpoint.names_of(name)
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor into CPU memory.
