@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from amaxbridge.mappings.errors import UnknownArchitectureError
+from amaxbridge.mappings.families.arcee import ARCEE
 from amaxbridge.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
@@ -48,6 +49,7 @@ __all__ = ["FAMILIES", "family_of"]
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
     MISTRAL,
+    ARCEE,
     QWEN2,
     QWEN2_MOE,
     QWEN3,

@@ -13,6 +13,7 @@ from amaxbridge.mappings.families import family_of
 from tests.support.paths import PUBLISHED_MODELS
 
 PARAMETERS = {  # as published: to the last one, or in billions; without MTP layers
+    "Arcee-defaults": 4_022_766_080,
     "DeepSeek-V2-Lite": "16B",
     "DeepSeek-V2.5": "236B",
     "DeepSeek-V3": "671B",

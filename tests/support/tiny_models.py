@@ -188,6 +188,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         config("LlamaForCausalLM", rope_parameters=LLAMA3, max_position_embeddings=16384, tie_word_embeddings=True)
     ),
     "Mistral, window of 5": TinyModel(config("MistralForCausalLM", sliding_window=5)),
+    "Arcee": TinyModel(config("ArceeForCausalLM")),
     "Qwen2.5": TinyModel(config("Qwen2ForCausalLM")),
     "Qwen3": TinyModel(config("Qwen3ForCausalLM", head_dim=32)),
     "Qwen3, tied": TinyModel(config("Qwen3ForCausalLM", head_dim=32, tie_word_embeddings=True)),
