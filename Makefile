@@ -18,7 +18,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model family parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -112,9 +112,17 @@ $(ARCHITECTURES)/.ready: $(READY)
 	$(BIN)/uv pip install --quiet --python $(ARCHITECTURES)/bin/python --editable '.[test]' pillow timm torchvision
 	touch $@
 
-# Logits of every family in transformers and in Megatron: the table of docs/families.md.
+# All that a new family needs beyond its own files and rows, FAMILY being an architecture of config.json: the defaults of its
+# fields, its golden table, its tests, and its rows in docs/families.md.
+family: setup
+	test -n "$(FAMILY)" || { echo "give an architecture: make family FAMILY=LlamaForCausalLM" >&2; exit 2; }
+	$(BIN)/python -m tests.support.hf_defaults_table
+	$(BIN)/python -m pytest --family $(FAMILY) tests/mappings tests/bridge tests/export/architectures
+	$(BIN)/python -m tests.support.parity $(FAMILY)
+
+# Logits of every family in transformers and in Megatron: the table of docs/families.md. With FAMILY=ARCHITECTURE, its rows.
 parity: setup
-	$(BIN)/python -m tests.support.parity
+	$(BIN)/python -m tests.support.parity $(FAMILY)
 
 # What the ranks of an export move, beside the naive way: the table of benchmarks/README.md.
 bench-traffic: setup

@@ -23,10 +23,16 @@ def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]
     """A config.json with every field that an export from the disk reads.
 
     Raises:
-        MissingExtraError: it lacks fields that only transformers fills in. The message names them.
+        MissingExtraError: it lacks fields that only transformers fills in. The message names them. Or the family is
+            new, and the table not made again.
     """
-    known = _table()
-    entry = next(known[name] for name in written["architectures"] if name in known)
+    entry = next((entry for name, entry in _table().items() if name in written["architectures"]), None)
+    if entry is None:
+        raise MissingExtraError(
+            f"bridge/hf_defaults.json has no defaults of {', '.join(written['architectures'])}, which transformers "
+            "fills in: pip install 'amaxbridge[megatron]'. After adding a family, make the table again: "
+            "python -m tests.support.hf_defaults_table"
+        )
     part = family.language_part
     told = dict((written.get(part) or written) if part else written)
     told = {name: told[other] for name, other in entry["same"].items() if other in told} | told

@@ -15,6 +15,7 @@ from tests.support.hf_models import make_deepseek_v3, make_nemotron_h, make_qwen
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.lowest_versions import Lowest, without_a_driver
 from tests.support.made_once import made_once, shared_root
+from tests.support.one_family import OneFamily
 from tests.support.slow_tests import Measuring, mark_and_order
 
 
@@ -49,6 +50,7 @@ def seeded() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--measure", action="store_true", help="measure all tests, and write tests/slow_tests.txt")
     parser.addoption("--lowest", action="store_true", help="leave out what tests/lowest_versions.txt has")
+    parser.addoption("--family", metavar="ARCHITECTURE", help="only the tests of one model family")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("lowest"):
         config.pluginmanager.register(Lowest())
         without_a_driver()
+    if architecture := config.getoption("family"):
+        config.pluginmanager.register(OneFamily(architecture))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

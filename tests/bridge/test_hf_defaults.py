@@ -64,3 +64,9 @@ def test_a_number_that_is_left_out_is_never_guessed(left_out: str) -> None:
     del written[left_out]
     with pytest.raises(MissingExtraError, match=left_out):
         completed(written, family_of(written))
+
+
+def test_a_family_that_the_table_lacks_says_how_to_make_it() -> None:
+    family = family_of({"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(MissingExtraError, match=r"no defaults of NewForCausalLM.*python -m tests\.support\.hf_def"):
+        completed({"architectures": ["NewForCausalLM"]}, family)

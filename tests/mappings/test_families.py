@@ -64,10 +64,15 @@ def assert_names_close(hf: HFModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What exports of live Megatron models would write: model → name → shape. Or why one is not built."""
+def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What exports of live Megatron models would write: model → name → shape. Or why one is not built.
+
+    Of the models whose tests were selected.
+    """
     out = tmp_path_factory.mktemp("published") / "plans.json"
-    launch(WORKERS / "live_published.py", PUBLISHED_MODELS, out)
+    selected = (getattr(item, "callspec", None) for item in request.session.items)
+    names = {call.params["name"] for call in selected if call and call.params.get("name") in PARAMETERS}
+    launch(WORKERS / "live_published.py", out, *sorted(names))
     planned: dict[str, Any] = json.loads(out.read_text())
     return planned
 

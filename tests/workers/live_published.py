@@ -1,6 +1,6 @@
 """Megatron models of published size on the meta device, and the plan of their export.
 
-    python live_published.py CONFIG_DIR OUT_JSON
+    python live_published.py OUT_JSON MODEL [MODEL …]
 
 Every parameter of the real model is there and none of its bytes: DeepSeek-V3, 61 layers of 256 experts, takes seconds.
 """
@@ -8,6 +8,7 @@ Every parameter of the real model is there and none of its bytes: DeepSeek-V3, 6
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +17,15 @@ from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import family_of
+from tests.support.paths import PUBLISHED_MODELS
 from tests.support.published_models import configured
 from tests.support.without_fla import without_fla
 
 
-def main(configs: Path, out: Path) -> None:
+def main(out: Path, models: Sequence[str]) -> None:
     gc.disable()  # a hundred thousand modules, all of them in use
     with megatron.distributed(tp=1), without_fla():
-        plans = {file.stem: plan(file, out.parent / "unwritten") for file in configs.iterdir()}
+        plans = {name: plan(PUBLISHED_MODELS / f"{name}.json", out.parent / "unwritten") for name in models}
     out.write_text(json.dumps(plans))
 
 
@@ -42,4 +44,4 @@ def plan(file: Path, unwritten: Path) -> dict[str, tuple[int, ...]] | str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])
