@@ -15,6 +15,7 @@ REFUSED = {  # published before transformers wrote these fields
     "GLM-4.7-Flash": "mlp_layer_types",
     "Gemma-3-4B": "head_dim",
     "Nemotron-3-Nano-30B-A3B": "layers_block_type",
+    "Nemotron-3-Super-120B-A12B": "layers_block_type, mtp_layers_block_type",
     "Nemotron-H-8B": "head_dim, layers_block_type",
     "Qwen3-Coder-Next-E336": "layer_types",
     "Llama-4-Maverick-text": "moe_layers",
