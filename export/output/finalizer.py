@@ -40,6 +40,7 @@ from amaxbridge.export.modelopt_config import hf_quant_config, in_config_json
 from amaxbridge.export.output.config_and_index import quantization_config
 from amaxbridge.export.output.module_schemes import (
     Ignored,
+    check_blocks_are_whole,
     check_can_be_quantized,
     check_no_format_is_lost,
     check_no_state_is_lost,
@@ -172,6 +173,7 @@ class Finalizer:
             check_can_be_quantized(self._schemes, tensors, knowledge)
             if state is not None:
                 check_no_format_is_lost(recipe.name, state, {*self._schemes, *kept}, ignored)
+                check_blocks_are_whole(self._schemes, specs)
                 self._take(ignored, state, specs, missing)
         self.outputs = self._plan(tensors)
         self.left = [module for module in linears if module not in self._schemes]

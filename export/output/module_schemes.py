@@ -3,6 +3,7 @@
 Against it speak shapes, fused groups with several formats, and quantizers that would be lost.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,31 @@ def check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpe
     shapes = {module: specs[f"{module}.weight"] for module in modules if f"{module}.weight" in specs}
     if empty := [f"{module}: {spec}" for module, spec in shapes.items() if 0 in spec.shape]:
         raise MappingError(f"{len(empty)} weights to be quantized are empty:{listing(empty)}\nName them in ignore")
+
+
+def check_blocks_are_whole(schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuses amax of more or fewer blocks than the weight has: ranks cut through a block, and each has its own part.
+
+    Args:
+        schemes: module to quantize → its scheme.
+        specs: every tensor, the amax of blocks among them.
+
+    Raises:
+        MappingError: there are such modules; all are named.
+    """
+    cut = [
+        f"{module}: weight {specs[f'{module}.weight']}, amax {specs[module + state]} for blocks of {scheme.name}"
+        for module, scheme in schemes.items()
+        for state in (WEIGHT_QUANTIZER, LEARNED_POST, LEARNED_PRE)
+        if module + state in specs
+        if math.prod(specs[module + state].shape) != math.prod(scheme.blocks.shape(*specs[f"{module}.weight"].shape))
+    ]
+    if cut:
+        raise MappingError(
+            f"{len(cut)} weights have other blocks than their amax:{listing(cut)}\n"
+            "Tensor parallelism cuts through blocks: calibrate at a size that divides them, or in smaller blocks; or "
+            "name these modules in ignore"
+        )
 
 
 @dataclass(frozen=True, slots=True)

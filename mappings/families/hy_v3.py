@@ -10,14 +10,6 @@ from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowP
 _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
 
-def _moe_layers(hf_config: HFConfig) -> list[int]:
-    return [int(kind == "sparse") for kind in look_up(hf_config, "mlp_layer_types")]
-
-
-def _layer_types(settings: Settings) -> dict[str, Any]:
-    return {"mlp_layer_types": ["sparse" if each else "dense" for each in settings["moe_layer_freq"]]}
-
-
 def _shared_width(hf_config: HFConfig) -> int:
     return int(look_up(hf_config, "moe_intermediate_size") * look_up(hf_config, "num_shared_experts"))
 
@@ -50,7 +42,7 @@ HY_V3 = ModelFamily(
     transformer={
         **decoder.DECODER_SIZES,
         "num_moe_experts": "num_experts",
-        "moe_layer_freq": Translation(_moe_layers, _layer_types),
+        "moe_layer_freq": sigmoid_experts.LISTED_LAYERS,
         "moe_ffn_hidden_size": "moe_intermediate_size",
         "moe_shared_expert_intermediate_size": Translation(_shared_width, _shared_experts),
         "moe_router_topk": "num_experts_per_tok",
