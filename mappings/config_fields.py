@@ -83,6 +83,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
                 "num_key_value_heads",
                 "vocab_size", "moe_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank",
                 "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                "index_n_heads", "index_head_dim", "index_topk",
                 "mamba_head_dim", "mamba_num_heads", "n_groups", "ssm_state_size",
                 "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
                 "linear_conv_kernel_dim", "moe_layer_interval", "decoder_sparse_step", "max_position_embeddings",
@@ -93,7 +94,8 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
         **dict.fromkeys(
             (
                 "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "n_group",
-                "topk_group", "num_experts_per_tok", "sliding_window", "num_shared_experts",
+                "topk_group", "num_experts_per_tok", "sliding_window",
+                "index_topk_freq", "index_skip_topk_offset", "num_shared_experts",
                 "attention_chunk_size", "floor_scale", "moe_num_shared_experts", "moe_k", "moe_layer_start_index",
             ),
             _whole(0, _LARGEST),
@@ -130,7 +132,11 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
             ("rope_type", "type", "model_type", "hidden_act", "hidden_activation", "mlp_hidden_act"), _NAME
         ),
         **dict.fromkeys(
-            ("architectures", "layer_types", "layers_block_type", "mtp_layers_block_type", "mlp_layer_types"), _NAMES
+            (
+                "architectures", "layer_types", "layers_block_type", "mtp_layers_block_type", "mlp_layer_types",
+                "indexer_types",
+            ),
+            _NAMES,
         ),
         **dict.fromkeys(("rope_parameters", "full_attention", "sliding_attention"), _OBJECT),
         **dict.fromkeys(("mlp_only_layers", "moe_layers"), _list_of("layers", _LAYERS[1])),

@@ -127,7 +127,8 @@ _SIZES = dict.fromkeys(("num_layers", "mtp_num_layers"), _MOST_LAYERS) | dict.fr
         "padded_vocab_size",
         "max_sequence_length", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
         "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-        "linear_conv_kernel_dim",
+        "linear_conv_kernel_dim", "dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk",
+        "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset",
     ),
     _LARGEST,
 )  # fmt: skip

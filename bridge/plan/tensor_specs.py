@@ -132,13 +132,20 @@ def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
 
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DeepSeek's MTP layers: each like the last decoder layer, with the tensors around it."""
+    """DeepSeek's MTP layers: each like the last decoder layer, with the tensors around it.
+
+    Each has an indexer if the model has any, also where the last decoder layer shares another's.
+    """
     count = hf.config.get("num_nextn_predict_layers", 0)
     first = hf.config.get("num_hidden_layers", 0)
     last = f"model.layers.{first - 1}."
     if not count or f"{last}input_layernorm.weight" not in tensors or _has_own_mtp(hf):
         return {}
     inner = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    if indexed := [name for name in tensors if name.endswith(".self_attn.indexer.wk.weight")]:
+        like = max(indexed, key=natural_key).removesuffix("self_attn.indexer.wk.weight")
+        indexer = f"{like}self_attn.indexer."
+        inner |= {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(indexer)}
     norm, hidden = tensors["model.norm.weight"], hf.config["hidden_size"]
     inner |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), norm)
     inner["eh_proj.weight"] = norm.new_empty(hidden, 2 * hidden)

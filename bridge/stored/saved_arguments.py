@@ -46,6 +46,9 @@ _SHAPES = (  # settings that decide the shapes of tensors, or what a mapping mak
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_conv_kernel_dim",
+    "dsa_indexer_n_heads",
+    "dsa_indexer_head_dim",
+    "dsa_indexer_topk_freq",
     "layernorm_zero_centered_gamma",
 )
 _PARALLEL = (

@@ -42,6 +42,7 @@ from amaxbridge.mappings.families.qwen_vision import (
     QWEN3_VL_MOE,
 )
 from amaxbridge.mappings.families.smollm3 import SMOLLM3
+from amaxbridge.mappings.families.sparse_attention import DEEPSEEK_V32, GLM_MOE_DSA
 from amaxbridge.mappings.family import ModelFamily
 
 __all__ = ["FAMILIES", "family_of"]
@@ -67,6 +68,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     KIMI_K25,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
     GLM4_MOE,
     GLM4_MOE_LITE,
     GPT_OSS,

@@ -12,7 +12,9 @@ from tests.support.hf_defaults_table import CONFIGS, TABLE, filled, read_of, tab
 from tests.support.tiny_models import TINY_MODELS
 
 REFUSED = {  # published before transformers wrote these fields
+    "DeepSeek-V3.2": "mlp_layer_types",
     "GLM-4.7-Flash": "mlp_layer_types",
+    "GLM-5": "indexer_types, mlp_layer_types",
     "Gemma-3-4B": "head_dim",
     "Nemotron-3-Nano-30B-A3B": "layers_block_type",
     "Nemotron-3-Super-120B-A12B": "layers_block_type, mtp_layers_block_type",

@@ -17,6 +17,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "DeepSeek-V2-Lite": "16B",
     "DeepSeek-V2.5": "236B",
     "DeepSeek-V3": "671B",
+    "DeepSeek-V3.2": "672B",
     "Devstral-2-123B": "125B",  # which its name makes 123
     "ERNIE-4.5-0.3B": 360_748_032,
     "ERNIE-4.5-21B-A3B": "22B",
@@ -24,6 +25,8 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "GLM-4-9B": 9_400_279_040,
     "GLM-4.7-Flash": "30B",
     "GLM-4.5-Air": "107B",  # 106.85, which its model card cuts to 106
+    "GLM-5": "744B",
+    "GLM-5.2": "743B",
     "GPT-OSS-20B": "21B",
     "GLM-4-9B-chat": 9_399_951_360,
     "Granite-defaults": 6_738_415_616,
@@ -68,7 +71,12 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "dots.llm1-defaults": "161B",
 }
 
+_DSA = "Megatron has sparse attention on Transformer Engine's layers only"
+
 NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are compared
+    "DeepSeek-V3.2": _DSA,
+    "GLM-5": _DSA,
+    "GLM-5.2": _DSA,
     "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
     "Devstral-2-123B": "scales only as rope_type 'llama3'",
     "ERNIE-4.5-21B-A3B": "adds a bias to softmax scores",

@@ -665,3 +665,37 @@ def _save_kimi(tiny: TinyModel, directory: Path) -> None:
 
 
 TINY_MODELS["Kimi-K2.5 with images"] = TinyModel(_kimi_with_images, MOE, save=_save_kimi)
+
+
+_INDEXED: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 8,
+}
+_NO_DSA = "Megatron-Core's sparse attention takes Transformer Engine's layers only"
+TINY_MODELS |= {
+    "DeepSeek-V3.2": TinyModel(config("DeepseekV32ForCausalLM", **_INDEXED), unbuildable=_NO_DSA),
+    "GLM-5.2": TinyModel(
+        config(
+            "GlmMoeDsaForCausalLM",
+            **_INDEXED,
+            num_hidden_layers=6,
+            index_topk_freq=3,
+            index_skip_topk_offset=2,
+            num_nextn_predict_layers=1,
+        ),
+        unbuildable=_NO_DSA,
+    ),
+}
