@@ -28,8 +28,7 @@ from amaxbridge.export.amax.amax_from_scales import amax_of_scale
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.kernels.nvfp4 import FP8_MAX, SCALE_RANGE
 from amaxbridge.export.schemes import COMPRESSED_TENSORS, MODELOPT_FORMAT
-from amaxbridge.export.schemes.nvfp4 import BLOCKS_OF_E2M1
-from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
+from amaxbridge.export.schemes.quantizer_settings import BLOCKS_OF_E2M1, QuantizerSettings
 from amaxbridge.export.schemes.scheme import arguments
 from amaxbridge.export.schemes.signature import Arguments
 from amaxbridge.mappings.errors import AmaxError, UsageError, listing

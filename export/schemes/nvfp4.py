@@ -31,16 +31,15 @@ from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX
 from amaxbridge.export.kernels.restore import restore_nvfp4
 from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.export.schemes.quantizer_settings import (
+    BLOCKS_OF_E2M1,
     FOUR_OVER_SIX,
     LEARNED,
     LEARNED_UNROUNDED,
-    QuantizerSettings,
 )
 from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
 WEIGHTS = arguments(4, "float", "tensor_group", group_size=BLOCK)
-BLOCKS_OF_E2M1 = QuantizerSettings((2, 1), block_sizes={-1: BLOCK, "type": "dynamic", "scale_bits": (4, 3)})
 WHOLE_BLOCKS = ShardMultiple(inputs=BLOCK)  # otherwise engines load a shard and read wrong blocks
 _CALIBRATIONS: Mapping[str, float] = MappingProxyType(
     {"": FP8_MAX, FOUR_OVER_SIX: FOUR_OVER_SIX_MAX, LEARNED: FP8_MAX, LEARNED_UNROUNDED: FP8_MAX}

@@ -1,6 +1,7 @@
 """NVFP4 weights, 16-bit activations: the tensors of `nvfp4` without the input scale, which engines refuse."""
 
-from amaxbridge.export.schemes.nvfp4 import BLOCKS_OF_E2M1, WEIGHTS, WHOLE_BLOCKS, NVFP4Scheme
+from amaxbridge.export.schemes.nvfp4 import WEIGHTS, WHOLE_BLOCKS, NVFP4Scheme
+from amaxbridge.export.schemes.quantizer_settings import BLOCKS_OF_E2M1
 
 NVFP4A16 = NVFP4Scheme(
     "nvfp4a16",

@@ -51,6 +51,10 @@ class QuantizerSettings:
         return input_format(self.num_bits, self.axis, self.block_sizes, dynamic=self.type == "dynamic")
 
 
+BLOCKS_OF_E2M1 = QuantizerSettings((2, 1), block_sizes={-1: 16, "type": "dynamic", "scale_bits": (4, 3)})
+"""NVFP4."""
+
+
 def input_format(num_bits: Any, axis: Any, block_sizes: Mapping[Any, Any] | None, *, dynamic: bool) -> str:
     """The format of an input quantizer in words: `e2m1 in blocks of 16 with e4m3 scales`, `e4m3 per token`.
 

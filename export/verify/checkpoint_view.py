@@ -167,7 +167,10 @@ class CheckpointView:
 
         Engines look into the language model's part of config.json last, where Kimi-K2.5 says it.
         """
-        raw = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        raw = self.config.get("quantization_config")
+        nested = self.config.get("text_config")
+        if not raw and isinstance(nested, dict) and "num_hidden_layers" in nested:
+            raw = nested.get("quantization_config")
         if not raw and isinstance(said := self.hf_quant_config.get("quantization"), dict):
             raw = {**said, "quant_method": MODELOPT_FORMAT}
         return read_quant_config(raw)

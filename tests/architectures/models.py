@@ -18,7 +18,10 @@ from tests.sweep.architectures import Row, rows
 from tests.sweep.shrunken_configs import tiny_config
 
 _OPTIONAL_SIZES: Mapping[str, int] = MappingProxyType(
-    {"head_dim": 96, "q_lora_rank": 192, "num_key_value_heads": 4, "ffn_dim": 4096, "n_shared_experts": 1}
+    {
+        **{"head_dim": 96, "q_lora_rank": 192, "num_key_value_heads": 4, "ffn_dim": 4096, "n_shared_experts": 1},
+        "moe_latent_size": 160,
+    }
 )
 """Fields that may be None, with a size that no other field has."""
 _FACTORS: tuple[Mapping[str, int], ...] = (

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from amaxbridge.export.schemes import in_modelopt, named_scheme
+from amaxbridge.export.schemes import named_scheme
+from amaxbridge.export.schemes.modelopt import in_modelopt
 
 _ROOMS = {
     "vllm": "vllm/model_executor/layers/quantization/modelopt.py",

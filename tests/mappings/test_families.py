@@ -70,8 +70,9 @@ def plans(launch: Launcher, tmp_path_factory: pytest.TempPathFactory, request: p
     Of the models whose tests were selected.
     """
     out = tmp_path_factory.mktemp("published") / "plans.json"
-    selected = (getattr(item, "callspec", None) for item in request.session.items)
-    names = {call.params["name"] for call in selected if call and call.params.get("name") in PARAMETERS}
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    chosen = {str(call.params["name"]) for call in calls if call and "name" in call.params}
+    names = PARAMETERS.keys() & chosen
     launch(WORKERS / "live_published.py", out, *sorted(names))
     planned: dict[str, Any] = json.loads(out.read_text())
     return planned
