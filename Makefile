@@ -18,7 +18,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-browser fuzz real-model family parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-vllm-families test-browser fuzz real-model family parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
 
 setup: $(READY)
 
@@ -83,6 +83,10 @@ test-gpu: setup
 # What the real vLLM makes of our checkpoints, on a CPU: the table of docs/in-vllm.md.
 test-vllm: vllm
 	$(BIN)/python -m tests.real_vllm.run --vllm $(VLLM)/bin/python
+
+# A tiny model of every family, quantized without Megatron.
+test-vllm-families: vllm
+	$(BIN)/python -m tests.real_vllm.families --vllm $(VLLM)/bin/python
 
 # The tables of engines, read from their sources again; fails where a table differs. With WRITE=1, writes them.
 engines: setup

@@ -160,9 +160,9 @@ def unchecked() -> Iterator[None]:
         yield
 
 
-def serve(checkpoint: Path, dtype: str, expected: dict[str, Tensor]) -> dict[str, Any]:
+def serve(checkpoint: Path, dtype: str, expected: dict[str, Tensor], **more: Any) -> dict[str, Any]:
     """Log-probabilities of all tokens of the vocabulary after each token of the prompts, and what comes next."""
-    llm = LLM(**arguments(checkpoint, dtype))
+    llm = LLM(**arguments(checkpoint, dtype, **more))
     prompts = [{"prompt_token_ids": row.tolist()} for row in expected["tokens"]]
     sampling = SamplingParams(temperature=0, max_tokens=GENERATED, prompt_logprobs=-1, detokenize=False)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -186,7 +186,7 @@ def serve(checkpoint: Path, dtype: str, expected: dict[str, Tensor]) -> dict[str
 
 
 def arguments(checkpoint: Path, dtype: str, **more: Any) -> dict[str, Any]:
-    return more | {
+    return {
         "model": str(checkpoint),
         "load_format": "watched",
         "dtype": dtype,
@@ -199,6 +199,7 @@ def arguments(checkpoint: Path, dtype: str, **more: Any) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "tensor_parallel_size": WORLD,
         "distributed_executor_backend": "external_launcher" if WORLD > 1 else "uni",
+        **more,
     }
 
 
