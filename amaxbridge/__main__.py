@@ -28,6 +28,12 @@ def main() -> None:
 
         print(__version__)
         return
+    if words[0] == "completion":
+        from amaxbridge.configs.completion import bash_completion
+        from amaxbridge.configs.schema import COMMANDS as OPTIONS
+
+        print(bash_completion({name: OPTIONS[module] for name, (module, _) in COMMANDS.items()}))
+        return
     name = words[0]
     if name not in COMMANDS:
         print(f"error: unknown command '{name}'\n\n{_usage()}", file=sys.stderr)
@@ -43,7 +49,8 @@ def _usage() -> str:
         "",
         *commands,
         "",
-        "amaxbridge COMMAND --help shows the options.",
+        "amaxbridge COMMAND --help shows the options; amaxbridge completion, a script that completes them in bash:",
+        '    eval "$(amaxbridge completion)"',
     ]
     return "\n".join(lines)
 

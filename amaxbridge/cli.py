@@ -14,19 +14,25 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 import amaxbridge.configs
+from amaxbridge.build_version import build_version
 from amaxbridge.closed_pipe import quiet_on_closed_pipe
 from amaxbridge.configs.option_errors import REFUSED, explained
 from amaxbridge.configs.schema import COMMANDS, register
-from amaxbridge.interrupts import Stopped, stopped_by_signals
+from amaxbridge.configs.words import flags_of, for_hydra, sweep_record, typed_again
+from amaxbridge.interrupts import INTERRUPTED, Stopped, stopped_by_signals
 
 CONFIGS = Path(amaxbridge.configs.__file__).parent
 
@@ -39,32 +45,50 @@ def run(name: str, command: Callable[[Any], None]) -> None:
     Before the command has started all ranks would print the same, so only one prints.
     """
     register()
-    sys.argv[1:] = sorted(map(_at_home, sys.argv[1:]), key=_is_option)  # Hydra takes no flag between options
     silence = contextlib.ExitStack()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors are raised, to be told in our words
+    statuses: list[int] = []
 
     @hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")
     def main(config: DictConfig) -> None:
         silence.close()
-        sys.exit(_guarded(name, command, config))
+        settings = HydraConfig.get()
+        if settings.mode is RunMode.MULTIRUN and speaks():
+            print(f"job {len(statuses) + 1}: {shlex.join(_overrides())}", file=sys.stderr, flush=True)
+        statuses.append(_guarded(name, command, config, settings))
+        if statuses[-1] > INTERRUPTED:
+            sys.exit(statuses[-1])
 
     if not speaks():
         silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
         silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
-        with silence:
+        sys.argv[1:] = for_hydra(sys.argv[1:], COMMANDS[name])
+        if "--version" in sys.argv:
+            print(build_version())
+            sys.exit(0)
+        with silence, tempfile.TemporaryDirectory() as unseen:
+            sys.argv += sweep_record(sys.argv[1:], unseen)
             main()
     except REFUSED as error:
         sys.exit(_fail(Exception(explained(error, COMMANDS[name])), 2))
     except Stopped as stop:  # before the command has started
         sys.exit(_fail(stop, stop.exit_status))
+    finally:
+        HydraConfig.instance().cfg = None  # or whoever calls `command_line` later would get these words
+    if len(statuses) > 1 and any(statuses) and speaks():
+        failed = [str(number) for number, status in enumerate(statuses, 1) if status]
+        print(f"failed: {len(failed)} of {len(statuses)} jobs ({', '.join(failed)})", file=sys.stderr, flush=True)
+    sys.exit(max(statuses, default=0))
 
 
-def _guarded(name: str, command: Callable[[Any], None], config: DictConfig) -> int:
+def _guarded(name: str, command: Callable[[Any], None], config: DictConfig, settings: HydraConf) -> int:
     from amaxbridge.mappings.errors import AmaxbridgeError, UsageError
 
-    _quiet_logging()
+    _set_up_logging(settings.verbose)
     try:
+        _refuse_hidden_choices(settings)
+        logging.getLogger("amaxbridge").debug("options:\n%s", OmegaConf.to_yaml(config))
         options = OmegaConf.to_object(config)
         command(options)
     except MissingMandatoryValue as error:
@@ -86,23 +110,19 @@ def _guarded(name: str, command: Callable[[Any], None], config: DictConfig) -> i
 
 def command_line(name: str) -> str:
     """The command as it can be typed again, with the last name alone of every absolute path: cards are published."""
-    words = (re.sub(r"(^|=)(?:/[^/=]+)*/([^/=]+)/?$", r"\1\2", word) for word in sys.argv[1:])
+    typed = [*flags_of(sys.argv[1:]), *_overrides()] if HydraConfig.initialized() else sys.argv[1:]
+    words = (re.sub(r"(^|=)(?:/[^/=]+)*/([^/=]+)/?$", r"\1\2", word) for word in typed)
     return shlex.join(["amaxbridge", name, *words])
+
+
+def _overrides() -> list[str]:
+    """The options of the job that runs, in a sweep with its own values."""
+    return typed_again(HydraConfig.get().overrides.task)
 
 
 def speaks() -> bool:
     """True if this process prints what all ranks would: under torchrun, which shares one terminal, rank 0."""
     return _rank() == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
-
-
-def _at_home(word: str) -> str:
-    """Expands `output=~/out`, which only some shells do, and for which Hydra's grammar has no ~."""
-    option, is_option, value = word.partition("=")
-    return f"{option}={os.path.expanduser(value)}" if is_option and value.startswith("~") else word
-
-
-def _is_option(word: str) -> bool:
-    return "=" in word and not word.startswith("-")
 
 
 def _rank() -> int:
@@ -123,12 +143,36 @@ def _fail(error: BaseException, status: int) -> int:
     return status
 
 
-def _quiet_logging() -> None:
-    """Shows our own log, INFO on rank 0 and warnings with a rank prefix elsewhere, and silences the frameworks."""
+def _refuse_hidden_choices(settings: HydraConf) -> None:
+    """Refuses choices of a user's own, as of `--config-dir`, that never count since a built-in has their name."""
+    from amaxbridge.mappings.errors import UsageError
+
+    built_in = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.glob("*/*.yaml"))]
+    own = [Path(each.path) for each in settings.runtime.config_sources if each.schema == "file"]
+    for file in (place / choice for place in own if not place.samefile(CONFIGS) for choice in built_in):
+        if file.exists():
+            group = file.parent.name
+            raise UsageError(f"{file} has the name of a built-in choice: rename it, and give {group}=NEW_NAME")
+
+
+def _set_up_logging(verbose: bool | str | Sequence[str]) -> None:
+    """Shows our own log, INFO on rank 0 and warnings with a rank prefix elsewhere, and silences the frameworks.
+
+    Args:
+        verbose: as Hydra means it: True to show everything, or the names of loggers to show everything of.
+    """
     rank = _rank()
     prefix = f"rank {rank}: " if rank else ""
-    logging.basicConfig(format=prefix + "%(levelname)s: %(message)s", level=logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    logging.getLogger("amaxbridge").setLevel(logging.INFO if speaks() else logging.WARNING)
+    names = [verbose] if isinstance(verbose, str) else list(verbose or ()) if verbose is not True else []
+    level = logging.DEBUG if verbose is True else logging.ERROR
+    logging.basicConfig(format=f"{prefix}%(levelname)s: {'%(name)s: ' if verbose else ''}%(message)s", level=level)
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    if verbose is True:
+        logging.getLogger("numba").setLevel(logging.INFO)  # it logs every byte code that it compiles
+        return
+    for name, least in (("torch", logging.ERROR), ("amaxbridge", logging.INFO if speaks() else logging.WARNING)):
+        if name not in names:
+            logging.getLogger(name).setLevel(least)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")

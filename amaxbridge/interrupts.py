@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
+INTERRUPTED = 128
+"""Exit statuses above this are of signals."""
+
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -25,7 +28,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         super().__init__(f"interrupted{by}")
-        self.exit_status = 128 + number
+        self.exit_status = INTERRUPTED + number
 
 
 @contextlib.contextmanager

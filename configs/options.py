@@ -1,12 +1,12 @@
 """Declaring an option, and making the help text from the declarations.
 
 An option is a field of a dataclass: type, default and meaning. `--help` shows these meanings, so they are stated once.
-    Options
-that Python takes, too, are declared in `amaxbridge.output_options`. `$CONFIG` in the text is Hydra's: the values under
-the given options.
+Options that Python takes, too, are declared in `amaxbridge.output_options`. `$CONFIG` in the text is Hydra's: the
+values under the given options.
 """
 
 import dataclasses
+import difflib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +48,16 @@ def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclass
 def choices_of(group: str) -> list[str]:
     """The names that `group=NAME` takes, without those of `--config-dir`."""
     return sorted(path.stem for path in (_DIRECTORY / group).glob("*.yaml"))
+
+
+def nearest(name: str, schema: type) -> str | None:
+    """The option whose name is most like this one; None if none is.
+
+    By the part after the last dot: an option of a group is often given without its group.
+    """
+    options = {known.rpartition(".")[2]: known for known, _ in reversed(list(options_of(schema)))}
+    near = difflib.get_close_matches(name.rpartition(".")[2], options, n=1)
+    return options[near[0]] if near else None
 
 
 def help_template(schema: type) -> str:
