@@ -4,6 +4,7 @@ amaxbridge export checkpoint=CKPT hf=HF_DIR output=OUT scheme=nvfp4, or under to
 """
 
 import contextlib
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ def export(options: ExportConfig) -> None:
 
     if options.checkpoint is None and not options.dry_run:
         raise UsageError("checkpoint= is required unless dry_run=true; --help shows all options")
+    began = time.monotonic()
     share = Share(world_rank(), world_size())
     if options.dry_run and share.rank:
         return
@@ -45,13 +47,13 @@ def export(options: ExportConfig) -> None:
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))
-        mesh_table(plan_on_mesh(hf, mesh, Path(options.output), **how), options)
+        mesh_table(plan_on_mesh(hf, mesh, Path(options.output), **how), options, time.monotonic() - began)
         return
     with progress(f"exporting to {options.output}") as shown:
         how["progress"] = shown
         report = AutoBridge(hf).convert_checkpoint(options.checkpoint, options.output, share=share, **how)
     if report.ended:
-        export_table(report, options)
+        export_table(report, options, time.monotonic() - began)
 
 
 def _described_model(options: ExportConfig) -> "HFModel":

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 4 -m amaxbridge import hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
 """
 
+import time
 from dataclasses import asdict
 
 from amaxbridge import cli
@@ -20,6 +21,7 @@ def import_hf(options: ImportConfig) -> None:
     from amaxbridge.export.disk.staging import check_output
     from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
+    began = time.monotonic()
     hf, sizes = read_hf_model(options.hf, options.family), asdict(options.parallel)
     output = resolved_output(options.output)
     check_output(output, overwrite=options.io.overwrite)
@@ -42,7 +44,7 @@ def import_hf(options: ImportConfig) -> None:
             hash_source=options.io.hash_source,
         )
     if world_rank() == 0:
-        import_table(report, options)
+        import_table(report, options, time.monotonic() - began)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rich.filesize import decimal
 from rich.table import Table
 
 from amaxbridge.export.disk.shard_layout import DTYPE_NAMES, Layout
+from amaxbridge.export.output.model_card import size_text
 from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key, split_at_numbers
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -79,19 +79,21 @@ def plan_rows(
 def plan_table(rows: Iterable[PlanRow]) -> Table:
     """The rows as a table."""
     table = Table()
-    table.add_column("tensors", overflow="fold")
+    table.add_column("tensors")
     table.add_column("count", justify="right")
-    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("shape", justify="right")
     table.add_column("read")
-    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("written")
-    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("scheme")
     for row in rows:
         shape = "×".join(map(str, row.shape))
-        before, after = (decimal(nbytes) if nbytes else "" for nbytes in (row.bytes_before, row.bytes_after))
-        table.add_row(row.name, f"{row.count:,}", shape, row.read_as, before, row.written_as, after, row.scheme)
+        read, written = _with_size(row.read_as, row.bytes_before), _with_size(row.written_as, row.bytes_after)
+        table.add_row(row.name, f"{row.count:,}", shape, read, written, row.scheme)
     return table
+
+
+def _with_size(dtypes: str, nbytes: int) -> str:
+    return f"{dtypes} {size_text(nbytes)}" if nbytes else dtypes
 
 
 def plan_json(rows: Iterable[PlanRow], layout: Layout) -> dict[str, Any]:

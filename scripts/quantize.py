@@ -3,6 +3,8 @@
 amaxbridge quantize input=HF_DIR output=OUT scheme=nvfp4a16
 """
 
+import time
+
 from amaxbridge import cli
 from amaxbridge.configs.schema import QuantizeConfig
 
@@ -15,6 +17,7 @@ def quantize(options: QuantizeConfig) -> None:
     from amaxbridge.scripts.recipes import output_keywords, recipe_of
     from amaxbridge.scripts.tables import quantize_table
 
+    began = time.monotonic()
     with progress(f"quantizing to {options.output}") as shown:
         report = model_free_ptq(
             options.input,
@@ -28,7 +31,7 @@ def quantize(options: QuantizeConfig) -> None:
             architecture=options.architecture,
             **output_keywords(options, "quantize", shown),
         )
-    quantize_table(report, options)
+    quantize_table(report, options, time.monotonic() - began)
 
 
 def main() -> None:

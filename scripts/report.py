@@ -3,6 +3,7 @@
 amaxbridge report input=OUT [reference=HF_DIR] [quant_state=FILE]
 """
 
+import time
 from pathlib import Path
 
 from amaxbridge import cli
@@ -11,9 +12,12 @@ from amaxbridge.configs.schema import ReportConfig
 
 def report(options: ReportConfig) -> None:
     """Reads headers and scales, and with a reference all weights, one tensor at a time."""
+    from amaxbridge.export.output.model_card import size_text
     from amaxbridge.export.report import write_report
     from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.showing import show_end
 
+    began = time.monotonic()
     directory, output = Path(options.input), Path(options.output or options.input)
     with progress(f"measuring {directory}") as shown:
         write_report(
@@ -24,7 +28,10 @@ def report(options: ReportConfig) -> None:
             card=options.card,
             progress=shown,
         )
-    print(f"{output / 'report.html'}\n{output / 'report.json'}")
+    print(output / "report.json")
+    page = output / "report.html"
+    show_end(f"{page}: {size_text(page.stat().st_size)}", time.monotonic() - began)
+    print(f"next: open it in a browser: {page.resolve().as_uri()}")
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The output of the commands: tables for people, JSON for programs."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,63 +11,74 @@ from rich.table import Table
 from amaxbridge.bridge.save import ExportReport
 from amaxbridge.configs.schema import ExportConfig, QuantizeConfig
 from amaxbridge.export.model_free.whole_directory import ModelFreeReport
-from amaxbridge.mappings.errors import listing
+from amaxbridge.export.output.model_card import size_text
+from amaxbridge.export.output.module_schemes import unquantized_kinds
 from amaxbridge.scripts.demo_check import Findings
 from amaxbridge.scripts.plan_table import plan_json, plan_rows, plan_table
+from amaxbridge.scripts.showing import show, show_end, show_rows, show_unquantized, size_change
 
 
-def export_table(report: ExportReport, options: ExportConfig) -> None:
+def export_table(report: ExportReport, options: ExportConfig, seconds: float) -> None:
     """Prints the result of an export, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.ignored, options)
+    before = sum(bundle.nbytes for bundle in report.bundles)
     rows: dict[str, int | str] = {
         "scheme": report.scheme,
         "Megatron parameters": sum(len(bundle.parts) for bundle in report.bundles),
-        "tensors": len(report.layout.places),
-        "files": len(report.layout.shards),
-        "bytes before": sum(bundle.nbytes for bundle in report.bundles),
-        "bytes after": report.layout.total_size,
-        "modules quantized": len(report.quantized),
-        "linear modules left as they are": len(report.ignored),
+        **_written(report, before),
         "amax collected": len(report.state.amax),
         "amax filled": len(report.filled),
         "amax that differed between ranks": len(report.state.divergent),
     }
-    Console().print(two_columns(f"{'plan for' if options.dry_run else 'exported'} {options.output}", rows))
+    _show_result(report, options, rows, "exported", seconds)
 
 
-def quantize_table(report: ModelFreeReport, options: QuantizeConfig) -> None:
+def quantize_table(report: ModelFreeReport, options: QuantizeConfig, seconds: float) -> None:
     """Prints the result of model-free PTQ, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.left, options)
-    rows = {
-        "tensors": len(report.layout.places),
-        "files": len(report.layout.shards),
-        "bytes before": report.source_bytes,
-        "bytes after": report.layout.total_size,
-        "modules quantized": len(report.quantized),
-        "2-D weights left as they are": len(report.left),
+    rows: dict[str, int | str] = {
+        **_written(report, report.source_bytes),
         "amax filled": len(report.filled),
         "bundles left by an interrupted run": report.resumed,
     }
-    Console().print(two_columns(f"{'plan for' if options.dry_run else 'quantized'} {options.output}", rows))
-    print(f"left as they are:{listing(report.left)}")
+    _show_result(report, options, rows, "quantized", seconds, f"reference={options.input}")
 
 
-def two_columns(title: str, rows: Mapping[str, int] | Mapping[str, int | str]) -> Table:
-    """What, and how much."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
-    for what, value in rows.items():
-        table.add_row(what, f"{value:,}" if isinstance(value, int) else value)
-    return table
+def _written(report: ExportReport | ModelFreeReport, before: int) -> dict[str, int | str]:
+    return {
+        "tensors": len(report.layout.places),
+        "files": len(report.layout.shards),
+        "size": size_change(before, report.layout.total_size),
+        "modules quantized": len(report.quantized),
+    }
+
+
+def _show_result(
+    report: ExportReport | ModelFreeReport,
+    options: ExportConfig | QuantizeConfig,
+    rows: Mapping[str, int | str],
+    done: str,
+    seconds: float,
+    *to_verify: str,
+) -> None:
+    specs = {name: spec for shard in report.layout.shards for name, spec in shard.specs.items()}
+    show_rows(f"{'plan for' if options.dry_run else done} {options.output}", rows)
+    show_unquantized(unquantized_kinds(specs, report.quantized))
+    size = size_text(report.layout.total_size)
+    if options.dry_run:
+        show_end(f"{options.output} would have {size}", seconds)
+        print("next: the same without dry_run=true")
+        return
+    verify = ["amaxbridge", "verify", f"input={options.output}", *to_verify]
+    show_end(f"{options.output}: {size}", seconds, verify, ["vllm", "serve", options.output])
 
 
 def _show_plan(
     report: ExportReport | ModelFreeReport, left: Sequence[str], options: ExportConfig | QuantizeConfig
 ) -> None:
     rows = plan_rows(report.sources, report.written, report.quantized)
-    if options.dry_run:  # wide in a file, so that names are not folded
-        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(rows))
+    if options.dry_run:
+        show(plan_table(rows))
     if options.json is not None:
         plan = {"output": options.output, **plan_json(rows, report.layout)}
         plan |= {"left_as_they_are": list(left), "amax_filled": dict(report.filled)}

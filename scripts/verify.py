@@ -4,6 +4,7 @@ amaxbridge verify input=OUT [reference=HF_DIR or quant_state.safetensors] [engin
 """
 
 import json
+import time
 from pathlib import Path
 
 from amaxbridge import cli
@@ -18,6 +19,7 @@ def verify(options: VerifyConfig) -> None:
     from amaxbridge.scripts.progress_bar import progress
     from amaxbridge.scripts.verify_tables import verify_tables
 
+    began = time.monotonic()
     directory = Path(options.input)
     with progress(f"verifying {directory}") as shown:
         report = verify_checkpoint(
@@ -31,7 +33,7 @@ def verify(options: VerifyConfig) -> None:
         )
     if options.json:
         Path(options.json).write_text(json.dumps(report.as_json(), indent=2) + "\n")
-    verify_tables(report)
+    verify_tables(report, time.monotonic() - began)
     if not report.ok:
         rule, problem = report.failures[0].rule, report.failures[0].problems[0]
         count = len(report.failures)

@@ -1,31 +1,37 @@
 """Tables of what `verify` found."""
 
+import shlex
+from itertools import takewhile
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from amaxbridge.export.verify import Finding, Severity, VerifyReport
+from amaxbridge.export.verify.verify_report import db_text
+from amaxbridge.mappings.names import split_at_numbers
+from amaxbridge.scripts.showing import duration, show
 
 _SHOWN = 5
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 
 
-def verify_tables(report: VerifyReport) -> None:
+def verify_tables(report: VerifyReport, seconds: float) -> None:
     """Prints findings, a verdict for each engine, parallel sizes, and errors against the reference."""
     console = Console()
     console.print(f"{report.directory}: {report.tensors:,} tensors, {_schemes(report)}, {report.rules} rules")
     if report.findings:
-        console.print(_findings(report))
+        show(_findings(report), console)
         if any(finding.mend for finding in report.findings):
             console.print(
                 f"some of it can be mended: amaxbridge repair input={report.directory} output=GOOD dry_run=true"
             )
     if report.modules:
-        console.print(_verdicts(report))
+        show(_verdicts(report), console)
     if report.parallel:
-        console.print(_parallel(report))
+        show(_parallel(report), console)
     if report.errors:
-        console.print(_errors(report))
+        show(_errors(report), console)
     fit = [verdict.name for verdict in report.verdicts if verdict.serves]
     where = f" in {', '.join(fit)}" if report.modules and len(fit) < len(report.verdicts) else ""
     if not report.ok and fit:
@@ -33,7 +39,10 @@ def verify_tables(report: VerifyReport) -> None:
     verdict = (
         f"[green]fit to serve{where}[/]" if report.ok else f"[red]not fit to serve: {len(report.failures)} rules[/]"
     )
-    console.print(verdict + (f", {len(report.warnings)} warnings" if report.warnings else ""))
+    warned = f", {len(report.warnings)} warnings" if report.warnings else ""
+    console.print(f"{verdict}{warned}, in {duration(seconds)}")
+    if report.ok and report.modules and report.verdict_of("vllm").serves:
+        print("next:", shlex.join(["vllm", "serve", str(report.directory)]))
 
 
 def _schemes(report: VerifyReport) -> str:
@@ -42,9 +51,9 @@ def _schemes(report: VerifyReport) -> str:
 
 
 def _findings(report: VerifyReport) -> Table:
-    table = Table(title="findings", title_justify="left", show_lines=True)
+    table = Table(title="findings", show_lines=True)
     table.add_column("rule")
-    table.add_column("what is wrong, what an engine does then, and what to do", overflow="fold")
+    table.add_column("what is wrong, what an engine does then, and what to do")
     order = list(_COLOURS)
     for finding in sorted(report.findings, key=lambda each: order.index(each.severity)):
         then, do = escape(finding.effect), escape(finding.next_step)
@@ -61,9 +70,9 @@ def _problems(finding: Finding) -> str:
 
 
 def _verdicts(report: VerifyReport) -> Table:
-    table = Table(title="engines", title_justify="left")
+    table = Table(title="engines")
     for column in ("engine", "serves", "broken rules"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for verdict in report.verdicts:
         rules = ", ".join(finding.rule for finding in verdict.failures)
         unknown = "" if verdict.known else "no model class of its own: as transformers names it"
@@ -73,9 +82,9 @@ def _verdicts(report: VerifyReport) -> Table:
 
 
 def _parallel(report: VerifyReport) -> Table:
-    table = Table(title="parallel sizes of vLLM and SGLang", title_justify="left")
+    table = Table(title="parallel sizes of vLLM and SGLang")
     for column in ("size", "serves", "what does not fit"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for each in report.parallel:
         why = str(each.problems[0]) if each.problems else ""
         more = f" (and {len(each.problems) - 1} more)" if len(each.problems) > 1 else ""
@@ -84,20 +93,24 @@ def _parallel(report: VerifyReport) -> Table:
 
 
 def _errors(report: VerifyReport) -> Table:
-    table = Table(title="weights as an engine has them, against the reference", title_justify="left")
-    table.add_column("projection", overflow="fold")
+    """One row for each projection; layer and expert of the lowest are what `*` stands for in its name."""
+    parents = (each.projection.split(".")[:-1] for each in report.projections)
+    shared = takewhile(lambda words: len(set(words)) == 1, zip(*parents, strict=False))
+    above = ".".join(words[0] for words in shared)
+    below = f", below {above}" if above else ""
+    table = Table(title=f"weights as an engine has them, against the reference{below}")
+    table.add_column("projection")
     table.add_column("scheme")
-    for column in ("modules", "mean SNR", "worst error"):
+    for column in ("modules", "mean SNR", "lowest SNR", "at *"):
         table.add_column(column, justify="right")
-    table.add_column("of", overflow="fold")
     for each in report.projections:
         worst = each.worst
         table.add_row(
-            each.projection,
+            each.projection[len(above) :].lstrip("."),
             each.scheme,
             f"{each.modules:,}",
-            f"{each.mean_snr:.1f} dB",
-            f"{worst.error:.2%}",
-            worst.module,
+            db_text(each.mean_snr),
+            db_text(worst.snr),
+            " ".join(split_at_numbers(worst.module)[1::2]),
         )
     return table

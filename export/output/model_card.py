@@ -37,6 +37,7 @@ from amaxbridge.export.output.config_and_index import (
     json_bytes,
 )
 from amaxbridge.export.output.finalizer import Finalizer
+from amaxbridge.export.output.module_schemes import unquantized_kinds
 from amaxbridge.export.output.provenance import RECORD_FILE, read_record, versions
 from amaxbridge.export.schemes import COMPRESSED_TENSORS
 from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
@@ -161,6 +162,9 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
         "quantized": len(finalizer.quantized),
         "data_free": finalizer.data_free,
         "ignored": list(dict.fromkeys(kind_of(module) for module in finalizer.ignore)),
+        "unquantized": unquantized_kinds(
+            {name: spec for shard in layout.shards for name, spec in shard.specs.items()}, {*finalizer.quantized}
+        ),
         **({"mixed_groups": list(dict.fromkeys(map(kind_of, finalizer.unified)))} if finalizer.unified else {}),
         "amax": {
             "collected": len(state.amax),
@@ -219,7 +223,7 @@ def _section(facts: Mapping[str, Any]) -> str:
         "key-value cache": "FP8" if facts["kv_cache"] is True else facts["kv_cache"],  # of older records: True
         "size": f"{size_text(after)}, before {size_text(before)}" + (f" ({after / before:.0%})" if before else ""),
         "modules quantized": f"{facts['quantized']:,}",
-        "left as they are": ", ".join(f"`{module}`" for module in facts["ignored"]),
+        "unquantized": ", ".join(_counted(f"`{kind}`", count) for kind, count in _unquantized(facts).items()),
         "in 16 bits because their fused groups have several formats": ", ".join(
             f"`{module}`" for module in facts.get("mixed_groups") or ()
         ),
@@ -244,6 +248,15 @@ def _section(facts: Mapping[str, Any]) -> str:
 
 def _format(facts: Mapping[str, Any]) -> str:
     return str(facts.get("format", COMPRESSED_TENSORS))
+
+
+def _unquantized(facts: Mapping[str, Any]) -> Mapping[str, int]:
+    """Kinds of unquantized matrices and how many there are; older records have the kinds alone."""
+    return facts.get("unquantized") or dict.fromkeys(facts["ignored"], 1)
+
+
+def _counted(name: str, count: int) -> str:
+    return name if count == 1 else f"{name} ({count:,})"
 
 
 def _snr(measured: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from amaxbridge.export.schemes.recipe import reads_inputs_as
 from amaxbridge.export.schemes.targets import is_pattern, is_targeted
 from amaxbridge.mappings.amax import GLOBAL_AMAX, LEARNED_POST, LEARNED_PRE, STORED_SCALES, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
-from amaxbridge.mappings.names import is_routed_expert, module_of, natural_key
+from amaxbridge.mappings.names import is_routed_expert, kind_of, module_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
 
 
@@ -36,6 +36,23 @@ def check_one_format(name: str, kept: Mapping[str, Scheme]) -> None:
             f"format={name}: {len(others)} modules come quantized in another format:{listing(others)}\n"
             "Write the files in the format of these modules, or have the converter dequantize them"
         )
+
+
+def unquantized_kinds(specs: Mapping[str, TensorSpec], quantized: Collection[str]) -> dict[str, int]:
+    """The matrices of an output that are in 16 or 32 bits: name without numbers → how many, in natural order.
+
+    Args:
+        specs: the tensors that the files hold.
+        quantized: the quantized modules.
+    """
+    found: dict[str, int] = {}
+    for name in sorted(specs, key=natural_key):
+        module, _, ending = name.rpartition(".")
+        is_packed = len(specs[name].shape) == 3 and ".experts." in name
+        if ((ending == "weight" and len(specs[name].shape) == 2) or is_packed) and module not in quantized:
+            kind = kind_of(module if ending == "weight" else name)
+            found[kind] = found.get(kind, 0) + 1
+    return found
 
 
 def check_can_be_quantized(modules: Iterable[str], specs: Mapping[str, TensorSpec], knowledge: Knowledge) -> None:

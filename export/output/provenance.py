@@ -42,6 +42,7 @@ _FORM = {
     "bytes": ({"before": int, "after": int}, None),
     "quantized": _COUNT,
     "ignored": _TEXTS,
+    "unquantized": ({str: int}, None),
     "mixed_groups": _TEXTS,
     "amax": ({"collected": int, "missing": [str], "filled": {str: str}, "divergent": {str: [float]}}, None),
     "snr": ({"mean": float, "lowest": float, "lowest_module": str}, None),

@@ -20,6 +20,7 @@ from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
+from amaxbridge.export.output.module_schemes import unquantized_kinds
 from amaxbridge.export.output.provenance import read_record
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.report.module_place import Place, place_of
@@ -27,7 +28,7 @@ from amaxbridge.export.verify import VerifyReport, WeightError, verify
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.verify_report import finite_or_none
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.names import module_of, natural_key
+from amaxbridge.mappings.names import natural_key
 
 _SATURATED = 1 + 2**-8  # an amax read back from a scale may be rounded to bf16
 
@@ -164,7 +165,9 @@ def gather(
             read_record(directory) or {},
             modules,
             _parts(view, {module.name: module for module in modules}),
-            _left(view),
+            unquantized_kinds(
+                {name: stored.spec for name, stored in view.tensors.items()}, {module.name for module in quantized}
+            ),
             state,
             serving,
             reference is not None,
@@ -220,17 +223,6 @@ def _parts(view: CheckpointView, modules: Mapping[str, ModuleFacts]) -> list[Par
             original = 2 * math.prod(modules[module].shape) if suffix in ("weight", "weight_packed") else 0
         before[part] = before.get(part, 0) + original
     return sorted((PartSize(part, before[part], after[part]) for part in after), key=lambda each: -each.before)
-
-
-def _left(view: CheckpointView) -> dict[str, int]:
-    """Unquantized matrices: name without numbers → how many."""
-    quantized = {module.name for module in view.quantized}
-    found: dict[str, int] = {}
-    for name, stored in view.tensors.items():
-        if name.endswith(".weight") and len(stored.spec.shape) == 2 and module_of(name) not in quantized:
-            kind = place_of(module_of(name)).pattern
-            found[kind] = found.get(kind, 0) + 1
-    return found
 
 
 def rows_of(facts: Facts) -> Iterator[Json]:

@@ -198,12 +198,18 @@ class VerifyReport:
                     "scheme": each.scheme,
                     "modules": each.modules,
                     "mean_snr_db": finite_or_none(each.mean_snr),
+                    "lowest_snr_db": finite_or_none(each.worst.snr),
                     "worst_error": finite_or_none(each.worst.error),
                     "worst_module": each.worst.module,
                 }
                 for each in self.projections
             ],
         }
+
+
+def db_text(decibels: float) -> str:
+    """A signal-to-noise ratio as people read it, in verify and in reports alike."""
+    return f"{decibels:.1f} dB" if math.isfinite(decibels) else "exact"
 
 
 def finite_or_none(value: float) -> float | None:
