@@ -42,7 +42,7 @@ from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.identification import check_described, stored_model
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, files_of
+from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
@@ -252,7 +252,7 @@ class AutoBridge:
         check_spared(checkpoint, path)
         saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
         files = files_of(checkpoint, hashed=saver.options.hash_source)
-        opened = DistCheckpoint(files.directory)  # training may have saved a later iteration by now
+        opened = open_checkpoint(files.directory)  # training may have saved a later iteration by now
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)

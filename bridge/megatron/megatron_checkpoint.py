@@ -25,8 +25,9 @@ from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers
 from amaxbridge.bridge.megatron.patches import Patch, patched
 from amaxbridge.bridge.megatron.process_groups import process_ranks
 from amaxbridge.bridge.stored.checkpoint_kinds import LATEST
+from amaxbridge.bridge.stored.saved_iteration import RELEASE, checkpoint_iteration
 from amaxbridge.bridge.stored.stored_model import StoredModel
-from amaxbridge.bridge.stored.torch_dist import RELEASE, DistCheckpoint, checkpoint_iteration
+from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of

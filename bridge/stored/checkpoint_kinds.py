@@ -108,8 +108,9 @@ _ADAPTER = r"(.*\.(adapter\w*|lora_[abAB]\w*|magnitude|weight_magnitude)(\.|\s)|
 
 TENSORS: tuple[Kind, ...] = (
     Kind(
-        r"model\d*\.module\.",
-        "a checkpoint of Megatron-FSDP (--ckpt-format fsdp_dtensor)",
+        r"model\d+\.(module\.)+",
+        "a checkpoint of Megatron-FSDP (--ckpt-format fsdp_dtensor) with a virtual pipeline, whose stages count their "
+        "layers each from 0",
         f"{_RESAVE}, or export from the training: save_hf_pretrained",
     ),
     Kind(

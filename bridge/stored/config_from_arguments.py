@@ -13,8 +13,9 @@ import torch
 
 from amaxbridge.bridge.hf import HFModel, make_hf_model
 from amaxbridge.bridge.stored.identification import check_kind, identify, stored_model, tensor_disagreements
+from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.bridge.weight_dtypes import DTYPES
 from amaxbridge.mappings.errors import AmaxbridgeError, UsageError, listing
 from amaxbridge.mappings.families import FAMILIES
 from amaxbridge.mappings.family import ModelFamily
@@ -41,7 +42,7 @@ def model_of_arguments(
     family: FamilySource | None = None,
 ) -> HFModel:
     """The model of a checkpoint. Arguments and errors: see `AutoBridge.from_megatron_checkpoint`."""
-    opened = DistCheckpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
     check_kind(opened)
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
     if arguments is None or embedding is None:
@@ -55,7 +56,9 @@ def model_of_arguments(
     families = [family for family in families if not family.carried]
     if not families:
         raise UsageError(f"{architecture} has modules beside Megatron's model: give hf= a directory with their weights")
-    attempts = [_attempt(family, settings, embedding.dtype, padded=size is None) for family in families]
+    computed = arguments.get("params_dtype")  # Megatron-FSDP saves fp32 main parameters in place of the weights
+    dtype = next((known for known in DTYPES.values() if known == computed), embedding.dtype)
+    attempts = [_attempt(family, settings, dtype, padded=size is None) for family in families]
     fitting = _preferred([attempt.hf for attempt in attempts if attempt.hf is not None])
     if len(_kinds(fitting)) > 1:
         fitting = [hf for hf in fitting if not tensor_disagreements(stored_model(opened, hf), hf)] or fitting

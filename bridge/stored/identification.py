@@ -11,9 +11,10 @@ from pathlib import Path
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.stored.checkpoint_kinds import Kind, kind_of_tensors
+from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import disagreements, read_arguments, saved_sizes
 from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel, is_of_model
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
+from amaxbridge.bridge.stored.stored_source import StoredSource
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.extras import installed, need
@@ -45,21 +46,21 @@ def check_described(stored: StoredModel, hf: HFModel) -> None:
         )
 
 
-def check_kind(checkpoint: DistCheckpoint) -> None:
+def check_kind(checkpoint: StoredSource) -> None:
     """Raises CheckpointError for a checkpoint that is not a plain language model. The message says what it is."""
     if kind := _kind_of(checkpoint):
         raise CheckpointError(f"{checkpoint.directory} is {kind.what}. {kind.next_step}")
 
 
-def _kind_of(checkpoint: DistCheckpoint) -> Kind | None:
+def _kind_of(checkpoint: StoredSource) -> Kind | None:
     model = {name: spec for name, spec in checkpoint.tensors.items() if is_of_model(name)}
     return kind_of_tensors(model, any_others=len(model) < len(checkpoint.tensors))
 
 
-def stored_model(opened: DistCheckpoint, hf: HFModel) -> StoredModel:
+def stored_model(opened: StoredSource, hf: HFModel) -> StoredModel:
     """The model in a checkpoint under the names of a family."""
     pattern = hf.family.layer_pattern(hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
-    return StoredModel(opened, hf.family.spelling(pattern))
+    return StoredModel(opened.whole(hf.registry, hf.model_config), hf.family.spelling(pattern))
 
 
 def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
@@ -116,7 +117,7 @@ def identify(checkpoint: Path) -> str:
     Raises:
         CheckpointError: not a distributed checkpoint.
     """
-    opened = DistCheckpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
     if kind := _kind_of(opened):
         return f"{opened.directory} is {kind.what}. {kind.next_step}"
     arguments = read_arguments(opened)

@@ -42,18 +42,18 @@ _PASSES = {"forward", "backward"}
 _NEEDED = ("_num_bits", "_axis", "_block_sizes")
 
 
-def quantizer_settings(data: bytes, what: str) -> Settings:
+def quantizer_settings(state: Any, what: str) -> Settings:
     """The configuration of a module's quantizers; empty if it has none.
 
     Args:
-        data: the bytes of the state in the checkpoint.
+        state: the state in the checkpoint, as bytes or as `inert_pickle` reads them.
         what: name of the state in messages.
 
     Raises:
         CheckpointError: the state is damaged, or neither ModelOpt's nor Transformer Engine's.
     """
     try:
-        state = _unpacked(read_archive(data))
+        state = _unpacked(_unpacked(state))  # a checkpoint's bytes, and a module's bytes in them
     except NotReadable as error:
         raise CheckpointError(f"{what} cannot be read: {error}\nCopy the checkpoint again") from error
     if _is_nothing(state) or _is_transformer_engine(state):

@@ -8,14 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.bridge.stored.inert_pickle import Made, Named, NotReadable, read_archive
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
-from amaxbridge.export.disk.input_files import read_input
-from amaxbridge.mappings.errors import CheckpointError, MappingError
+from amaxbridge.bridge.stored.inert_pickle import Made, Named
+from amaxbridge.bridge.stored.stored_source import StoredSource
+from amaxbridge.mappings.errors import MappingError
 from amaxbridge.mappings.megatron_settings import argument, differences, from_arguments, to_arguments, told
 
-_COMMON = "common_state/"
-_COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
 _SHAPES = (  # settings that decide the shapes of tensors, or what a mapping makes of their values
     "num_layers",
     "hidden_size",
@@ -72,23 +69,13 @@ def megatron_arguments(hf: HFModel, config: Any, pattern: str | None = None) -> 
     return Namespace(**to_arguments({**hf.family.settings(hf.config), **hybrid}), **parallel)
 
 
-def read_arguments(checkpoint: DistCheckpoint) -> Mapping[str, Any] | None:
+def read_arguments(checkpoint: StoredSource) -> Mapping[str, Any] | None:
     """The saved arguments by name, None if the checkpoint has none.
 
     Raises:
         CheckpointError: they cannot be read.
     """
-    keys = [key for key in checkpoint.states if key.startswith(_COMMON)]
-    file = checkpoint.directory / _COMMON_FILE
-    data = checkpoint.state_bytes(keys[0]) if keys else read_input(file, checkpoint.directory)
-    if data is None:
-        return None
-    try:
-        common = read_archive(data)
-    except NotReadable as error:
-        raise CheckpointError(f"{checkpoint.directory}: the saved arguments cannot be read: {error}") from error
-    common = common[0] if isinstance(common, list) and common else common
-    match common.get("args") if isinstance(common, Mapping) else None:
+    match checkpoint.arguments():
         case Made(by=Named("argparse", "Namespace"), state=dict() as arguments):
             return arguments
     return None

@@ -8,6 +8,7 @@ Megatron stores the same parameter in several forms, depending on its version an
     …mlp.experts.experts.7.linear_fc1.weight             […]                    one expert
     …mlp.linear_fc1.weight                               [2 · ffn, hidden]      gate rows, then up rows
     …mlp.linear_fc1.weight_w, …weight_v                  [ffn, hidden]          gate, up
+    …mlp.experts.linear_fc1.weight7_w, …weight7_v        [ffn, hidden]          gate, up of one expert
     …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            sections of a Mamba mixer
     …self_attention.in_proj.weight.query, .key, …        […, hidden]            sections of a gated delta net
     …mlp.linear_fc1.weight_quantizer._amax               [2 · ffn, blocks]      see `_halves_alternate`
@@ -44,7 +45,7 @@ from amaxbridge.bridge.live.compressed_weights import (
 )
 from amaxbridge.bridge.live.model_walk import ABSENT, Parameter, Quantizer
 from amaxbridge.bridge.stored.module_state import Settings, quantizer_settings
-from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
+from amaxbridge.bridge.stored.stored_source import Region, StoredSource
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
@@ -53,14 +54,14 @@ from amaxbridge.mappings.tensors import TensorSpec
 FINAL_NORM_OF_HYBRID = "decoder.final_norm.weight"
 """Only HybridModel's checkpoints have it; GPTModel's have `final_layernorm`."""
 _NOT_THE_MODEL = re.compile(
-    r"(chained_\d+\.)*optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler|ema\."
+    r"(chained_\d+\.)*optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler|ema\."
 )  # chained: one optimizer for experts, one for the rest (ChainedOptimizer.sharded_state_dict of megatron-core)
 _ALL_LAYERS = re.compile(r"\blayers\.(?!\d)")
 _ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 _ONE_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 _GROUPED = re.compile(r"weight_quantizer\.(\d+)")
 _PIECE = re.compile(
-    r"(.*\.linear_fc1\.(?:weight|bias))_([wv])"  # gate, up: MLP.sharded_state_dict of megatron-core
+    r"(.*\.linear_fc1\.(?:weight|bias)\d*)_([wv])"  # gate, up: MLP.sharded_state_dict, handle_swiglu_in_state_dict
     r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
     r"|(.*\.self_attention\.(?:in_proj|conv1d)\.weight)\.(query|key|value|z|beta|alpha)"  # GatedDeltaNet's
 )
@@ -115,7 +116,7 @@ class StoredModel(Mapping[str, Tensor]):
         spelling: global Megatron name → the mappings' name; see `ModelFamily.spelling`.
     """
 
-    def __init__(self, checkpoint: DistCheckpoint, spelling: Callable[[str], str] = canonical) -> None:
+    def __init__(self, checkpoint: StoredSource, spelling: Callable[[str], str] = canonical) -> None:
         self.checkpoint = checkpoint
         self._spelling = spelling
         self.is_plain: Callable[[str], bool] = lambda quantizer: False
@@ -309,7 +310,7 @@ class StoredModel(Mapping[str, Tensor]):
             found = _STATE.fullmatch(key)
             if found is None:
                 continue
-            settings = quantizer_settings(self.checkpoint.state_bytes(key), f"{key} of {self.checkpoint.directory}")
+            settings = quantizer_settings(self.checkpoint.state(key), f"{key} of {self.checkpoint.directory}")
             index = [int(number) for number in found[2].split(".")]
             yield from self._named_settings(found[1], index, settings)
 

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, product
 from operator import itemgetter
@@ -35,67 +35,22 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
+from amaxbridge.bridge.stored.checkpoint_kinds import METADATA
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
-from amaxbridge.bridge.stored.inert_pickle import check_tensor_pickle
+from amaxbridge.bridge.stored.inert_pickle import NotReadable, check_tensor_pickle, read_archive
+from amaxbridge.bridge.stored.saved_iteration import checkpoint_iteration
+from amaxbridge.bridge.stored.stored_source import Region
 from amaxbridge.export.disk.input_files import open_input, read_input
-from amaxbridge.export.disk.input_paths import checked_name, refuse_leaving
+from amaxbridge.export.disk.input_paths import refuse_leaving
 from amaxbridge.export.disk.io_errors import explaining_reads
-from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.errors import CheckpointError, listing
+from amaxbridge.mappings.model_config import ModelConfig
+from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.mappings.tensors import TensorSpec
 
-_MOST_OF_LATEST = 4096  # bytes of the file that names an iteration
 _TWICE_OR_MISSING = "{}: {} has chunks missing or twice in {}"
-
-RELEASE = "release"
-"""Megatron's name, in place of an iteration, for the initial weights of a training."""
-
-
-def checkpoint_iteration(path: Path) -> Path:
-    """The iteration directory of a Megatron checkpoint: `path` itself, or the latest one inside it.
-
-    Raises:
-        CheckpointError: `path` has no distributed checkpoint.
-    """
-    with explaining_reads(path):
-        latest = path / LATEST
-        said = read_input(latest, path, most=_MOST_OF_LATEST)
-        iteration = (said or b"").decode(errors="replace").strip()
-        name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
-        directory = path / checked_name(name, latest) if name else path
-        if not (directory / METADATA).is_file():
-            looked_at = directory if directory.exists() else path
-            raise CheckpointError(
-                f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
-            )
-        return directory
-
-
-def files_of(path: Path, *, hashed: bool = False) -> SourceFiles:
-    """The files of a distributed checkpoint, as they are now; take them before it is opened.
-
-    Args:
-        path: as for `DistCheckpoint`.
-        hashed: as in `SourceFiles`.
-    """
-    directory = checkpoint_iteration(path)
-    with explaining_reads(directory):
-        names = [file.name for file in directory.iterdir() if file.is_file()]
-    return SourceFiles.of(directory, names, hashed=hashed)
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A part of a global tensor.
-
-    Args:
-        key: the tensor's name in the checkpoint.
-        index: numbers along its first dims: a layer, an expert. Empty for the whole tensor.
-    """
-
-    key: str
-    index: tuple[int, ...] = ()
+_COMMON = "common_state/"
+_COMMON_FILE = "common.pt"  # before Megatron-Core 0.17
 
 
 class DistCheckpoint:
@@ -174,7 +129,7 @@ class DistCheckpoint:
             for number, region in enumerate(regions)
         ]
 
-    def state_bytes(self, key: str) -> bytes:
+    def state(self, key: str) -> bytes:
         """The bytes of one pickled state; `inert_pickle` reads them without running code."""
         place = self._metadata.storage_data[MetadataIndex(key)]
         file = self.directory / place.relative_path
@@ -184,6 +139,30 @@ class DistCheckpoint:
         if len(content) < place.length:
             raise CheckpointError(f"{file} became shorter while it was read: copy the file again")
         return content
+
+    def arguments(self) -> Any:
+        """The arguments of training; see `StoredSource`."""
+        keys = [key for key in self.states if key.startswith(_COMMON)]
+        data = self.state(keys[0]) if keys else read_input(self.directory / _COMMON_FILE, self.directory)
+        common = {} if data is None else self.read_state(data)
+        return common.get("args") if isinstance(common, Mapping) else None
+
+    def read_state(self, data: bytes) -> Any:
+        """What was saved beside the model in a state of its own.
+
+        Raises:
+            CheckpointError: the bytes are damaged.
+        """
+        try:
+            value = read_archive(data)
+        except NotReadable as error:
+            raise CheckpointError(f"{self.directory}: the saved arguments cannot be read: {error}") from error
+        return value[0] if isinstance(value, list) and value else value
+
+    def whole(self, registry: MappingRegistry, config: ModelConfig) -> "DistCheckpoint":
+        """Its tensors are whole."""
+        del registry, config
+        return self
 
     def _entry(self, region: Region) -> TensorStorageMetadata:
         """The metadata of a tensor, reduced to the chunks that hold the region's index."""

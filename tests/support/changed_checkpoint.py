@@ -63,7 +63,7 @@ class ChangedCheckpoint:
         (self._place / ".metadata").write_bytes(pickle.dumps(metadata))
 
     def _read(self, key: str) -> Any:
-        state = torch.load(io.BytesIO(self._opened.state_bytes(key)), weights_only=False)
+        state = torch.load(io.BytesIO(self._opened.state(key)), weights_only=False)
         state = state[0] if isinstance(state, list) else state
         if isinstance(state, Tensor) and state.numel():
             state = torch.load(io.BytesIO(state.numpy().tobytes()), weights_only=False)

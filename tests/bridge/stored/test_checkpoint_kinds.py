@@ -62,10 +62,6 @@ def renamed(old: str, new: str) -> Callable[[State], State]:
 
 
 TENSORS: dict[str, tuple[Callable[[State], State], str]] = {
-    "fsdp": (
-        lambda state: prefixed("model.module.")(state) | {"optimizer.state.module.exp_avg": torch.ones(2)},
-        "is a checkpoint of Megatron-FSDP",
-    ),
     "fsdp, two chunks": (prefixed("model0.module."), "is a checkpoint of Megatron-FSDP"),
     "module": (prefixed("module."), "a Megatron model inside another module"),
     "model": (prefixed("model."), "a Megatron model inside another module"),

@@ -299,14 +299,14 @@ class TestHostile:
     def test_a_state_that_becomes_shorter(self, tmp_path: Path) -> None:
         save({"state": b"bytes" * 100}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
         opened = DistCheckpoint(tmp_path)
-        assert opened.state_bytes("state")
+        assert opened.state("state")
         (file,) = tmp_path.glob("*.distcp")
         os.truncate(file, 10)
         with pytest.raises(CheckpointError, match="became shorter"):
-            opened.state_bytes("state")
+            opened.state("state")
         file.unlink()
         with pytest.raises(CheckpointError, match="cannot be read"):
-            opened.state_bytes("state")
+            opened.state("state")
 
 
 def test_a_region_is_read_alone(dense: LiveRanks) -> None:
