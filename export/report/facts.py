@@ -30,7 +30,7 @@ from amaxbridge.export.verify.verify_report import finite_or_none
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import natural_key
 
-_SATURATED = 1 + 2**-8  # an amax read back from a scale may be rounded to bf16
+_SATURATED = (1 + 2**-8) ** 2  # an amax read back from a scale was rounded to bf16 up to twice: 2688 / amax, and back
 
 type Json = dict[str, Any]
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LEVELS = 10
+_LEAST_DIFFERENCE = 0.5  # of one colour from the next: what differs by less looks alike
+_LEAST_RATIO = math.log(1.1)  # the same on a logarithmic scale
 _TALLEST = 480  # px, height of a map at most
 _CELL = 18  # px, height of a row at most
 
@@ -22,7 +24,8 @@ class HeatMap:
         title: what it shows.
         rows: labels of all rows, or of the first and the last.
         columns: labels of the first and the last column.
-        least, greatest: the values at the ends of the colour scale.
+        least, greatest: the smallest and the largest value.
+        ends: the values at the ends of the colour scale; None if all values have one colour.
         missing: number of cells without a value, drawn in a warning colour.
         cells: number of columns and of rows.
         paths: the picture's content, in units of cells.
@@ -35,6 +38,7 @@ class HeatMap:
     columns: tuple[str, str]
     least: float
     greatest: float
+    ends: tuple[float, float] | None
     missing: int
     cells: tuple[int, int]
     paths: str
@@ -68,13 +72,16 @@ def heat_map(
     if not values:
         return None
     least, greatest = min(values), max(values)
-    scale = math.log if logarithmic else float
+    scale, value_of, step = (math.log, math.exp, _LEAST_RATIO) if logarithmic else (float, float, _LEAST_DIFFERENCE)
     low, high = scale(least), scale(greatest)
+    is_one = high - low < step
+    margin = max(0.0, (LEVELS * step - (high - low)) / 2)
+    low, high = low - margin, high + margin
 
     def level(value: float | None) -> str:
         if value is None or not (math.isfinite(value) and value > 0):
             return "none"
-        share = (scale(value) - low) / (high - low) if high > low else 0.5
+        share = 0.5 if is_one else (scale(value) - low) / (high - low)
         return f"l{min(int(share * LEVELS), LEVELS - 1)}"
 
     paths: dict[str, list[str]] = {}
@@ -89,6 +96,7 @@ def heat_map(
         (columns[0], columns[-1]),
         least,
         greatest,
+        None if is_one else (min(value_of(low), least), max(value_of(high), greatest)),
         sum(level(value) == "none" for value in cells.values()),
         (len(columns), len(rows)),
         drawn,

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from amaxbridge.export.output.model_card import size_text
 from amaxbridge.export.report.facts import Facts, Json, ModuleFacts, rows_of
 from amaxbridge.export.report.heatmap import LEVELS, HeatMap, heat_map
-from amaxbridge.export.report.module_place import place_of
-from amaxbridge.export.verify.reference_weights import ErrorSummary, WeightError
-from amaxbridge.export.verify.verify_report import finite_or_none
+from amaxbridge.export.verify.reference_weights import ErrorSummary
+from amaxbridge.export.verify.verify_report import db_text, finite_or_none
 from amaxbridge.mappings.extras import need
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def render(facts: Facts) -> str:
     environment.filters |= {
         "size": size_text,
         "count": "{:,}".format,
-        "db": _db,
+        "db": db_text,
         "number": "{:.4g}".format,
         "breakable": _breakable,
     }
@@ -82,8 +81,8 @@ def report_json(facts: Facts) -> Json:
         "schemes": _counts(module.scheme for module in facts.modules),
         "left": facts.left,
         "snr": [
-            {"projection": each.projection, "modules": each.modules, "mean_db": finite_or_none(each.mean_snr),
-             "worst_db": finite_or_none(each.worst.snr), "worst_module": each.worst.module}
+            {"projection": each.projection, "scheme": each.scheme, "modules": each.modules,
+             "mean_db": finite_or_none(each.mean_snr), "worst_db": finite_or_none(each.worst.snr), "worst_module": each.worst.module}
             for each in errors_by_projection(facts)
         ],
         "serving": facts.serving.as_json() | {"directory": facts.directory},
@@ -94,12 +93,8 @@ def report_json(facts: Facts) -> Json:
 
 
 def errors_by_projection(facts: Facts) -> list[ErrorSummary]:
-    """One row for each measured projection, worst first."""
-    found: dict[str, list[WeightError]] = {}
-    for error in facts.serving.errors:
-        found.setdefault(place_of(error.module).projection, []).append(error)
-    rows = [ErrorSummary.of(errors, projection) for projection, errors in found.items()]
-    return sorted(rows, key=lambda row: row.worst.snr)
+    """One row for each measured projection, as `verify` has them, worst first."""
+    return sorted(facts.serving.projections, key=lambda row: row.worst.snr)
 
 
 def far_experts(modules: Iterable[ModuleFacts]) -> list[FarExpert]:
@@ -240,7 +235,3 @@ def _breakable(name: str) -> "Markup":
 
 def _is_usable(amax: float) -> bool:
     return 0 < amax < math.inf
-
-
-def _db(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "exact"

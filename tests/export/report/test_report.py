@@ -19,8 +19,9 @@ from amaxbridge.export.model_free.whole_directory import model_free_ptq
 from amaxbridge.export.report import Facts, gather, render, report_json, write_report
 from amaxbridge.export.report.heatmap import heat_map
 from amaxbridge.export.report.module_place import place_of
+from amaxbridge.export.verify import verify
 from amaxbridge.mappings.errors import UsageError
-from tests.support.checkpoints import tensors_in
+from tests.support.checkpoints import dense_model, tensors_in, write_checkpoint
 
 SATURATED = "model.layers.1.self_attn.o_proj"
 FAR = "model.layers.0.mlp.experts.5.down_proj"
@@ -315,6 +316,60 @@ def test_a_map_of_a_large_model_is_small() -> None:
     assert drawn[3, 7] == "none"
     assert drawn[divmod(int(values.argmin()), 128)] == "l0"
     assert drawn[divmod(int(values.argmax()), 128)] == "l9"
+
+
+@pytest.mark.parametrize(
+    ("values", "logarithmic", "colours"),
+    [
+        ((20.41, 20.45), False, 1),
+        ((20.0, 20.3, 20.49), False, 1),
+        ((20.0, 21.0), False, 2),
+        ((18.0, 20.0, 24.0), False, 3),
+        ((1.0, 1.05), True, 1),
+        ((1.0, 4.0, 16.0), True, 3),
+    ],
+)
+def test_colours_do_not_exaggerate(values: tuple[float, ...], logarithmic: bool, colours: int) -> None:
+    """What differs by less than 0.5 dB, or 10 %, has one colour; the scale says where it ends."""
+    cells: dict[tuple[int, int], float | None] = {(0, at): value for at, value in enumerate(values)}
+    found = heat_map("t", cells, ["q"], [str(at) for at in range(len(values))], logarithmic=logarithmic)
+    assert found is not None
+    assert len(re.findall("<path", found.paths)) == colours
+    assert (found.ends is None) == (colours == 1)
+    assert found.ends is None or (found.ends[0] <= min(values) and found.ends[1] >= max(values))
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "fp8_block", "mxfp4a16"])
+def test_no_alarm_where_nothing_is_wrong(scheme: str, tmp_path: Path) -> None:
+    """Scales of the weights alone: their largest values have every mantissa of bf16, and each is in range."""
+    tensors = dense_model(layers=32)
+    projections = [name for name in tensors if "_proj" in name]
+    assert len(projections) == 7 * 32
+    for number, name in enumerate(projections):
+        tensors[name][0, 0] = 8 * (1 + number % 128 / 128)
+    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 32}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    model_free_ptq(source, tmp_path / "out", scheme)
+    facts = gather(tmp_path / "out", source)
+    assert len(facts.modules) == 7 * 32
+    assert facts.saturated == []
+    assert "alibrate" not in page_of(facts).text
+
+
+def test_figures_are_those_of_verify(moe: Path, qwen3_moe: Path) -> None:
+    serving = verify(moe, reference=qwen3_moe)
+    told = {each.projection: (each.mean_snr, each.worst.snr, each.modules) for each in serving.projections}
+    found = report_json(gather(moe, qwen3_moe))["snr"]
+    assert len(found) == 7
+    assert {row["projection"]: (row["mean_db"], row["worst_db"], row["modules"]) for row in found} == told
+
+
+def test_each_engine_has_a_verdict(dense: Path) -> None:
+    facts = gather(dense)
+    text = page_of(facts).text
+    assert len(facts.serving.verdicts) == 4
+    for verdict in facts.serving.verdicts:
+        assert re.search(rf"{re.escape(verdict.name)}\s*{'yes' if verdict.serves else 'no'}", text)
 
 
 @pytest.mark.parametrize(
