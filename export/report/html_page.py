@@ -82,7 +82,8 @@ def report_json(facts: Facts) -> Json:
         "left": facts.left,
         "snr": [
             {"projection": each.projection, "scheme": each.scheme, "modules": each.modules,
-             "mean_db": finite_or_none(each.mean_snr), "worst_db": finite_or_none(each.worst.snr), "worst_module": each.worst.module}
+             "mean_db": finite_or_none(each.mean_snr), "worst_db": finite_or_none(each.worst.snr),
+             "worst_module": each.worst.module}
             for each in errors_by_projection(facts)
         ],
         "serving": facts.serving.as_json() | {"directory": facts.directory},
