@@ -82,20 +82,28 @@ class AutoBridge:
 
     @classmethod
     def from_hf_pretrained(
-        cls, path: str | Path, *, family: FamilySource | None = None, ranks: Ranks | None = None
+        cls,
+        path: str | Path,
+        *,
+        family: FamilySource | None = None,
+        architecture: str | None = None,
+        num_labels: int | None = None,
+        ranks: Ranks | None = None,
     ) -> Self:
         """A bridge for the architecture of a Hugging Face directory or hub name. No weights are read.
 
         Args:
             family: a family of your own, for a model that is not known here: its file, or the ModelFamily. The file
                 runs. See docs/custom-models.md.
+            architecture, num_labels: for a reward model, a critic or a classifier of the model in config.json, its own
+                architecture (`Qwen3ForSequenceClassification`), and the rows of its head. See docs/reward-models.md.
             ranks: the ranks to communicate with; default: those of Megatron's parallel state, or none without it.
 
         Raises:
-            UsageError: not a model directory, or `family` is none that can be used.
+            UsageError: not a model directory, `family` is none that can be used, or `architecture` no classifier.
             UnknownArchitectureError: no family has its architecture.
         """
-        return cls(read_hf_model(path, family), ranks)
+        return cls(read_hf_model(path, family, architecture=architecture, num_labels=num_labels), ranks)
 
     @classmethod
     def from_megatron_checkpoint(

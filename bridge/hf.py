@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,8 @@ from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_j
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
-from amaxbridge.mappings.families import FAMILIES, family_of
+from amaxbridge.mappings.families import CLASSIFIERS, FAMILIES, classes_of, family_of
+from amaxbridge.mappings.families.classifiers import SEQUENCES
 from amaxbridge.mappings.family import ModelFamily, PackedExperts
 from amaxbridge.mappings.family_file import FamilySource, find_family, judge
 from amaxbridge.mappings.model_config import ModelConfig
@@ -60,6 +61,10 @@ NOT_COMPARED = (
 )
 """Note for users who export or verify without transformers."""
 
+_NO_PADDING = (
+    "config.json has no pad_token_id: transformers then scores one sequence at a time, and its last token whatever it "
+    "is; set the tokenizer's there to score batches"
+)
 _TRANSFORMERS = "transformers"
 _HEADS_OF_MIXERS = (
     ("mamba_num_heads", "Mamba heads"),
@@ -81,6 +86,7 @@ class HFModel:
         filled: the same with the defaults of the architecture filled in.
         family: the model family that `architectures` names, or the user's own.
         notes: what users of the output must know about the configuration.
+        changes: fields of `written` that the user gave in place of those on the disk.
     """
 
     directory: Path | None
@@ -88,10 +94,11 @@ class HFModel:
     filled: Mapping[str, Any]
     family: ModelFamily
     notes: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if config.json is another one by now."""
-        if self.directory is not None and read_config_json(self.directory) != self.written:
+        if self.directory is not None and {**read_config_json(self.directory), **self.changes} != self.written:
             raise changed_meanwhile(self.directory / CONFIG_FILE)
 
     @cached_property
@@ -118,7 +125,7 @@ class HFModel:
     @property
     def tied(self) -> bool:
         """True if the output layer is the embedding; the last pipeline stage has a copy of it nevertheless."""
-        return bool(self.config.get("tie_word_embeddings"))
+        return bool(self.config.get("tie_word_embeddings")) and self.family.classifier_of is None
 
     @property
     def without_tensor(self) -> frozenset[str]:
@@ -191,14 +198,23 @@ class HFModel:
         return tensors and {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def read_hf_model(path: str | Path, family: FamilySource | None = None) -> HFModel:
+def read_hf_model(
+    path: str | Path,
+    family: FamilySource | None = None,
+    *,
+    architecture: str | None = None,
+    num_labels: int | None = None,
+) -> HFModel:
     """Reads a local directory, or fetches everything but the weights of a model on the Hub.
 
     Args:
         family: a family of the user's own: its file, or the family itself.
+        architecture: a classifier of the model in config.json: …ForSequenceClassification, …ForTokenClassification.
+        num_labels: the number of its labels.
 
     Raises:
-        UsageError: the directory or its config.json is missing, or the file of `family` is none; see `own_family`.
+        UsageError: the directory or its config.json is missing, or the file of `family` is none; see `own_family`. Or
+            `architecture` is no classifier of this model.
         UnknownArchitectureError: no family claims the model.
         MissingExtraError: config.json lacks fields that only transformers fills in, which is not installed.
     """
@@ -210,22 +226,49 @@ def read_hf_model(path: str | Path, family: FamilySource | None = None) -> HFMod
                 "training saved: give it as checkpoint=, and hf= a directory with config.json"
             )
     written = read_config_json(directory)
+    changes = _as_classifier(written, architecture, num_labels)
+    written = {**written, **changes}
     found = find_family(family, written)
     if found.file is not None and _config_class(written.get("model_type")) is None:
         return _own_model(HFModel(directory, written, written, found))
     if not installed(_TRANSFORMERS):
-        return _checked(HFModel(directory, written, completed(written, found), found, (NOT_COMPARED,)))
+        return _checked(HFModel(directory, written, completed(written, found), found, (NOT_COMPARED,), changes))
     with _judged_by_transformers(directory / CONFIG_FILE):
-        filled = _auto_config(directory, written).to_dict()
-    hf = _checked(HFModel(directory, written, filled, found))
+        filled = {**_auto_config(directory, written).to_dict(), **changes}
+    hf = _checked(HFModel(directory, written, filled, found, changes=changes))
     hf.check_unchanged()  # transformers has read it once more
     return hf if found.file is None else _own_model(hf)
+
+
+def _as_classifier(written: Mapping[str, Any], architecture: str | None, num_labels: int | None) -> dict[str, Any]:
+    """The fields that make a language model's config.json that of a classifier; none without `architecture`.
+
+    Labels get the names that transformers gives them.
+
+    Raises:
+        UsageError: the architecture is no classifier of this model, or the number of labels is missing.
+    """
+    if architecture is None and num_labels is None:
+        return {}
+    named, known = written.get("architectures") or [], classes_of(written)
+    if architecture not in (*known, *named):
+        raise UsageError(
+            f"architecture={architecture} is no classifier of {', '.join(named)}, which config.json says; "
+            + (f"known: {', '.join(known)}" if known else "transformers has none")
+        )
+    if num_labels is None or num_labels < 1:
+        raise UsageError(f"architecture={architecture} needs num_labels=, the rows of its head: 1 for a reward model")
+    labels = {str(label): f"LABEL_{label}" for label in range(num_labels)}
+    names = {name: int(label) for label, name in labels.items()}
+    return {"architectures": [architecture], "id2label": labels, "label2id": names}
 
 
 def _checked(hf: HFModel) -> HFModel:
     """The model, if the fields that its family reads have values that a model has."""
     check_fields(hf.config, hf.source, OF_FAMILIES)
     judge(hf.family, hf.config)
+    if hf.family.architectures[0].endswith(SEQUENCES) and hf.config.get("pad_token_id") is None:
+        return replace(hf, notes=(*hf.notes, _NO_PADDING))
     return hf
 
 
@@ -391,17 +434,17 @@ def _file_tensors(read_config: Callable[[], "PreTrainedConfig"]) -> dict[str, to
 
 
 def _model_class(config: "PreTrainedConfig") -> Callable[..., Any]:
-    """Makes transformers' model of a configuration: with its towers, if a family here carries them along.
+    """Makes transformers' model of a configuration: with its towers, if a family here carries them along, or its head.
 
     Of such a model, transformers' class for causal language models may be the language model alone.
     """
     import transformers
 
-    for family in FAMILIES:
+    for family in (*FAMILIES, *CLASSIFIERS):
         for name in config.architectures or ():
             if family.language_model is not None and name in family.architectures:
                 raise ValueError(f"transformers saves {name} under names that published files do not have")
-            if family.carried and name in family.architectures:
+            if (family.carried or family.classifier_of) and name in family.architectures:
                 make: Callable[..., Any] = getattr(transformers, name)._from_config
                 return make
     return partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)

@@ -26,7 +26,8 @@ def completed(written: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]
         MissingExtraError: it lacks fields that only transformers fills in. The message names them. Or the family is
             new, and the table not made again.
     """
-    entry = next((entry for name, entry in _table().items() if name in written["architectures"]), None)
+    of_family = written["architectures"] if family.classifier_of is None else [family.classifier_of]
+    entry = next((entry for name, entry in _table().items() if name in of_family), None)
     if entry is None:
         raise MissingExtraError(
             f"bridge/hf_defaults.json has no defaults of {', '.join(written['architectures'])}, which transformers "

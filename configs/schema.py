@@ -105,7 +105,12 @@ class ExportConfig(CommonConfig):
     family: str | None = option(
         "Python file with a model family of your own, for a model that is not known here. The file runs.", None
     )
-    architecture: str | None = option("Without hf=: the architecture, if the saved arguments fit several.", None)
+    architecture: str | None = option(
+        "Without hf=: the architecture, if the saved arguments fit several. With hf=: that of a reward model, a critic "
+        "or a classifier, as Qwen3ForSequenceClassification.",
+        None,
+    )
+    num_labels: int | None = option("With hf= and architecture=: the rows of the head; 1 for a reward model.", None)
     vocab_size: int | None = option(
         "Without hf=: the tokenizer's vocabulary size, if only Megatron's padded one was saved.", None
     )

@@ -103,6 +103,8 @@ class ModelFamily:
         layer: (Megatron's own spec of a decoder layer, its TransformerConfig) → the spec of the model's layer, for a
             model whose layers Megatron-Core lacks. The spec given may be changed. Only called when a model is built.
         file: the file of a user's own family; None for those here.
+        classifier_of: the architecture of the language model whose output layer is here a head with a row for each
+            label: a reward model, a critic, a classifier. None for language models. See `families/classifiers.py`.
         alike: architectures that compute the same from the same Megatron tensors, under other names in files. Saved
             arguments that fit both are read as these.
     """
@@ -131,6 +133,7 @@ class ModelFamily:
     kept_in_fp32: tuple[str, ...] = ()
     layer: Callable[[Any, Any], Any] | None = None
     file: str | None = None
+    classifier_of: str | None = None
     alike: tuple[str, ...] = ()
 
     @cached_property
@@ -184,7 +187,8 @@ class ModelFamily:
 
     def model_config(self, hf_config: HFConfig) -> ModelConfig:
         """The sizes that mappings read, without padding of the vocabulary."""
-        return ModelConfig.of({**self.weight_settings(hf_config), "vocab_size": look_up(hf_config, "vocab_size")})
+        sizes = {**self.weight_settings(hf_config), "vocab_size": look_up(hf_config, "vocab_size")}
+        return ModelConfig.of(sizes | ({"num_labels": number_of_labels(hf_config)} if self.classifier_of else {}))
 
     def layer_settings(self, hf_config: HFConfig) -> dict[str, Any]:
         """Attributes of Megatron's TransformerConfig beyond `transformer_config`; some are not fields of it."""
@@ -311,6 +315,19 @@ def look_up(hf_config: HFConfig, path: str) -> Any:
             raise UsageError(f"the Hugging Face config has no {path!r}, which {hf_config.get('architectures')} needs")
         value = value[key]
     return value
+
+
+def number_of_labels(hf_config: HFConfig) -> int:
+    """The labels of a classifier. transformers keeps them as `id2label`, and takes `num_labels` for it.
+
+    Raises:
+        UsageError: the config says neither. transformers would take two labels for granted.
+    """
+    labels = hf_config.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else hf_config.get("num_labels")
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"{hf_config.get('architectures')} needs the number of its labels: give num_labels=")
+    return count
 
 
 def require(hf_config: HFConfig, values: Mapping[str, Any], otherwise: str) -> None:

@@ -25,6 +25,7 @@ class ModelConfig:
         num_moe_experts: routed experts in a layer.
         vocab_size: rows of the embedding on the Hugging Face side.
         padded_vocab_size: rows of Megatron's embedding; None for no padding.
+        num_labels: rows of the head of a classifier.
         transformer_impl: the implementation of its layers: `local` for Megatron-Core's, `transformer_engine`, …
     """
 
@@ -45,6 +46,7 @@ class ModelConfig:
     num_moe_experts: int | None = None
     vocab_size: int | None = None
     padded_vocab_size: int | None = None
+    num_labels: int | None = None
     transformer_impl: str = "local"
 
     @classmethod

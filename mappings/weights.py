@@ -80,7 +80,10 @@ class VocabParallelMapping(ColumnParallelMapping):
         table = join_dim(shards, 0)
         rows = config.vocab_size or table.shape[0]
         if rows > table.shape[0]:
-            raise ValueError(f"{table.shape[0]} rows are fewer than the vocabulary of {rows}")
+            raise ValueError(
+                f"{table.shape[0]} rows are fewer than the vocabulary of {rows}. If this is the head of a reward model "
+                "or another classifier, give architecture= and num_labels= (docs/reward-models.md)"
+            )
         return {self.hf_param: table[:rows]}
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
@@ -110,12 +113,10 @@ class CopiedVocabMapping(VocabParallelMapping):
 
 
 @dataclass(frozen=True)
-class LatentDownMapping(DirectMapping):
-    """A down projection of multi-head latent attention: whole on every rank, or rows spread over the ranks.
+class WholeOrRowsMapping(DirectMapping):
+    """One to one; whole on every rank, or rows spread over the ranks. Join tells which by the rows of a shard.
 
-    Megatron has both forms: `[rank, in]` in Transformer Engine's layers, `[rank/tp, in]` in its own, which gather their
-    outputs. Join tells them apart by the number of rows in a shard, split by `transformer_impl`.
-    Layout: megatron.core.transformer.multi_latent_attention.MLASelfAttention.
+    Split makes it whole.
 
     Args:
         rows: the fields of the configuration whose sum is the number of rows.
@@ -137,9 +138,33 @@ class LatentDownMapping(DirectMapping):
         return {self.hf_param: join_dim(shards, 0)}
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
-        if config.transformer_impl != "local":
-            rank, size = 0, 1
-        return shard_of(tensors[self.hf_param], 0, rank, size)
+        return tensors[self.hf_param]
+
+
+@dataclass(frozen=True)
+class HeadMapping(WholeOrRowsMapping):
+    """A head in place of the output layer, with a row for each label: `[labels, hidden]`, its bias `[labels]`."""
+
+    rows: tuple[str, ...] = ("num_labels",)
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        joined, labels = super()._join(shards, config), sum(config.sizes(*self.rows))
+        if (found := len(joined[self.hf_param])) != labels:
+            raise ValueError(f"the output layer has {found} rows, but config.json has {labels} labels")
+        return joined
+
+
+@dataclass(frozen=True)
+class LatentDownMapping(WholeOrRowsMapping):
+    """A down projection of multi-head latent attention: `[rank, in]`, or `[rank/tp, in]`.
+
+    Transformer Engine's layers have it whole; Megatron-Core's own, by `transformer_impl`, spread its rows and gather
+    their outputs. Layout: megatron.core.transformer.multi_latent_attention.MLASelfAttention.
+    """
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        whole = super()._split(tensors, config, rank, size)
+        return shard_of(whole, 0, rank, size) if config.transformer_impl == "local" else whole
 
 
 _SHARD_DIMS = {

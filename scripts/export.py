@@ -70,10 +70,12 @@ def _described_model(options: ExportConfig) -> "HFModel":
         return model_of_arguments(
             checkpoint, architecture=options.architecture, vocab_size=options.vocab_size, family=options.family
         )
-    if options.architecture or options.vocab_size:
-        raise UsageError("architecture= and vocab_size= are for a checkpoint without hf=, whose config.json says both")
+    if options.vocab_size:
+        raise UsageError("vocab_size= is for a checkpoint without hf=, whose config.json says it")
     try:
-        return read_hf_model(options.hf, options.family)
+        return read_hf_model(
+            options.hf, options.family, architecture=options.architecture, num_labels=options.num_labels
+        )
     except UnknownArchitectureError:
         raise
     except UsageError as error:

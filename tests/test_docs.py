@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
@@ -56,6 +57,7 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "path/to/hf_dir": live.hf,
         "CKPT": trained / "checkpoint",
         "PLAIN_CKPT": plain_checkpoint(live.hf, tmp_path_factory.mktemp("plain")),
+        "REWARD_CKPT": reward_checkpoint(live.hf, tmp_path_factory.mktemp("reward")),
         "SERVED": trained / "nvfp4",
         "BAD": served_wrong(trained / "nvfp4", tmp_path_factory.mktemp("bad") / "BAD"),
         "examples": ROOT / "examples",
@@ -75,6 +77,13 @@ def served_wrong(served: Path, directory: Path) -> Path:
 def plain_checkpoint(hf: Path, directory: Path) -> Path:
     """A Megatron checkpoint of a training without quantizers."""
     return write_state(directory / "checkpoint", megatron_state(read_hf_model(hf)))
+
+
+def reward_checkpoint(hf: Path, directory: Path) -> Path:
+    """The same of a reward model."""
+    state = megatron_state(read_hf_model(hf))
+    head = torch.ones(1, state["output_layer.weight"].shape[1], dtype=torch.bfloat16)
+    return write_state(directory / "checkpoint", {**state, "output_layer.weight": head})
 
 
 def block_quantized(directory: Path) -> Path:

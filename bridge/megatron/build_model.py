@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.megatron.classifier_head import with_classifier_head
 from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net
 from amaxbridge.bridge.megatron.gemma_layers import GemmaModel
 from amaxbridge.bridge.megatron.hybrid_model import build_hybrid_chunk
@@ -95,7 +96,8 @@ def build_chunks(
     stages = [None] if chunks is None else range(chunks)
     with _judged_by_megatron(hf), latent_linears():
         config = _transformer_config(hf, dtype, initialize=initialize, hybrid=hybrid)
-        return [_keep_biases(build(hf, config, vp_stage).to(dtype)) for vp_stage in stages]
+        chunks = [with_classifier_head(build(hf, config, vp_stage), hf) for vp_stage in stages]
+        return [_keep_biases(chunk.to(dtype)) for chunk in chunks]
 
 
 @contextmanager

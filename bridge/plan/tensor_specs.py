@@ -20,6 +20,7 @@ from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import kind_of, natural_key
 from amaxbridge.mappings.tensors import TensorSpec
+from amaxbridge.mappings.weights import VocabParallelMapping
 
 
 def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
@@ -40,6 +41,8 @@ def hf_tensors(hf: HFModel) -> dict[str, Tensor]:
             f"transformers builds no causal language model from {hf.source}: correct its architectures and model_type"
         )
     tensors = hf.file_tensors
+    if hf.family.classifier_of:  # predicts no tokens
+        return dict(_one_by_one(hf, tensors))
     mtp = {**_mtp_layers(hf, tensors), **_own_mtp_layers(hf, tensors), **_hybrid_mtp_layers(hf, tensors)}
     return dict(_one_by_one(hf, {**tensors, **mtp}))
 
@@ -92,18 +95,19 @@ class MegatronSpecs:
         """
         missing = [name for name in self.mappings if name not in found]
         more = [name for name in found if name not in self.mappings and self._registry.megatron_to_hf_lookup(name)]
-        other = [name for name in self.mappings if name in found and not _fits(found[name], self.shard(name, 1), name)]
+        other = [name for name in self.mappings if name in found and not self._fits(found[name], name)]
         return [
             *(f"{kind}: {found[name]}, {self.shard(name, 1)} expected" for kind, name in _by_kind(other)),
             *(f"{kind}: missing, {self.shard(name, 1)} expected" for kind, name in _by_kind(missing)),
             *(f"{kind}: {found[name]}, which the model does not have" for kind, name in _by_kind(more)),
         ]
 
-
-def _fits(found: TensorSpec, expected: TensorSpec, name: str) -> bool:
-    if "embedding" in name or "output_layer" in name:
-        return found.shape[1:] == expected.shape[1:] and found.shape[0] >= expected.shape[0]
-    return found.shape == expected.shape
+    def _fits(self, found: TensorSpec, name: str) -> bool:
+        """True if a tensor has the model's shape; a vocabulary may be padded."""
+        expected = self.shard(name, 1)
+        if isinstance(self.mappings[name], VocabParallelMapping):
+            return found.shape[1:] == expected.shape[1:] and found.shape[0] >= expected.shape[0]
+        return found.shape == expected.shape
 
 
 def _by_kind(names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ DeepSpeed, PEFT and torchtitan for the names that each of them writes.
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -106,6 +106,13 @@ DIRECTORIES: tuple[Kind, ...] = (
 _LAYER = r"layers\.(\d+\.)?"
 _ADAPTER = r"(.*\.(adapter\w*|lora_[abAB]\w*|magnitude|weight_magnitude)(\.|\s)|.*\blora_[AB]\b)"
 
+_HEAD = Kind(
+    r"\w*(head|reward|value|score|critic|classifier)\w*(\.|\s)",
+    "a model with a head beside Megatron's own modules (a reward model, a critic or a classifier)",
+    "A head is exported where it replaces output_layer, one linear [labels, hidden]: assign it to that name of the "
+    "model, and save it again",
+)
+
 TENSORS: tuple[Kind, ...] = (
     Kind(
         r"model\d+\.(module\.)+",
@@ -154,11 +161,7 @@ TENSORS: tuple[Kind, ...] = (
         "a PyTorch checkpoint with the names of Hugging Face or torchtitan, not Megatron's",
         "Save it as safetensors in Hugging Face's format, and quantize that: amaxbridge quantize input=DIRECTORY",
     ),
-    Kind(
-        r"\w*(head|reward|value|score|critic|classifier)\w*(\.|\s)|output_layer\.\w+ \[[1-9](,|\])",
-        "a model with a head in place of an output layer (a reward model, a critic or a classifier)",
-        "Only language models can be exported: give the checkpoint of the policy",
-    ),
+    _HEAD,
     Kind(
         r"(?!decoder\.|embedding\.|output_layer\.|mtp\.)(\w+\.)+(decoder\.layers|embedding\.word_embeddings)\.",
         "a Megatron model inside another module, whose name precedes every tensor name",
@@ -174,6 +177,12 @@ OPTIMIZER = Kind(
 )
 
 
+def head_of(model: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """The weight of a head in place of the output layer, with fewer rows than the embedding; None if there is none."""
+    output, embedding = model.get("output_layer.weight"), model.get("embedding.word_embeddings.weight")
+    return output if output and embedding and output.shape[0] < embedding.shape[0] else None
+
+
 def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kind | None:
     """The kind of a distributed checkpoint, None for a plain model.
 
@@ -184,7 +193,10 @@ def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kin
     if not model and any_others:
         return OPTIMIZER
     lines = [f"{name} {list(spec.shape)}" for name, spec in model.items()]
-    return next((kind for kind in TENSORS if kind.fits(lines)), None)
+    kind = next((kind for kind in TENSORS if kind.fits(lines)), None)
+    if kind is _HEAD:
+        return replace(kind, what=f"{kind.what}: {', '.join(line for line in lines if kind.fits([line]))}")
+    return kind
 
 
 def kind_of_directory(path: Path) -> Kind | None:

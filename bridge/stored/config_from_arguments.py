@@ -5,22 +5,25 @@ the result is read back. The family fits if this gives every saved setting, and 
 setting, so that nothing is exported as another model. If several families fit, the tensors decide.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from amaxbridge.bridge.hf import HFModel, make_hf_model
+from amaxbridge.bridge.stored.checkpoint_kinds import head_of
 from amaxbridge.bridge.stored.identification import check_kind, identify, stored_model, tensor_disagreements
 from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.weight_dtypes import DTYPES
 from amaxbridge.mappings.errors import AmaxbridgeError, UsageError, listing
-from amaxbridge.mappings.families import FAMILIES
+from amaxbridge.mappings.families import CLASSIFIERS, FAMILIES
+from amaxbridge.mappings.families.classifiers import SEQUENCES, TOKENS
 from amaxbridge.mappings.family import ModelFamily
 from amaxbridge.mappings.family_file import FamilySource, find_family, own_family
 from amaxbridge.mappings.megatron_settings import DEFAULTS, Settings, argument, differences, from_arguments, in_use
+from amaxbridge.mappings.tensors import TensorSpec
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -52,13 +55,14 @@ def model_of_arguments(
     settings = from_arguments(arguments)
     size = vocab_size or settings.get("vocab_size")
     settings["vocab_size"] = size or embedding.shape[0]
-    families = _families(architecture, family)
-    families = [family for family in families if not family.carried]
+    head = head_of(opened.tensors)
+    families = [each for each in _families(architecture, family, opened.tensors) if not each.carried]
     if not families:
         raise UsageError(f"{architecture} has modules beside Megatron's model: give hf= a directory with their weights")
     computed = arguments.get("params_dtype")  # Megatron-FSDP saves fp32 main parameters in place of the weights
     dtype = next((known for known in DTYPES.values() if known == computed), embedding.dtype)
-    attempts = [_attempt(family, settings, dtype, padded=size is None) for family in families]
+    labels = {} if head is None else {"num_labels": head.shape[0]}
+    attempts = [_attempt(each, settings, dtype, labels, padded=size is None) for each in families]
     fitting = _preferred([attempt.hf for attempt in attempts if attempt.hf is not None])
     if len(_kinds(fitting)) > 1:
         fitting = [hf for hf in fitting if not tensor_disagreements(stored_model(opened, hf), hf)] or fitting
@@ -70,10 +74,18 @@ def model_of_arguments(
     return fitting[0]
 
 
-def _families(architecture: str | None, family: FamilySource | None) -> Sequence[ModelFamily]:
+def _families(
+    architecture: str | None, family: FamilySource | None, tensors: Mapping[str, TensorSpec]
+) -> Sequence[ModelFamily]:
+    """The families to try: those of classifiers for a model with a head, by whether it has a bias."""
     if architecture is not None:
         return [find_family(family, {"architectures": [architecture]})]
-    return FAMILIES if family is None else [own_family(family)]
+    if family is not None:
+        return [own_family(family)]
+    if head_of(tensors) is None:
+        return FAMILIES
+    kind = TOKENS if "output_layer.bias" in tensors else SEQUENCES
+    return [each for each in CLASSIFIERS if each.architectures[0].endswith(kind)]
 
 
 def _preferred(models: Sequence[HFModel]) -> list[HFModel]:
@@ -84,10 +96,17 @@ def _preferred(models: Sequence[HFModel]) -> list[HFModel]:
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:
     """One architecture for each set of mappings: models with equal settings and the same mappings are alike."""
-    return list({id(hf.family.mappings): hf.family.architectures[0] for hf in models}.values())
+    kinds: list[ModelFamily] = []
+    for family in (hf.family for hf in models):
+        if all(family.mappings != other.mappings for other in kinds):
+            kinds.append(family)
+    return [family.architectures[0] for family in kinds]
 
 
-def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded: bool) -> _Attempt:
+def _attempt(
+    family: ModelFamily, found: Settings, dtype: torch.dtype, labels: Mapping[str, int], *, padded: bool
+) -> _Attempt:
+    """Args: labels: the field of config.json that counts those of a classifier."""
     filled = {**DEFAULTS, **found}
     unlike = [f"{argument(name)}: {filled[name]}" for name, value in family.constants.items() if filled[name] != value]
     try:
@@ -97,7 +116,7 @@ def _attempt(family: ModelFamily, found: Settings, dtype: torch.dtype, *, padded
         missing = [name for name in tables if filled.get(name) is None and DEFAULTS.get(name, "none") is not None]
         if missing:
             return _Attempt(family, None, [*(f"{argument(name)} was not saved" for name in missing), *unlike])
-        hf = make_hf_model(family, family.hf_config(filled), dtype)
+        hf = make_hf_model(family, {**family.hf_config(filled), **labels}, dtype)
         expected = family.settings(hf.config)
     except AmaxbridgeError as error:
         return _Attempt(family, None, [str(error), *unlike])

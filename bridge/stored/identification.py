@@ -10,7 +10,7 @@ from pathlib import Path
 
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
-from amaxbridge.bridge.stored.checkpoint_kinds import Kind, kind_of_tensors
+from amaxbridge.bridge.stored.checkpoint_kinds import Kind, head_of, kind_of_tensors
 from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import disagreements, read_arguments, saved_sizes
 from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel, is_of_model
@@ -18,12 +18,14 @@ from amaxbridge.bridge.stored.stored_source import StoredSource
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.extras import installed, need
-from amaxbridge.mappings.families import FAMILIES
+from amaxbridge.mappings.families import FAMILIES, classes_of
+from amaxbridge.mappings.families.classifiers import SEQUENCES, TOKENS
 from amaxbridge.mappings.names import is_quantizer_state, kind_of
 from amaxbridge.mappings.tensors import TensorSpec
 
 _MOST = 40  # lines: one for each kind of tensor
 _EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+_BIAS = "output_layer.bias"
 _ROWS = "rows of vocabulary"
 _SIZES = ("layers", "experts in a layer", "columns of hidden size", _ROWS)
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -34,10 +36,12 @@ def check_described(stored: StoredModel, hf: HFModel) -> None:
     """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
 
     Raises:
-        CheckpointError: the checkpoint is of a kind that cannot be exported (see `checkpoint_kinds`), or disagrees.
+        CheckpointError: the checkpoint is of a kind that cannot be exported (see `checkpoint_kinds`), has the head of a
+            classifier that config.json does not mention, or disagrees.
         MissingExtraError: nothing can be compared: no arguments are saved, and transformers is not installed.
     """
     check_kind(stored.checkpoint)
+    _check_head(stored, hf)
     found = _disagreements(stored, hf)
     if found:
         raise CheckpointError(
@@ -50,6 +54,24 @@ def check_kind(checkpoint: StoredSource) -> None:
     """Raises CheckpointError for a checkpoint that is not a plain language model. The message says what it is."""
     if kind := _kind_of(checkpoint):
         raise CheckpointError(f"{checkpoint.directory} is {kind.what}. {kind.next_step}")
+
+
+def _check_head(stored: StoredModel, hf: HFModel) -> None:
+    head = head_of({name: each.spec for name, each in stored.tensors.items()})
+    if head is None or hf.family.classifier_of is not None:
+        return
+    biased = _BIAS in stored.tensors
+    known = [name for name in classes_of(hf.written) if name.endswith(TOKENS if biased else SEQUENCES)]
+    if known:
+        how = f"Export it as what it is: architecture={known[0]} num_labels={head.shape[0]}"
+    elif biased and classes_of(hf.written):
+        how = f"{', '.join(classes_of(hf.written))} has no bias, and transformers no other class for it"
+    else:
+        how = f"transformers has no class for {', '.join(hf.family.architectures)} with a head"
+    raise CheckpointError(
+        f"{stored.checkpoint.directory} is a reward model, a critic or a classifier: it has a head "
+        f"{list(head.shape)}{' with a bias' if biased else ''} in place of its output layer. {how}"
+    )
 
 
 def _kind_of(checkpoint: StoredSource) -> Kind | None:
@@ -133,5 +155,7 @@ def identify(checkpoint: Path) -> str:
             used = {(type(mapping), kind_of(mapping.megatron_param)) for mapping in found if mapping}
             unused[family.architectures[0]] = len(family.mappings) - len(used)
     likely = sorted(unused, key=lambda name: unused[name])  # the families with the fewest unused mappings first
+    if (head := head_of(opened.tensors)) is not None:
+        said = f"its head {list(head.shape)} is a reward model's, a critic's or a classifier's; {said}"
     what = f"may be of {', '.join(likely)}" if likely else "has the tensors of no family that is known"
     return f"{opened.directory} {what}; {said}"

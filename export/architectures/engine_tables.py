@@ -28,6 +28,7 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
+from amaxbridge.mappings.families import language_model_of
 from amaxbridge.mappings.fused_groups import FUSED_PROJECTIONS
 
 _EXPERTS = ("gate_proj", "down_proj", "up_proj")
@@ -167,7 +168,10 @@ class EngineTable:
         return said.removeprefix(_REFUSED) if said.startswith(_REFUSED) else None
 
     def build_of(self, config: Mapping[str, Any]) -> Build | None:
-        """The build of a model by its config.json; None if the engine has no model class of its own for it."""
+        """The build of a model by its config.json; None if the engine has no model class of its own for it.
+
+        A classifier is built as its language model, but for the head.
+        """
         build = next((found for name in _names(config) if (found := self.builds.get(name))), None)
         text = config.get("text_config")
         if build is None or not build.hosts or not isinstance(text, dict):
@@ -217,9 +221,16 @@ def _build(raw: Mapping[str, Any], *, first_only: bool) -> Build:
     )
 
 
-def _names(config: Mapping[str, Any]) -> Iterable[str]:
+def architectures_of(config: Mapping[str, Any]) -> list[str]:
+    """The architectures that a config.json names, as far as they are names."""
     found = config.get("architectures")
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _names(config: Mapping[str, Any]) -> Iterable[str]:
+    """The same, and the language models that classifiers were made of."""
+    names = architectures_of(config)
+    return [*names, *(model for name in names if (model := language_model_of(name)) is not None)]
 
 
 def _rename(step: str, one: str, other: str, name: str) -> str | None:

@@ -60,6 +60,8 @@ class Engine:
         cuts_wildcards: renames `experts*` of ModelOpt's configs as `experts` and `experts.*`.
         mixed_needs: algorithms of ModelOpt of which it needs one to know MIXED_PRECISION; () if it needs none.
         caches: the formats of key-value caches whose scales it reads, as `cache_scales` names them.
+        heads: classifiers that it has a class for → what is wrong with their heads there, "" if nothing is; None if it
+            makes any language model a classifier.
         unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
     """
 
@@ -81,6 +83,7 @@ class Engine:
     cuts_wildcards: bool = False
     mixed_needs: tuple[str, ...] = ()
     caches: tuple[str, ...] = ("fp8",)
+    heads: Mapping[str, str] | None = None
     unread_experts: Mapping[str, str] = field(default_factory=dict)
 
     def leaves_out(self, architecture: str, projection: str) -> str | None:
@@ -101,6 +104,7 @@ class Engine:
         return f"{self.name} {self.facts.version}" if self.facts else self.name
 
 
+_RANDOM_BIAS = "adds a bias to its head, which no file has and which stays random"
 VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
     cuts=True, cuts_wildcards=True, caches=("fp8", "fp8 per head", "nvfp4"),
@@ -109,7 +113,10 @@ VLLM = Engine(
 SGLANG = Engine(
     "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,
     asks_first_expert=True, expert_names=("gate_proj", "down_proj", "up_proj"), refuses_untargeted=True, cuts=True,
-    mixed_needs=("NVFP4", "W4A16_NVFP4"), unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    mixed_needs=("NVFP4", "W4A16_NVFP4"), heads=MappingProxyType({
+        "LlamaForSequenceClassification": "", "Gemma2ForSequenceClassification": "",
+        "Qwen2ForSequenceClassification": _RANDOM_BIAS, "Qwen3ForSequenceClassification": _RANDOM_BIAS,
+    }), unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,

@@ -21,6 +21,8 @@ from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
 from amaxbridge.export.schemes.recipe import is_left_alone
 from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import MappingError, listing
+from amaxbridge.mappings.families import language_model_of
+from amaxbridge.mappings.families.classifiers import SCORE
 from amaxbridge.mappings.family import PackedExperts
 from amaxbridge.mappings.names import module_of
 
@@ -386,12 +388,24 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture that config.json names; None if it is not known.
 
     Files of one architecture may be spelled otherwise where config.json has a model type of its own, as EXAONE's for
-    Llama. Such files name their authors' class for a task, so it is found by type and task.
+    Llama. Such files name their authors' class for a task, so it is found by type and task. A classifier of a family is
+    known as its language model is.
     """
+    model_type = str(config.get("model_type"))
     for name in config.get("architectures") or ():
-        if isinstance(name, str) and (table := _table(name, str(config.get("model_type")))) is not None:
+        if isinstance(name, str) and (table := _table(name, model_type)) is not None:
             return _architecture(name, table, config)
+        model = language_model_of(name)
+        if model is not None and (table := _table(model, model_type)) is not None:
+            return _with_head(_architecture(name, table, config))
     return None
+
+
+def _with_head(known: Architecture) -> Architecture:
+    """The architecture with transformers' head of a classifier in place of the output layer."""
+    facts = {pattern: fact for pattern, fact in known.facts.items() if module_of(fact.module) not in known.heads}
+    facts |= {f"{SCORE}.{kind}": Fact(Role.HEAD, f"{SCORE}.{kind}") for kind in ("weight", "bias")}
+    return replace(known, facts=facts, heads=(SCORE,), tied=False)
 
 
 @lru_cache(maxsize=8)

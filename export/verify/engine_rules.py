@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from amaxbridge.export.amax.cache_scales import cache_format
+from amaxbridge.export.architectures.engine_tables import architectures_of
 from amaxbridge.export.architectures.engines import ENGINES, RUNTIME
 from amaxbridge.export.modelopt_config import MIXED
 from amaxbridge.export.schemes.targets import EMBEDDINGS, HEAD
@@ -11,6 +12,7 @@ from amaxbridge.export.verify.engine_readings import build_of, readings
 from amaxbridge.export.verify.finding import Problem, Rule, Severity
 from amaxbridge.export.verify.name_rules import is_expert
 from amaxbridge.export.verify.parallel_sizes import parallel_sizes
+from amaxbridge.mappings.families import language_model_of
 
 _WORDS: Mapping[str, str] = {"linear": "dense layers", "experts": "routed experts", "head": "the output layer"}
 
@@ -108,9 +110,15 @@ def _cache(view: CheckpointView) -> Iterator[Problem]:
             yield Problem("kv_cache_scheme", f"{engine.label} reads no scales of {found.words}", engine.key)
 
 
+def _heads(view: CheckpointView) -> Iterator[Problem]:
+    for name in architectures_of(view.config):
+        for engine in ENGINES if language_model_of(name) is not None else ():
+            if engine.heads is not None and (wrong := engine.heads.get(name, "has no class for it")):
+                yield Problem("architectures", f"{name}: {engine.label} {wrong}", engine.key)
+
+
 def _unread_experts(view: CheckpointView) -> Iterator[Problem]:
-    named = view.config.get("architectures")
-    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    architectures = architectures_of(view.config)
     experts = [(module, module.name.rpartition(".")[2]) for module in view.quantized if is_expert(module.name)]
     for engine in ENGINES:
         for module, projection in experts:
@@ -156,6 +164,13 @@ RULES = (
         "Serve with an engine that does (docs/quantizers.md), or calibrate the cache in FP8 per tensor",
         _cache,
         Severity.WARNING,
+    ),
+    Rule(
+        "engine-heads",
+        "the engine has the head of a reward model, a critic or a classifier",
+        "does not load, or every value is off by one number that changes with each start",
+        "Serve with an engine that does (docs/reward-models.md)",
+        _heads,
     ),
     Rule(
         "experts-unread",

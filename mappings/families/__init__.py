@@ -6,6 +6,7 @@ from typing import Any
 
 from amaxbridge.mappings.errors import UnknownArchitectureError
 from amaxbridge.mappings.families.arcee import ARCEE
+from amaxbridge.mappings.families.classifiers import classifiers_of
 from amaxbridge.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from amaxbridge.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from amaxbridge.mappings.families.ernie4_5 import ERNIE4_5
@@ -45,7 +46,7 @@ from amaxbridge.mappings.families.smollm3 import SMOLLM3
 from amaxbridge.mappings.families.sparse_attention import DEEPSEEK_V32, GLM_MOE_DSA
 from amaxbridge.mappings.family import ModelFamily
 
-__all__ = ["FAMILIES", "family_of"]
+__all__ = ["CLASSIFIERS", "FAMILIES", "classes_of", "family_of", "language_model_of"]
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
@@ -97,7 +98,22 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GLM,
 )
 
-_BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
+CLASSIFIERS: tuple[ModelFamily, ...] = tuple(each for family in FAMILIES for each in classifiers_of(family))
+"""Reward models, critics and classifiers of these families."""
+
+_BY_ARCHITECTURE = {name: family for family in (*FAMILIES, *CLASSIFIERS) for name in family.architectures}
+
+
+def classes_of(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The architectures of this language model with a head in place of its output layer."""
+    named = hf_config.get("architectures") or []
+    return tuple(name for each in CLASSIFIERS if each.classifier_of in named for name in each.architectures)
+
+
+def language_model_of(architecture: str) -> str | None:
+    """The architecture of the language model that a classifier here was made of; None for any other architecture."""
+    family = _BY_ARCHITECTURE.get(architecture)
+    return family.classifier_of if family else None
 
 
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:

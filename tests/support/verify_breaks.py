@@ -324,6 +324,14 @@ NAMES = {
     "several scales of a cache with one": at(
         "kv-scales", f"{LAYER}.self_attn.k_scale", put, torch.ones(3, 1, 1), cache=True
     ),
+    "a head with a bias of SGLang's own": Break(
+        "engine-heads",
+        "architectures",
+        both(
+            say(architectures=["Qwen3ForSequenceClassification"], id2label={"0": "LABEL_0"}),
+            both(drop("lm_head.weight"), both(put("score.weight", torch.ones(1, 64)), ignore("score"))),
+        ),
+    ),
     "a cache with scales for each head, for SGLang": Break("engine-cache", "kv_cache_scheme", per_head, cache=True),
 }
 
