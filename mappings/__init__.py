@@ -13,7 +13,7 @@ from amaxbridge.mappings.amax import (
 )
 from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.names import NamePattern
-from amaxbridge.mappings.registry import MappingRegistry
+from amaxbridge.mappings.registry import MappingRegistry, MegatronMappingRegistry
 from amaxbridge.mappings.weights import (
     AutoMapping,
     ColumnParallelMapping,
@@ -35,6 +35,7 @@ __all__ = [
     "DirectMapping",
     "GatedMLPMapping",
     "MappingRegistry",
+    "MegatronMappingRegistry",
     "MegatronParamMapping",
     "MoeAmaxFanoutMapping",
     "NamePattern",

@@ -12,6 +12,7 @@ mapping remembers the weight mapping that it `follows`; a mapping made by hand o
 On import, several Hugging Face values for one Megatron quantizer become their maximum.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -24,6 +25,7 @@ from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import pattern
 from amaxbridge.mappings.ranks import Axis
 from amaxbridge.mappings.tensors import join_dim, max_of, shard_of
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 WEIGHT_QUANTIZER = ".weight_quantizer._amax"
 LEARNED_POST = ".weight_quantizer._amax_post"
@@ -37,14 +39,21 @@ STORED_SCALES = ".weight_quantizer.stored_scales"
 
 
 @dataclass(frozen=True)
-class QuantizerMapping(MegatronParamMapping):
-    """Base of the amax mappings: handles the three granularities. Not for direct use.
+class AmaxMapping(ReplicatedMapping):
+    """The amax of one Megatron quantizer under one Hugging Face name, or under several by role.
 
     Args:
+        megatron_param: e.g. `decoder.layers.*.mlp.linear_fc2.weight_quantizer._amax`.
+        hf_param: e.g. `model.layers.*.mlp.down_proj.weight_quantizer._amax`.
         follows: the mapping of the weight, whose join and split a per-channel or per-block amax uses.
     """
 
+    hf_param: str | dict[str, str] = hf_name()  # type: ignore[assignment]
     follows: MegatronParamMapping | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"": self.hf_param} if isinstance(self.hf_param, str) else dict(self.hf_param)
 
     @property
     def shard_dim(self) -> int:
@@ -93,22 +102,6 @@ class QuantizerMapping(MegatronParamMapping):
 
 
 @dataclass(frozen=True)
-class AmaxMapping(QuantizerMapping):
-    """The amax of one Megatron quantizer under one Hugging Face name, or under several by role.
-
-    Args:
-        megatron_param: e.g. `decoder.layers.*.mlp.linear_fc2.weight_quantizer._amax`.
-        hf_param: e.g. `model.layers.*.mlp.down_proj.weight_quantizer._amax`.
-    """
-
-    hf_param: str | dict[str, str] = hf_name()
-
-    @property
-    def roles(self) -> Mapping[str, str]:
-        return {"": self.hf_param} if isinstance(self.hf_param, str) else self.hf_param
-
-
-@dataclass(frozen=True)
 class CacheAmaxMapping(AmaxMapping):
     """The amax of a key-value cache's quantizer: one number, or `[heads]`, which tensor parallelism divides."""
 
@@ -122,7 +115,7 @@ class CacheAmaxMapping(AmaxMapping):
 
 
 @dataclass(frozen=True)
-class AmaxFanoutMapping(QuantizerMapping):
+class AmaxFanoutMapping(AmaxMapping):
     """One Megatron amax under several Hugging Face names: q/k/v of a fused QKV, gate/up of a gated MLP.
 
     Args:
@@ -130,7 +123,13 @@ class AmaxFanoutMapping(QuantizerMapping):
         hf_params: e.g. the `weight_quantizer._amax` of q_proj, k_proj and v_proj.
     """
 
+    hf_param: str = field(init=False, repr=False, compare=False)
+    """The first of `hf_params`."""
     hf_params: list[str] = hf_name()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "hf_param", self.hf_params[0])
 
     @property
     def hf_targets(self) -> list[str]:
@@ -138,12 +137,12 @@ class AmaxFanoutMapping(QuantizerMapping):
         return list(self.hf_params)
 
     @property
-    def roles(self) -> Mapping[str, str]:
+    def roles(self) -> dict[str, str]:
         return {name: name for name in self.hf_params}
 
 
 @dataclass(frozen=True)
-class MoeAmaxFanoutMapping(QuantizerMapping):
+class MoeAmaxFanoutMapping(AmaxMapping):
     """One quantizer for an expert-parallel rank's whole block of local experts, fanned out to each expert's name.
 
     The ranks of EP hold consecutive equal blocks of experts: of 8 experts at EP=2 the first rank's amax goes to
@@ -156,20 +155,33 @@ class MoeAmaxFanoutMapping(QuantizerMapping):
             `n_routed_experts` of the config or module.
     """
 
+    hf_param: dict[str, str] = field(init=False, default_factory=dict, repr=False, compare=False)
     hf_patterns: list[str] = hf_name()
     num_experts: int | None = None
 
     _extra_wildcards: ClassVar[list[str]] = ["*"]
+    _EXPERT_WILDCARD_RE: ClassVar[re.Pattern[str]] = re.compile(r"(?<=\.experts\.)\*(?=\.)")
 
     @property
     def axis(self) -> Axis:
         return Axis.EP
 
     @property
-    def roles(self) -> Mapping[str, str]:
+    def is_expert(self) -> bool:
+        """False: the quantizer is one of a rank, not of an expert."""
+        return False
+
+    @property
+    def roles(self) -> dict[str, str]:
         return {name: name for name in self.hf_patterns}
 
-    def megatron_to_hf(self, megatron_weights: Tensor, megatron_module: Any) -> dict[str, Tensor]:
+    def _get_num_experts(self, megatron_module: object | None) -> int | None:
+        """The number of experts over all EP ranks; None if neither the mapping nor the module says it."""
+        return self.num_experts or ModelConfig.of_module(megatron_module).num_moe_experts
+
+    def megatron_to_hf(self, megatron_weights: Tensor | None, megatron_module: Any) -> dict[str, Tensor]:
+        if megatron_weights is None:
+            return {}
         amax = self.ranks.all_reduce_max(Axis.ETP, megatron_weights.float())
         return self.join(self.ranks.all_gather(Axis.EP, amax), ModelConfig.of_module(megatron_module))
 

@@ -30,7 +30,7 @@ class MegatronParamMapping(ABC):
         ranks: the ranks that `megatron_to_hf` and `hf_to_megatron` communicate with; see `on`.
 
     Raises:
-        MappingError: the Hugging Face patterns have other wildcards than the Megatron pattern.
+        MappingError: there are no Hugging Face patterns, or they have other wildcards than the Megatron pattern.
     """
 
     megatron_param: str
@@ -38,6 +38,8 @@ class MegatronParamMapping(ABC):
 
     def __post_init__(self) -> None:
         wanted = sorted(self.pattern.wildcards)
+        if not self.targets:
+            raise MappingError(f"{type(self).__name__}: {self.megatron_param!r} has no Hugging Face name: give one")
         for target in self.targets:
             if sorted(pattern(target).wildcards) != sorted(wanted + self._extra_wildcards):
                 raise MappingError(
@@ -99,18 +101,26 @@ class MegatronParamMapping(ABC):
     @property
     def axis(self) -> Axis:
         """The mesh axis that shards this parameter: ETP inside routed experts, else TP."""
-        return Axis.ETP if is_routed_expert(self.megatron_param) else Axis.TP
+        return Axis.ETP if self.is_expert else Axis.TP
 
-    def megatron_to_hf(self, megatron_weights: Tensor, megatron_module: Any) -> dict[str, Tensor]:
+    @property
+    def is_expert(self) -> bool:
+        """True if the parameter lies inside the routed experts."""
+        return is_routed_expert(self.megatron_param)
+
+    def megatron_to_hf(self, megatron_weights: Tensor | None, megatron_module: Any) -> dict[str, Tensor]:
         """This rank's shard → all Hugging Face tensors, on every rank. Collective over `axis`.
 
         Args:
-            megatron_weights: the shard of this rank.
+            megatron_weights: the shard of this rank; None on ranks that hold nothing of the parameter, as of another
+                pipeline stage, which get nothing either.
             megatron_module: the module that owns it; its `config` is read.
 
         Raises:
             MappingError: the shards do not fit; names the parameter, the shapes and the rank.
         """
+        if megatron_weights is None:
+            return {}
         shards = [megatron_weights]
         if self.shard_dim is not None:
             shards = self.ranks.all_gather(self.axis, megatron_weights)

@@ -80,6 +80,10 @@ class MappingRegistry:
         return len(self.get_all_mappings())
 
 
+MegatronMappingRegistry = MappingRegistry
+"""The name that Megatron-Bridge has for it."""
+
+
 class _Index:
     """Patterns of one side, each with its mapping.
 

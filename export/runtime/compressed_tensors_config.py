@@ -1,17 +1,19 @@
 """The `quantization_config` of a checkpoint, and which method each layer of a model gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from amaxbridge.export.architectures.engines import LINEAR, RUNTIME, Layer, label, read_layer
+from amaxbridge.export.output.config_and_index import CONFIG_FILE
 from amaxbridge.export.quant_config import ConfigGroup, QuantConfig, read_quant_config
 from amaxbridge.export.runtime.linear_method import CompressedTensorsLinearMethod
 from amaxbridge.export.schemes.signature import Arguments, Signature, UnsupportedQuantizationError
 from amaxbridge.mappings.errors import CheckpointError, listing
 
+_SIZES = (("in_features", "out_features"), ("input_size", "output_size"))
 _BLOCK = 128  # rows, columns and inputs that share a scale where weights have square blocks
 
 
@@ -23,16 +25,20 @@ class CompressedTensorsConfig:
         ignore: layers that are left alone: full names, `re:` patterns, classes.
         weight_bits: of a weight's code.
         group_size: inputs that share a scale; None or -1 for all.
-        weight_strategy: what shares a scale: `tensor`, `channel`, `group`, `tensor_group`, `block` (of 128 by 128).
-        weight_type: `int` or `float`.
+        weight_strategy: what shares a scale: `tensor`, `channel`, `group`, `tensor_group`, `block` (of 128 by 128);
+            None for `group` or `channel`, as `group_size` says.
+        weight_type: `int` or `float`; None for `int`.
         weight_dynamic: always False in a checkpoint.
         symmetric: without zero points.
         actorder: the order of inputs in GPTQ: None, `weight`, `group`.
         input_bits: of an input's code; None leaves inputs alone.
         input_strategy: what shares a scale: `token`, `tensor`, `group`, `tensor_group`.
         input_type: `int` or `float`.
-        input_dynamic: whether scales are made from the inputs; `local` for NVFP4's blocks.
+        input_dynamic: True if scales are made from the inputs; `local` for NVFP4's blocks.
         input_symmetric: without zero points.
+
+    Each argument is an attribute, too, as config.json says it. Of several groups, those that differ in it have no
+    common one: ask `signatures`.
     """
 
     def __init__(
@@ -42,8 +48,8 @@ class CompressedTensorsConfig:
         ignore: Sequence[str] = (),
         weight_bits: int,
         group_size: int | None = None,
-        weight_strategy: str = "channel",
-        weight_type: str = "int",
+        weight_strategy: str | None = None,
+        weight_type: str | None = None,
         weight_dynamic: bool = False,
         symmetric: bool = True,
         actorder: str | None = None,
@@ -55,10 +61,11 @@ class CompressedTensorsConfig:
     ) -> None:
         is_block = weight_strategy == "block"
         size = None if is_block or group_size == -1 else group_size
+        strategy = weight_strategy or ("group" if size else "channel")
         weights = Arguments(
             bits=weight_bits,
-            kind=weight_type,
-            strategy="channel" if weight_strategy == "group" and size is None else weight_strategy,
+            kind=weight_type or "int",
+            strategy="channel" if strategy == "group" and size is None else strategy,
             dynamic=weight_dynamic,
             symmetric=symmetric,
             group_size=size,
@@ -69,7 +76,7 @@ class CompressedTensorsConfig:
         if input_bits is not None:
             inputs = Arguments(
                 bits=input_bits,
-                kind=input_type or weight_type,
+                kind=input_type or weights.kind,
                 strategy=input_strategy or "tensor",
                 dynamic=input_dynamic or False,
                 symmetric=input_symmetric is not False,
@@ -98,6 +105,81 @@ class CompressedTensorsConfig:
         """What each group says of weights and inputs."""
         return tuple(group.signature for group in self.quant_config.groups if group.signature is not None)
 
+    def _common(self, name: str, values: Iterable[Any]) -> Any:
+        """What all groups say of one argument.
+
+        Raises:
+            UnsupportedQuantizationError: they differ.
+        """
+        found = list(values)
+        if any(value != found[0] for value in found):
+            raise UnsupportedQuantizationError(f"{name} differs between config groups ({found}): ask signatures")
+        return found[0]
+
+    def _of_weights(self, argument: str, name: str) -> Any:
+        return self._common(name, (getattr(each.weights, argument) for each in self.signatures))
+
+    def _of_inputs(self, argument: str, name: str) -> Any:
+        """None where inputs are not quantized."""
+        return self._common(name, (each.inputs and getattr(each.inputs, argument) for each in self.signatures))
+
+    @property
+    def weight_bits(self) -> int:
+        return int(self._of_weights("bits", "weight_bits"))
+
+    @property
+    def group_size(self) -> int | None:
+        """None for one scale for a row, or for a tensor."""
+        size: int | None = self._of_weights("group_size", "group_size")
+        return size
+
+    @property
+    def weight_strategy(self) -> str:
+        return str(self._of_weights("strategy", "weight_strategy"))
+
+    @property
+    def weight_type(self) -> str:
+        return str(self._of_weights("kind", "weight_type"))
+
+    @property
+    def weight_dynamic(self) -> bool:
+        return bool(self._of_weights("dynamic", "weight_dynamic"))
+
+    @property
+    def symmetric(self) -> bool:
+        return bool(self._of_weights("symmetric", "symmetric"))
+
+    @property
+    def actorder(self) -> str | None:
+        order: str | None = self._of_weights("actorder", "actorder")
+        return order
+
+    @property
+    def input_bits(self) -> int | None:
+        bits: int | None = self._of_inputs("bits", "input_bits")
+        return bits
+
+    @property
+    def input_strategy(self) -> str | None:
+        strategy: str | None = self._of_inputs("strategy", "input_strategy")
+        return strategy
+
+    @property
+    def input_type(self) -> str | None:
+        kind: str | None = self._of_inputs("kind", "input_type")
+        return kind
+
+    @property
+    def input_dynamic(self) -> bool | str:
+        """False where inputs are not quantized."""
+        dynamic: bool | str | None = self._of_inputs("dynamic", "input_dynamic")
+        return dynamic or False
+
+    @property
+    def input_symmetric(self) -> bool:
+        """False where inputs are not quantized."""
+        return bool(self._of_inputs("symmetric", "input_symmetric"))
+
     @staticmethod
     def get_name() -> str:
         """As `quant_method` in config.json."""
@@ -115,8 +197,8 @@ class CompressedTensorsConfig:
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Files beside config.json that hold the config: none."""
-        return []
+        """The files that hold the config."""
+        return [CONFIG_FILE]
 
     @property
     def ignore(self) -> list[str]:
@@ -127,7 +209,7 @@ class CompressedTensorsConfig:
         """How a layer loads and computes.
 
         Args:
-            layer: its class decides whether `Linear` means it.
+            layer: `Linear` means it if it is a linear layer; see `class_names`.
             prefix: its full name; of fused layers the engine's, `model.layers.0.self_attn.qkv_proj`.
 
         Returns:
@@ -154,6 +236,18 @@ class CompressedTensorsConfig:
 
 
 def class_names(layer: nn.Module) -> list[str]:
-    """What targets may call a layer's class: its names, and `Linear` for the classes that engines derive from none."""
+    """What targets may call a layer's class: its names, and `Linear` for everything that is a linear layer."""
     names = [base.__name__ for base in type(layer).__mro__]
-    return [*names, *LINEAR] if any(name.endswith(("Linear", "LinearBase")) for name in names) else names
+    return [*names, *LINEAR] if _is_linear(layer) else names
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """True for torch's linear layer, layers with the sizes of one as engines name them, and empty modules to fill.
+
+    A layer that does not tell its sizes before it is filled is known by its name, as engines give it.
+    """
+    if isinstance(layer, nn.Linear) or type(layer) is nn.Module:
+        return True
+    if any(all(isinstance(getattr(layer, name, None), int) for name in names) for names in _SIZES):
+        return True
+    return any(base.__name__.endswith(("Linear", "LinearBase")) for base in type(layer).__mro__)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.tensors import TensorSpec, shard_of
 
+WEIGHT_SHAPE = "weight_shape"
+"""The tensor that holds the shape `[out, in]` of a packed weight."""
+
 ShardId = int | str | None
 _SHARD_IDS: Mapping[str, int] = {"q": 0, "k": 1, "v": 2}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -103,6 +106,12 @@ class Loader:
             self._copy(module_part(parameter, number), part, number)
 
     def _parts(self, tensor: Tensor) -> dict[int, Tensor]:
+        if self.name == WEIGHT_SHAPE and tensor.shape == (
+            2,
+        ):  # of all modules together: each has its share of the rows
+            rows, (all_rows, columns) = self.partition.rows, tensor.tolist()
+            shares = [[all_rows * share // sum(rows), columns] for share in rows]
+            return {number: tensor.new_tensor(share) for number, share in enumerate(shares)}
         total = sum(self.sizes)
         if self.is_number and tensor.numel() == self.sizes[0]:
             return {number: tensor.reshape(-1) for number in range(len(self.sizes))}

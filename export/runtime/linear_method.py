@@ -1,6 +1,6 @@
 """The method of a linear layer: the scheme for its signature, and errors that name the layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ from amaxbridge.export.runtime.activations import activation_for
 from amaxbridge.export.runtime.float_formats import FloatScheme
 from amaxbridge.export.runtime.w8a8 import CompressedTensorsW8A8Int8Scheme
 from amaxbridge.export.runtime.wna16 import CompressedTensorsWNA16Scheme
+from amaxbridge.export.schemes import scheme_of
 from amaxbridge.export.schemes.signature import Signature, UnsupportedQuantizationError
 from amaxbridge.mappings.errors import CheckpointError
 
@@ -48,17 +49,20 @@ class CompressedTensorsLinearMethod:
 
     Args:
         quant_config: the checkpoint's configuration.
-        signature: signature of the layer's config group.
+        signature: signature of the layer's config group; or its name among the groups of `quant_config`: bits as
+            `w4a16`, the name of a scheme, or the format of the tensors.
         prefix: the layer's full name, for messages.
 
     Raises:
         UnsupportedQuantizationError: the runtime does not support this signature; says what it supports.
     """
 
-    def __init__(self, quant_config: "CompressedTensorsConfig", signature: Signature, prefix: str = "") -> None:
+    def __init__(self, quant_config: "CompressedTensorsConfig", signature: Signature | str, prefix: str = "") -> None:
         self.quant_config = quant_config
-        self.signature = signature
         self.prefix = prefix
+        if isinstance(signature, str):
+            signature = _named(signature, quant_config.signatures)
+        self.signature = signature
         with self._naming():
             self.scheme = scheme_for(signature)
 
@@ -119,6 +123,27 @@ class CompressedTensorsLinearMethod:
             if not self.prefix:
                 raise
             raise type(error)(f"{self.prefix}: {error}") from error
+
+
+def _named(name: str, signatures: Sequence[Signature]) -> Signature:
+    """The signature with this name.
+
+    Raises:
+        UnsupportedQuantizationError: none has it, or several do; lists the names.
+    """
+    named = [(each, _names(each)) for each in signatures]
+    found = [each for each, names in named if name in names]
+    if len(found) != 1:
+        known = "; ".join(", ".join(names) for _, names in named)
+        which = "several signatures are" if found else "no signature is"
+        raise UnsupportedQuantizationError(f"{which} called {name!r}; the config has {known}")
+    return found[0]
+
+
+def _names(signature: Signature) -> list[str]:
+    bits = f"w{signature.weights.bits}a{signature.inputs.bits if signature.inputs else 16}"
+    scheme = scheme_of(signature)
+    return list(dict.fromkeys([bits, *([scheme.name] if scheme else []), signature.quant_format]))
 
 
 def scheme_for(signature: Signature) -> LinearScheme:

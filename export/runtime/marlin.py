@@ -2,8 +2,7 @@
 
 The input is a weight as GPTQ packs it, int32 `[in / per word, out]`: the codes of consecutive inputs in one word, the
 first in the low bits. It is cut into tiles of 16 inputs and 64 outputs, and the codes of a tile are ordered so that
-each of the 32
-threads of a warp reads exactly what its tensor core needs. With t = thread, w = 0 … 3:
+each of the 32 threads of a warp reads exactly what its tensor core needs. With t = thread, w = 0 … 3:
 
     inputs    (t % 4) * 2 + {0, 1, 8, 9}          four codes of a column
     outputs   w * 16 + t // 4, and the same + 8   two columns
@@ -15,6 +14,7 @@ group. Scales are permuted over outputs likewise. The kernel itself is not here:
 on a GPU, and on a CPU it is unpacked.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -30,15 +30,33 @@ GPTQ_MARLIN_TILE = 16
 _TILE_COLUMNS = 64
 
 
-def _scalar_type(*, mantissa: int, bias: int) -> int:
-    """vLLM's id of an unsigned integer type: exponent:8, mantissa:8, signed:1, bias:32, finite:1, nan_repr:8."""
-    exponent, signed, finite, ieee_nan = 0, 0, 0, 1
-    return exponent | mantissa << 8 | signed << 16 | bias << 17 | finite << 49 | ieee_nan << 50
+@dataclass(frozen=True, slots=True)
+class ScalarType:
+    """An unsigned integer type of a kernel's codes.
+
+    Args:
+        size_bits: bits of a code.
+        bias: what a code exceeds its value by; 0 where zero points say it.
+    """
+
+    size_bits: int
+    bias: int
+
+    @property
+    def name(self) -> str:
+        """`uint4`, or `uint4b8` with a bias."""
+        return f"uint{self.size_bits}{f'b{self.bias}' if self.bias else ''}"
+
+    @property
+    def id(self) -> int:
+        """vLLM's number of the type: exponent:8, mantissa:8, signed:1, bias:32, finite:1, nan_repr:8."""
+        ieee_nan = 1
+        return self.size_bits << 8 | self.bias << 17 | ieee_nan << 50
 
 
-SCALAR_TYPE_UINT4 = _scalar_type(mantissa=4, bias=0)
+SCALAR_TYPE_UINT4 = ScalarType(4, bias=0)
 """Codes 0 … 15 with zero points."""
-SCALAR_TYPE_UINT4B8 = _scalar_type(mantissa=4, bias=8)
+SCALAR_TYPE_UINT4B8 = ScalarType(4, bias=8)
 """Codes 0 … 15 that stand for -8 … 7."""
 
 

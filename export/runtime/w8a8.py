@@ -36,6 +36,7 @@ class CompressedTensorsW8A8Int8Scheme:
             raise UnsupportedQuantizationError(
                 f"integer weights of {weight_bits} bits with integer inputs; 8 is supported"
             )
+        self.weight_bits = weight_bits
         self._has_row_scales = has_row_scales
 
     def create_weights(

@@ -83,8 +83,10 @@ class CompressedTensorsWNA16Scheme:
         self.weight_bits = weight_bits
         self.group_size = -1 if group_size is None else group_size
         self.symmetric = symmetric
+        self.actorder = actorder
+        self.pack_factor = 32 // weight_bits
+        self.quant_type = marlin.ScalarType(weight_bits, bias=1 << weight_bits - 1 if symmetric else 0)
         self.has_g_idx = actorder == "group" and self.group_size != -1
-        self._per_word = 32 // weight_bits
 
     def create_weights(
         self,
@@ -196,24 +198,24 @@ class CompressedTensorsWNA16Scheme:
     def _specs(self, rows: int, columns: int, scaled_k: int) -> dict[str, TensorSpec]:
         groups = 1 if self.group_size == -1 else scaled_k // self.group_size
         specs = {
-            "weight_packed": TensorSpec((rows, math.ceil(columns / self._per_word)), torch.int32),
+            "weight_packed": TensorSpec((rows, math.ceil(columns / self.pack_factor)), torch.int32),
             "weight_scale": TensorSpec((rows, groups), torch.float32),
             "weight_shape": TensorSpec((2,), torch.int64),
         }
         if not self.symmetric:
-            specs["weight_zero_point"] = TensorSpec((math.ceil(rows / self._per_word), groups), torch.int32)
+            specs["weight_zero_point"] = TensorSpec((math.ceil(rows / self.pack_factor), groups), torch.int32)
         if self.has_g_idx:
             specs["weight_g_idx"] = TensorSpec((columns,), torch.int32)
         return specs
 
     def _check(self, partition: Partition) -> None:
         cut = partition.columns != partition.all_columns
-        wanted = [("inputs", partition.columns, self._per_word if cut else 1)]
+        wanted = [("inputs", partition.columns, self.pack_factor if cut else 1)]
         if self.group_size != -1:
             columns = partition.all_columns if self.has_g_idx else partition.columns
             wanted.append(("inputs", columns, self.group_size))
         if not self.symmetric and (partition.cuts_rows or len(partition.rows) > 1):
-            wanted += [("outputs", rows, self._per_word) for rows in partition.rows]
+            wanted += [("outputs", rows, self.pack_factor) for rows in partition.rows]
         wrong = [f"{name} = {size} does not divide by {divisor}" for name, size, divisor in wanted if size % divisor]
         if wrong:
             raise ValueError(

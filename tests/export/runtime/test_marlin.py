@@ -108,7 +108,7 @@ def test_scales_of_one_group_have_their_own_order(group_size: int) -> None:
 def test_constants() -> None:
     assert MARLIN_SUPPORTED_GROUP_SIZES == [-1, 32, 64, 128]
     assert (GPTQ_MARLIN_MIN_THREAD_N, GPTQ_MARLIN_MIN_THREAD_K, GPTQ_MARLIN_TILE) == (64, 128, 16)
-    assert (SCALAR_TYPE_UINT4, SCALAR_TYPE_UINT4B8) == (1125899906843648, 1125899907892224)
+    assert (SCALAR_TYPE_UINT4.id, SCALAR_TYPE_UINT4B8.id) == (1125899906843648, 1125899907892224)
 
 
 @pytest.mark.parametrize("group_size", [16, 256, 0])

@@ -195,10 +195,7 @@ def test_modules_that_are_merged_on_disk_are_split(name: str) -> None:
     weights = {shard: random_weight(256, 128, seed=seed) for seed, shard in enumerate("gu")}
     merged = written(SCHEMES[name], {"m": torch.cat(list(weights.values()))})["m"]
     layer = CompressedLinear(method_of(SCHEMES[name]), 128, [256, 256], tp_rank=1, tp_size=2)
-    load(layer, {key: tensor for key, tensor in merged.items() if key != "weight_shape"})
-    if "weight_shape" in merged:
-        for shard in range(2):
-            load(layer, {"weight_shape": torch.tensor([256, 128])}, shard)
+    load(layer, merged)
     layer.method.process_weights_after_loading(layer)
     expected = decompressed(name, merged).reshape(2, 2, 128, 128)[:, 1].reshape(256, 128)
     assert torch.equal(layer.dequantized(), expected)

@@ -124,7 +124,7 @@ def test_what_engines_ask_of_a_config() -> None:
     config = CompressedTensorsConfig(ignore=["lm_head"], **INT8)
     assert config.get_name() == "compressed-tensors"
     assert torch.bfloat16 in config.get_supported_act_dtypes()
-    assert config.get_min_capability() == 75 and config.get_config_filenames() == []
+    assert config.get_min_capability() == 75 and config.get_config_filenames() == ["config.json"]
     assert config.ignore == ["lm_head"]
 
 
