@@ -31,7 +31,7 @@ from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_j
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
 from amaxbridge.mappings.extras import installed, need
-from amaxbridge.mappings.families import CLASSIFIERS, FAMILIES, classes_of, family_of
+from amaxbridge.mappings.families import CLASSIFIERS, FAMILIES, classes_of, family_of, relative_of
 from amaxbridge.mappings.families.classifiers import SEQUENCES
 from amaxbridge.mappings.family import ModelFamily, PackedExperts
 from amaxbridge.mappings.family_file import FamilySource, find_family, judge
@@ -355,15 +355,19 @@ def _auto_config(directory: Path, written: Mapping[str, Any]) -> Any:
 
 
 def _class_of_architecture(written: Mapping[str, Any]) -> Any:
-    """transformers' configuration class of an architecture that a family here claims; None for any other."""
+    """transformers' configuration class of an architecture that a family here claims; None for any other.
+
+    One that transformers lacks may be another one's model, under names of its own.
+    """
     import transformers
 
     try:
-        known = family_of(written).architectures
+        family = family_of(written)
     except UnknownArchitectureError:
         return None
-    name = next(name for name in written["architectures"] if name in known)
-    return getattr(getattr(transformers, name, None), "config_class", None)
+    named = [name for name in written["architectures"] if name in family.architectures]
+    named += filter(None, map(relative_of, named))
+    return next((getattr(transformers, name).config_class for name in named if hasattr(transformers, name)), None)
 
 
 def make_hf_model(family: ModelFamily, fields: Mapping[str, Any], dtype: torch.dtype) -> HFModel:
@@ -382,11 +386,9 @@ def make_hf_model(family: ModelFamily, fields: Mapping[str, Any], dtype: torch.d
         hf = _own_model(HFModel(None, written, written, family))
         return replace(hf, notes=(*hf.notes, only))
     need("A config.json made of saved arguments", _TRANSFORMERS)
-    import transformers
-
     made = {"architectures": [architecture], "dtype": dtype, **dict.fromkeys(_TOKENS), **fields}
     with _judged_by_transformers(f"a config.json of {architecture}, made of the saved arguments,"):
-        config = getattr(transformers, architecture).config_class(**made)
+        config = _class_of_architecture(made)(**made)
     written = {**fields, **json.loads(config.to_json_string())}
     rest = [name for name in written if name not in {*fields, *_TOKENS, *_ALWAYS_WRITTEN}]
     unsaid = f"config.json has the defaults of transformers in {', '.join(rest)}, and no {', '.join(_TOKENS)}"

@@ -69,6 +69,23 @@ class RowParallelMapping(DirectMapping):
 
 
 @dataclass(frozen=True)
+class SwappedHalvesMapping(ColumnParallelMapping):
+    """As `ColumnParallelMapping`, for inputs that are two vectors side by side, in opposite order on both sides."""
+
+    def _join(self, shards: Sequence[Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        return {self.hf_param: _swapped(join_dim(shards, 0))}
+
+    def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
+        return shard_of(_swapped(tensors[self.hf_param]), 0, rank, size)
+
+
+def _swapped(matrix: Tensor) -> Tensor:
+    """The right half of the columns before the left one; what has one value for a row stays as it is."""
+    columns = matrix.shape[1] if matrix.ndim > 1 else 1
+    return matrix if columns == 1 else matrix.roll(columns // 2, 1)
+
+
+@dataclass(frozen=True)
 class VocabParallelMapping(ColumnParallelMapping):
     """Embedding or output layer, rows spread over the ranks and padded at the end: `[padded_vocab/tp, hidden]`.
 

@@ -158,23 +158,28 @@ def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _own_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Qwen3-Next's MTP layer, `mtp.…`: like the last decoder layer with attention, with one projection before it."""
-    if not _has_own_mtp(hf) or not hf.family.weight_settings(hf.config).get("mtp_num_layers"):
+    """MTP layers under names of their own, as Qwen3-Next's and MiMo's: like the last decoder layer with attention."""
+    count = hf.family.weight_settings(hf.config).get("mtp_num_layers")
+    if not _has_own_mtp(hf) or not count:
         return {}
     (norm_name,) = _target(hf, "decoder.final_layernorm.weight")
     norm, hidden = tensors[norm_name], hf.config["hidden_size"]
     attending = [name for name in tensors if name.endswith(".self_attn.o_proj.weight")]
     like = max(attending, key=natural_key).removesuffix("self_attn.o_proj.weight")
     inner = {name.removeprefix(like): tensor for name, tensor in tensors.items() if name.startswith(like)}
-    around = dict.fromkeys(("norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"), norm)
-    around["fc.weight"] = norm.new_empty(hidden, 2 * hidden)
-    around |= {f"layers.0.{name}": tensor for name, tensor in inner.items()}
-    return {f"mtp.{name}": tensor for name, tensor in around.items()}
+    made: dict[str, Tensor] = {}
+    for layer in (f"mtp.layers.{depth}" for depth in range(count)):
+        (first,) = _target(hf, f"{layer}.mtp_model_layer.input_layernorm.weight")
+        made |= {first.removesuffix("input_layernorm.weight") + name: tensor for name, tensor in inner.items()}
+        for around in ("enorm", "hnorm", "final_layernorm"):
+            made |= dict.fromkeys(_target(hf, f"{layer}.{around}.weight"), norm)
+        made |= dict.fromkeys(_target(hf, f"{layer}.eh_proj.weight"), norm.new_empty(hidden, 2 * hidden))
+    return made
 
 
 def _has_own_mtp(hf: HFModel) -> bool:
-    """True if the files have MTP layers under names of their own, `mtp.…`, with one projection for all."""
-    return _target(hf, "mtp.layers.0.eh_proj.weight") == ("mtp.fc.weight",)
+    """True if the files have MTP layers under names of their own, not behind the decoder's."""
+    return any(not name.startswith("model.layers.") for name in _target(hf, "mtp.layers.0.eh_proj.weight"))
 
 
 def _target(hf: HFModel, megatron_param: str) -> tuple[str, ...]:

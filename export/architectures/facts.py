@@ -21,7 +21,7 @@ from amaxbridge.export.disk.packed_experts import PackedSource, sources_in
 from amaxbridge.export.schemes.recipe import is_left_alone
 from amaxbridge.export.schemes.targets import EMBEDDINGS
 from amaxbridge.mappings.errors import MappingError, listing
-from amaxbridge.mappings.families import language_model_of
+from amaxbridge.mappings.families import language_model_of, relative_of
 from amaxbridge.mappings.families.classifiers import SCORE
 from amaxbridge.mappings.family import PackedExperts
 from amaxbridge.mappings.names import module_of
@@ -34,6 +34,7 @@ _NUMBER_OR_STAR = re.compile(rf"{_NUMBER.pattern}|\*")
 _STAR = re.compile(r"(\*(?:/2)?)")
 _BUFFERS = re.compile(r".*(\.|^)(inv_freq|masked_bias|position_ids|num_batches_tracked|attn\.bias|attention\.bias)")
 """Buffers that older files hold and no model reads."""
+_MTP_LAYER = re.compile(r"\bmtp_layers\.\d")
 _LAYER = re.compile(r".*?\.?layers\.(\d+)\.")
 
 
@@ -202,6 +203,8 @@ class Architecture:
         return None
 
     def _is_behind_the_last_layer(self, name: str) -> bool:
+        if _MTP_LAYER.search(name):
+            return True
         layer, layers = _LAYER.match(name), self.sizes.get("num_hidden_layers")
         return layer is not None and isinstance(layers, int) and int(layer[1]) >= layers
 
@@ -393,7 +396,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     """
     model_type = str(config.get("model_type"))
     for name in config.get("architectures") or ():
-        if isinstance(name, str) and (table := _table(name, model_type)) is not None:
+        if not isinstance(name, str):
+            continue
+        if (table := _table(name, model_type) or _table(relative_of(name) or "", model_type)) is not None:
             return _architecture(name, table, config)
         model = language_model_of(name)
         if model is not None and (table := _table(model, model_type)) is not None:

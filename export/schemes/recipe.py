@@ -13,7 +13,7 @@ from amaxbridge.mappings.errors import UsageError
 
 _LEFT_ALONE = re.compile(
     r"(^|.*\.)(lm_head|output_layer|score|gate|router|router\.\w+|shared_expert_gate|eh_proj|\w*norm\d*|\w*embed\w*|wte|wpe)"
-    r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp)\..*"
+    r"|(^|.*\.)(vision\w*|visual|audio\w*|multi_modal_projector|mm_projector|mtp|mtp_layers)\..*"
 )
 
 FORMATS = (COMPRESSED_TENSORS, MODELOPT_FORMAT)

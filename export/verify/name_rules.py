@@ -60,7 +60,7 @@ def _is_extra(view: CheckpointView, name: str) -> bool:
 def is_mtp(view: CheckpointView, name: str) -> bool:
     """True if a tensor belongs to a layer for multi-token prediction, which model classes leave out."""
     found, layers = _LAYER.fullmatch(name), view.text_config.get("num_hidden_layers")
-    return name.startswith(("mtp.", "model.mtp.")) or (
+    return name.startswith(("mtp.", "model.mtp.", "model.mtp_layers.")) or (
         found is not None and isinstance(layers, int) and found[1] == "model.layers" and int(found[2]) >= layers
     )
 

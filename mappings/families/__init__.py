@@ -23,6 +23,7 @@ from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
 from amaxbridge.mappings.families.llama import LLAMA, MINISTRAL3, MISTRAL
 from amaxbridge.mappings.families.llama4 import LLAMA4
+from amaxbridge.mappings.families.mimo import MIMO
 from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
 from amaxbridge.mappings.families.mixtral import MIXTRAL
 from amaxbridge.mappings.families.nemotron_h import NEMOTRON_H
@@ -46,7 +47,7 @@ from amaxbridge.mappings.families.smollm3 import SMOLLM3
 from amaxbridge.mappings.families.sparse_attention import DEEPSEEK_V32, GLM_MOE_DSA
 from amaxbridge.mappings.family import ModelFamily
 
-__all__ = ["CLASSIFIERS", "FAMILIES", "classes_of", "family_of", "language_model_of"]
+__all__ = ["CLASSIFIERS", "FAMILIES", "classes_of", "family_of", "language_model_of", "relative_of"]
 
 FAMILIES: tuple[ModelFamily, ...] = (
     LLAMA,
@@ -96,6 +97,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     HUNYUAN_MOE_V1,
     DOTS1,
     GLM,
+    MIMO,
 )
 
 CLASSIFIERS: tuple[ModelFamily, ...] = tuple(each for family in FAMILIES for each in classifiers_of(family))
@@ -114,6 +116,12 @@ def language_model_of(architecture: str) -> str | None:
     """The architecture of the language model that a classifier here was made of; None for any other architecture."""
     family = _BY_ARCHITECTURE.get(architecture)
     return family.classifier_of if family else None
+
+
+def relative_of(architecture: str) -> str | None:
+    """The architecture whose model this one has, if transformers lacks this one; None for any other."""
+    family = _BY_ARCHITECTURE.get(architecture)
+    return family.language_model[0] if family and family.language_model and not family.carried else None
 
 
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:

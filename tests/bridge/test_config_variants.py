@@ -52,7 +52,7 @@ COMPUTED: Mapping[str, Mapping[str, Any]] = {
 HYBRIDS = ("Nemotron-H", "Nemotron 3 Super, latent experts")
 NOT_BUILT: Mapping[str, frozenset[str]] = {  # what `COMPUTED` has that the architecture reads, and Megatron cannot
     "activation": frozenset(TINY_MODELS) - {"GPT-OSS"},  # which transformers gives no choice
-    "window": frozenset({"Qwen2.5", "Qwen3", "Qwen3, tied", "Qwen1.5-MoE", "Qwen3-MoE", "SmolLM3"}),
+    "window": frozenset({"MiMo", "Qwen2.5", "Qwen3", "Qwen3, tied", "Qwen1.5-MoE", "Qwen3-MoE", "SmolLM3"}),
     "clipping": frozenset({"OLMoE"}),
     "router": frozenset({"DeepSeek-V3", "Moonlight", "Kimi-K2", "GLM-4.5", "GLM-4.7-Flash", "dots.llm1", *HYBRIDS}),
     "swiglu": frozenset({"GPT-OSS"}),
@@ -61,6 +61,7 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {  # what `COMPUTED` has that the arch
 }
 WITHOUT_A_SWITCH = (  # for biases that its mappings do not take
     *(
+        "MiMo",
         "Qwen2.5",
         "Qwen1.5-MoE",
         "Mixtral",

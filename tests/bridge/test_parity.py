@@ -65,8 +65,8 @@ def test_the_names_of_a_live_model_are_those_that_the_registry_derives(cases: li
 
 
 def linears_in(names: list[str]) -> set[str]:
-    """The modules that ModelOpt quantizes: all linears but routers and the output layer, whatever their class is."""
-    others = re.compile(r"norm|router|gate\.(wg\.)?weight|embed|head|conv1d|(?<!\.weight)$")
+    """What ModelOpt quantizes: all linears but routers, the output layer and MTP layers, whatever their class is."""
+    others = re.compile(r"norm|router|gate\.(wg\.)?weight|embed|head|conv1d|mtp|(?<!\.weight)$")
     return {module_of(name) for name in names if not others.search(name)}
 
 

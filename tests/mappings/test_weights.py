@@ -30,7 +30,13 @@ from amaxbridge.mappings.gated_delta_net import (
 from amaxbridge.mappings.mamba_mixer import MambaConvolutionMapping, MambaProjectionMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.ranks import Axis, ThreadRanks, run_threads
-from amaxbridge.mappings.weights import PackedGatedMLPMapping, PackedQKVMapping, RowOfMatrixMapping
+from amaxbridge.mappings.weights import (
+    HeadMapping,
+    PackedGatedMLPMapping,
+    PackedQKVMapping,
+    RowOfMatrixMapping,
+    SwappedHalvesMapping,
+)
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 
@@ -62,6 +68,29 @@ def test_one_to_one(size: int, rows: int, columns: int) -> None:
         assert {tuple(shard.shape) for shard in shards} == {shape}
     vectors = round_trip(RowOfMatrixMapping("m.bias", "h.bias"), {"h.bias": tensor[:1]}, None, size)
     assert all(torch.equal(vector, tensor[0]) for vector in vectors)
+
+
+@given(size=SIZES, rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_halves_of_columns_in_the_opposite_order(size: int, rows: int, columns: int) -> None:
+    """Inputs side by side: MiMo has the hidden state first, Megatron the embedding."""
+    mapping, whole = SwappedHalvesMapping("m.weight", "h.weight"), numbered(rows * size, 2 * columns)
+    shards = round_trip(mapping, {"h.weight": whole}, None, size)
+    first, second = numbered(2, columns)
+    swapped = torch.cat(shards) @ torch.cat([second, first]).T
+    assert torch.equal(swapped, whole @ torch.cat([first, second]).T)
+    round_trip(mapping, {"h.weight": whole[:, :1]}, None, size)  # amax of rows
+    assert torch.equal(mapping.split({"h.weight": whole[:, :1]}, None, 0, 1), whole[:, :1])
+
+
+@given(size=SIZES, labels=st.integers(1, 3), sharded=st.booleans())
+def test_heads_are_whole_or_have_their_rows_spread(size: int, labels: int, sharded: bool) -> None:
+    labels *= size if sharded else 1
+    mapping, config = HeadMapping("m.weight", "h.weight"), ModelConfig(num_labels=labels)
+    whole = numbered(labels, 3)
+    shards = whole.chunk(size) if sharded else [mapping.split({"h.weight": whole}, config, 0, size)] * size
+    assert torch.equal(mapping.join(shards, config)["h.weight"], whole)
+    with pytest.raises(MappingError, match=r"labels|neither"):
+        mapping.join([numbered(labels + 1, 3)] * size, config)
 
 
 @given(

@@ -43,6 +43,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-4-Maverick-text": "401B",  # the language models of both
     "Llama-4-Scout-text": "108B",
+    "MiMo-7B-Base": "8B",
     "MiniMax-M2.5": "229B",
     "Mistral-7B-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
@@ -110,4 +111,14 @@ def class_of(written: Mapping[str, Any]) -> Any:
     import transformers
 
     (name,) = written["architectures"]
-    return getattr(transformers, name, None) or getattr(transformers, name.replace("KimiK25", "Kimi_K25"))
+    spelled = name.replace("KimiK25", "Kimi_K25")
+    return getattr(transformers, name, None) or getattr(transformers, spelled, None) or _relative(written)
+
+
+def _relative(written: Mapping[str, Any]) -> Any:
+    """The class whose model an architecture has, which transformers lacks itself."""
+    import transformers
+
+    relative = family_of(written).language_model
+    assert relative is not None
+    return getattr(transformers, relative[0])

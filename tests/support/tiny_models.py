@@ -699,3 +699,37 @@ TINY_MODELS |= {
         unbuildable=_NO_DSA,
     ),
 }
+
+
+def _mimo() -> "PreTrainedConfig":
+    """Of transformers' Qwen2, whose decoder it has; transformers has no class of its own for it."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**{**SIZES, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 2})
+
+
+def _save_mimo(tiny: TinyModel, directory: Path) -> None:
+    """As published: a Qwen2 and MTP layers, which are random here."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_model(TINY_MODELS["Qwen2.5"], directory)
+    tensors = load_file(directory / "model.safetensors")
+    last = "model.layers.1."
+    like = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    like |= {f"{norm}.weight": torch.empty(64) for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm")}
+    like["input_proj.weight"] = torch.empty(64, 128)
+    tensors |= {
+        f"model.mtp_layers.{layer}.{name}": torch.randn(tensor.shape)
+        for layer in range(2)
+        for name, tensor in like.items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tiny.make().save_pretrained(directory)
+    written = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**written, "model_type": "mimo"}))
+
+
+TINY_MODELS["MiMo"] = TinyModel(_mimo, DENSE, save=_save_mimo)
