@@ -111,6 +111,26 @@ class SaveOptions(OutputOptions):
         "Dtype of the weights: bfloat16, float16 or float32; null for the one in config.json if the weights are fp32, "
         "and their own otherwise.",
     )
+    adapter: str | None = _option(
+        None,
+        "adapter.mode",
+        "What to do with adapters (LoRA, DoRA): merge them into the weights; write them only, as a directory for PEFT; "
+        "null to refuse them.",
+    )
+    adapter_alpha: float | None = _option(
+        None, "adapter.alpha", "Alpha of the adapters, where no run_config.yaml beside the checkpoint says it."
+    )
+    adapter_base: str | None = _option(
+        None,
+        "adapter.base",
+        "Megatron checkpoint of the model, for adapters that were saved alone; null for the weights in hf.",
+    )
+    weight_amax: str = _option(
+        "stored",
+        "amax.weights",
+        "Weight amax where adapters are merged in: stored, if they cover the merged weights; or remeasure, to take "
+        "them anew from the merged weights.",
+    )
     quant_state: bool = _option(
         False, "quant_state", "Write quant_state.safetensors too; with scheme=none, to quantize later."
     )
@@ -151,6 +171,10 @@ class SaveKeywords(OutputKeywords, total=False):
     ignore: Sequence[str]
     max_shard_bytes: int
     dtype: str | None
+    adapter: str | None
+    adapter_alpha: float | None
+    adapter_base: str | None
+    weight_amax: str
     quant_state: bool
 
 

@@ -33,6 +33,7 @@ from amaxbridge.bridge.live.model_walk import (
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
+from amaxbridge.bridge.plan.adapters import Merge, merging, without_adapters
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
@@ -40,9 +41,13 @@ from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver
+from amaxbridge.bridge.stored.adapted_checkpoint import adapted_model
+from amaxbridge.bridge.stored.adapter_settings import adapter_settings
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
-from amaxbridge.bridge.stored.identification import check_described, stored_model
+from amaxbridge.bridge.stored.hf_weights import HFWeights
+from amaxbridge.bridge.stored.identification import check_described, check_kind, stored_model
 from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
+from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
@@ -50,17 +55,20 @@ from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
+from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart, Together
 from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
 from amaxbridge.export.schemes.targets import is_targeted
+from amaxbridge.mappings.adapters import AdaptedRegistry
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.family_file import FamilySource
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
+from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.output_options import SaveKeywords, SaveOptions
 
 _log = logging.getLogger("amaxbridge")
@@ -264,20 +272,52 @@ class AutoBridge:
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)
-        stored, config = stored_model(opened, self.hf), self.hf.model_config
-        quantizers = stored.all_quantizers()
+        stored, asked = stored_model(opened, self.hf), saver.options
+        if saver.adapters is None:
+            quantizers = self._described(stored, saver.recipe)
+            plan = self._plan_stored([*stored.parameters(), *state_parameters(quantizers)], self.hf.registry, share)
+            return self._save_stored(saver, plan, stored, quantizers, share, files)
+        check_kind(opened, adapters=True)
+        settings = adapter_settings(opened.directory, asked.adapter_alpha)
+        with adapted_model(self.hf, stored, asked.adapter_base, hashed=asked.hash_source) as model:
+            base = model.base
+            quantizers = [] if isinstance(base, HFWeights) else self._described(base, saver.recipe, adapters=True)
+            held = [*model.parameters(), *state_parameters(quantizers)]
+            plan = self._plan_stored(held, AdaptedRegistry(self.hf.registry), share)
+            plan, merge = merging(plan, settings.scale_of, remeasured=saver.remeasured)
+            several = SeveralSources((files, *model.files), merge.fingerprint)
+            return self._save_stored(saver, plan, model, quantizers, share, several, merge)
+
+    def _described(self, stored: StoredModel, recipe: Recipe | None, *, adapters: bool = False) -> list[Quantizer]:
+        """The quantizers of a checkpoint; refuses one that is not the model of config.json, or cannot be exported."""
+        quantizers = without_adapters(stored.all_quantizers())
         check_unpackable([*stored.packing_faults, *faults_of_groups(stored.packings.items(), self.hf.registry)])
-        check_described(stored, self.hf)
-        ignore = None if saver.recipe is None else saver.recipe.ignore
+        check_described(stored, self.hf, adapters=adapters)
+        ignore = None if recipe is None else recipe.ignore
         self._check_quantizers(quantizers, LOCAL, ignore)
         stored.is_plain = partial(self._is_plain, ignore=ignore)
-        held = [*stored.parameters(), *state_parameters(quantizers)]
-        plan = plan_stored(held, self.hf.registry, config, share.world, skip=self.hf.without_tensor)
+        return quantizers
+
+    def _plan_stored(self, held: Sequence[Parameter], registry: MappingRegistry, share: Share) -> list[BundlePlan]:
+        return plan_stored(held, registry, self.hf.model_config, share.world, skip=self.hf.without_tensor)
+
+    def _save_stored(
+        self,
+        saver: Saver,
+        plan: Sequence[BundlePlan],
+        tensors: Mapping[str, Tensor],
+        quantizers: Sequence[Quantizer],
+        share: Share,
+        source: SourceFiles | SeveralSources,
+        merge: Merge | None = None,
+    ) -> ExportReport:
+        config = self.hf.model_config
         return saver.save(
             plan,
-            lambda needed: (join_bundle(bundle, stored, config) for bundle in needed if bundle.owner == share.rank),
+            lambda needed: (join_bundle(bundle, tensors, config) for bundle in needed if bundle.owner == share.rank),
             lambda: collect_scalars(quantizers, self.hf.registry, config, LOCAL),
-            source=files,
+            source=source,
+            merge=merge,
         )
 
     def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:

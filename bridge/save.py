@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amaxbridge.bridge.hf import HFModel
+from amaxbridge.bridge.plan.adapters import Merge, adapter_mode, is_remeasured
 from amaxbridge.bridge.plan.carried_tensors import carried_specs, carried_tensors, ignored
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
@@ -16,7 +17,7 @@ from amaxbridge.export.disk.io_errors import changed_meanwhile
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard, plan_layout
-from amaxbridge.export.disk.source_files import SourceFiles
+from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.model_free.input_directory import check_apart, check_ignored
 from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finalizer import Bundle
@@ -77,6 +78,8 @@ class Saver:
         if hf.directory is not None:
             check_apart(hf.directory, self._target)
         writers.check_output(self._target, overwrite=options.overwrite)
+        self.adapters = adapter_mode(options.adapter, options.adapter_alpha, options.adapter_base)
+        self.remeasured = is_remeasured(options.weight_amax, self.adapters)
         self._companions = Companions.of(hf.directory)
         self.recipe = find_scheme(options.scheme, options.ignore, options.format)
         self._missing = missing_policy(options.missing_amax)
@@ -89,7 +92,8 @@ class Saver:
         stream: Stream,
         collect: Callable[[], QuantState],
         *,
-        source: SourceFiles | None = None,
+        source: SourceFiles | SeveralSources | None = None,
+        merge: Merge | None = None,
     ) -> ExportReport:
         """Writes the bundles of a plan. Collective if the writers are ranks of a live model.
 
@@ -98,13 +102,22 @@ class Saver:
             collect: returns the per-tensor state; called if needed.
             source: the files that the bundles are read from, with which an interrupted export can continue. None for a
                 live model, whose weights may have changed.
+            merge: merges adapters into the bundles; None if there are none.
         """
         options, specs = self.options, specs_of(plan)
         state = collect() if self.recipe or options.quant_state else QuantState()
         casting = Casting.of(self._hf, specs, options.dtype)
         self._hf = casting.described(self._hf)
         finalizer = decide(
-            self._hf, plan, casting, self.recipe, state, self._missing, self._mixed, warn=self._writers.first
+            self._hf,
+            plan,
+            casting,
+            self.recipe,
+            state,
+            self._missing,
+            self._mixed,
+            warn=self._writers.first,
+            changed=None if merge is None else merge.changed,
         )
         finalizer.finite = self._finite
         carried = carried_specs(self._hf, required=not options.dry_run)
@@ -117,7 +130,7 @@ class Saver:
         packed = None if any(map(is_routed_expert, finalizer.quantized)) else self._hf.family.packed_experts
         packer = ExpertPacker(finalizer.output_specs, packed)
         weights = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
-        notes = {"notes": self._hf.notes} if self._hf.notes else {}
+        notes = [*self._hf.notes, *([] if merge is None else merge.notes)]
         directory = DirectoryPlan(
             target=self._target,
             companions=self._companions,
@@ -129,7 +142,7 @@ class Saver:
                 plan_layout({**packer.specs, **carried}, options.max_shard_bytes),
                 sum(spec.nbytes for spec in (*weights.values(), *carried.values())),
                 state,
-                {**(options.record or {}), **notes},
+                {**(options.record or {}), **({"notes": notes} if notes else {})},
             ),
             keys=[bundle.key for bundle in plan],
             sizes={bundle.key: BundleSize.of(bundle.specs) for bundle in plan if bundle.owner == self._writers.me},
@@ -141,7 +154,7 @@ class Saver:
 
         def make(done: frozenset[str], writer: BundleWriter) -> None:
             for bundle in stream([bundle for bundle in plan if bundle.key not in done]):
-                writer.write(casting.bundle(bundle))
+                writer.write(casting.bundle(bundle if merge is None else merge(bundle)))
 
         ended = self._writers.first
         if not options.dry_run:

@@ -1,7 +1,7 @@
 """The options of every command: types, defaults and meanings. Hydra checks the command line against them.
 
 A command is one dataclass, and one YAML file that names the choices of its config groups. A config group (`scheme`,
-`amax`, `io`, `parallel`, `model`) is a dataclass here and a directory of choices beside this file.
+`amax`, `adapter`, `io`, `parallel`, `model`) is a dataclass here and a directory of choices beside this file.
 """
 
 from dataclasses import dataclass
@@ -42,6 +42,22 @@ class AmaxConfig:
     """What to do about unusable quantizer state."""
 
     missing: str = shared("missing_amax")
+
+
+@dataclass
+class ExportAmaxConfig(AmaxConfig):
+    """What to do about quantizer state that does not fit."""
+
+    weights: str = shared("weight_amax")
+
+
+@dataclass
+class AdapterConfig:
+    """What to do with adapters."""
+
+    mode: str | None = shared("adapter")
+    alpha: float | None = shared("adapter_alpha")
+    base: str | None = shared("adapter_base")
 
 
 @dataclass
@@ -118,7 +134,8 @@ class ExportConfig(CommonConfig):
     scheme: SchemeConfig = shared("scheme", SchemeConfig)
     format: str = shared("format")
     ignore: list[str] = shared("ignore")
-    amax: AmaxConfig = option("What to do if an amax is missing.", AmaxConfig)
+    amax: ExportAmaxConfig = option("What to do if an amax is missing.", ExportAmaxConfig)
+    adapter: AdapterConfig = option("What to do with adapters (LoRA, DoRA).", AdapterConfig)
     io: ShardsConfig = option("What to do with an existing output.", ShardsConfig)
     dtype: str | None = shared("dtype")
     quant_state: bool = shared("quant_state")

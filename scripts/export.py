@@ -44,6 +44,10 @@ def export(options: ExportConfig) -> None:
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
         "quant_state": options.quant_state,
         "dtype": options.dtype,
+        "adapter": options.adapter.mode,
+        "adapter_alpha": options.adapter.alpha,
+        "adapter_base": options.adapter.base,
+        "weight_amax": options.amax.weights,
     }
     if options.checkpoint is None:
         mesh = Mesh.smallest(**asdict(options.parallel))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from amaxbridge.bridge.live.model_walk import Parameter
 from amaxbridge.bridge.plan.input_multipliers import linears_before, norms_with_linears
+from amaxbridge.mappings.adapters import NEXT_STEP, is_adapter, without_side
 from amaxbridge.mappings.errors import MappingError, UnmappedParameterError, listing
 from amaxbridge.mappings.fused_groups import group_of
 from amaxbridge.mappings.lines_to_add import lines_to_add
@@ -146,10 +147,17 @@ def find_mappings(
         specs: shapes of shards, by which the message guesses what mappings are missing.
 
     Raises:
-        UnmappedParameterError: some names have no mapping; all of them are named, and the lines that would map them.
+        UnmappedParameterError: some names have no mapping; all of them are named, and the lines that would map them; or
+            they are adapters, and `registry` does not take any.
     """
     mappings = {name: found for name in names if (found := registry.megatron_to_hf_lookup(name)) is not None}
     unmapped = [name for name in names if name not in mappings]
+    adapters = [name for name in unmapped if is_adapter(name)]
+    if adapters:
+        raise UnmappedParameterError(
+            f"{len(adapters)} of {len(names)} Megatron parameters are those of adapters (LoRA):{listing(adapters)}\n"
+            f"{NEXT_STEP}. Where that is given, they are adapters of a kind that is not known"
+        )
     if unmapped:
         raise UnmappedParameterError(
             f"{len(unmapped)} of {len(names)} Megatron parameters have no mapping:{listing(unmapped)}\n"
@@ -159,8 +167,8 @@ def find_mappings(
 
 
 def _bundle_key(mapping: MegatronParamMapping) -> str:
-    """The primary module of the fused group that a weight, a bias or a quantizer's state belongs to."""
-    module = module_of(mapping.targets[0])
+    """The primary module of the fused group that a weight, a bias, an adapter or a quantizer's state belongs to."""
+    module = without_side(module_of(mapping.targets[0]))
     return group_of(module_of(module) if module.endswith("_quantizer") else module).primary
 
 

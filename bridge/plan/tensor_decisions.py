@@ -10,7 +10,7 @@ from amaxbridge.bridge.plan.input_multipliers import linears_before, module_befo
 from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
-from amaxbridge.export.output.finalizer import Finalizer, FoldedVectors
+from amaxbridge.export.output.finalizer import ChangedWeights, Finalizer, FoldedVectors
 from amaxbridge.export.schemes import SCHEMES, Groups, Recipe
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.names import is_quantizer_state
@@ -49,6 +49,7 @@ def decide(
     mixed: MixedGroups,
     *,
     warn: bool,
+    changed: ChangedWeights | None = None,
 ) -> Finalizer:
     """Decides what is made of every tensor of a plan; warns of amax that differ between ranks or had to be filled.
 
@@ -64,7 +65,16 @@ def decide(
         _check_needs_no_data(recipe)
     vectors = folded_vectors(hf, plan)
     known, calibrated = architecture_of(hf.config) or GUESS, None if data_free else state
-    finalizer = Finalizer(specs, recipe, calibrated, missing=missing, vectors=vectors, knowledge=known, mixed=mixed)
+    finalizer = Finalizer(
+        specs,
+        recipe,
+        calibrated,
+        missing=missing,
+        vectors=vectors,
+        knowledge=known,
+        mixed=mixed,
+        changed=changed or ChangedWeights(),
+    )
     if warn:
         casting.announce()
         _warn(state, finalizer)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from amaxbridge.export.disk.input_files import read_input
+from amaxbridge.mappings.adapters import NEXT_STEP
 from amaxbridge.mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -31,12 +32,14 @@ class Kind:
         what: completes "this is …".
         next_step: what the user can do, as a sentence.
         every: the sign must match all lines instead of any line.
+        adapters: True if it can be exported where `adapter=` says how.
     """
 
     sign: str
     what: str
     next_step: str
     every: bool = False
+    adapters: bool = False
 
     def fits(self, lines: Collection[str]) -> bool:
         """True if these files or tensors are of this kind."""
@@ -123,13 +126,15 @@ TENSORS: tuple[Kind, ...] = (
     Kind(
         _ADAPTER,
         "adapters (LoRA) without the model that they belong to",
-        "Merge them into that model in the framework that trained them, save the merged model, and give that",
+        f"{NEXT_STEP}; the model that they belong to is hf=, or the checkpoint at adapter.base=",
         every=True,
+        adapters=True,
     ),
     Kind(
         rf"{_ADAPTER}|.*\.to_wrap\.",
         "a model with adapters (LoRA) that are not merged",
-        "Merge them into the weights in the framework that trained them, save the merged model, and give that",
+        NEXT_STEP,
+        adapters=True,
     ),
     Kind(
         r"(.*\.)?_?teacher_model\.",
@@ -183,17 +188,18 @@ def head_of(model: Mapping[str, TensorSpec]) -> TensorSpec | None:
     return output if output and embedding and output.shape[0] < embedding.shape[0] else None
 
 
-def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool) -> Kind | None:
-    """The kind of a distributed checkpoint, None for a plain model.
+def kind_of_tensors(model: Mapping[str, TensorSpec], *, any_others: bool, adapters: bool = False) -> Kind | None:
+    """The kind of a distributed checkpoint that cannot be exported as it is, None for one that can.
 
     Args:
         model: the tensors that belong to no optimizer.
         any_others: True if the checkpoint has other tensors.
+        adapters: True if adapters are wanted.
     """
     if not model and any_others:
         return OPTIMIZER
     lines = [f"{name} {list(spec.shape)}" for name, spec in model.items()]
-    kind = next((kind for kind in TENSORS if kind.fits(lines)), None)
+    kind = next((kind for kind in TENSORS if not (adapters and kind.adapters) and kind.fits(lines)), None)
     if kind is _HEAD:
         return replace(kind, what=f"{kind.what}: {', '.join(line for line in lines if kind.fits([line]))}")
     return kind

@@ -15,6 +15,7 @@ from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import disagreements, read_arguments, saved_sizes
 from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel, is_of_model
 from amaxbridge.bridge.stored.stored_source import StoredSource
+from amaxbridge.mappings.adapters import AdaptedRegistry, is_adapter
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.extras import installed, need
@@ -32,15 +33,18 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.linear_fc1\.weight(\d+)$")
 
 
-def check_described(stored: StoredModel, hf: HFModel) -> None:
+def check_described(stored: StoredModel, hf: HFModel, *, adapters: bool = False) -> None:
     """Compares the tensors of a checkpoint, and the arguments saved with it, with config.json.
+
+    Args:
+        adapters: True if adapters are wanted; they are no part of the comparison.
 
     Raises:
         CheckpointError: the checkpoint is of a kind that cannot be exported (see `checkpoint_kinds`), has the head of a
             classifier that config.json does not mention, or disagrees.
         MissingExtraError: nothing can be compared: no arguments are saved, and transformers is not installed.
     """
-    check_kind(stored.checkpoint)
+    check_kind(stored.checkpoint, adapters=adapters)
     _check_head(stored, hf)
     found = _disagreements(stored, hf)
     if found:
@@ -50,9 +54,13 @@ def check_described(stored: StoredModel, hf: HFModel) -> None:
         )
 
 
-def check_kind(checkpoint: StoredSource) -> None:
-    """Raises CheckpointError for a checkpoint that is not a plain language model. The message says what it is."""
-    if kind := _kind_of(checkpoint):
+def check_kind(checkpoint: StoredSource, *, adapters: bool = False) -> None:
+    """Raises CheckpointError for a checkpoint that is not a plain language model. The message says what it is.
+
+    Args:
+        adapters: True if adapters are wanted.
+    """
+    if kind := _kind_of(checkpoint, adapters=adapters):
         raise CheckpointError(f"{checkpoint.directory} is {kind.what}. {kind.next_step}")
 
 
@@ -74,15 +82,15 @@ def _check_head(stored: StoredModel, hf: HFModel) -> None:
     )
 
 
-def _kind_of(checkpoint: StoredSource) -> Kind | None:
+def _kind_of(checkpoint: StoredSource, *, adapters: bool = False) -> Kind | None:
     model = {name: spec for name, spec in checkpoint.tensors.items() if is_of_model(name)}
-    return kind_of_tensors(model, any_others=len(model) < len(checkpoint.tensors))
+    return kind_of_tensors(model, any_others=len(model) < len(checkpoint.tensors), adapters=adapters)
 
 
 def stored_model(opened: StoredSource, hf: HFModel) -> StoredModel:
     """The model in a checkpoint under the names of a family."""
     pattern = hf.family.layer_pattern(hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
-    return StoredModel(opened.whole(hf.registry, hf.model_config), hf.family.spelling(pattern))
+    return StoredModel(opened.whole(AdaptedRegistry(hf.registry), hf.model_config), hf.family.spelling(pattern))
 
 
 def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
@@ -108,7 +116,7 @@ def tensor_disagreements(stored: StoredModel, hf: HFModel) -> list[str]:
     """
     if hf.file_tensors is None and (hf.family.file is not None or not installed("transformers")):
         return []
-    found = {each.name: TensorSpec.of(each.tensor) for each in stored.parameters()}
+    found = {each.name: TensorSpec.of(each.tensor) for each in stored.parameters() if not is_adapter(each.name)}
     held = {name: spec for name, spec in found.items() if name not in hf.without_tensor}
     specs = MegatronSpecs(hf, hf.model_config, held=held)
     return [*_other_sizes(held, specs), *specs.disagreements(held)]

@@ -12,6 +12,7 @@ Megatron stores the same parameter in several forms, depending on its version an
     …mixer.in_proj.weight.z, .x, .B, .C, .dt             […, hidden]            sections of a Mamba mixer
     …self_attention.in_proj.weight.query, .key, …        […, hidden]            sections of a gated delta net
     …mlp.linear_fc1.weight_quantizer._amax               [2 · ffn, blocks]      see `_halves_alternate`
+    …linear_fc1.adapter.adapter_up.linear_out.weight     [ffn, rank]            see `_halves_apart`
 
 A stored tensor is global: one rank would hold it so without parallelism. How ranks sharded it makes no difference.
 
@@ -46,6 +47,7 @@ from amaxbridge.bridge.live.compressed_weights import (
 from amaxbridge.bridge.live.model_walk import ABSENT, Parameter, Quantizer
 from amaxbridge.bridge.stored.module_state import Settings, quantizer_settings
 from amaxbridge.bridge.stored.stored_source import Region, StoredSource
+from amaxbridge.mappings.adapters import is_adapter
 from amaxbridge.mappings.canonical import canonical
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import is_quantizer_state, module_of, natural_key
@@ -61,15 +63,22 @@ _ALL_EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 _ONE_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 _GROUPED = re.compile(r"weight_quantizer\.(\d+)")
 _PIECE = re.compile(
-    r"(.*\.linear_fc1\.(?:weight|bias)\d*)_([wv])"  # gate, up: MLP.sharded_state_dict, handle_swiglu_in_state_dict
-    r"|(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer.sharded_state_dict
+    r"(.*\.linear_fc1\.(?:adapter\.linear_out\.)?(?:weight|bias)\d*)_([wv])"  # gate, up: MLP.sharded_state_dict, FSDP
+    r"|(.*\.mixer\.(?:in_proj(?:\.adapter\.linear_out)?|conv1d)\.(?:weight|bias))\.(z|x|B|C|dt)"  # MambaMixer's
     r"|(.*\.self_attention\.(?:in_proj|conv1d)\.weight)\.(query|key|value|z|beta|alpha)"  # GatedDeltaNet's
 )
 _PIECES = ("", "w", "v", "query", "key", "value", "z", "x", "B", "C", "dt", "beta", "alpha")  # in the mappings' order
-_SECTIONED_AMAX = re.compile(r".*\.(?:mixer|self_attention)\.in_proj\.weight_quantizer\._amax(?:_pre|_post)?")
+_SECTIONED = re.compile(
+    r".*\.(?:mixer|self_attention)\.in_proj\."
+    r"(?:weight_quantizer\._amax(?:_pre|_post)?|adapter\.weight_magnitude|lora_b_\w+\.weight)"
+    r"|.*\.self_attention\.in_proj\.adapter\.linear_out\.weight"
+)  # rows that follow a weight of sections, but are saved in the order of ranks
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
 _WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._(?:amax(?:_pre|_post)?|scale)")
+_LENGTHS = re.compile(r"(.*\.linear_fc1\.adapter\.)weight_magnitude(\d*)")
+_MODELOPT_B = re.compile(r"(.*\.linear_fc1\.)lora_b_\w+(\.weight\d*)")
+_HALF_OF_FC1 = re.compile(r".*\.linear_fc1\.adapter\.adapter_(?:gate|up)\.linear_out\.weight")
 _THE_SAME_FOR_ALL = ("_disabled", "_num_bits")
 
 
@@ -82,6 +91,7 @@ class StoredTensor:
         spec: global shape and dtype.
         regions: its regions in the checkpoint, joined along the first dim.
         alternating: the number of ranks whose gate and up rows alternate, `[gate0 up0 gate1 up1 …]`; 1 for none.
+        apart: the number of ranks whose first halves all precede their second halves; 1 for none.
         of_blocks: True for the amax of blocks along rows, stored as `[rows · blocks of a rank, ranks]`.
     """
 
@@ -89,6 +99,7 @@ class StoredTensor:
     spec: TensorSpec
     regions: tuple[Region, ...]
     alternating: int = 1
+    apart: int = 1
     of_blocks: bool = False
 
     def join(self, parts: list[Tensor]) -> Tensor:
@@ -98,6 +109,8 @@ class StoredTensor:
             tensor = tensor.unflatten(0, (self.spec.shape[0], -1)).transpose(1, 2).flatten(1)
         if self.alternating > 1:
             tensor = tensor.unflatten(0, (self.alternating, 2, -1)).transpose(0, 1).flatten(0, 2)
+        if self.apart > 1:
+            tensor = tensor.unflatten(0, (2, self.apart, -1)).transpose(0, 1).flatten(0, 2)
         return tensor
 
 
@@ -191,6 +204,8 @@ class StoredModel(Mapping[str, Tensor]):
         self, name: str, parts: Mapping[str, Region], regions: Mapping[str, Mapping[str, Region]]
     ) -> StoredTensor:
         spec, alternating = self._spec(parts), self._halves_alternate(name, regions)
+        if is_adapter(name):
+            return StoredTensor(name, spec, _in_order(parts), alternating, self._halves_apart(name, parts))
         found = _WEIGHT_AMAX.fullmatch(name)
         weight = regions.get(found[1] + (found[2] or "")) if found else None
         if weight is None or len(spec.shape) != 2:
@@ -289,20 +304,30 @@ class StoredModel(Mapping[str, Tensor]):
         """The number of ranks whose gate and up rows alternate.
 
         ModelOpt 0.47 stores the per-channel amax of a gated `linear_fc1` in rank order, `[gate0 up0 gate1 …]`, but the
-        weight as gate, then up. The cuts tell the difference: one for each rank in the amax, two in the weight.
+        weight as gate, then up. The cuts tell the difference: one for each rank in the amax, two in the weight. So do
+        Megatron-Bridge with the lengths of DoRA, beside B, and ModelOpt with B.
         """
-        if _SECTIONED_AMAX.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
+        if _SECTIONED.fullmatch(name) and len(self.checkpoint.cuts(regions[name][""])) > 1:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {name} is per-channel and was saved by several ranks, which lose "
                 "the order of its rows: export from the live model instead"
             )
-        gated = _WEIGHT_AMAX.fullmatch(name) if ".linear_fc1." in name else None
-        weight = regions.get(gated[1] + (gated[2] or "")) if gated else None
+        weight = regions.get(_gated_beside(name))
         if weight is None or self._spec(regions[name]).shape[:1] in ((), (1,)):
             return 1
         cuts = {part: len(self.checkpoint.cuts(region)) for part, region in weight.items()}
         ranks = cuts["w"] if "w" in cuts else cuts[""] // 2
         return ranks if len(self.checkpoint.cuts(regions[name][""])) == ranks else 1
+
+    def _halves_apart(self, name: str, parts: Mapping[str, Region]) -> int:
+        """The number of ranks whose first halves all precede their second halves.
+
+        Megatron-Bridge saves B of `adapter_gate` and of `adapter_up` as if each were gate and up: the first half of
+        each rank's rows, then the second halves.
+        """
+        if _HALF_OF_FC1.fullmatch(name.rstrip("0123456789")) is None:
+            return 1
+        return len(self.checkpoint.cuts(parts["w"])) if "w" in parts else len(self.checkpoint.cuts(parts[""])) // 2
 
     def _settings(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Every quantizer that ModelOpt inserted, by canonical global name, with its configuration."""
@@ -384,8 +409,19 @@ def _one_by_one(key: str, spec: TensorSpec) -> Iterator[tuple[str, Region]]:
 
 
 def _is_shared(key: str, shape: tuple[int, ...]) -> bool:
-    """True if all experts share this quantizer. Input quantizers always are; weight quantizers may be."""
+    """True if all experts share this tensor: an input quantizer's always, a weight quantizer's or adapter's maybe."""
+    if is_adapter(key):
+        return len(shape) < 3
     return is_quantizer_state(key) and ("weight_quantizer" not in key or shape[:1] in ((), (1,)))
+
+
+def _gated_beside(name: str) -> str:
+    """The tensor in whose order of gate and up rows this one should be; "" if there is none."""
+    if found := _WEIGHT_AMAX.fullmatch(name) if ".linear_fc1." in name else None:
+        return found[1] + (found[2] or "")
+    if found := _LENGTHS.fullmatch(name):
+        return f"{found[1]}linear_out.weight{found[2]}"
+    return found[1] + found[2][1:] if (found := _MODELOPT_B.fullmatch(name)) else ""
 
 
 def _named(key: str, layer: int | None, expert: int | None) -> str:

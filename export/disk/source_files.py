@@ -86,6 +86,31 @@ class SourceFiles:
             return False
 
 
+@dataclass(frozen=True, slots=True)
+class SeveralSources:
+    """Files of several directories, and what was decided about them.
+
+    Args:
+        parts: the files of each directory.
+        decided: what else tells one run from another.
+    """
+
+    parts: tuple[SourceFiles, ...]
+    decided: str
+
+    @property
+    def fingerprint(self) -> str:
+        """As `SourceFiles.fingerprint`."""
+        return hashlib.sha256(
+            json.dumps([self.decided, *(each.fingerprint for each in self.parts)]).encode()
+        ).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """As `SourceFiles.check_unchanged`."""
+        for each in self.parts:
+            each.check_unchanged()
+
+
 def _settled(path: Path, *, hashed: bool) -> _State:
     """The state of a file that has not changed within this tick of the kernel's clock."""
     state = _state(path, hashed=hashed)

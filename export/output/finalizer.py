@@ -6,7 +6,7 @@ that comes one call for each bundle, in any order, on any rank.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -62,8 +62,8 @@ from amaxbridge.mappings.amax import (
     STORED_SCALES,
     WEIGHT_QUANTIZER,
 )
-from amaxbridge.mappings.errors import MappingError, UsageError, listing
-from amaxbridge.mappings.fused_groups import groups_among
+from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError, listing
+from amaxbridge.mappings.fused_groups import group_of, groups_among
 from amaxbridge.mappings.names import is_quantizer_state, module_of
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -116,6 +116,54 @@ class FoldedVectors:
 _NO_VECTORS = FoldedVectors({}, {})
 
 
+@dataclass(frozen=True, slots=True)
+class ChangedWeights:
+    """Weights that are not those that quantizers were calibrated on: adapters are merged into them.
+
+    Args:
+        modules: the modules whose weights have changed.
+        remeasured: True if the weight amax of their fused groups come from the weights. Otherwise those of training
+            must cover the weights.
+    """
+
+    modules: frozenset[str] = frozenset()
+    remeasured: bool = False
+
+    def keep(self, modules: Iterable[str]) -> set[str]:
+        """The modules whose weight amax is that of training."""
+        groups = {group_of(module).primary for module in self.modules} if self.remeasured else set()
+        return {module for module in modules if group_of(module).primary not in groups}
+
+    def check_covered(self, weights: Mapping[str, Rows], amax: Tensor | None, blocks: Mapping[str, BlockAmax]) -> None:
+        """Compares the weights of a fused group that have changed with their amax.
+
+        Args:
+            amax: of the group; None if it comes from the weights.
+            blocks: module → amax of each block, if training kept them.
+
+        Raises:
+            AmaxError: weights are larger than their amax; all are named.
+        """
+        found = []
+        for module in () if self.remeasured else self.modules & weights.keys():
+            for _, rows in weights[module].parts():
+                largest, held = rows.abs().amax().float(), amax
+                if module in blocks:
+                    held = blocks[module].stored
+                    down, across = (size // count for size, count in zip(rows.shape, held.shape, strict=True))
+                    largest = rows.abs().unflatten(1, (-1, across)).unflatten(0, (-1, down)).amax((1, 3)).float()
+                if held is not None and (largest > held).any():
+                    found.append(f"{module}: {largest.max():g}, but the amax is {held.max():g}")
+        if found:
+            raise AmaxError(
+                f"weights with adapters merged in are larger than the amax of training:{listing(sorted(found))}\n"
+                "amax.weights=remeasure (weight_amax= in Python) takes weight amax anew from the merged weights"
+            )
+
+
+_UNCHANGED = ChangedWeights()
+
+
 class Finalizer:
     """Decides what is written for each tensor, and makes it.
 
@@ -128,6 +176,7 @@ class Finalizer:
         vectors: the tensors that may take vectors of input quantizers.
         knowledge: what is known of the model's architecture.
         mixed: what to do about fused groups whose members have several formats.
+        changed: weights that are not those that were calibrated.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizers hold state that the schemes cannot store.
@@ -146,7 +195,9 @@ class Finalizer:
         vectors: FoldedVectors = _NO_VECTORS,
         knowledge: Knowledge = GUESS,
         mixed: MixedGroups = MixedGroups.ERROR,
+        changed: ChangedWeights = _UNCHANGED,
     ) -> None:
+        self._changed = changed
         self._vectors = vectors
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
         self._knowledge = knowledge
@@ -244,6 +295,7 @@ class Finalizer:
 
         Raises:
             MappingError: a weight to be quantized holds NaN or Inf; or an unquantized one, if `finite` says so.
+            AmaxError: a changed weight is larger than its amax.
         """
         quantized = dict[str, Rows]()
         for name, tensor in bundle.tensors.items():
@@ -263,7 +315,9 @@ class Finalizer:
         for group in groups_among(quantized):
             weights = {member: quantized[member] for member in group.members}
             blocks = {member: amax for member in group.members if (amax := self._block_amax(member, bundle.state))}
-            yield from quantize_group(self._schemes[group.primary], weights, self._amax.get(group.primary), blocks)
+            shared = self._amax.get(group.primary)
+            self._changed.check_covered(weights, None if shared is None else shared.weight, blocks)
+            yield from quantize_group(self._schemes[group.primary], weights, shared, blocks)
 
     def _folded(self, name: str, first: int, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """Some rows of an unquantized tensor, multiplied by the vectors that it takes.
@@ -338,7 +392,7 @@ class Finalizer:
         check_vectors_have_places({name: why for name, why in homeless.items() if why})
         self._of_rows = {self._vectors.rows[name]: name for name in homeless}
         check_no_state_is_lost(known - written - vectors)
-        shared = share_amax(state, weights, inputs, missing=missing)
+        shared = share_amax(state, self._changed.keep(weights), inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
         self.filled = shared.filled
 

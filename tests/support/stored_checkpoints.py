@@ -16,7 +16,7 @@ def megatron_state(hf: HFModel, dtype: torch.dtype = torch.bfloat16) -> dict[str
     """Every parameter of a model layer by layer, as Megatron names it in a checkpoint of one rank."""
     specs = MegatronSpecs(hf, hf.model_config)
     generator = torch.Generator().manual_seed(23)
-    spelled = _spelling(hf)
+    spelled = spelling(hf)
     state = {}
     for name in sorted(specs.mappings.keys() - hf.without_tensor):
         tensor = torch.randn(specs.shard(name, 1).shape, generator=generator) * 0.05
@@ -33,7 +33,7 @@ def write_state(directory: Path, state: Mapping[str, Tensor]) -> Path:
     return directory
 
 
-def _spelling(hf: HFModel) -> Callable[[str], str]:
+def spelling(hf: HFModel) -> Callable[[str], str]:
     """The mappings' names → those in a checkpoint; only those that `canonical` does not take as they are."""
     hybrid = hf.family.hybrid_pattern is not None
     decoder = read_pattern(hf.family.layer_pattern(hf.config)).decoder if hybrid else ""

@@ -1,0 +1,118 @@
+"""How strongly adapters act: alpha, as training saved it beside a checkpoint, or as the user says.
+
+Megatron-Bridge saves its configuration as `run_config.yaml` in every iteration; its section `peft` has the kind of
+adapter, alpha and rank (`dim`). The rank is in the shapes, too. Nothing in the tensors tells alpha.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amaxbridge.export.disk.input_files import read_input
+from amaxbridge.mappings.adapters import AdapterTensor
+from amaxbridge.mappings.errors import CheckpointError, UsageError
+from amaxbridge.mappings.names import is_routed_expert
+
+RUN_CONFIG = "run_config.yaml"
+_MOST = 16 * 2**20  # bytes
+_KINDS = ("LoRA", "VLMLoRA", "DoRA", "CanonicalLoRA")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What a configuration or the user says of adapters.
+
+    Args:
+        alpha: what B · A is multiplied by, times the rank.
+        rank: the rank that the configuration says; None if it says none.
+        experts_differ: True if the adapters of experts may have another rank (`normalize_moe_lora`).
+        source: where it is said.
+    """
+
+    alpha: float
+    rank: int | None
+    experts_differ: bool
+    source: str
+
+    def scale_of(self, tensor: AdapterTensor, rank: int) -> float:
+        """What the product of an adapter is multiplied by.
+
+        Raises:
+            CheckpointError: it has another rank than its configuration says.
+        """
+        differs = self.rank is not None and rank != self.rank
+        if differs and not (self.experts_differ and is_routed_expert(tensor.weight)):
+            raise CheckpointError(
+                f"{tensor.adapter} has rank {rank}, but {self.source} says dim: {self.rank}: they are of two "
+                f"trainings; give the checkpoint with its own {RUN_CONFIG}"
+            )
+        return self.alpha / rank
+
+
+def adapter_settings(directory: Path, alpha: float | None) -> AdapterSettings:
+    """The settings of the adapters in an iteration of a checkpoint.
+
+    Args:
+        alpha: what the user says; None to read it.
+
+    Raises:
+        UsageError: nothing says alpha, or `alpha` is another than the configuration's.
+        CheckpointError: the configuration cannot be read, or its kind of adapter is not known.
+    """
+    file = directory / RUN_CONFIG
+    section = _peft(file)
+    found = section.get("alpha")
+    if found is None and alpha is None:
+        raise UsageError(
+            f"nothing says how strongly the adapters of {directory} act: there is no {RUN_CONFIG} with peft.alpha in "
+            "it. Give adapter.alpha="
+        )
+    if alpha is not None and found is not None and alpha != found:
+        raise UsageError(f"adapter.alpha={alpha:g} contradicts {file}, whose peft.alpha is {found:g}: leave it out")
+    said = found if alpha is None else alpha
+    if not isinstance(said, int | float) or isinstance(said, bool) or not 0 < said < float("inf"):
+        raise UsageError(f"alpha of adapters is {said!r}: it must be a positive number")
+    return AdapterSettings(
+        float(said),
+        section.get("dim"),
+        bool(section.get("normalize_moe_lora")),
+        str(file if found else "adapter.alpha"),
+    )
+
+
+def pretrained_checkpoint(directory: Path) -> str | None:
+    """The checkpoint that the adapters of this iteration were trained on, as their configuration says."""
+    checkpoint = _run_config(directory / RUN_CONFIG).get("checkpoint")
+    found = checkpoint.get("pretrained_checkpoint") if isinstance(checkpoint, Mapping) else None
+    return found if isinstance(found, str) and found else None
+
+
+def _peft(file: Path) -> Mapping[str, Any]:
+    """The section `peft`, empty if there is none."""
+    section = _run_config(file).get("peft")
+    if section is None:
+        return {}
+    kind = str(section.get("_target_", "")).rpartition(".")[2] if isinstance(section, Mapping) else repr(section)
+    if not isinstance(section, Mapping) or kind not in _KINDS:
+        raise CheckpointError(f"{file}: peft is {kind or 'of no kind'}; known are {', '.join(_KINDS)}")
+    for name, wanted in (("alpha", int | float), ("dim", int)):
+        value = section.get(name)
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise CheckpointError(f"{file}: peft.{name} is {value!r}, not a number")
+    return section
+
+
+def _run_config(file: Path) -> Mapping[str, Any]:
+    data = read_input(file, file.parent, most=_MOST)
+    if data is None:
+        return {}
+    try:
+        found = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}. Copy it again") from error
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{file} holds no settings. Copy it again")
+    return found
