@@ -62,7 +62,7 @@ def state_parameters(quantizers: Iterable[Quantizer]) -> Iterator[Parameter]:
         for buffer, tensor in _buffers(quantizer):
             if tensor.numel() > 1:
                 name = f"{quantizer.name}.{buffer}"
-                yield Parameter(name, _as_rows(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
+                yield Parameter(name, _rows_of(tensor, quantizer) if "weight_quantizer" in name else tensor.flatten())
 
 
 def collect_scalars(
@@ -234,13 +234,22 @@ def _not_nan(value: float) -> float:
     return float("inf") if math.isnan(value) else value
 
 
-def _as_rows(tensor: Tensor, quantizer: Quantizer) -> Tensor:
-    """The amax `[rows, blocks]`; `[rows, blocks, 1]` where a rank's one block would look like a whole row or column."""
+def _rows_of(tensor: Tensor, quantizer: Quantizer) -> Tensor:
+    return as_rows(tensor, quantizer.rows, getattr(quantizer.module, "block_sizes", None))
+
+
+def as_rows(tensor: Tensor, rows: int | None, block_sizes: Mapping[Any, Any] | None) -> Tensor:
+    """The amax `[rows, blocks]`; `[rows, blocks, 1]` where a rank's one block would look like a whole row or column.
+
+    Args:
+        rows: those of the rank's weight, None if unknown.
+        block_sizes: the quantizer's, None if it has none.
+    """
     if tensor.ndim == 4:
         tensor = tensor.flatten(2).flatten(0, 1)
-    elif quantizer.rows:
-        tensor = tensor.reshape(quantizer.rows, -1)
-    of_blocks = isinstance((getattr(quantizer.module, "block_sizes", None) or {}).get(-1), int)
+    elif rows:
+        tensor = tensor.reshape(rows, -1)
+    of_blocks = isinstance((block_sizes or {}).get(-1), int)
     return tensor[..., None] if of_blocks and 1 in tensor.shape else tensor
 
 

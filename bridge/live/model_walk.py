@@ -106,7 +106,7 @@ def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] 
         quantizers = {name for name, module in names.modules.items() if _is_quantizer(name, module)}
         for local_name, tensor in _persistent_tensors(chunk).items():
             if module_of(local_name) not in quantizers:
-                yield from _one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
+                yield from one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
 
 
 def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
@@ -152,7 +152,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return own | {name: tensor for name, tensor in (module._parameters | module._buffers).items() if tensor is not None}
 
 
-def _one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
+def one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
     """Yields the parameter, or for legacy grouped experts a view of each expert, `[out, in]` as everywhere else.
 
     Megatron's GroupedMLP kept the local experts of a layer in two parameters, read as `[experts, hidden, 2 · ffn]` and

@@ -19,6 +19,8 @@ from amaxbridge.mappings.tensors import TensorSpec
 
 LATEST = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
+MODEL_FILE = "model_optim_rng.pt"
+"""What a rank saves of the model in a legacy checkpoint, `mp_rank_…/model_optim_rng.pt`."""
 _ITERATION = re.compile(r"iter_\d{7}|release")
 _MOST_FILES = 4096  # files of a directory that are looked at
 
@@ -63,8 +65,8 @@ DIRECTORIES: tuple[Kind, ...] = (
     ),
     Kind(
         r"(iter_\d+/)?mp_rank_\d+(_\d+)*(/|$)",
-        "a legacy checkpoint (--ckpt-format torch), a pickle for each rank",
-        f"{_RESAVE}, or convert it: --ckpt-convert-format torch_dist --ckpt-convert-save NEW",
+        f"a legacy checkpoint (--ckpt-format torch) without {MODEL_FILE}, where each rank saves its part of the model",
+        f"Copy it whole. An older Megatron names this file otherwise: {_RESAVE[0].lower()}{_RESAVE[1:]}",
     ),
     Kind(
         r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_|layer_\d+-model_)|global_step\d+(/|$)",
@@ -237,6 +239,11 @@ def is_training_output(path: Path) -> bool:
     """True if a directory is Megatron's save directory, or one iteration in it, in any format."""
     ranks = any(path.glob("mp_rank_*")) or any(path.glob("*.distcp"))
     return ranks or (path / LATEST).is_file() or (path / METADATA).is_file() or bool(iterations(path))
+
+
+def rank_files(path: Path) -> list[str]:
+    """The files of ranks in an iteration of a legacy checkpoint, by relative path, in order; none in any other."""
+    return sorted(f"{file.parent.name}/{file.name}" for file in path.glob(f"mp_rank_*/{MODEL_FILE}") if file.is_file())
 
 
 def iterations(path: Path) -> list[str]:

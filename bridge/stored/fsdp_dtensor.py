@@ -22,10 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from amaxbridge.bridge.stored.stored_source import Region, StoredSource
+from amaxbridge.bridge.stored.stored_source import Join, Region, StoredSource
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
-from amaxbridge.mappings.model_config import ModelConfig
-from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.mappings.tensors import TensorSpec
 
 _WRAPPED = re.compile(r"model\.(?:module\.)+")
@@ -78,8 +76,8 @@ class FsdpCheckpoint:
         is_there = _ARGUMENTS in self.states
         return self._checkpoint.read_state(self._checkpoint.state(_ARGUMENTS)) if is_there else None
 
-    def whole(self, registry: MappingRegistry, config: ModelConfig) -> StoredSource:
-        del registry, config
+    def whole(self, join: Join) -> StoredSource:
+        del join
         return self
 
     @cached_property

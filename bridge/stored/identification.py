@@ -11,6 +11,7 @@ from pathlib import Path
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.stored.checkpoint_kinds import Kind, head_of, kind_of_tensors
+from amaxbridge.bridge.stored.join_shards import joining
 from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.bridge.stored.saved_arguments import disagreements, read_arguments, saved_sizes
 from amaxbridge.bridge.stored.stored_model import FINAL_NORM_OF_HYBRID, StoredModel, is_of_model
@@ -90,7 +91,8 @@ def _kind_of(checkpoint: StoredSource, *, adapters: bool = False) -> Kind | None
 def stored_model(opened: StoredSource, hf: HFModel) -> StoredModel:
     """The model in a checkpoint under the names of a family."""
     pattern = hf.family.layer_pattern(hf.config) if FINAL_NORM_OF_HYBRID in opened.tensors else None
-    return StoredModel(opened.whole(AdaptedRegistry(hf.registry), hf.model_config), hf.family.spelling(pattern))
+    spelling = hf.family.spelling(pattern)
+    return StoredModel(opened.whole(joining(AdaptedRegistry(hf.registry), hf.model_config, spelling)), spelling)
 
 
 def _disagreements(stored: StoredModel, hf: HFModel) -> list[str]:

@@ -137,26 +137,36 @@ def read_archive(data: bytes) -> Any:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            paths = {PurePosixPath(each.filename): each for each in archive.infolist()}
-            root = next((path.parent for path in paths if path.name == "data.pkl"), None)
-            if root is None:
-                raise NotReadable("not written by torch.save: there is no data.pkl")
-
-            def read(path: PurePosixPath) -> bytes:
-                if path not in paths or paths[path].file_size > _MOST_BYTES:
-                    raise NotReadable(f"{path} is missing, or larger than any state")
-                if paths[path].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise NotReadable(f"{path} is compressed in another way than any state")
-                return archive.read(paths[path])
-
-            value = read_pickle(read(root / "data.pkl"))
+            value, root = pickle_in(archive)
             inner = value[0] if isinstance(value, list) and len(value) == 1 else value
             key = _byte_tensor(inner)
-            return value if key is None else read(root / "data" / key)
+            return value if key is None else _member(archive, root / "data" / key)
     except NotReadable:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise NotReadable(f"not written by torch.save: {error}") from error
+
+
+def pickle_in(archive: zipfile.ZipFile) -> tuple[Any, PurePosixPath]:
+    """The value of the pickle in an archive of `torch.save`, and the directory of its members.
+
+    Raises:
+        NotReadable: as `read_archive`. A damaged archive raises what `zipfile` does.
+    """
+    paths = (PurePosixPath(each.filename) for each in archive.infolist())
+    root = next((path.parent for path in paths if path.name == "data.pkl"), None)
+    if root is None:
+        raise NotReadable("not written by torch.save: there is no data.pkl")
+    return read_pickle(_member(archive, root / "data.pkl")), root
+
+
+def _member(archive: zipfile.ZipFile, path: PurePosixPath) -> bytes:
+    found = archive.NameToInfo.get(str(path))
+    if found is None or found.file_size > _MOST_BYTES:
+        raise NotReadable(f"{path} is missing, or larger than any state")
+    if found.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotReadable(f"{path} is compressed in another way than any state")
+    return archive.read(found)
 
 
 def is_archive(data: bytes) -> bool:
@@ -302,6 +312,8 @@ class _Machine:
         _set_items(self._stack[-1], flat)
 
     def give_state(self, state: Any) -> None:
+        if isinstance(self._stack[-1], dict):
+            return  # an OrderedDict with attributes: `_metadata` of a module's state
         if not isinstance(self._stack[-1], Made):
             raise NotReadable("attributes of a plain value")
         self._stack[-1].state = state

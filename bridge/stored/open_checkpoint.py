@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from amaxbridge.bridge.stored.checkpoint_kinds import METADATA, rank_files
 from amaxbridge.bridge.stored.fsdp_dtensor import FsdpCheckpoint
+from amaxbridge.bridge.stored.legacy_torch import LegacyCheckpoint
 from amaxbridge.bridge.stored.saved_iteration import checkpoint_iteration
 from amaxbridge.bridge.stored.stored_source import StoredSource
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint
@@ -19,7 +21,10 @@ def open_checkpoint(path: Path) -> StoredSource:
     Raises:
         CheckpointError: there is no checkpoint in a known format, or files are missing or too short; all are named.
     """
-    opened = DistCheckpoint(checkpoint_iteration(path))
+    directory = checkpoint_iteration(path)
+    if not (directory / METADATA).is_file():
+        return LegacyCheckpoint.open(directory)
+    opened = DistCheckpoint(directory)
     return FsdpCheckpoint(opened) if FsdpCheckpoint.fits(opened) else opened
 
 
@@ -32,5 +37,7 @@ def files_of(path: Path, *, hashed: bool = False) -> SourceFiles:
     """
     directory = checkpoint_iteration(path)
     with explaining_reads(directory):
-        names = [file.name for file in directory.iterdir() if file.is_file()]
+        names = rank_files(directory)
+        if (directory / METADATA).is_file():
+            names = [file.name for file in directory.iterdir() if file.is_file()]
     return SourceFiles.of(directory, names, hashed=hashed)

@@ -75,9 +75,14 @@ def read_arguments(checkpoint: StoredSource) -> Mapping[str, Any] | None:
     Raises:
         CheckpointError: they cannot be read.
     """
-    match checkpoint.arguments():
-        case Made(by=Named("argparse", "Namespace"), state=dict() as arguments):
-            return arguments
+    return namespace(checkpoint.arguments())
+
+
+def namespace(value: Any) -> Mapping[str, Any] | None:
+    """The attributes of a pickled Namespace, None for any other value."""
+    match value:
+        case Made(by=Named("argparse", "Namespace"), state=dict() as attributes):
+            return attributes
     return None
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, why_not
+from amaxbridge.bridge.stored.checkpoint_kinds import LATEST, METADATA, rank_files, why_not
 from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.export.disk.input_paths import checked_name
 from amaxbridge.export.disk.io_errors import explaining_reads
@@ -25,9 +25,7 @@ def checkpoint_iteration(path: Path) -> Path:
         iteration = (said or b"").decode(errors="replace").strip()
         name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
         directory = path / checked_name(name, latest) if name else path
-        if not (directory / METADATA).is_file():
+        if not (directory / METADATA).is_file() and not rank_files(directory):
             looked_at = directory if directory.exists() else path
-            raise CheckpointError(
-                f"{directory} is not a Megatron distributed checkpoint (torch_dist): {why_not(looked_at)}"
-            )
+            raise CheckpointError(f"{directory} is not a checkpoint of Megatron's training: {why_not(looked_at)}")
         return directory

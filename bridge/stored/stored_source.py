@@ -3,16 +3,17 @@
 A format is one file with one class, and one line in `open_checkpoint`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from amaxbridge.mappings.model_config import ModelConfig
-from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.mappings.tensors import TensorSpec
+
+type Join = Callable[[str, Sequence[Tensor]], Tensor]
+"""A tensor's name and the shards of all ranks → the whole tensor. Works on meta tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +71,5 @@ class StoredSource(Protocol):
             CheckpointError: they cannot be read.
         """
 
-    def whole(self, registry: MappingRegistry, config: ModelConfig) -> "StoredSource":
-        """The checkpoint with whole tensors: a format that keeps ranks' shards apart joins them as the mappings say."""
+    def whole(self, join: Join) -> "StoredSource":
+        """The checkpoint with whole tensors: a format that keeps ranks' shards apart joins them so."""

@@ -39,13 +39,11 @@ from amaxbridge.bridge.stored.checkpoint_kinds import METADATA
 from amaxbridge.bridge.stored.dist_metadata import read_metadata
 from amaxbridge.bridge.stored.inert_pickle import NotReadable, check_tensor_pickle, read_archive
 from amaxbridge.bridge.stored.saved_iteration import checkpoint_iteration
-from amaxbridge.bridge.stored.stored_source import Region
+from amaxbridge.bridge.stored.stored_source import Join, Region
 from amaxbridge.export.disk.input_files import open_input, read_input
 from amaxbridge.export.disk.input_paths import refuse_leaving
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.mappings.errors import CheckpointError, listing
-from amaxbridge.mappings.model_config import ModelConfig
-from amaxbridge.mappings.registry import MappingRegistry
 from amaxbridge.mappings.tensors import TensorSpec
 
 _TWICE_OR_MISSING = "{}: {} has chunks missing or twice in {}"
@@ -159,9 +157,9 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.directory}: the saved arguments cannot be read: {error}") from error
         return value[0] if isinstance(value, list) and value else value
 
-    def whole(self, registry: MappingRegistry, config: ModelConfig) -> "DistCheckpoint":
+    def whole(self, join: Join) -> "DistCheckpoint":
         """Its tensors are whole."""
-        del registry, config
+        del join
         return self
 
     def _entry(self, region: Region) -> TensorStorageMetadata:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N live_checkpoint.py HF_DIR OUT_DIR SIZES_JSON
 
 `plain` is not quantized, `nvfp4` has a per-tensor amax made from each quantizer's name, `channels` has FP8 quantizers
-with a per-channel amax of their weights' own rows. For each: the checkpoint, and in `live_…` what the model exports.
+with a per-channel amax of their weights' own rows. For each: the checkpoint, in `legacy_…` the same as a pickle of each
+rank, and in `live_…` what the model exports.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.model_walk import walk_quantizers
+from tests.workers.legacy_save import save_legacy
 from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 
@@ -51,6 +53,7 @@ def amax_of_each_row(model: Any) -> None:
 
 def save(bridge: AutoBridge, model: Any, out: Path, form: str, scheme: str) -> None:
     megatron.save_checkpoint(model, out / form, iteration=7)
+    save_legacy(bridge.hf, [model], out / f"legacy_{form}")
     bridge.save_hf_pretrained(model, out / f"live_{form}", scheme=scheme, max_shard_bytes=60_000)
 
 

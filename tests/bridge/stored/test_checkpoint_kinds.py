@@ -156,8 +156,8 @@ def test_other_sizes_are_said_first(hf: Path, state: State, tmp_path: Path) -> N
 
 
 FILES: dict[str, tuple[list[str], str]] = {
-    "legacy": (["mp_rank_00/model_optim_rng.pt"], "a legacy checkpoint (--ckpt-format torch)"),
-    "legacy, pipeline": (["mp_rank_00_000/model_optim_rng.pt", "mp_rank_00_001/a.pt"], "a legacy checkpoint"),
+    "legacy": (["mp_rank_00/model_rng.pt"], "a legacy checkpoint (--ckpt-format torch) without model_optim_rng.pt"),
+    "legacy, pipeline": (["mp_rank_00_000/optim.pt", "mp_rank_00_001/a.pt"], "a legacy checkpoint"),
     "zarr": (["decoder.layers.mlp.linear_fc1.weight/.zarray", "common.pt"], "in the zarr format"),
     "hugging face": (["config.json", "model.safetensors"], "a Hugging Face directory"),
     "weights alone": (["model-00001-of-00002.safetensors"], "a Hugging Face directory"),
@@ -190,7 +190,7 @@ def test_files_say_what_they_are(name: str, hf: Path, tmp_path: Path) -> None:
         lambda: AutoBridge.from_hf_pretrained(hf).convert_checkpoint(place, tmp_path / "out"),
         lambda: AutoBridge.from_megatron_checkpoint(place),
     ):
-        with pytest.raises(CheckpointError, match="is not a Megatron distributed checkpoint") as error:
+        with pytest.raises(CheckpointError, match="is not a checkpoint of Megatron's training") as error:
             attempt()
         assert message in str(error.value)
 

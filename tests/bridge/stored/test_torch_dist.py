@@ -31,13 +31,13 @@ SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
 
 
 @pytest.fixture(scope="module")
-def dense(launch: Launcher, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3, tmp_path_factory.mktemp("dense"))
+def dense(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3, shared / "checkpoints")
 
 
 @pytest.fixture(scope="module")
-def moe(launch: Launcher, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, tmp_path_factory.mktemp("moe"))
+def moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, shared / "moe_checkpoints")
 
 
 def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> None:
@@ -160,7 +160,7 @@ class TestDamage:
 
     def test_no_iteration(self, dense: LiveRanks, saved: Path) -> None:
         (saved.parent / "latest_checkpointed_iteration.txt").write_text("8")
-        assert "iter_0000008 is not a Megatron distributed checkpoint" in self.refuse(dense, saved)
+        assert "iter_0000008 is not a checkpoint of Megatron's training" in self.refuse(dense, saved)
 
 
 PICKLES_OF_TENSORS = {

@@ -1,0 +1,195 @@
+"""Legacy checkpoints, saved by real ranks as Megatron-LM does: the bytes of the live export, and clear refusals."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.bridge.stored.identification import identify, stored_model
+from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
+from amaxbridge.mappings.errors import CheckpointError
+from tests.support.comparing import same_files, same_tensors
+from tests.support.launcher import Launcher, LiveRanks
+
+SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
+
+
+@pytest.fixture(scope="module")
+def dense(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3, shared / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
+    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, shared / "moe_checkpoints")
+
+
+def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> None:
+    bridge = AutoBridge.from_hf_pretrained(live.hf)
+    bridge.convert_checkpoint(checkpoint, output, scheme=scheme, max_shard_bytes=60_000)
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_saved_at_tp_2_pp_2(dense: LiveRanks, tmp_path: Path, form: str) -> None:
+    saved = dense.at(tp=2, pp=2)
+    convert(dense, saved / f"legacy_{form}", tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
+@pytest.mark.parametrize("form", ["plain", "nvfp4"])
+def test_saved_at_ep_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
+    saved = moe.at(processes=2, tp=1, ep=2)
+    convert(moe, saved / f"legacy_{form}", tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
+@pytest.mark.parametrize("form", SCHEMES)
+def test_saved_at_etp_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
+    saved = moe.at(tp=2, pp=1)
+    convert(moe, saved / f"legacy_{form}", tmp_path / "out", SCHEMES[form])
+    same_files(tmp_path / "out", saved / f"live_{form}")
+
+
+MESHES = {"vpp": {"processes": 2, "pp": 2, "vpp": 2}, "tp, ep and etp": {"processes": 2, "tp": 2, "ep": 2, "etp": 1}}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_other_meshes(launch: Launcher, qwen3_moe_mixed: Path, shared: Path, tmp_path: Path, mesh: str) -> None:
+    """Chunks of a virtual pipeline count layers each from 0. At ETP below TP, a file has shards, but whole experts."""
+    live = LiveRanks(launch, "live_legacy.py", qwen3_moe_mixed, shared / "legacy")
+    saved = live.at(**MESHES[mesh])
+    convert(live, saved / "legacy_plain", tmp_path / "out", "none")
+    same_files(tmp_path / "out", saved / "live_plain")
+
+
+def test_without_hf(dense: LiveRanks, moe: LiveRanks, tmp_path: Path) -> None:
+    """The saved arguments describe the model, its vocabulary is that of all ranks."""
+    for number, (live, saved) in enumerate([(dense, dense.at(tp=2, pp=2)), (moe, moe.at(processes=2, tp=1, ep=2))]):
+        bridge = AutoBridge.from_megatron_checkpoint(saved / "legacy_plain", vocab_size=131)
+        assert bridge.hf.family.architectures == AutoBridge.from_hf_pretrained(live.hf).hf.family.architectures
+        bridge.convert_checkpoint(saved / "legacy_plain", tmp_path / str(number), scheme="none")
+        same_tensors(tmp_path / str(number), saved / "live_plain")
+        assert bridge.hf.family.architectures[0] in identify(saved / "legacy_plain")
+    padded = AutoBridge.from_megatron_checkpoint(dense.at(tp=2, pp=2) / "legacy_plain")
+    assert padded.hf.config["vocab_size"] in (131, 132)
+
+
+def test_the_quantizers_of_torch_dist(dense: LiveRanks, moe: LiveRanks) -> None:
+    seen = 0
+    for live, saved in ((dense, dense.at(tp=2, pp=2)), (moe, moe.at(processes=2, tp=1, ep=2))):
+        hf = read_hf_model(live.hf)
+        legacy, expected = (
+            {each.name: each.attributes for each in stored_model(open_checkpoint(saved / form), hf).all_quantizers()}
+            for form in ("legacy_nvfp4", "nvfp4")
+        )
+        assert legacy.keys() == expected.keys()
+        for name, attributes in expected.items():
+            assert legacy[name].keys() == attributes.keys()
+            assert legacy[name]["_disabled"] == attributes["_disabled"]
+            seen += 1
+    assert seen > 100
+
+
+class TestRefused:
+    """One clear error, before anything is written; and nothing of a pickle runs."""
+
+    @pytest.fixture
+    def saved(self, dense: LiveRanks, tmp_path: Path) -> Path:
+        shutil.copytree(dense.at(tp=2, pp=2) / "legacy_nvfp4", tmp_path / "saved")
+        return tmp_path / "saved" / "iter_0000007"
+
+    def refuse(self, dense: LiveRanks, saved: Path) -> str:
+        with pytest.raises(CheckpointError) as error:
+            convert(dense, saved.parent, saved.parent.parent / "out", "nvfp4")
+        assert not list(saved.parent.parent.glob("out*"))
+        return str(error.value)
+
+    def change(self, file: Path, changing: Callable[[dict[str, Any]], object]) -> None:
+        state = torch.load(file, weights_only=False)
+        changing(state)
+        torch.save(state, file)
+
+    def test_a_rank_is_missing(self, dense: LiveRanks, saved: Path) -> None:
+        shutil.rmtree(saved / "mp_rank_01_000")
+        message = self.refuse(dense, saved)
+        assert "TP=2, PP=2, EP=1, ETP=2" in message
+        assert "embedding.word_embeddings.weight: 1 of 2 shards" in message
+
+    def test_a_stage_is_missing(self, dense: LiveRanks, saved: Path) -> None:
+        for directory in saved.glob("mp_rank_*_001"):
+            shutil.rmtree(directory)
+        assert "no file of PP rank 1" in self.refuse(dense, saved)
+
+    def test_a_file_of_another_training(self, dense: LiveRanks, saved: Path) -> None:
+        shutil.copytree(saved / "mp_rank_01_000", saved / "mp_rank_02_000")
+        assert "mp_rank_02_000/model_optim_rng.pt is of no rank of TP=2, PP=2, EP=1" in self.refuse(dense, saved)
+
+    def test_no_arguments(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(saved / "mp_rank_00_000/model_optim_rng.pt", lambda state: state.pop("args"))
+        assert "has no saved arguments: nothing says if its files are of pipeline" in self.refuse(dense, saved)
+
+    def test_no_model(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(saved / "mp_rank_00_000/model_optim_rng.pt", lambda state: state.pop("model"))
+        assert "has no model" in self.refuse(dense, saved)
+
+    @pytest.mark.parametrize("version", [0, 1.0, "3"])
+    def test_an_old_version(self, dense: LiveRanks, saved: Path, version: object) -> None:
+        self.change(
+            saved / "mp_rank_00_000/model_optim_rng.pt", lambda state: state.update({"checkpoint_version": version})
+        )
+        assert f"checkpoint_version {version}" in self.refuse(dense, saved)
+
+    def test_more_etp_than_tp(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(
+            saved / "mp_rank_00_000/model_optim_rng.pt",
+            lambda state: setattr(state["args"], "expert_tensor_parallel_size", 4),
+        )
+        assert "TP=2 and ETP=4, where ranks with different shards of experts wrote one file" in self.refuse(
+            dense, saved
+        )
+
+    def test_a_truncated_file(self, dense: LiveRanks, saved: Path) -> None:
+        file = saved / "mp_rank_01_001/model_optim_rng.pt"
+        os.truncate(file, file.stat().st_size // 2)
+        assert "cannot be read as a file of torch.save" in self.refuse(dense, saved)
+
+    def test_a_file_from_before_zip_archives(self, dense: LiveRanks, saved: Path) -> None:
+        file = saved / "mp_rank_01_001/model_optim_rng.pt"
+        state = torch.load(file, weights_only=False)
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+        assert "If PyTorch before 1.6 wrote it" in self.refuse(dense, saved)
+
+    def test_something_that_is_no_tensor(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(
+            saved / "mp_rank_00_000/model_optim_rng.pt",
+            lambda state: state["model"].update({"decoder.layers.0.mlp.linear_fc1.weight": [1, 2]}),
+        )
+        assert "decoder.layers.0.mlp.linear_fc1.weight is no tensor" in self.refuse(dense, saved)
+
+    def test_shards_of_different_shapes(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(
+            saved / "mp_rank_01_000/model_optim_rng.pt",
+            lambda state: state["model"].update({"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(6, 64)}),
+        )
+        assert "decoder.layers.0.mlp.linear_fc1.weight" in self.refuse(dense, saved)
+
+    def test_code(self, dense: LiveRanks, saved: Path, tmp_path: Path) -> None:
+        """In the arguments and beside the model: nothing runs, and the export is the same."""
+
+        class Attack:
+            def __reduce__(self) -> object:
+                return os.system, (f"touch {tmp_path / 'run'}",)
+
+        def attack(state: dict[str, Any]) -> None:
+            state["args"].hook = state["hook"] = Attack()
+
+        self.change(saved / "mp_rank_00_000/model_optim_rng.pt", attack)
+        convert(dense, saved.parent, tmp_path / "out", "nvfp4")
+        assert not (tmp_path / "run").exists()
+        same_files(tmp_path / "out", dense.at(tp=2, pp=2) / "live_nvfp4")
