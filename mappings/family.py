@@ -60,11 +60,13 @@ class PackedExperts:
         transposed: weights have their inputs first, `[experts, hidden, 2 · ffn]` and `[experts, ffn, hidden]`.
         interleaved: gate and up rows alternate (gate 0, up 0, gate 1, …), instead of all gate rows before all up rows.
         either: weights in files may also have the other order of axes; sizes tell. This one is written.
+        names: what files call both tensors, in the module that holds the router, too.
     """
 
     transposed: bool = False
     interleaved: bool = False
     either: bool = False
+    names: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from itertools import product
 from torch import Tensor
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.export.disk.packed_experts import packed_source
+from amaxbridge.export.disk.packed_experts import sources_in
 from amaxbridge.mappings.errors import UsageError, listing
 from amaxbridge.mappings.extras import need
 from amaxbridge.mappings.hybrid_layers import read_pattern
@@ -123,16 +123,11 @@ def _one_by_one(hf: HFModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
     """Unpacks experts: the tensors of each expert in place of the packed ones."""
     layout = hf.family.packed_experts
     for name, tensor in tensors.items():
-        experts, packed, kind = name.rpartition(".experts.")
-        if layout is None or not packed:
+        sources = sources_in(name, tuple(tensor.shape), layout) if layout is not None else {}
+        if not sources:
             yield name, tensor
-            continue
-        projections = ("gate_proj", "up_proj") if kind.startswith("gate_up") else ("down_proj",)
-        for expert, projection in product(range(len(tensor)), projections):
-            single = f"{experts}.experts.{expert}.{projection}.{'bias' if kind.endswith('bias') else 'weight'}"
-            source = packed_source(single, layout)
-            assert source is not None
-            yield single, source.cut(tensor[expert])
+        for single, source in sources.items():
+            yield single, source.cut(tensor[source.expert])
 
 
 def _mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from amaxbridge.mappings.tensors import TensorSpec
 _PACKED = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(?:\.weight|(_bias))?")
 _SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None)}
+_NAMES = PackedExperts().names
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,16 @@ def packed_source(name: str, layout: PackedExperts) -> PackedSource | None:
     if found is None:
         return None
     packed, half = _HALVES[found[3]]
-    return PackedSource(f"{found[1]}.{packed}{'_bias' * (found[4] == 'bias')}", int(found[2]), half, layout)
+    name = f"{found[1]}.{packed}{'_bias' * (found[4] == 'bias')}"
+    return PackedSource(_respelled(name, _NAMES, layout.names), int(found[2]), half, layout)
+
+
+def _respelled(name: str, names: tuple[str, str], others: tuple[str, str]) -> str:
+    """A packed tensor's name with another spelling of its end; unchanged if it does not end so."""
+    for one, other in zip(names, others, strict=True):
+        if name.endswith(f".{one}"):
+            return name.removesuffix(one) + other
+    return name
 
 
 def sources_in(name: str, shape: tuple[int, ...], layout: PackedExperts) -> dict[str, PackedSource]:
@@ -90,7 +100,7 @@ def sources_in(name: str, shape: tuple[int, ...], layout: PackedExperts) -> dict
     Raises:
         MappingError: the outputs do not divide into gate and up; names tensor and shape.
     """
-    found = _PACKED.fullmatch(name)
+    found = _PACKED.fullmatch(_respelled(name, layout.names, _NAMES))
     if found is None or len(shape) != (2 if found[3] else 3):
         return {}
     kind = "bias" if found[3] else "weight"

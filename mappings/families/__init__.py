@@ -17,7 +17,7 @@ from amaxbridge.mappings.families.glm4 import GLM, GLM4
 from amaxbridge.mappings.families.glm4_moe import DOTS1, GLM4_MOE
 from amaxbridge.mappings.families.glm4_moe_lite import GLM4_MOE_LITE
 from amaxbridge.mappings.families.gpt_oss import GPT_OSS
-from amaxbridge.mappings.families.granite import GRANITE
+from amaxbridge.mappings.families.granite import GRANITE, GRANITE_MOE
 from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MOE_V1
 from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
@@ -88,6 +88,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     OLMO2,
     OLMO3,
     GRANITE,
+    GRANITE_MOE,
     MINIMAX_M2,
     HY_V3,
     LLAMA4,

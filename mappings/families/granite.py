@@ -1,9 +1,12 @@
-"""Granite, dense: a Llama that multiplies embeddings, scores, what each layer adds, and logits by constants."""
+"""Granite, a Llama or Mixtral that multiplies embeddings, scores, what each layer adds, and logits by constants."""
 
 from dataclasses import replace
 
+from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.families.llama import LLAMA
-from amaxbridge.mappings.family import Source, Translation, look_up
+from amaxbridge.mappings.families.mixtral import MIXTRAL
+from amaxbridge.mappings.family import PackedExperts, Source, Translation, look_up
+from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
 
 
 def _factor(field: str) -> Translation:
@@ -24,3 +27,27 @@ MULTIPLIERS: dict[str, Source] = {
 """Megatron lacks all but the scale of scores; `bridge/megatron/multipliers.py` applies the others."""
 
 GRANITE = replace(LLAMA, architectures=("GraniteForCausalLM",), layers=MULTIPLIERS)
+
+_MOE, _HF_MOE = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.block_sparse_moe"
+
+GRANITE_MOE = replace(
+    MIXTRAL,
+    architectures=("GraniteMoeForCausalLM",),
+    mappings=(
+        decoder.EMBEDDING,
+        *decoder.QKV,
+        decoder.ATTENTION_OUTPUT,
+        decoder.MLP_NORM,
+        ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.router.layer.weight"),
+        GatedMLPMapping(
+            f"{_MOE}.experts.linear_fc1.weight*",
+            gate=f"{_HF_MOE}.experts.*.gate_proj.weight",
+            up=f"{_HF_MOE}.experts.*.up_proj.weight",
+        ),
+        RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.down_proj.weight"),
+        *decoder.HEAD,
+    ),
+    transformer={name: source for name, source in MIXTRAL.transformer.items() if name != "window_size"},
+    layers=MULTIPLIERS,
+    packed_experts=PackedExperts(names=("input_linear.weight", "output_linear.weight")),
+)

@@ -30,6 +30,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "GPT-OSS-20B": "21B",
     "GLM-4-9B-chat": 9_399_951_360,
     "Granite-defaults": 6_738_415_616,
+    "Granite-MoE-defaults": 37_039_116_288,
     "Gemma-2-9B": 9_241_705_984,
     "Gemma-3-1B": 999_885_952,
     "Gemma-3-4B": "4B",  # its language model

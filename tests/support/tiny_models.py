@@ -494,6 +494,19 @@ TINY_MODELS: dict[str, TinyModel] = {
             logits_scaling=8.0,
         )
     ),
+    "Granite, MoE": TinyModel(
+        config(
+            "GraniteMoeForCausalLM",
+            intermediate_size=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            embedding_multiplier=12.0,
+            attention_multiplier=0.3,
+            residual_multiplier=0.22,
+            logits_scaling=8.0,
+        ),
+        MOE,
+    ),
     "MiniMax-M2": TinyModel(
         config(
             "MiniMaxM2ForCausalLM",
