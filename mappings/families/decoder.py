@@ -8,6 +8,7 @@ from typing import Any
 
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.family import HFConfig, Source, Translation, fixed, look_up
+from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.megatron_settings import Settings
 from amaxbridge.mappings.weights import (
     GatedMLPMapping,
@@ -63,6 +64,16 @@ ROUTED_EXPERTS = (
     RowParallelMapping(f"{MEGATRON}.mlp.experts.linear_fc2.weight*", f"{HF}.mlp.experts.*.down_proj.weight"),
 )
 
+
+def shared_experts(module: str) -> tuple[MegatronParamMapping, ...]:
+    """The mappings of shared experts, which are this module in a layer of the Hugging Face files."""
+    megatron, hf = f"{MEGATRON}.mlp.shared_experts", f"{HF}.{module}"
+    return (
+        GatedMLPMapping(f"{megatron}.linear_fc1.weight", gate=f"{hf}.gate_proj.weight", up=f"{hf}.up_proj.weight"),
+        RowParallelMapping(f"{megatron}.linear_fc2.weight", f"{hf}.down_proj.weight"),
+    )
+
+
 NORMS_AFTER = "post_self_attn_layernorm", "post_mlp_layernorm"
 """Megatron's names of a layer's norms of what attention and MLP compute, before it is added to the residual."""
 
@@ -102,6 +113,22 @@ ONLY_EXPERTS: dict[str, Source] = {
     "moe_router_topk": "num_experts_per_tok",
 }
 """Every layer has experts, of width `intermediate_size`."""
+
+
+def shared_width(count: str) -> Translation:
+    """Megatron's `moe_shared_expert_intermediate_size`: all shared experts side by side, each as wide as a routed one.
+
+    Args:
+        count: the field with their number.
+    """
+
+    def write(settings: Settings) -> dict[str, Any]:
+        return {count: (settings["moe_shared_expert_intermediate_size"] or 0) // settings["moe_ffn_hidden_size"]}
+
+    return Translation(
+        lambda hf_config: look_up(hf_config, "moe_intermediate_size") * (look_up(hf_config, count) or 0), write
+    )
+
 
 MODEL_ARGUMENTS: dict[str, Source] = {
     "vocab_size": "vocab_size",

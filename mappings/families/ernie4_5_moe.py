@@ -10,7 +10,7 @@ from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.family import HFConfig, ModelFamily, Translation, look_up
 from amaxbridge.mappings.megatron_settings import Settings
-from amaxbridge.mappings.weights import GatedMLPMapping, RowOfMatrixMapping, RowParallelMapping
+from amaxbridge.mappings.weights import RowOfMatrixMapping
 
 _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 _BIAS = "moe_statics.e_score_correction_bias"
@@ -32,15 +32,6 @@ def _dense_layers(settings: Settings) -> dict[str, Any]:
     return {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1], "moe_layer_interval": every}
 
 
-def _shared_width(hf_config: HFConfig) -> int:
-    return int(look_up(hf_config, "moe_intermediate_size") * look_up(hf_config, "moe_num_shared_experts"))
-
-
-def _shared_experts(settings: Settings) -> dict[str, Any]:
-    width = settings["moe_shared_expert_intermediate_size"] or 0
-    return {"moe_num_shared_experts": width // settings["moe_ffn_hidden_size"]}
-
-
 def _check(hf_config: HFConfig) -> None:
     raise UsageError("the router adds a bias to softmax scores, which Megatron's layers do for sigmoid scores only")
 
@@ -55,12 +46,7 @@ ERNIE4_5_MOE = ModelFamily(
         *decoder.MLP,
         decoder.ROUTER,
         RowOfMatrixMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.{_BIAS}"),
-        GatedMLPMapping(
-            f"{_MLP}.shared_experts.linear_fc1.weight",
-            gate=f"{_HF_MLP}.shared_experts.gate_proj.weight",
-            up=f"{_HF_MLP}.shared_experts.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_experts.down_proj.weight"),
+        *decoder.shared_experts("mlp.shared_experts"),
         *decoder.ROUTED_EXPERTS,
         *decoder.HEAD,
     ),
@@ -69,7 +55,7 @@ ERNIE4_5_MOE = ModelFamily(
         "num_moe_experts": "moe_num_experts",
         "moe_layer_freq": Translation(_moe_layers, _dense_layers),
         "moe_ffn_hidden_size": "moe_intermediate_size",
-        "moe_shared_expert_intermediate_size": Translation(_shared_width, _shared_experts),
+        "moe_shared_expert_intermediate_size": decoder.shared_width("moe_num_shared_experts"),
         "moe_router_topk": "moe_k",
     },
     requires={"use_bias": False},

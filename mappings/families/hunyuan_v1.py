@@ -10,7 +10,7 @@ from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.family import HFConfig, ModelFamily, Translation, fixed, look_up
 from amaxbridge.mappings.megatron_settings import Settings
-from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 _ATTENTION, _HF_ATTENTION = f"{decoder.MEGATRON}.self_attention", f"{decoder.HF}.self_attn"
 _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
@@ -80,12 +80,7 @@ HUNYUAN_MOE_V1 = replace(
         *_LAYER,
         ReplicatedMapping(f"{_MLP}.router.weight", f"{_HF_MLP}.gate.wg.weight"),
         *decoder.ROUTED_EXPERTS,
-        GatedMLPMapping(
-            f"{_MLP}.shared_experts.linear_fc1.weight",
-            gate=f"{_HF_MLP}.shared_mlp.gate_proj.weight",
-            up=f"{_HF_MLP}.shared_mlp.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_mlp.down_proj.weight"),
+        *decoder.shared_experts("mlp.shared_mlp"),
         *decoder.HEAD,
     ),
     transformer={

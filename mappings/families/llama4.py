@@ -56,12 +56,7 @@ LLAMA4 = ModelFamily(
             up=f"{_HF_MLP}.experts.*.up_proj.weight",
         ),
         RowParallelMapping(f"{_MLP}.experts.linear_fc2.weight*", f"{_HF_MLP}.experts.*.down_proj.weight"),
-        GatedMLPMapping(
-            f"{_MLP}.shared_experts.linear_fc1.weight",
-            gate=f"{_HF_MLP}.shared_expert.gate_proj.weight",
-            up=f"{_HF_MLP}.shared_expert.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_expert.down_proj.weight"),
+        *decoder.shared_experts("feed_forward.shared_expert"),
         *decoder.HEAD,
     ),
     transformer={

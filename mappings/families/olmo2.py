@@ -1,32 +1,15 @@
-"""OLMo 2 and 3: norms after attention and MLP only, and query and key norms over all heads of a token together."""
+"""OLMo 2 and 3: Exaone 4 with query and key norms over all heads of a token together. OLMo 3 has windows."""
 
 from dataclasses import replace
 from typing import Any
 
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.families import decoder
-from amaxbridge.mappings.family import HFConfig, ModelFamily, Translation, look_up
+from amaxbridge.mappings.families.exaone4 import EXAONE4
+from amaxbridge.mappings.family import HFConfig, Translation, look_up
 from amaxbridge.mappings.megatron_settings import Settings
 
-OLMO2 = ModelFamily(
-    architectures=("Olmo2ForCausalLM",),
-    mappings=(
-        decoder.EMBEDDING,
-        decoder.QKV_WEIGHT,
-        *decoder.QK_NORMS,
-        decoder.ATTENTION_OUTPUT,
-        *decoder.MLP,
-        *decoder.norms_after("post_attention_layernorm", "post_feedforward_layernorm"),
-        *decoder.HEAD,
-    ),
-    transformer=decoder.DECODER_SIZES,
-    requires=decoder.NO_BIASES,
-    computes=decoder.PLAIN_DECODER,
-    model={**decoder.MODEL_ARGUMENTS, **decoder.ROPE_SCALING},
-    constants={**decoder.GATED_RMSNORM_DECODER, "qk_layernorm": True},
-    layers=decoder.WITH_NORMS_AFTER,
-    norm_over_all_heads=True,
-)
+OLMO2 = replace(EXAONE4, architectures=("Olmo2ForCausalLM",), layers=decoder.WITH_NORMS_AFTER, norm_over_all_heads=True)
 
 
 def _check(hf_config: HFConfig) -> None:

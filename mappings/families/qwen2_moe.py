@@ -4,18 +4,13 @@ from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.families.qwen3_moe import SPARSE_LAYERS
 from amaxbridge.mappings.family import ModelFamily
 from amaxbridge.mappings.mapping import MegatronParamMapping
-from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
-
-_SHARED, _HF_SHARED = f"{decoder.MEGATRON}.mlp.shared_experts", f"{decoder.HF}.mlp.shared_expert"
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 SHARED_EXPERT: tuple[MegatronParamMapping, ...] = (
-    GatedMLPMapping(
-        f"{_SHARED}.linear_fc1.weight",
-        gate=f"{_HF_SHARED}.gate_proj.weight",
-        up=f"{_HF_SHARED}.up_proj.weight",
+    *decoder.shared_experts("mlp.shared_expert"),
+    ReplicatedMapping(
+        f"{decoder.MEGATRON}.mlp.shared_experts.gate_weight", f"{decoder.HF}.mlp.shared_expert_gate.weight"
     ),
-    RowParallelMapping(f"{_SHARED}.linear_fc2.weight", f"{_HF_SHARED}.down_proj.weight"),
-    ReplicatedMapping(f"{_SHARED}.gate_weight", f"{_HF_SHARED}_gate.weight"),
 )
 
 QWEN2_MOE = ModelFamily(

@@ -21,21 +21,12 @@ from amaxbridge.mappings.megatron_settings import Settings
 from amaxbridge.mappings.weights import (
     ColumnParallelMapping,
     CopiedVocabMapping,
-    GatedMLPMapping,
     ReplicatedMapping,
-    RowParallelMapping,
 )
 
 _MLP, _HF_MLP = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.mlp"
 
-SHARED_EXPERTS: tuple[MegatronParamMapping, ...] = (
-    GatedMLPMapping(
-        f"{_MLP}.shared_experts.linear_fc1.weight",
-        gate=f"{_HF_MLP}.shared_experts.gate_proj.weight",
-        up=f"{_HF_MLP}.shared_experts.up_proj.weight",
-    ),
-    RowParallelMapping(f"{_MLP}.shared_experts.linear_fc2.weight", f"{_HF_MLP}.shared_experts.down_proj.weight"),
-)
+SHARED_EXPERTS = decoder.shared_experts("mlp.shared_experts")
 EXPERTS: tuple[MegatronParamMapping, ...] = (
     decoder.ROUTER,
     ReplicatedMapping(f"{_MLP}.router.expert_bias", f"{_HF_MLP}.gate.e_score_correction_bias"),
@@ -107,11 +98,6 @@ LISTED_LAYERS = Translation(_listed_layers, _layer_types)
 """Megatron's `moe_layer_freq` for architectures that list the kind of each layer."""
 
 
-def _shared_experts(settings: Settings) -> dict[str, Any]:
-    width = settings["moe_shared_expert_intermediate_size"] or 0
-    return {"n_shared_experts": width // settings["moe_ffn_hidden_size"]}
-
-
 def groups(setting: str, field: str) -> Translation:
     """A setting of group-limited routing, None if all experts are one group."""
     return Translation(
@@ -131,10 +117,7 @@ SIZES: dict[str, Source] = {
         _moe_layers, lambda settings: {"first_k_dense_replace": [*settings["moe_layer_freq"], 1].index(1)}
     ),
     "moe_ffn_hidden_size": "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size": Translation(
-        lambda hf_config: look_up(hf_config, "moe_intermediate_size") * (look_up(hf_config, "n_shared_experts") or 0),
-        _shared_experts,
-    ),
+    "moe_shared_expert_intermediate_size": decoder.shared_width("n_shared_experts"),
     "moe_router_topk": "num_experts_per_tok",
     "moe_router_num_groups": groups("moe_router_num_groups", "n_group"),
     "moe_router_group_topk": groups("moe_router_group_topk", "topk_group"),

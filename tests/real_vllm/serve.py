@@ -65,9 +65,8 @@ class Held:
     only_load: bool
 
 
-@register_model_loader("watched")
-class WatchedLoader(DefaultModelLoader):
-    """vLLM's loader into parameters full of NaN; notes what they hold before kernels repack them, and after."""
+class LoaderIntoNaN(DefaultModelLoader):
+    """vLLM's loader into parameters full of NaN."""
 
     def __init__(self, load_config: Any) -> None:
         load_config.load_format = "safetensors"
@@ -75,6 +74,14 @@ class WatchedLoader(DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         fill_with_nan(model)
+        super().load_weights(model, model_config)
+
+
+@register_model_loader("watched")
+class WatchedLoader(LoaderIntoNaN):
+    """Notes what parameters hold before kernels repack them, and after."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
         super().load_weights(model, model_config)
         Held.model, Held.computed = model, {}
         Held.tensors = {name: tensor.clone() for name, tensor in held_tensors(model)}

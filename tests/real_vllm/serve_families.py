@@ -14,14 +14,12 @@ from typing import Any
 
 import serve  # first: it sets the environment
 import torch
-from held import fill_with_nan
 from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM
 from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
 from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms.interface import PlatformEnum
 
 SCHEMES = ("none", "mxfp8", "nvfp4a16")
@@ -39,15 +37,10 @@ class Last:
 
 
 @register_model_loader("filled")
-class FillingLoader(DefaultModelLoader):
-    """vLLM's loader into parameters full of NaN."""
-
-    def __init__(self, load_config: Any) -> None:
-        load_config.load_format = "safetensors"
-        super().__init__(load_config)
+class FillingLoader(serve.LoaderIntoNaN):
+    """Notes which parameters were not loaded."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        fill_with_nan(model)
         super().load_weights(model, model_config)
         Last.unfilled = [
             name
