@@ -1,8 +1,8 @@
 """AutoBridge: the façade over a Hugging Face directory and a live Megatron model."""
 
-import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -50,11 +50,9 @@ from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
+from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
-from amaxbridge.export.disk.packed_experts import found_in
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.model_free.input_directory import check_spared
@@ -195,15 +193,9 @@ class AutoBridge:
         with self.open_weights() as weights:
             self.load_from(weights, model)
 
-    @contextlib.contextmanager
-    def open_weights(self) -> Iterator[DequantizedCheckpoint]:
+    def open_weights(self) -> AbstractContextManager[DequantizedCheckpoint]:
         """Opens the tensors of the Hugging Face directory."""
-        layout = self.hf.family.packed_experts
-        if layout is not None and layout.either:
-            with SafetensorsCheckpoint(self.hf.weights_directory) as checkpoint:
-                layout = self.hf.packed_experts({name: each.spec for name, each in checkpoint.tensors.items()})
-        with SafetensorsCheckpoint(self.hf.weights_directory, found_in(layout)) as checkpoint:
-            yield open_dequantized(checkpoint, self.hf.written)
+        return self.hf.open_weights()
 
     def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
         """As `load_hf_weights`, from opened tensors."""

@@ -21,7 +21,7 @@ from amaxbridge.bridge.hf_defaults import completed
 from amaxbridge.bridge.stored.checkpoint_kinds import is_training_output
 from amaxbridge.bridge.weight_dtypes import check_known_to_torch
 from amaxbridge.export.architectures.facts import architecture_of
-from amaxbridge.export.dequantized import open_dequantized
+from amaxbridge.export.dequantized import DequantizedCheckpoint, open_dequantized
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.packed_experts import found_in
@@ -171,6 +171,16 @@ class HFModel:
             name: each.transpose(1, 2) if each.ndim == 3 and ".experts." in name else each
             for name, each in tensors.items()
         }
+
+    @contextmanager
+    def open_weights(self) -> Iterator[DequantizedCheckpoint]:
+        """Opens the tensors of the directory, with experts in whichever order of axes it has them."""
+        layout = self.family.packed_experts
+        if layout is not None and layout.either:
+            with SafetensorsCheckpoint(self.weights_directory) as checkpoint:
+                layout = self.packed_experts({name: each.spec for name, each in checkpoint.tensors.items()})
+        with SafetensorsCheckpoint(self.weights_directory, found_in(layout)) as checkpoint:
+            yield open_dequantized(checkpoint, self.written)
 
     def packed_experts(self, tensors: Mapping[str, HasShape]) -> PackedExperts | None:
         """How files with these tensors pack the experts of a layer.

@@ -20,9 +20,6 @@ from amaxbridge.bridge.plan.mesh import Mesh
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.bridge.save import ExportReport, Saver
 from amaxbridge.export.amax.quant_state import QuantState
-from amaxbridge.export.dequantized import open_dequantized
-from amaxbridge.export.disk.packed_experts import found_in
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.staging import ALONE
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart
@@ -116,8 +113,7 @@ def plan_import(hf: HFModel, mesh: Mesh) -> ImportPlan:
     hf.family.check_buildable(hf.config)
     check_parallel_sizes(hf, world=mesh.world, tp=mesh.tp, pp=mesh.pp, ep=mesh.ep, etp=mesh.etp)
     specs = MegatronSpecs(hf, hf.model_config.padded_to(mesh.tp))
-    with SafetensorsCheckpoint(hf.weights_directory, found_in(hf.family.packed_experts)) as checkpoint:
-        weights = open_dequantized(checkpoint, hf.written)
+    with hf.open_weights() as weights:
         schemes = weights.schemes
         missing = [
             name
