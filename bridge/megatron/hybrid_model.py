@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.megatron.gated_delta_layers import with_gated_delta_net
 from amaxbridge.bridge.megatron.mamba_in_torch import mixer_class
+from amaxbridge.bridge.megatron.multipliers import MULTIPLIERS
 from amaxbridge.bridge.megatron.zero_centred_norms import ZeroCentredRMSNorm
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.hybrid_layers import with_stages
@@ -58,16 +59,16 @@ def build_hybrid_chunk(
         sparse: the same with experts.
 
     Raises:
-        UsageError: HybridModel lacks the model's rotary scaling.
+        UsageError: HybridModel does not compute what the model does.
     """
+    check_hybrid(hf)
     pattern = hf.family.layer_pattern(hf.config)
     mixer = mixer_class(config) if "M" in pattern else MambaMixer
     stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     arguments = hf.family.model_arguments(hf.config)
     arguments["vocab_size"] += -arguments["vocab_size"] % config.tensor_model_parallel_size
-    if arguments.pop("rope_scaling", False):
-        raise UsageError("Megatron's HybridModel does not scale its rotary embedding (rope_type llama3)")
-    arguments.pop("rope_scaling_factor", None)
+    for scaling in ("rope_scaling", "rope_scaling_factor"):
+        arguments.pop(scaling, None)
     return HybridModel(
         config,
         ModuleSpec(module=LocalHybridStack, submodules=_layers(dense, sparse.submodules, mixer, _norm(config))),
@@ -77,6 +78,27 @@ def build_hybrid_chunk(
         vp_stage=vp_stage,
         **arguments,
     )
+
+
+def check_hybrid(hf: HFModel) -> None:
+    """Raises UsageError if a HybridModel would compute something else than the model, or has no place for it.
+
+    Its layers have numbers of their own, so lists with an entry for each of GPTModel's layers mean others there.
+    """
+    family = hf.family
+    settings = {**family.model_arguments(hf.config), **family.layer_settings(hf.config), **family.constants}
+    lacks = {
+        "a scaled rotary embedding (rope_type llama3)": settings.get("rope_scaling"),
+        "a rotary embedding of neighbouring columns (rotary_interleaved)": settings.get("rotary_interleaved"),
+        "norms after attention and MLP": family.has_in_layers("post_mlp_layernorm"),
+        **{name: settings.get(name) for name in MULTIPLIERS},
+        **{f"{name} by layer": isinstance(value, list) for name, value in settings.items()},
+    }
+    if missing := [what for what, needed in lacks.items() if needed]:
+        raise UsageError(
+            f"Megatron's HybridModel lacks {', '.join(missing)}, which {', '.join(family.architectures)} needs: build "
+            "its GPTModel (model.model_class=gpt)"
+        )
 
 
 def _layers(

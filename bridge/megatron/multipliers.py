@@ -9,6 +9,8 @@ from typing import Any
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
 
 def with_multipliers(model: LanguageModule) -> LanguageModule:
     """Puts hooks into the model that multiply, where its configuration says so."""

@@ -1,13 +1,17 @@
 """HybridModel on real Megatron ranks: it exports the bytes of a GPTModel, and models that GPTModel cannot build."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from amaxbridge.bridge.auto import AutoBridge
+from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.mappings.errors import UsageError
 from tests.support.comparing import label, same_files, same_tensors
 from tests.support.launcher import Launcher, LiveRanks
+from tests.support.tiny_models import TINY_MODELS
 
 TOPOLOGIES: list[dict[str, int]] = [
     {},
@@ -101,3 +105,47 @@ def test_other_layers_and_another_class_are_refused(live_hybrid: LiveRanks, live
     other_layers, no_gpt_model = refusals(live_mamba)
     assert "has M-*-M/*E/*E, config.json gives M-*EM/*E/*E" in other_layers
     assert no_gpt_model == "NemotronHForCausalLM is a HybridModel in Megatron, not a GPTModel"
+
+
+ONLY_GPT = {  # model → what HybridModel lacks; the parity of the others is that of their GPTModel
+    "Llama 3, tied": "a scaled rotary embedding (rope_type llama3)",
+    "GPT-OSS": "window_attn_skip_freq by layer",
+    "GLM-4": "a rotary embedding of neighbouring columns (rotary_interleaved), norms after attention and MLP",
+    "GLM-4, old": "a rotary embedding of neighbouring columns (rotary_interleaved)",
+    "ERNIE-4.5": "a rotary embedding of neighbouring columns (rotary_interleaved)",
+    "Exaone 4": "norms after attention and MLP, window_attn_skip_freq by layer, no_rope_freq by layer",
+    "Exaone 4 without windows": "norms after attention and MLP, window_attn_skip_freq by layer",
+    "SmolLM3": "no_rope_freq by layer",
+    "OLMo 2": "norms after attention and MLP",
+    "OLMo 3": "norms after attention and MLP, window_attn_skip_freq by layer",
+    "Granite": "embedding_multiplier, residual_multiplier, logits_scaling",
+    "Llama 4": "a rotary embedding of neighbouring columns (rotary_interleaved), no_rope_freq by layer",
+    "dots.llm1": "window_attn_skip_freq by layer",
+}
+
+
+def lacking(rank: int) -> dict[str, str]:
+    """Model → why it is no HybridModel."""
+    from amaxbridge.bridge.megatron.hybrid_model import check_hybrid
+
+    refusals = {}
+    for name, tiny in TINY_MODELS.items():
+        if tiny.unbuildable or "images" in name:
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            tiny.make().save_pretrained(directory)
+            hf = read_hf_model(directory)
+            if hf.family.model_class == "gpt":
+                try:
+                    check_hybrid(hf)
+                except UsageError as error:
+                    refusals[name] = str(error)
+    return refusals
+
+
+def test_what_it_would_compute_otherwise_is_refused(launch: Launcher, tmp_path: Path) -> None:
+    [refusals] = launch.results(lacking, tmp_path, processes=1)
+    assert refusals.keys() == ONLY_GPT.keys()
+    for name, lacks in ONLY_GPT.items():
+        assert f"HybridModel lacks {lacks}, which " in refusals[name]
+        assert "model.model_class=gpt" in refusals[name]
