@@ -9,6 +9,7 @@ checkpoint, some settings have other names, which change between releases, and a
     moe_layer_freq, a list                  the same, or the distance between layers with experts
     window_attn_skip_freq, a list           the same, or the distance between layers without a window
     linear_attention_freq, a list           the same, or the distance between layers with softmax attention
+    no_rope_freq, a list                    the same, or the distance between layers without rotary embedding
 
 Source: megatron.training.arguments, and core_transformer_config_from_args beside it.
 """
@@ -280,6 +281,9 @@ def _made_of_others(settings: Settings) -> Iterator[tuple[str, Any]]:
     attends = settings.get("linear_attention_freq")
     if layers and isinstance(attends, int):
         yield "linear_attention_freq", [int((layer + 1) % attends != 0) for layer in range(layers)]
+    unrotated = settings.get("no_rope_freq")
+    if layers and isinstance(unrotated, int):
+        yield "no_rope_freq", [int((layer + 1) % unrotated == 0) for layer in range(layers)]
 
 
 def in_use(settings: Settings) -> dict[str, Any]:

@@ -95,10 +95,16 @@ def _preferred(models: Sequence[HFModel]) -> list[HFModel]:
 
 
 def _kinds(models: Sequence[HFModel]) -> list[str]:
-    """One architecture for each set of mappings: models with equal settings and the same mappings are alike."""
+    """One architecture for each set of mappings: models with equal settings and the same mappings are alike.
+
+    Norms over all heads are no setting, and have other shapes.
+    """
     kinds: list[ModelFamily] = []
     for family in (hf.family for hf in models):
-        if all(family.mappings != other.mappings for other in kinds):
+        if not any(
+            family.mappings == other.mappings and family.norm_over_all_heads == other.norm_over_all_heads
+            for other in kinds
+        ):
             kinds.append(family)
     return [family.architectures[0] for family in kinds]
 
@@ -120,6 +126,8 @@ def _attempt(
         expected = family.settings(hf.config)
     except AmaxbridgeError as error:
         return _Attempt(family, None, [str(error), *unlike])
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a table of numbers that no model has
+        return _Attempt(family, None, [f"{type(error).__name__} in making config.json: {error}", *unlike])
     ours, theirs = in_use(filled), in_use(expected)
     problems = [
         f"{argument(name)}: {ours.get(name)}, but the family has {theirs.get(name)}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from amaxbridge.mappings.families import decoder, sigmoid_experts
 from amaxbridge.mappings.families.mixtral import EXPERTS
-from amaxbridge.mappings.family import ModelFamily, Translation
+from amaxbridge.mappings.family import ModelFamily, Translation, fixed
 from amaxbridge.mappings.megatron_settings import Settings
 from amaxbridge.mappings.weights import ReplicatedMapping
 
@@ -36,6 +36,7 @@ MINIMAX_M2 = ModelFamily(
         **decoder.DECODER_SIZES,
         **decoder.ONLY_EXPERTS,
         "num_moe_experts": "num_local_experts",
+        "moe_router_score_function": fixed("sigmoid", scoring_func="sigmoid", use_routing_bias=True, use_qk_norm=True),
     },
     requires={
         "use_qk_norm": True,

@@ -30,12 +30,12 @@ SCHEMES = ("none", "mxfp8", "nvfp4a16")
 AS_PUBLISHED = {  # fields that vLLM reads, and that transformers' classes do not have
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
     "Glm4MoeLiteForCausalLM": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 NOT_LOADED = {  # architecture → what this build of vLLM says
     "GptOssForCausalLM": "KeyError",  # quantized: its loader knows no biases of single experts
     "Gemma3ForConditionalGeneration": "failed to be inspected",
-    "HYV3ForCausalLM": "",  # reads more fields that transformers' class does not have, as the next does
-    "MiniMaxM2ForCausalLM": "",
     "NemotronHForCausalLM": "is_act_and_mul=False is supported only for CUDA",
     "Qwen3_5ForCausalLM": "failed to be inspected",
     "Qwen3_5MoeForCausalLM": "failed to be inspected",

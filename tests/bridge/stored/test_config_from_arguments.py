@@ -6,6 +6,7 @@ import dataclasses
 import io
 from argparse import Namespace
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from amaxbridge.bridge.hf import HFModel, make_hf_model
-from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
-from amaxbridge.mappings.errors import UnknownArchitectureError, UsageError
+from amaxbridge.bridge.stored.config_from_arguments import _attempt, model_of_arguments
+from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError
 from amaxbridge.mappings.families import family_of
 from amaxbridge.mappings.megatron_settings import DEFAULTS, differences, from_arguments, to_arguments
 from tests.support.published_models import NOT_BUILT, PARAMETERS, published, with_images
@@ -283,3 +284,45 @@ class TestOptionsAndErrors:
         assert hf.written["architectures"] == ["OlmoeForCausalLM"]
         with pytest.raises(UnknownArchitectureError, match="nearest: OlmoeForCausalLM"):
             model_of_arguments(checkpoint, architecture="OlmoForCausalLM")
+
+
+ODD: tuple[Any, ...] = (0, 7, 1e9, [], [0, 0])
+
+
+def test_numbers_that_no_model_has_are_never_a_foreign_error() -> None:
+    """Every table of every family is written from arguments with one odd number: it fits, or is refused in words."""
+    tried = 0
+    for name in ONE_KIND:
+        config = TINY_MODELS[name].make()
+        family = family_of({"architectures": config.architectures})
+        settings = family.settings({**config.to_dict(), "architectures": config.architectures})
+        for setting, odd in product(settings, ODD):
+            with contextlib.suppress(CheckpointError):  # of another type than Megatron gives it
+                found = from_arguments(to_arguments({**settings, setting: odd}))
+                attempt = _attempt(family, {"vocab_size": 131, **found}, torch.bfloat16, padded=False)
+                assert (attempt.hf is None) == bool(attempt.problems)
+                tried += 1
+    assert tried > 1000
+
+
+def test_layers_without_rope_at_a_distance() -> None:
+    settings = from_arguments({"num_layers": 4, "no_rope_freq": 2})
+    assert settings["no_rope_freq"] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("DeepSeek-V3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("MiniMax-M2", {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "rotary_dim": 16}),
+        (
+            "Hunyuan 3",
+            {"expert_hidden_dim": 32, "first_k_dense_replace": 1, "route_norm": True, "qk_norm": True},
+        ),
+    ],
+)
+def test_fields_that_only_engines_read(name: str, fields: Mapping[str, Any]) -> None:
+    """vLLM loads a checkpoint with these: `make test-vllm-families`."""
+    config = TINY_MODELS[name].make()
+    written = there_and_back({**config.to_dict(), "architectures": config.architectures}).written
+    assert {field: written.get(field) for field in fields} == fields
