@@ -183,7 +183,7 @@ BOUND: Mapping[str, Bound] = MappingProxyType(
         "_rotate": Bound(
             _has_no_rotation,
             "a Hadamard transform is applied before rounding",
-            "calibrate without rotate: vLLM transforms inputs of dense layers alone, at TP=1; other engines nothing",
+            "calibrate without rotate: only vLLM has such a transform, for inputs of dense layers at TP=1",
             while_disabled=True,
             in_weights=True,
         ),
