@@ -15,8 +15,10 @@ from amaxbridge.bridge import megatron
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.live.collect_amax import quantizer_mapping
-from amaxbridge.bridge.live.model_walk import layer_pattern, walk_all_quantizers
+from amaxbridge.bridge.live.fill_model import mappings_of
+from amaxbridge.bridge.live.model_walk import layer_pattern, walk_all_quantizers, walk_parameters
 from amaxbridge.bridge.megatron.build_model import ModelClass
+from amaxbridge.bridge.plan.whole_blocks import ShardedWeight, check_quantizers_blocks
 from amaxbridge.bridge.stored.saved_arguments import megatron_arguments
 from amaxbridge.export.dequantized import Changed, DequantizedCheckpoint
 from amaxbridge.export.disk.output_place import resolved_output
@@ -98,6 +100,9 @@ def import_hf(
         chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
         any_quantized = bool(weights.schemes or weights.cache_scales)
         quantized = _insert(chunks, hf, weights) if any_quantized else set[str]()
+        _check_blocks(
+            chunks, hf, {module: weights.schemes[module] for module in quantized & weights.schemes.keys()}, ranks
+        )
         bridge.load_from(weights, chunks)
         if any_quantized:
             bridge.load_quant_state(chunks, weights.state)
@@ -147,6 +152,16 @@ def _insert(chunks: Sequence[nn.Module], hf: HFModel, weights: DequantizedCheckp
     if problems:
         raise MappingError(f"Megatron fuses modules that are quantized differently:{listing(problems)}")
     return found
+
+
+def _check_blocks(chunks: Sequence[nn.Module], hf: HFModel, schemes: Mapping[str, Scheme], ranks: Ranks) -> None:
+    """Refuses parallel sizes that cut the blocks of modules with quantizers, on any rank."""
+    parameters = list(walk_parameters(chunks, hf.family.spelling(layer_pattern(chunks))))
+    sharded = (
+        ShardedWeight(mapping, tuple(parameter.tensor.shape), ranks.size(mapping.axis))
+        for parameter, mapping in zip(parameters, mappings_of(parameters, hf.registry), strict=True)
+    )
+    check_quantizers_blocks(sharded, schemes, hf.model_config)
 
 
 def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedCheckpoint) -> dict[str, Scheme | None]:

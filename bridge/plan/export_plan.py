@@ -83,6 +83,10 @@ class BundlePlan:
         """The parts whose shards move to the owner."""
         return [part for part in self.parts if self.axis is not None and part.mapping.shard_dim is not None]
 
+    def ranks_of(self, part: Part) -> int:
+        """The number of ranks that hold a shard of this part."""
+        return 1 if self.axis is None or part.mapping.shard_dim is None else len(self.group)
+
 
 class RankReport(NamedTuple):
     """The tensors of one rank, and its group on each axis that shards parameters."""

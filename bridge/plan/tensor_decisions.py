@@ -7,6 +7,7 @@ from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.input_multipliers import linears_before, module_before, norms_with_linears
+from amaxbridge.bridge.plan.whole_blocks import ShardedWeight, check_quantizers_blocks
 from amaxbridge.export.amax.fused_group_amax import MissingAmax, MixedGroups
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.architectures.facts import GUESS, architecture_of
@@ -58,6 +59,7 @@ def decide(
 
     Raises:
         UsageError: the recipe needs calibration, but the model has no quantizers.
+        MappingError: Megatron's shards cut blocks of quantizers; all of them are named.
     """
     specs = casting.specs(specs_of(plan))
     data_free = recipe is not None and _has_no_quantizers(state, specs)
@@ -75,6 +77,10 @@ def decide(
         mixed=mixed,
         changed=changed or ChangedWeights(),
     )
+    if calibrated is not None:
+        parts = ((part, bundle.ranks_of(part)) for bundle in plan for part in bundle.parts)
+        sharded = (ShardedWeight(part.mapping, part.shard.shape, ranks) for part, ranks in parts)
+        check_quantizers_blocks(sharded, finalizer.written, hf.model_config)
     if warn:
         casting.announce()
         _warn(state, finalizer)
