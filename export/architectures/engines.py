@@ -63,6 +63,8 @@ class Engine:
         heads: classifiers that it has a class for → what is wrong with their heads there, "" if nothing is; None if it
             makes any language model a classifier.
         unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
+        misplaces_single_groups: gives gate and up of 4-bit integer experts the scales of other rows where a rank has
+            as many of their outputs as a group has columns; says in which releases.
     """
 
     key: str
@@ -85,6 +87,7 @@ class Engine:
     caches: tuple[str, ...] = ("fp8",)
     heads: Mapping[str, str] | None = None
     unread_experts: Mapping[str, str] = field(default_factory=dict)
+    misplaces_single_groups: str = ""
 
     def leaves_out(self, architecture: str, projection: str) -> str | None:
         """What becomes of a projection of a single expert that the engine does not load; None if it loads it."""
@@ -109,6 +112,7 @@ VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
     cuts=True, cuts_wildcards=True, caches=("fp8", "fp8 per head", "nvfp4"),
     unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    misplaces_single_groups="0.26 to 0.33",
 )  # fmt: skip
 SGLANG = Engine(
     "sglang", "SGLang", "sglang", (Step.NAME, Step.CLASS, Step.MEMBERS), reads_suffixes=True, renames_everything=True,

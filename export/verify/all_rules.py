@@ -129,7 +129,7 @@ def _parallel(tp: int, ep: int) -> Rule:
         found = [*parallel_sizes(view, (tp,), whole_experts=ep > 1)[:1], *parallel_sizes(view, (ep,))[1:]]
         for each in found:
             for problem in each.problems:
-                yield Problem(problem.subject, f"{each.axis}={each.size}: {problem.what}")
+                yield problem._replace(what=f"{each.axis}={each.size}: {problem.what}")
 
     return Rule(
         "parallel",

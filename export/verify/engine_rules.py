@@ -88,6 +88,9 @@ def _treatment(module: Module) -> str:
 
 def _fits(view: CheckpointView) -> Iterator[Problem]:
     for problem in parallel_sizes(view, (1,))[0].problems:
+        if problem.engine:
+            yield problem
+            continue
         for engine in ENGINES:
             if engine.cuts:
                 yield Problem(problem.subject, f"{engine.name}: {problem.what}", engine.key)
@@ -153,8 +156,9 @@ RULES = (
     Rule(
         "fits",
         "every layer suits the format and its kernel, uncut",
-        "does not load, or stops at the first forward",
-        "Choose a scheme that fits these shapes, or leave these modules unquantized",
+        "does not load, stops at the first forward, or computes with wrong scales",
+        "Choose a scheme that fits these shapes (scheme.group_size=64 for smaller groups), or leave these modules "
+        "unquantized",
         _fits,
     ),
     Rule(

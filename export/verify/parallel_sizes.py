@@ -10,6 +10,7 @@ vLLM (read in 0.32) pads a W4A16 layer that does not fit Marlin's tiles; the rul
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from amaxbridge.export.architectures.engines import ENGINES
 from amaxbridge.export.schemes import Scheme
 from amaxbridge.export.verify.checkpoint_view import CheckpointView, Module
 from amaxbridge.export.verify.finding import Problem
@@ -71,6 +72,27 @@ def _tensor_parallel(view: CheckpointView, size: int, whole_experts: bool) -> It
         parts = 1 if whole_experts and is_expert(module.name) else size
         if reason := _misfit(module, parts, min(parts, copies)):
             yield Problem(module.name, reason)
+        elif is_expert(module.name):
+            yield from _misplaced_scales(module, parts)
+
+
+def _misplaced_scales(module: Module, size: int) -> Iterator[Problem]:
+    """Gate and up whose scales an engine lays out for its kernel by the number of their outputs instead of inputs.
+
+    One group in a row has another layout than several. Cause and reproduction: docs/engines.md, "One group in a row".
+    """
+    assert module.shape is not None
+    rows, columns = module.shape
+    scheme, projection = module.scheme, module.name.rpartition(".")[2]
+    if scheme is None or not scheme.group_sizes or scheme.signature.inputs or projection not in _COLUMN_PARALLEL:
+        return
+    width, outputs = scheme.blocks.width, rows // size
+    if width is None or outputs % width or (outputs == width) == (columns == width):
+        return
+    for engine in ENGINES:
+        if releases := engine.misplaces_single_groups:
+            what = f"{engine.name} {releases} gives a shard of {outputs} outputs, in groups of {width}, other rows' scales"
+            yield Problem(module.name, what, engine.key)
 
 
 def _misfit(module: Module, size: int, column_shards: int) -> str | None:

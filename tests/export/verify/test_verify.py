@@ -216,7 +216,9 @@ LAYERS = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_p
 MLP = {"gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
 
 
-def quantized_shapes(directory: Path, shapes: dict[str, tuple[int, int]], scheme: Any) -> VerifyReport:
+def quantized_shapes(
+    directory: Path, shapes: dict[str, tuple[int, int]], scheme: Any, architecture: str = "LlamaForCausalLM"
+) -> VerifyReport:
     """`verify` of random weights `[out, in]` in a layer of nine heads and three key-value heads."""
     (directory / "hf").mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +226,7 @@ def quantized_shapes(directory: Path, shapes: dict[str, tuple[int, int]], scheme
     tensors = {names[name]: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     save_file(tensors, directory / "hf" / "model.safetensors")
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    (directory / "hf" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    (directory / "hf" / "config.json").write_text(json.dumps({"architectures": [architecture], **sizes}))
     (directory / "hf" / "tokenizer.json").write_text("{}")
     model_free_ptq(directory / "hf", directory / "out", scheme)
     return verify(directory / "out", tp=1)
@@ -283,6 +285,37 @@ def test_groups_are_not_cut(tmp_path: Path) -> None:
     assert not one and report.ok
     assert not [each for each in three if "down_proj" in str(each)]
     assert "a shard has 192 inputs, which do not divide by 128" in str(four[-1])
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym"])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group", "wrong"),
+    [
+        (128, 256, 128, {1}),  # at TP=2 and above, down_proj's group is cut
+        (256, 256, 128, {2}),
+        (512, 256, 128, {4}),
+        (256, 256, 64, {4}),
+        (256, 128, 128, {1}),  # the other way round: one group of gate, two of down
+        (128, 128, 128, set()),
+    ],
+)
+def test_experts_with_one_group_in_a_row(
+    scheme: str, outputs: int, inputs: int, group: int, wrong: set[int], tmp_path: Path
+) -> None:
+    """vLLM lays out scales of gate by its outputs. So a rank with one group of them is wrong, in vLLM alone."""
+    shapes = {f"experts.0.{name}_proj": (outputs, inputs) for name in ("gate", "up")}
+    shapes["experts.0.down_proj"] = (inputs, outputs)
+    report = quantized_shapes(tmp_path, shapes, Groups.of(named_scheme(scheme, group)), "Qwen3MoeForCausalLM")
+    with CheckpointView(tmp_path / "out") as view:
+        found = {each.size: each.problems for each in parallel_sizes(view, (1, 2, 4)) if each.axis == "TP"}
+    named = {
+        size: [each for each in problems if "other rows' scales" in each.what]
+        for size, problems in found.items()
+    }
+    assert {size for size, problems in named.items() if problems} == wrong
+    assert {each.engine for problems in named.values() for each in problems} == ({"vllm"} if wrong else set())
+    assert report.verdict_of("vllm").serves == (1 not in wrong)
+    assert report.verdict_of("sglang").serves
 
 
 @pytest.mark.parametrize(("make_scheme", "columns"), [(w4a16, 100), (w4a16, 97), (w8a16, 66), (w4a16, 128)])
