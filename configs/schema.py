@@ -18,6 +18,7 @@ class SchemeGroupConfig:
     scheme: str = option("Name of a scheme.")
     targets: list[str] = option("Modules: full names, re: patterns matched from the beginning, or Linear.", ["Linear"])
     group_size: int | None = option("As scheme.group_size, for this group.", None)
+    scales: str | None = option("As scheme.scales, for this group.", None)
 
 
 @dataclass
@@ -25,12 +26,16 @@ class SchemeConfig:
     """A recipe: the scheme of each module. No groups: plain weights."""
 
     groups: list[SchemeGroupConfig] = option(
-        "Items {scheme: NAME, targets: [MODULE, re:PATTERN, Linear], group_size: N}; the first that targets a module "
-        "is its group.",
+        "Items {scheme: NAME, targets: [MODULE, re:PATTERN, Linear], group_size: N, scales: NAME}; the first that "
+        "targets a module is its group.",
         [],
     )
     group_size: int | None = option(
         "Columns that share a scale in schemes of packed integers (w4a16, …), for groups that set none; null for 128.",
+        None,
+    )
+    scales: str | None = option(
+        "ue8m0: round scales up to powers of two (fp8_block), as vLLM does on a Hopper or Blackwell; null for none.",
         None,
     )
     from_quantizers: bool = option("Read the scheme of every module from its quantizers, in place of groups.", False)

@@ -1,9 +1,11 @@
 """From the options of a command to what an export takes: keywords, and the recipe."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 
 from amaxbridge import cli
-from amaxbridge.configs.schema import ExportConfig, QuantizeConfig, SchemeConfig
+from amaxbridge.configs.schema import ExportConfig, QuantizeConfig, SchemeConfig, SchemeGroupConfig
 from amaxbridge.export.progress import Progress
 from amaxbridge.export.schemes import (
     SCHEMES,
@@ -12,6 +14,7 @@ from amaxbridge.export.schemes import (
     SchemeGroup,
     from_quantizers,
     has_group_size,
+    has_scales,
     named_scheme,
 )
 from amaxbridge.mappings.errors import UsageError
@@ -40,27 +43,34 @@ def recipe_of(config: SchemeConfig) -> Recipe | None:
     """The recipe of a configuration; None for plain weights.
 
     Raises:
-        UsageError: a scheme or group size is unknown, no group takes the group size, or there are groups beside
-            `from_quantizers`.
+        UsageError: a scheme, a group size or scales are unknown, no group takes what is given for all of them, or there
+            are groups beside `from_quantizers`.
     """
     ignored = tuple(config.ignore)
+    given = {option: value for option in _TAKES if (value := getattr(config, option)) is not None}
     if config.from_quantizers:
-        if config.groups or config.group_size is not None:
-            option = "scheme.groups" if config.groups else "scheme.group_size"
-            raise UsageError(f"scheme.from_quantizers=true takes no {option}: the quantizers decide all schemes")
+        if config.groups or given:
+            option = "groups" if config.groups else next(iter(given))
+            raise UsageError(f"scheme.from_quantizers=true takes no scheme.{option}: the quantizers decide all schemes")
         return from_quantizers(ignored)
-    takes_size = [each for each in config.groups if each.group_size is None and has_group_size(each.scheme)]
-    if config.group_size is not None and not takes_size:
-        sized = [name for name, scheme in SCHEMES.items() if scheme.group_sizes]
-        raise UsageError(
-            f"scheme.group_size={config.group_size} is for {', '.join(sized)}, and no group of the scheme is one of "
-            "them without a group_size of its own"
-        )
+    for option, value in given.items():
+        if not any(_takes(group, option) for group in config.groups):
+            raise UsageError(
+                f"scheme.{option}={value} is for {', '.join(filter(_TAKES[option], SCHEMES))}, and no group of the "
+                f"scheme is one of them without a {option} of its own"
+            )
     if not config.groups:
         return None
-    sizes = [config.group_size if each in takes_size else each.group_size for each in config.groups]
-    groups = (
-        SchemeGroup(named_scheme(each.scheme, size), tuple(each.targets))
-        for each, size in zip(config.groups, sizes, strict=True)
-    )
+    groups = []
+    for group in config.groups:
+        options = {option: given.get(option) if _takes(group, option) else getattr(group, option) for option in _TAKES}
+        groups.append(SchemeGroup(named_scheme(group.scheme, **options), tuple(group.targets)))
     return Groups(tuple(groups), ignored)
+
+
+_TAKES: Mapping[str, Callable[[str], bool]] = MappingProxyType({"group_size": has_group_size, "scales": has_scales})
+"""Options for all groups of a recipe → which schemes take it."""
+
+
+def _takes(group: SchemeGroupConfig, option: str) -> bool:
+    return getattr(group, option) is None and _TAKES[option](group.scheme)

@@ -121,6 +121,17 @@ def scale_of(amax: Tensor, code: Code) -> Tensor:
     return usable(amax.float(), bound) / bound
 
 
+def amax_of_power_of_two(amax: Tensor, code: Code) -> Tensor:
+    """The least `bound · 2^k` that is no less than each amax, fp32: its scale is exactly 2^k. 0, NaN and Inf stay.
+
+    Under such a scale a code is the weight times a power of two, rounded once.
+    """
+    amax = amax.float()
+    (mantissa, exponent), (of_bound, shift) = torch.frexp(amax), math.frexp(code.bound)
+    power = exponent - shift + (mantissa > of_bound)
+    return torch.ldexp(torch.full_like(amax, code.bound), power).where((amax > 0) & amax.isfinite(), amax)
+
+
 def usable(amax: Tensor, bound: Tensor) -> Tensor:
     """Replaces every amax that makes no factor by `bound`, so that the scale is 1 and the codes are zero.
 

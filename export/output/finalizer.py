@@ -277,7 +277,7 @@ class Finalizer:
     def fingerprint(self) -> str:
         """A text that identifies what is made of the tensors: the scheme and the amax of every module."""
         decided = {
-            module: (scheme.config_group, *map(_exactly, self._amax.get(module, DATA_FREE)))
+            module: (_identity(scheme), *map(_exactly, self._amax.get(module, DATA_FREE)))
             for module, scheme in self.written.items()
         }
         caches = {name: scale.tolist() for name, scale in self._cache.tensors.values()}
@@ -464,6 +464,10 @@ def _kept_cache(name: str, specs: Mapping[str, TensorSpec]) -> CacheFormat | Non
             f"format={name} has no place for a key-value cache in {kept.words}\nWrite format={kept.files[0]}"
         )
     return kept if scales else None
+
+
+def _identity(scheme: Scheme) -> dict[str, Any]:
+    return scheme.config_group | ({"scales": scheme.scales} if scheme.scales else {})
 
 
 def _exactly(value: Tensor | Arithmetic | None) -> str:

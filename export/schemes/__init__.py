@@ -16,7 +16,7 @@ from amaxbridge.export.schemes.nvfp4a16 import NVFP4A16
 from amaxbridge.export.schemes.packed_integers import WHOLE_ROW
 from amaxbridge.export.schemes.quantizer_settings import settings_key
 from amaxbridge.export.schemes.recipe import FORMATS, FromQuantizers, Groups, Recipe, SchemeGroup, in_format
-from amaxbridge.export.schemes.scheme import COMPRESSED_TENSORS, MODELOPT_FORMAT, Scheme
+from amaxbridge.export.schemes.scheme import COMPRESSED_TENSORS, MODELOPT_FORMAT, SCALES, UE8M0, Scheme
 from amaxbridge.export.schemes.signature import Arguments, Signature
 from amaxbridge.export.schemes.targets import EVERY_LINEAR
 from amaxbridge.export.schemes.w4a16 import w4a16
@@ -40,6 +40,7 @@ __all__ = [
     "find_scheme",
     "from_quantizers",
     "has_group_size",
+    "has_scales",
     "modelopt_schemes",
     "named_scheme",
     "quantizer_format",
@@ -116,20 +117,28 @@ def has_group_size(name: str) -> bool:
     return name.lower() in SCHEMES and bool(SCHEMES[name.lower()].group_sizes)
 
 
-def named_scheme(name: str, group_size: int | None = None) -> Scheme:
+def has_scales(name: str) -> bool:
+    """True if users choose the numbers that scales are rounded up to in this scheme."""
+    return name.lower() in SCHEMES and SCHEMES[name.lower()].with_scales(UE8M0) is not None
+
+
+def named_scheme(name: str, group_size: int | None = None, scales: str | None = None) -> Scheme:
     """Returns a scheme by its name.
 
     Args:
         group_size: columns that share a scale: 32, 64 or 128, in schemes that have `group_sizes`. None for 128 there,
             and in schemes whose blocks are fixed.
+        scales: `ue8m0` to round scales up to powers of two, in `fp8_block`; None for the format's own.
 
     Raises:
-        UsageError: unknown name, or a size that the scheme does not have. The message lists the known ones.
+        UsageError: unknown name, or a size or scales that the scheme does not have. The message lists the known ones.
     """
     lower = name.lower()
     known = SCHEMES.get({"int8": "w8a8"}.get(lower, lower))
     if known is None:
         raise UsageError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}, auto, none")
+    if scales is not None:
+        known = _with_scales(known, scales)
     if group_size is None:
         return known
     if not known.group_sizes:
@@ -139,6 +148,16 @@ def named_scheme(name: str, group_size: int | None = None) -> Scheme:
     if found is None:
         sizes = ", ".join(map(str, known.group_sizes))
         raise UsageError(f"group_size={group_size}: engines have kernels for {name} in groups of {sizes} columns")
+    return found
+
+
+def _with_scales(scheme: Scheme, scales: str) -> Scheme:
+    if scales not in SCALES:
+        raise UsageError(f"unknown scales {scales!r}; known: {', '.join(SCALES)}")
+    found = scheme.with_scales(scales)
+    if found is None:
+        having = ", ".join(filter(has_scales, SCHEMES))
+        raise UsageError(f"scheme {scheme.name} has scales of its own: {scales} is for {having}")
     return found
 
 

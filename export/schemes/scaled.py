@@ -6,7 +6,7 @@ codes as fit, the first in the low bits, and `weight_shape` holds the weight's s
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from amaxbridge.export.kernels import scaled
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.common_scale import energies_of_codes
 from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
-from amaxbridge.export.schemes.scheme import Scheme
+from amaxbridge.export.schemes.scheme import UE8M0, Scheme
 from amaxbridge.mappings.tensors import TensorSpec
 
 _WORD = 32  # bits
@@ -66,6 +66,9 @@ class Scaled(Scheme):
     def with_group_size(self, group_size: int) -> "Scaled | None":
         return None if self.sized is None else self.sized(group_size)
 
+    def with_scales(self, scales: str) -> "Scaled | None":
+        return replace(self, scales=scales) if self.code is Code.E4M3 and self.share.height not in (None, 1) else None
+
     @property
     def _is_packed(self) -> bool:
         return bool(self.config_group["format"] == "pack-quantized")
@@ -110,14 +113,17 @@ class Scaled(Scheme):
         return {**constants, **super().constants(weight, amax)}
 
     def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
-        calibrated = self._amax_of_blocks(rows, amax, block_amax) if amax.arithmetic is Arithmetic.MODELOPT else None
+        calibrated = None
+        if amax.arithmetic is Arithmetic.MODELOPT or self.scales:
+            calibrated = self._rounded(self._amax_of_blocks(rows, amax, block_amax))
         quantized = scaled.quantize(rows, self.code, self.share, amax=calibrated, symmetric=self._is_symmetric)
         codes = scaled.pack_codes(quantized.codes, self.bits) if self._is_packed else quantized.codes
         tensors = {self.codes: codes}
         if self.group_scale is None:
             scale = quantized.scale
             if block_amax is not None and block_amax.chosen is not None:
-                scale = scaled.scale_of(block_amax.stored.reshape(scale.shape).to(scale.device), self.code)
+                stored = self._rounded(block_amax.stored.reshape(scale.shape).to(scale.device))
+                scale = scaled.scale_of(stored, self.code)
             tensors["weight_scale"] = scale.to(self._scale_dtype(rows.dtype, amax.arithmetic))
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = scaled.pack_codes(quantized.zero_point.T, self.bits).T.contiguous()
@@ -156,6 +162,10 @@ class Scaled(Scheme):
     def _scale_dtype(self, weight: torch.dtype, arithmetic: Arithmetic) -> torch.dtype:
         """Engines hold scales in fp32, but scales of packed integers in the model's dtype, whatever is stored."""
         return torch.float32 if arithmetic is Arithmetic.MODELOPT and not self._is_packed else weight
+
+    def _rounded(self, amax: Tensor) -> Tensor:
+        """The amax that make the scales which are asked for."""
+        return scaled.amax_of_power_of_two(amax, self.code) if self.scales == UE8M0 else amax
 
     def _amax_of_blocks(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None) -> Tensor:
         """The amax of each block of some rows, for their codes: given for the block or the tensor, or measured."""

@@ -51,6 +51,11 @@ class ShardMultiple:
     last_may_be_short: bool = False
 
 
+UE8M0 = "ue8m0"
+"""Powers of two: the exponents of fp32 alone."""
+SCALES = (UE8M0,)
+
+
 @dataclass(frozen=True)
 class Scheme(ABC):
     """One quantization format. Stateless; knows modules and tensors, neither files nor ranks.
@@ -65,6 +70,7 @@ class Scheme(ABC):
         kernel_tiles: outputs and inputs of the tiles that engines have kernels for: a layer divides by one of these. ()
             if kernels take any size.
         group_sizes: the numbers of columns that users may choose to share a scale; () if the format fixes it.
+        scales: the numbers that its scales are rounded up to, of `SCALES`; "" for the format's own.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Scheme(ABC):
     shard_multiple: ShardMultiple = ShardMultiple()
     kernel_tiles: tuple[tuple[int, int], ...] = ()
     group_sizes: tuple[int, ...] = ()
+    scales: str = ""
 
     # What it is
 
@@ -193,6 +200,10 @@ class Scheme(ABC):
 
     def with_group_size(self, group_size: int) -> "Scheme | None":
         """The same scheme with groups of another size, -1 for whole rows; None if its blocks are fixed."""
+        return None
+
+    def with_scales(self, scales: str) -> "Scheme | None":
+        """The same scheme with scales of other numbers, of `SCALES`; None if the format fixes them."""
         return None
 
     # What is written for a module

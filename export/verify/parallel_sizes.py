@@ -91,7 +91,9 @@ def _misplaced_scales(module: Module, size: int) -> Iterator[Problem]:
         return
     for engine in ENGINES:
         if releases := engine.misplaces_single_groups:
-            what = f"{engine.name} {releases} gives a shard of {outputs} outputs, in groups of {width}, other rows' scales"
+            what = (
+                f"{engine.name} {releases} gives a shard of {outputs} outputs, in groups of {width}, other rows' scales"
+            )
             yield Problem(module.name, what, engine.key)
 
 

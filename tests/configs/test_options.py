@@ -159,6 +159,17 @@ class TestSchemes:
     def test_a_group_size(self, name: str, size: int) -> None:
         assert recipe(f"scheme={name}", f"scheme.group_size={size}") == Groups.of(named_scheme(name, size))
 
+    def test_scales(self) -> None:
+        assert recipe("scheme=fp8_block", "scheme.scales=ue8m0") == Groups.of(named_scheme("fp8_block", scales="ue8m0"))
+        groups = "[{scheme: w4a16, targets: ['re:.*experts']}, {scheme: fp8_block, scales: ue8m0}]"
+        mixed = recipe(f"scheme.groups={groups}", "scheme.group_size=64")
+        assert [(group.scheme.scales, group.scheme.blocks.width) for group in mixed.groups] == [
+            ("", 64),
+            ("ue8m0", 128),
+        ]
+        with pytest.raises(UsageError, match=r"scheme\.scales=ue8m0 is for fp8_block, and no group"):
+            recipe("scheme=fp8", "scheme.scales=ue8m0")
+
     def test_a_group_size_is_for_groups_that_have_none(self) -> None:
         groups = (
             "[{scheme: w4a16, targets: ['re:.*q_proj'], group_size: 32}, {scheme: fp8, targets: [o]}, {scheme: w4a16}]"

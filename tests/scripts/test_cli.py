@@ -24,7 +24,9 @@ EXPORT = ROOT / "scripts" / "export.py"
 def export_equals_live(live: LiveRanks, output: Path) -> None:
     record = json.loads((output / "amaxbridge.json").read_text())
     assert record["command"] == "export"
-    assert record["options"]["scheme"]["groups"] == [{"scheme": "nvfp4", "targets": ["Linear"], "group_size": None}]
+    assert record["options"]["scheme"]["groups"] == [
+        {"scheme": "nvfp4", "targets": ["Linear"], "group_size": None, "scales": None}
+    ]
     assert record["options"]["output"] == str(output)
     assert {"amaxbridge", "torch", "megatron-core", "nvidia-modelopt"} <= record["versions"].keys()
     for path in (live.at(tp=2) / "nvfp4").iterdir():

@@ -276,7 +276,8 @@ def _holding(
 ) -> list[bool]:
     """Which modules can be kept under a scheme by themselves."""
     pairs = zip(modules, weights, strict=True)
-    return [weight.holds(scheme) and undecided.can_cut(module) for module, weight in pairs]
+    # What numbers scales are, headers do not say.
+    return [not scheme.scales and weight.holds(scheme) and undecided.can_cut(module) for module, weight in pairs]
 
 
 def weight_dtype(config: Mapping[str, Any]) -> torch.dtype:

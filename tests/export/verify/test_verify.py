@@ -308,10 +308,7 @@ def test_experts_with_one_group_in_a_row(
     report = quantized_shapes(tmp_path, shapes, Groups.of(named_scheme(scheme, group)), "Qwen3MoeForCausalLM")
     with CheckpointView(tmp_path / "out") as view:
         found = {each.size: each.problems for each in parallel_sizes(view, (1, 2, 4)) if each.axis == "TP"}
-    named = {
-        size: [each for each in problems if "other rows' scales" in each.what]
-        for size, problems in found.items()
-    }
+    named = {size: [each for each in problems if "other rows' scales" in each.what] for size, problems in found.items()}
     assert {size for size, problems in named.items() if problems} == wrong
     assert {each.engine for problems in named.values() for each in problems} == ({"vllm"} if wrong else set())
     assert report.verdict_of("vllm").serves == (1 not in wrong)
