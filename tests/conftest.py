@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test &` has it ignored, tests too then
     if config.getoption("measure"):
         config.pluginmanager.register(Measuring())
     if config.getoption("lowest"):
