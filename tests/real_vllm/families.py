@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +64,19 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def prepare(tiny: TinyModel, made: Path) -> None:
-    """Makes the plain model and the quantized ones, and the logits of their weights: vLLM does not emulate inputs."""
+def prepare(
+    tiny: TinyModel,
+    made: Path,
+    *,
+    schemes: Sequence[str] = SCHEMES,
+    fit: "Callable[[PreTrainedConfig], PreTrainedConfig] | None" = None,
+) -> None:
+    """Makes the plain model and the quantized ones, and the logits of their weights: vLLM does not emulate inputs.
+
+    Args:
+        schemes: `none`, then others.
+        fit: changes the configuration to what the build of vLLM can run; by default `fitted`.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -78,9 +89,9 @@ def prepare(tiny: TinyModel, made: Path) -> None:
         save_file({"tokens": TOKENS, "logits": logits.contiguous()}, made / f"{scheme}.safetensors")
 
     plain = made / "none"
-    save_tiny_model(replace(tiny, make=lambda: fitted(tiny.make())), plain)
+    save_tiny_model(replace(tiny, make=lambda: (fit or fitted)(tiny.make())), plain)
     note("none", torch.load(plain / "logits.pt"))
-    for scheme in SCHEMES[1:]:
+    for scheme in schemes[1:]:
         try:
             model_free_ptq(plain, made / scheme, scheme)
             model_free_ptq(made / scheme, made / f"{scheme} as it is", "none")

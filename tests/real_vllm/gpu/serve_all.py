@@ -1,9 +1,9 @@
-"""Loads every checkpoint that `prepare.py` made in vLLM on a GPU, and prints the table of docs/in-vllm.md.
+"""Loads every checkpoint of a directory in vLLM on a GPU, and prints the tables of docs/in-vllm.md.
 
     python serve_all.py MADE_DIR OUT_DIR [--jobs 14]
 
-Runs in vLLM's environment. A checkpoint takes half a minute, several run at a time on one GPU. Exit status 1 if
-both formats load and differ although the kernels are the same.
+MADE_DIR is what `prepare.py` or `prepare_families.py` made. Runs in vLLM's environment, several processes at a time on
+one GPU. Exit status 1 if both formats of a checkpoint load and differ although the kernels are the same.
 """
 
 import argparse
@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import batched, chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SERVE = Path(__file__).with_name("serve_one.py")
+SERVE = Path(__file__).with_name("serve_some.py")
+A_PROCESS = 4  # checkpoints: it takes longer to start than to load one
 MODELOPT = ".modelopt"
 type Found = Mapping[tuple[str, str], dict[str, Any]]
 
@@ -35,10 +37,12 @@ def main() -> int:
         for checkpoint in (file.with_suffix(""), file.with_suffix(MODELOPT))
         if checkpoint.is_dir()
     ]
+    command = (sys.executable, SERVE, options.out)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda pair: subprocess.run([sys.executable, SERVE, *pair, options.out], check=True), work))
+        list(pool.map(lambda some: subprocess.run([*command, *chain(*some)], check=False), batched(work, A_PROCESS)))
     found = {(each["model"], each["name"]): each for each in map(torch.load, sorted(options.out.glob("*.pt")))}
-    assert len(found) == len(work)
+    crashed = {(checkpoint.parent.name, checkpoint.name) for checkpoint, _ in work} - found.keys()
+    found |= {each: {"error": "the process ended"} for each in crashed}
     print("\n".join(rows(found)))
     return any(difference(found, key) and not other_kernels(found, key) for key in found)
 

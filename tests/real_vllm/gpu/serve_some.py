@@ -1,10 +1,13 @@
-"""Loads one checkpoint in vLLM on a GPU, in vLLM's environment: kernels, log-probabilities, what it generates.
+"""Loads checkpoints in vLLM on a GPU, in vLLM's environment: kernels, log-probabilities, what they generate.
 
-    python serve_one.py CHECKPOINT REFERENCE.safetensors OUT_DIR
+    python serve_some.py OUT_DIR CHECKPOINT REFERENCE.safetensors [CHECKPOINT REFERENCE.safetensors …]
 
-REFERENCE has `tokens` and `logits` of Megatron's model. OUT_DIR/NAME.pt is what vLLM found, NAME the checkpoint's.
+REFERENCE has `tokens` and the `logits` that must come out. OUT_DIR/MODEL.NAME.pt is what vLLM found, for CHECKPOINT
+MODEL/NAME.
 """
 
+import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,25 +29,29 @@ from vllm import LLM, SamplingParams
 GENERATED = 16
 
 
-def main(checkpoint: Path, reference: Path, out: Path) -> None:
-    expected = load_file(reference)
-    found: dict[str, Any] = {"name": checkpoint.name, "model": checkpoint.parent.name}
-    try:
-        found |= serve(checkpoint, expected["tokens"], expected["logits"].shape[-1])
-        difference = (found["logprobs"] - expected["logits"].log_softmax(-1)[:, :-1]).abs()
-        found |= {"mean": float(difference.mean()), "largest": float(difference.max())}
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-    torch.save(found, out / f"{checkpoint.parent.name}.{checkpoint.name}.pt")
-    print({name: value for name, value in found.items() if name != "logprobs"}, flush=True)
+def main(out: Path, pairs: list[Path]) -> None:
+    for checkpoint, reference in zip(pairs[::2], pairs[1::2], strict=True):
+        expected = load_file(reference)
+        found: dict[str, Any] = {"name": checkpoint.name, "model": checkpoint.parent.name}
+        try:
+            found |= serve(checkpoint, expected["tokens"], expected["logits"].shape[-1])
+            difference = (found["logprobs"] - expected["logits"].log_softmax(-1)[:, :-1]).abs()
+            found |= {"mean": float(difference.mean()), "largest": float(difference.max())}
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+        torch.save(found, out / f"{checkpoint.parent.name}.{checkpoint.name}.pt")
+        print({name: value for name, value in found.items() if name != "logprobs"}, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def serve(checkpoint: Path, tokens: Tensor, vocabulary: int) -> dict[str, Any]:
     """Log-probabilities of the vocabulary after each token but the last of each prompt, and what comes next."""
+    config = json.loads((checkpoint / "config.json").read_text())
     llm = LLM(
         model=str(checkpoint),
         dtype="bfloat16",
-        attention_backend="TRITON_ATTN",
+        attention_backend="TRITON_MLA" if "kv_lora_rank" in config else "TRITON_ATTN",
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=64,
@@ -90,4 +97,4 @@ def kernels(worker: Any) -> set[str]:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), list(map(Path, sys.argv[2:])))

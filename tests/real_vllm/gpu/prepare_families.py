@@ -1,0 +1,64 @@
+"""A model of each family at sizes that GPU kernels have, plain and quantized, and the logits that must come out.
+
+    python -m tests.real_vllm.gpu.prepare_families OUT_DIR [NAME …]
+
+Runs in our environment, without a GPU. Rows of tests/support/tiny_models.py, without those that carry images.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.real_vllm.families import AS_PUBLISHED, prepare
+from tests.support.tiny_models import TINY_MODELS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SCHEMES = ("none", "fp8_dynamic", "nvfp4a16", "w4a16")
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 256,
+    "head_dim": 64,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+}
+
+
+def main(out: Path, names: list[str]) -> None:
+    for name, tiny in TINY_MODELS.items():
+        if names and name not in names or tiny.save is not None or "images" in name:
+            continue
+        directory = out / name.replace(" ", "_").replace(",", "")
+        directory.mkdir(parents=True)
+        try:
+            prepare(tiny, directory, schemes=SCHEMES, fit=wide)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        else:
+            print(name, flush=True)
+
+
+def wide(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    text = config.get_text_config()
+    latent = getattr(text, "kv_lora_rank", None)
+    for field, value in WIDE.items():
+        if getattr(text, field, None) and not (latent and field == "head_dim"):
+            setattr(text, field, value)
+    for field, value in AS_PUBLISHED.get(config.architectures[0], {}).items():
+        setattr(config, field, getattr(text, field, value) if field in WIDE else value)
+    return config
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
