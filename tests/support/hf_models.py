@@ -6,7 +6,7 @@ from typing import Any
 from tests.support.tiny_models import DELTA_NET, NEMOTRON_H, config, expert_biases, randomize
 
 
-def make_qwen3(directory: Path) -> None:
+def make_qwen3(directory: Path, *, intermediate_size: int = 96) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -14,7 +14,7 @@ def make_qwen3(directory: Path) -> None:
     config = Qwen3Config(
         vocab_size=131,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -141,7 +141,7 @@ def make_qwen3_next(directory: Path) -> None:
 
     torch.manual_seed(23)
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_nextn_predict_layers": 1}
-    shared = {"shared_expert_intermediate_size": 48}
+    shared = {"shared_expert_intermediate_size": 64}
     model = Qwen3NextForCausalLM(config("Qwen3NextForCausalLM", **DELTA_NET, **sizes, **shared)())
     randomize(model)
     model.bfloat16().save_pretrained(directory)

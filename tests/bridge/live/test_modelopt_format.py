@@ -20,7 +20,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def dense(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> LiveRanks:
-    make_qwen3(hf := tmp_path_factory.mktemp("dense_model"))
+    # two ranks have whole blocks of MXFP8
+    make_qwen3(hf := tmp_path_factory.mktemp("dense_model"), intermediate_size=128)
     return LiveRanks(launch, "live_modelopt.py", hf, tmp_path_factory.mktemp("dense"))
 
 

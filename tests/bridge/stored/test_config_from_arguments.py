@@ -299,7 +299,7 @@ def test_numbers_that_no_model_has_are_never_a_foreign_error() -> None:
         for setting, odd in product(settings, ODD):
             with contextlib.suppress(CheckpointError):  # of another type than Megatron gives it
                 found = from_arguments(to_arguments({**settings, setting: odd}))
-                attempt = _attempt(family, {"vocab_size": 131, **found}, torch.bfloat16, padded=False)
+                attempt = _attempt(family, {"vocab_size": 131, **found}, torch.bfloat16, {}, padded=False)
                 assert (attempt.hf is None) == bool(attempt.problems)
                 tried += 1
     assert tried > 1000

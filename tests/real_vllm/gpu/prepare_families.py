@@ -37,7 +37,7 @@ WIDE = {
 
 def main(out: Path, names: list[str]) -> None:
     for name, tiny in TINY_MODELS.items():
-        if names and name not in names or tiny.save is not None or "images" in name:
+        if (names and name not in names) or tiny.save is not None or "images" in name:
             continue
         directory = out / name.replace(" ", "_").replace(",", "")
         directory.mkdir(parents=True)
