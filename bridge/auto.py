@@ -23,6 +23,7 @@ from amaxbridge.bridge.live.compressed_weights import (
     without_packing,
 )
 from amaxbridge.bridge.live.fill_model import fill_parameters, fill_quantizers, mappings_of
+from amaxbridge.bridge.live.live_adapters import LiveScales, live_scales
 from amaxbridge.bridge.live.model_walk import (
     Parameter,
     Quantizer,
@@ -33,16 +34,17 @@ from amaxbridge.bridge.live.model_walk import (
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
-from amaxbridge.bridge.plan.adapters import Merge, merging, without_adapters
+from amaxbridge.bridge.plan.adapters import AdapterMode, Merge, adapter_mode, adapters_of, is_remeasured, merging
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
 from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
-from amaxbridge.bridge.save import ExportReport, Saver
-from amaxbridge.bridge.stored.adapted_checkpoint import adapted_model
-from amaxbridge.bridge.stored.adapter_settings import adapter_settings
+from amaxbridge.bridge.save import ExportReport, Saver, Stream
+from amaxbridge.bridge.save_adapters import save_adapters
+from amaxbridge.bridge.stored.adapted_checkpoint import adapted_model, holds_model
+from amaxbridge.bridge.stored.adapter_settings import AdapterSettings, adapter_settings
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.hf_weights import HFWeights
 from amaxbridge.bridge.stored.identification import check_described, check_kind, stored_model
@@ -60,7 +62,7 @@ from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart, Together
 from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
 from amaxbridge.export.schemes.targets import is_targeted
-from amaxbridge.mappings.adapters import AdaptedRegistry
+from amaxbridge.mappings.adapters import AdaptedRegistry, is_adapter
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.family_file import FamilySource
 from amaxbridge.mappings.model_config import ModelConfig
@@ -157,6 +159,8 @@ class AutoBridge:
         scheme: str | Recipe | None = None,
         missing_amax: str = "error",
         mixed_groups: str = "error",
+        adapter: str | None = None,
+        weight_amax: str = "stored",
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields the Hugging Face tensors that this rank owns; together the ranks yield each tensor once.
 
@@ -167,17 +171,23 @@ class AutoBridge:
 
         Args:
             scheme, missing_amax, mixed_groups: as in `SaveOptions`; without a scheme, the weights are unquantized.
+            adapter, weight_amax: as in `SaveOptions`; adapters are merged or refused.
         """
         chunks = unwrap(model)
         recipe, missing, mixed = find_scheme(scheme), missing_policy(missing_amax), mixed_policy(mixed_groups)
+        mode = adapter_mode(adapter)
+        if mode is AdapterMode.ONLY:
+            raise UsageError("adapter=only writes a directory (save_hf_pretrained); give adapter='merge' here")
+        remeasured = is_remeasured(weight_amax, mode)
         held, config = self._held(chunks, recipe), self._model_config(chunks)
-        plan = self._plan(held, config)
+        plan, merge = self._plan_merged(held, config, chunks, mode, None, remeasured)
         state = self._collect_all(chunks, plan) if recipe else QuantState()
         first = self._ranks().rank(Axis.WORLD) == 0
         casting = Casting.of(self.hf, specs_of(plan), None)
-        finalizer = decide(self.hf, plan, casting, recipe, state, missing, mixed, warn=first)
+        changed = None if merge is None else merge.changed
+        finalizer = decide(self.hf, plan, casting, recipe, state, missing, mixed, warn=first, changed=changed)
         for bundle in self._stream(held, config, plan):
-            yield from finalizer.finalize(casting.bundle(bundle))
+            yield from finalizer.finalize(casting.bundle(bundle if merge is None else merge(bundle)))
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills this rank's shards of the model's parameters from the safetensors of the Hugging Face directory.
@@ -236,10 +246,17 @@ class AutoBridge:
             AmaxError: amax are missing, zero, negative or not finite; all are named.
         """
         saver = Saver(self.hf, Together(self._ranks()), Path(path), SaveOptions(**options))
-        chunks = unwrap(model)
-        held, config = self._held(chunks, saver.recipe), self._model_config(chunks)
-        plan = self._plan(held, config)
-        return saver.save(plan, partial(self._stream, held, config), partial(self._collect_all, chunks, plan))
+        chunks, asked = unwrap(model), saver.options
+        only = saver.adapters is AdapterMode.ONLY
+        held, config = self._held(chunks, None if only else saver.recipe), self._model_config(chunks)
+        held = [each for each in held if is_adapter(each.name)] if only else held
+        stream = partial(self._stream, held, config)
+        if only:
+            plan = self._plan(held, config, AdaptedRegistry(self.hf.registry))
+            scales = self._scales(chunks, asked.adapter_alpha)
+            return save_adapters(self.hf, saver, plan, adapters_of(plan, scales.scale_of), stream)
+        plan, merge = self._plan_merged(held, config, chunks, saver.adapters, asked.adapter_alpha, saver.remeasured)
+        return saver.save(plan, stream, partial(self._collect_all, chunks, plan), merge=merge)
 
     def convert_checkpoint(
         self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveKeywords]
@@ -271,6 +288,8 @@ class AutoBridge:
             return self._save_stored(saver, plan, stored, quantizers, share, files)
         check_kind(opened, adapters=True)
         settings = adapter_settings(opened.directory, asked.adapter_alpha)
+        if saver.adapters is AdapterMode.ONLY:
+            return self._save_stored_adapters(saver, stored, settings, share, files)
         with adapted_model(self.hf, stored, asked.adapter_base, hashed=asked.hash_source) as model:
             base = model.base
             quantizers = [] if isinstance(base, HFWeights) else self._described(base, saver.recipe, adapters=True)
@@ -280,15 +299,26 @@ class AutoBridge:
             several = SeveralSources((files, *model.files), merge.fingerprint)
             return self._save_stored(saver, plan, model, quantizers, share, several, merge)
 
+    def _save_stored_adapters(
+        self, saver: Saver, stored: StoredModel, settings: AdapterSettings, share: Share, files: SourceFiles
+    ) -> ExportReport:
+        if holds_model(stored):
+            check_described(stored, self.hf, adapters=True)
+        held = [each for each in stored.parameters() if is_adapter(each.name)]
+        plan = self._plan_stored(held, AdaptedRegistry(self.hf.registry), share)
+        adapters = adapters_of(plan, settings.scale_of)
+        source = SeveralSources((files,), "adapters only")
+        return save_adapters(self.hf, saver, plan, adapters, self._stored_stream(stored, share), source)
+
     def _described(self, stored: StoredModel, recipe: Recipe | None, *, adapters: bool = False) -> list[Quantizer]:
         """The quantizers of a checkpoint; refuses one that is not the model of config.json, or cannot be exported."""
-        quantizers = without_adapters(stored.all_quantizers())
+        quantizers = stored.all_quantizers()
         check_unpackable([*stored.packing_faults, *faults_of_groups(stored.packings.items(), self.hf.registry)])
         check_described(stored, self.hf, adapters=adapters)
         ignore = None if recipe is None else recipe.ignore
         self._check_quantizers(quantizers, LOCAL, ignore)
         stored.is_plain = partial(self._is_plain, ignore=ignore)
-        return quantizers
+        return _outside_adapters(quantizers)
 
     def _plan_stored(self, held: Sequence[Parameter], registry: MappingRegistry, share: Share) -> list[BundlePlan]:
         return plan_stored(held, registry, self.hf.model_config, share.world, skip=self.hf.without_tensor)
@@ -303,14 +333,17 @@ class AutoBridge:
         source: SourceFiles | SeveralSources,
         merge: Merge | None = None,
     ) -> ExportReport:
-        config = self.hf.model_config
         return saver.save(
             plan,
-            lambda needed: (join_bundle(bundle, tensors, config) for bundle in needed if bundle.owner == share.rank),
-            lambda: collect_scalars(quantizers, self.hf.registry, config, LOCAL),
+            self._stored_stream(tensors, share),
+            lambda: collect_scalars(quantizers, self.hf.registry, self.hf.model_config, LOCAL),
             source=source,
             merge=merge,
         )
+
+    def _stored_stream(self, tensors: Mapping[str, Tensor], share: Share) -> Stream:
+        config = self.hf.model_config
+        return lambda needed: (join_bundle(bundle, tensors, config) for bundle in needed if bundle.owner == share.rank)
 
     def _parameters(self, chunks: Sequence[nn.Module]) -> Iterator[Parameter]:
         return walk_parameters(chunks, self.hf.family.spelling(layer_pattern(chunks)))
@@ -344,6 +377,7 @@ class AutoBridge:
         ignore = None if recipe is None else recipe.ignore
         self._check_quantizers(quantizers, self._ranks(), ignore)
         parameters, faults = without_packing(parameters, quantizers, partial(self._is_plain, ignore=ignore))
+        quantizers = _outside_adapters(quantizers)
         packings = ((each.name, found) for each in quantizers if (found := packing_of(each)) is not None)
         faults += faults_of_groups(packings, self.hf.registry)
         own = faults, shared_scales(quantizers, self.hf.registry)
@@ -361,16 +395,38 @@ class AutoBridge:
                 )
         return [*parameters, *state_parameters(quantizers)]
 
-    def _plan(self, held: Sequence[Parameter], config: ModelConfig) -> list[BundlePlan]:
-        plan = plan_export(held, self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
+    def _plan(
+        self, held: Sequence[Parameter], config: ModelConfig, registry: MappingRegistry | None = None
+    ) -> list[BundlePlan]:
+        plan = plan_export(held, registry or self.hf.registry, config, self._ranks(), skip=self.hf.without_tensor)
         check_blocks(plan, config)
         return plan
+
+    def _plan_merged(
+        self,
+        held: Sequence[Parameter],
+        config: ModelConfig,
+        chunks: Sequence[nn.Module],
+        mode: AdapterMode | None,
+        alpha: float | None,
+        remeasured: bool,
+    ) -> tuple[list[BundlePlan], Merge | None]:
+        """The plan, and what merges adapters into its bundles if they are wanted."""
+        if mode is None:
+            return self._plan(held, config), None
+        plan = self._plan(held, config, AdaptedRegistry(self.hf.registry))
+        return merging(plan, self._scales(chunks, alpha).scale_of, remeasured=remeasured)
+
+    def _scales(self, chunks: Sequence[nn.Module], alpha: float | None) -> LiveScales:
+        return live_scales(chunks, self._ranks(), alpha, self.hf.family.spelling(layer_pattern(chunks)))
 
     def _stream(self, held: Sequence[Parameter], config: ModelConfig, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(self._all_quantizers(chunks), self.hf.registry, self.hf.model_config, self._ranks())
+        return collect_scalars(
+            _outside_adapters(self._all_quantizers(chunks)), self.hf.registry, self.hf.model_config, self._ranks()
+        )
 
     def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
         """The per-tensor state, with the formats of weights that the plan moves as codes and scales.
@@ -411,6 +467,11 @@ class AutoBridge:
 
     def _ranks(self) -> Ranks:
         return self._given_ranks or current_ranks()
+
+
+def _outside_adapters(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+    """Those that are not inside an adapter; there, the gate lets disabled ones pass alone."""
+    return [each for each in quantizers if not is_adapter(each.name)]
 
 
 def _differences(config: Any, expected: Mapping[str, Any]) -> list[str]:

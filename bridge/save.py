@@ -72,12 +72,12 @@ class Saver:
     """
 
     def __init__(self, hf: HFModel, writers: Writers, target: Path, options: SaveOptions) -> None:
-        self._hf, self._writers, self.options = hf, writers, options
+        self._hf, self.writers, self.options = hf, writers, options
         self._described_by = hf
-        self._target = resolved_output(target)
+        self.target = resolved_output(target)
         if hf.directory is not None:
-            check_apart(hf.directory, self._target)
-        writers.check_output(self._target, overwrite=options.overwrite)
+            check_apart(hf.directory, self.target)
+        writers.check_output(self.target, overwrite=options.overwrite)
         self.adapters = adapter_mode(options.adapter, options.adapter_alpha, options.adapter_base)
         self.remeasured = is_remeasured(options.weight_amax, self.adapters)
         self._companions = Companions.of(hf.directory)
@@ -116,7 +116,7 @@ class Saver:
             state,
             self._missing,
             self._mixed,
-            warn=self._writers.first,
+            warn=self.writers.first,
             changed=None if merge is None else merge.changed,
         )
         finalizer.finite = self._finite
@@ -132,7 +132,7 @@ class Saver:
         weights = {name: spec for name, spec in specs.items() if not is_quantizer_state(name)}
         notes = [*self._hf.notes, *([] if merge is None else merge.notes)]
         directory = DirectoryPlan(
-            target=self._target,
+            target=self.target,
             companions=self._companions,
             sources=tuple(each for each in (source, files, self._described_by) if each is not None),
             config=self._hf.written,
@@ -145,7 +145,7 @@ class Saver:
                 {**(options.record or {}), **({"notes": notes} if notes else {})},
             ),
             keys=[bundle.key for bundle in plan],
-            sizes={bundle.key: BundleSize.of(bundle.specs) for bundle in plan if bundle.owner == self._writers.me},
+            sizes={bundle.key: BundleSize.of(bundle.specs) for bundle in plan if bundle.owner == self.writers.me},
             expected=lambda: self._expected(weights, carried),
             packer=packer if packed else None,
             state_shards=self._state_shards(state, specs) if options.quant_state else (),
@@ -156,9 +156,9 @@ class Saver:
             for bundle in stream([bundle for bundle in plan if bundle.key not in done]):
                 writer.write(casting.bundle(bundle if merge is None else merge(bundle)))
 
-        ended = self._writers.first
+        ended = self.writers.first
         if not options.dry_run:
-            ended = write_directory(directory, self._writers, make, options).ended
+            ended = write_directory(directory, self.writers, make, options).ended
         return ExportReport(
             self.recipe.name if self.recipe else "none",
             plan,

@@ -88,6 +88,11 @@ class AdapterTensor:
     role: str
     label: str
 
+    @property
+    def of_all_experts(self) -> str:
+        """The adapter without the number of an expert."""
+        return self.adapter.rstrip("0123456789").rstrip(".")
+
 
 def is_adapter(megatron_name: str) -> bool:
     """True for a tensor or quantizer inside an adapter, known or not."""

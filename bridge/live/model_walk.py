@@ -24,7 +24,8 @@ ABSENT = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _USUALLY_EMPTY = ("_modules", "_forward_hooks", "_forward_pre_hooks")
 _NUMBERS = re.compile(r"(?<=_quantizer)(\.\[?\d+\]?)+$")
-_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias|\w+_quantizer\.))(\d+)")
+_GROUPED_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.(?:to_wrap\.)?(?:weight|bias|\w+_quantizer\.))(\d+)")
+_OF_GROUPED_EXPERTS = re.compile(r".*\.experts\.linear_fc[12]\.adapter\.(?:linear_(?:in|out)\.weight|weight_magnitude)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,12 @@ def walk_parameters(chunks: Sequence[nn.Module], spelling: Callable[[str], str] 
                 yield from one_by_one(spelling(names.of(local_name)), tensor, names.local_experts(local_name))
 
 
+def walk_names(chunk: nn.Module) -> Iterator[tuple[str, str]]:
+    """The local and the global name of each parameter of a chunk, the global one as Megatron spells it."""
+    names = _GlobalNames(chunk)
+    return ((local_name, names.of(local_name)) for local_name, _ in chunk.named_parameters())
+
+
 def walk_quantizers(chunks: Sequence[nn.Module], spelling: Callable[[str], str] = canonical) -> Iterator[Quantizer]:
     """All enabled quantizers of this rank. A container of quantizers (one for each grouped expert) does not count."""
     return (each for each in walk_all_quantizers(chunks, spelling) if each.module.is_enabled)
@@ -155,11 +162,15 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def one_by_one(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[Parameter]:
     """Yields the parameter, or for legacy grouped experts a view of each expert, `[out, in]` as everywhere else.
 
+    An adapter of grouped experts is one for each, `[experts, …]`, or one that all of the rank share.
     Megatron's GroupedMLP kept the local experts of a layer in two parameters, read as `[experts, hidden, 2 · ffn]` and
     `[experts, ffn, hidden]`: inputs first.
     """
     layer, legacy, linear = name.rpartition(".experts.weight")
-    if legacy and linear in ("1", "2"):
+    if _OF_GROUPED_EXPERTS.fullmatch(name):
+        for index, expert in enumerate(experts):
+            yield Parameter(f"{name}{expert}", tensor[index] if tensor.ndim == 3 else tensor)
+    elif legacy and linear in ("1", "2"):
         hidden = tensor.shape[0] if linear == "1" else tensor.shape[1]
         inputs = hidden if linear == "1" else tensor.shape[0] // len(experts)
         for expert, weight in zip(experts, tensor.view(len(experts), inputs, -1), strict=True):

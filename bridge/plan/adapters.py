@@ -13,12 +13,11 @@ from enum import StrEnum
 
 import torch
 
-from amaxbridge.bridge.live.model_walk import Quantizer
 from amaxbridge.bridge.plan.export_plan import BundlePlan, Part
 from amaxbridge.export.disk.row_chunks import WholeTensor
 from amaxbridge.export.kernels.low_rank import merged
 from amaxbridge.export.output.finalizer import Bundle, ChangedWeights
-from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, is_adapter, without_side
+from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, without_side
 from amaxbridge.mappings.amax import LEARNED_POST, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.names import module_of
@@ -199,22 +198,6 @@ def adapters_of(plan: Iterable[BundlePlan], scale_of: ScaleOf) -> dict[str, Adap
     if problems:
         raise MappingError(f"{len(problems)} adapters are incomplete:{listing(problems)}")
     return found
-
-
-def without_adapters(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
-    """The quantizers outside adapters.
-
-    Raises:
-        UsageError: quantizers inside adapters are enabled; all are named.
-    """
-    found = list(quantizers)
-    enabled = [each.name for each in found if is_adapter(each.name) and each.module.is_enabled]
-    if enabled:
-        raise UsageError(
-            f"{len(enabled)} quantizers inside adapters are enabled, and no merged weight computes what they do:"
-            f"{listing(enabled)}\nDisable them (mtq.disable_quantizer), and export again"
-        )
-    return [each for each in found if not is_adapter(each.name)]
 
 
 def _misfits(plan: Iterable[BundlePlan], adapters: Mapping[str, Adapter]) -> Iterable[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from amaxbridge.bridge.live.compressed_weights import packing_of
 from amaxbridge.bridge.live.model_walk import ABSENT, Quantizer
+from amaxbridge.mappings.adapters import is_adapter
 from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.names import kind_of
 
@@ -234,6 +235,11 @@ def refusals(quantizers: Iterable[Quantizer]) -> Iterator[Refusal]:
     """Yields every attribute of the quantizers, enabled or not, that an export cannot write."""
     for quantizer in quantizers:
         enabled = quantizer.module.is_enabled
+        if is_adapter(quantizer.name):
+            if enabled:
+                changes, remedy = "rounds inside an adapter", "disable it: no merged weight and no engine computes this"
+                yield Refusal(quantizer.name, "enabled", "True", changes, remedy, in_weights=True)
+            continue
         if enabled and "output_quantizer" in quantizer.name:
             remedy = "disable it before the export"
             yield Refusal(quantizer.name, "enabled", "True", "rounds outputs, which no engine does", remedy, False)

@@ -151,7 +151,7 @@ def _without_ours(text: str) -> str:
 def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
     finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
     return {
-        "base_model": _hub_name(source),
+        "base_model": hub_name(source),
         "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
         "formats": _formats(finalizer),
         "format": finalizer.format,
@@ -180,7 +180,7 @@ def _formats(finalizer: Finalizer) -> list[str]:
     return list(dict.fromkeys(scheme.stored_as for scheme in finalizer.written.values()))
 
 
-def _hub_name(source: Path | None) -> str | None:
+def hub_name(source: Path | None) -> str | None:
     """`owner/name` of a snapshot in the cache of the Hub; None for another directory."""
     found = _SNAPSHOT.search(source.absolute().as_posix() + "/") if source else None
     return f"{found[1]}/{found[2]}" if found else None

@@ -150,6 +150,6 @@ def test_quantizers_inside_adapters(tmp_path: Path) -> None:
         if not disabled:
             state[f"{inside}.weight_quantizer._amax"] = torch.tensor([1.0])
         write_state(tmp_path / name, state)
-    with pytest.raises(UsageError, match="1 quantizers inside adapters are enabled"):
+    with pytest.raises(UsageError, match="weight_quantizer: enabled=True: rounds inside an adapter"):
         export(road, tmp_path / "enabled", tmp_path / "out", "none", adapter="merge", adapter_alpha=ALPHA)
     export(road, tmp_path / "disabled", tmp_path / "out", "none", adapter="merge", adapter_alpha=ALPHA)
