@@ -411,7 +411,7 @@ def _one_by_one(key: str, spec: TensorSpec) -> Iterator[tuple[str, Region]]:
 def _is_shared(key: str, shape: tuple[int, ...]) -> bool:
     """True if all experts share this tensor: an input quantizer's always, a weight quantizer's or adapter's maybe."""
     if is_adapter(key):
-        return len(shape) < 3
+        return len(shape) < (2 if key.endswith("weight_magnitude") else 3)
     return is_quantizer_state(key) and ("weight_quantizer" not in key or shape[:1] in ((), (1,)))
 
 
