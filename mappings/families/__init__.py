@@ -22,7 +22,7 @@ from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MO
 from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
 from amaxbridge.mappings.families.llama import LLAMA, MINISTRAL3, MISTRAL
-from amaxbridge.mappings.families.llama4 import LLAMA4
+from amaxbridge.mappings.families.llama4 import LLAMA4, LLAMA4_VISION
 from amaxbridge.mappings.families.mimo import MIMO
 from amaxbridge.mappings.families.minimax_m2 import MINIMAX_M2
 from amaxbridge.mappings.families.mixtral import MIXTRAL
@@ -92,6 +92,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     MINIMAX_M2,
     HY_V3,
     LLAMA4,
+    LLAMA4_VISION,
     ERNIE4_5_MOE,
     MINISTRAL3,
     HUNYUAN_DENSE_V1,

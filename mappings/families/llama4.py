@@ -1,11 +1,13 @@
-"""Llama 4, its language model: chunked attention with rotary embedding, and full attention without.
+"""Llama 4, with images or without: chunked attention with rotary embedding, and full attention without it.
 
 Layers with rotary embedding attend within chunks of the sequence and may normalize queries and keys; layers without
 scale queries by their position. A token goes to one routed expert, whose input is multiplied by the router's sigmoid
 score, and to a shared expert; other layers may be dense. Plain files hold the experts of a layer as one tensor, inputs
-first. Megatron-Core lacks the chunks and the scale: `bridge/megatron/llama4_attention.py`.
+first. Megatron-Core lacks the chunks and the scale: `bridge/megatron/llama4_attention.py`. Of the model with images
+Megatron has the language model; exports copy the rest unchanged.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from amaxbridge.mappings.errors import UsageError
@@ -87,4 +89,14 @@ LLAMA4 = ModelFamily(
         "attn_scale": "attn_scale",
     },
     packed_experts=PackedExperts(transposed=True),
+)
+
+LLAMA4_VISION = replace(
+    LLAMA4,
+    architectures=("Llama4ForConditionalGeneration",),
+    mappings=tuple(
+        mapping.rename(mapping.megatron_param, lambda name: f"language_model.{name}") for mapping in LLAMA4.mappings
+    ),
+    language_part="text_config",
+    carried=("vision_model.", "multi_modal_projector."),
 )

@@ -20,6 +20,7 @@ REFUSED = {  # published before transformers wrote these fields
     "Nemotron-3-Super-120B-A12B": "layers_block_type, mtp_layers_block_type",
     "Nemotron-H-8B": "head_dim, layers_block_type",
     "Qwen3-Coder-Next-E336": "layer_types",
+    "Llama-4-Maverick": "moe_layers",
     "Llama-4-Maverick-text": "moe_layers",
     "Llama-4-Scout-text": "moe_layers",
 }

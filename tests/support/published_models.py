@@ -42,6 +42,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "Llama-2-7B": 6_738_415_616,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
+    "Llama-4-Maverick": "401B",  # its language model
     "Llama-4-Maverick-text": "401B",  # the language models of both
     "Llama-4-Scout-text": "108B",
     "MiMo-7B-Base": "8B",

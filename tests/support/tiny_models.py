@@ -79,6 +79,7 @@ class TinyModel:
         prepare: what a random model of the family needs beyond `save_tiny_model`'s own care.
         model_class: Megatron's, as `megatron.build_model` takes it.
         files: makes published files of those that transformers wrote, if they differ: tensors by name, in place.
+        part: attribute of transformers' model that computes logits, if the whole does not without images.
         save: writes its files and logits, if transformers does not save it under the names of published files.
     """
 
@@ -88,6 +89,7 @@ class TinyModel:
     prepare: Callable[[Any], None] = field(default=lambda model: None)
     model_class: str | None = None
     files: Callable[[dict[str, Any]], None] | None = None
+    part: str | None = None
     save: Callable[["TinyModel", Path], None] | None = None
 
 
@@ -606,7 +608,8 @@ def save_tiny_model(tiny: TinyModel, directory: Path) -> None:
         tiny.files(tensors)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
-        torch.save(model(TOKENS).logits, directory / "logits.pt")
+        speaks = model if tiny.part is None else getattr(model, tiny.part)
+        torch.save(speaks(TOKENS).logits, directory / "logits.pt")
 
 
 def class_of(config: Any) -> Any:
@@ -681,6 +684,21 @@ TINY_MODELS |= {
         unbuildable=_NO_DSA,
     ),
 }
+
+
+def _llama4_with_images() -> "PreTrainedConfig":
+    from transformers import Llama4Config
+
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    widths = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
+    return Llama4Config(
+        architectures=["Llama4ForConditionalGeneration"],
+        text_config=TINY_MODELS["Llama 4"].make().to_dict(),
+        vision_config={**vision, **widths, "image_size": 28, "patch_size": 14},
+    )
+
+
+TINY_MODELS["Llama 4 with images"] = TinyModel(_llama4_with_images, MOE, prepare=_narrow_routers, part="language_model")
 
 
 def _mimo() -> "PreTrainedConfig":
