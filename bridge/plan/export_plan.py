@@ -160,7 +160,8 @@ def find_mappings(
     if adapters:
         raise UnmappedParameterError(
             f"{len(adapters)} of {len(names)} Megatron parameters are those of adapters (LoRA):{listing(adapters)}\n"
-            f"{NEXT_STEP}. Where that is given, they are adapters of a kind that is not known"
+            f"{NEXT_STEP}. Where that is given, they are of an unknown kind; or experts share them without an axis of "
+            "experts, as older releases of Megatron-Bridge saved them: load them with a current one, and save again"
         )
     if unmapped:
         raise UnmappedParameterError(

@@ -76,6 +76,7 @@ _SECTIONED = re.compile(
 _STATE = re.compile(r"(.+)\._extra_state/shard_([\d.]+)_[\d.]+")
 _EXPERT = re.compile(r"(.*\.experts\.linear_fc[12])\.weight(\d+)")
 _WEIGHT_AMAX = re.compile(r"(.*\.weight)_quantizer(?:\.(\d+))?\._(?:amax(?:_pre|_post)?|scale)")
+_SIDE_OF_EXPERT = re.compile(r"(.*\.experts\.linear_fc[12]\.adapter\.linear_)(in|out)\.weight(\d+)")
 _LENGTHS = re.compile(r"(.*\.linear_fc1\.adapter\.)weight_magnitude(\d*)")
 _MODELOPT_B = re.compile(r"(.*\.linear_fc1\.)lora_b_\w+(\.weight\d*)")
 _HALF_OF_FC1 = re.compile(r".*\.linear_fc1\.adapter\.adapter_(?:gate|up)\.linear_out\.weight")
@@ -198,6 +199,7 @@ class StoredModel(Mapping[str, Tensor]):
                     piece = _PIECE.fullmatch(name)
                     name, part = filter(None, piece.groups()) if piece else (name, "")
                     regions.setdefault(self._spelling(name), {})[part] = region
+        _share_sides(regions)
         return {name: self._stored(name, parts, regions) for name, parts in regions.items()}
 
     def _stored(
@@ -413,6 +415,24 @@ def _is_shared(key: str, shape: tuple[int, ...]) -> bool:
     if is_adapter(key):
         return len(shape) < (2 if key.endswith("weight_magnitude") else 3)
     return is_quantizer_state(key) and ("weight_quantizer" not in key or shape[:1] in ((), (1,)))
+
+
+def _share_sides(regions: dict[str, dict[str, Region]]) -> None:
+    """Gives each expert the side of an adapter that all share, where each has its own other side.
+
+    Source: `SharedOuterGroupedExpertAdapter` of Megatron-Bridge.
+    """
+    numbers: dict[str, list[str]] = {}
+    for name in regions:
+        if found := _SIDE_OF_EXPERT.fullmatch(name):
+            numbers.setdefault(found[1] + found[2], []).append(found[3])
+    for name in list(regions):
+        found = _SIDE_OF_EXPERT.fullmatch(f"{name}0") if not name[-1].isdigit() else None
+        if found is not None:
+            experts = numbers.get(found[1] + {"in": "out", "out": "in"}[found[2]], ())
+            regions |= {name + number: regions[name] for number in experts}
+            if experts:
+                del regions[name]
 
 
 def _gated_beside(name: str) -> str:

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import torch
 from torch import Tensor
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.bridge.live.model_walk import walk_parameters
+from amaxbridge.bridge.live.model_walk import walk_parameters, walk_quantizers
 from amaxbridge.bridge.live.process_ranks import current_ranks, world_rank
 from amaxbridge.mappings.adapters import Side, adapter_tensor
 from amaxbridge.mappings.errors import AmaxbridgeError
@@ -53,6 +54,10 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
                     (out / f"{kind}_alone_{world_rank()}.txt").write_text(str(error))
             if "pp" not in sizes:
                 megatron.save_checkpoint(model, out / f"{kind}_checkpoint", iteration=3)
+            if kind == "lora" and "pp" not in sizes:
+                insert_quantizers(model)
+                bridge.save_hf_pretrained(model, out / "nvfp4", adapter="merge")
+                megatron.save_checkpoint(model, out / "nvfp4_checkpoint", iteration=3)
 
 
 def add_modelopt_adapters(model: Any) -> None:
@@ -61,6 +66,14 @@ def add_modelopt_adapters(model: Any) -> None:
     config = {"rank": RANK, "scale": ALPHA / RANK, "enable": True}
     names = {"*linear_qkv": config, "*linear_proj": config, "*linear_fc1": config, "*linear_fc2": config}
     mtpf.update_model(model, {"adapter_name": "default", "adapter_cfg": names})
+
+
+def insert_quantizers(model: Any) -> None:
+    """NVFP4 outside adapters, with amax that cover the merged weights; those inside are there, and disabled."""
+    inside = {"quantizer_name": "*adapter*", "enable": False}
+    mtq.quantize(model, {"quant_cfg": [*mtq.NVFP4_DEFAULT_CFG["quant_cfg"], inside], "algorithm": None})
+    for quantizer in walk_quantizers([model]):
+        quantizer.module.amax = torch.tensor(50.0 if "weight" in quantizer.name else 3.0)
 
 
 def fill_adapters(hf: HFModel, model: Any, adapted: Adapted, kind: str) -> None:

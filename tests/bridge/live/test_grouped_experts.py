@@ -225,3 +225,31 @@ def test_legacy_grouped_experts_are_walked_one_by_one() -> None:
 def test_only_a_model_is_a_model() -> None:
     with pytest.raises(UsageError, match="give the model, or the list of its chunks, on every rank; not a dict"):
         unwrap({"weight": torch.ones(1)})  # type: ignore[arg-type]
+
+
+def test_adapters_of_grouped_experts() -> None:
+    """One for each expert of a rank, `[experts, …]`, or one that all of them share: each expert has its own name."""
+    layer = nn.Module()
+    layer.layer_number = 3  # type: ignore[assignment]
+    layer.mlp, fc1, side = nn.Module(), nn.Module(), nn.Module()
+    layer.mlp.local_expert_indices = [4, 5]  # type: ignore[assignment]
+    layer.mlp.experts, fc1.to_wrap, fc1.adapter = nn.Module(), nn.Module(), nn.Module()
+    layer.mlp.experts.linear_fc1 = fc1
+    fc1.to_wrap.weight0 = nn.Parameter(torch.zeros(6, 4))
+    fc1.to_wrap.weight1 = nn.Parameter(torch.ones(6, 4))
+    fc1.adapter.linear_in, fc1.adapter.linear_out = side, nn.Module()
+    side.weight = nn.Parameter(torch.zeros(2, 4))
+    fc1.adapter.linear_out.weight = nn.Parameter(torch.stack([torch.zeros(6, 2), torch.ones(6, 2)]))
+    chunk = nn.Module()
+    chunk.decoder = nn.Module()
+    chunk.decoder.layers = nn.ModuleList([layer])
+    found = {each.name: each.tensor for each in walk_parameters([chunk])}
+    prefix = "decoder.layers.2.mlp.experts.linear_fc1"
+    assert {name: (*tensor.shape, float(tensor.detach().max())) for name, tensor in found.items()} == {
+        f"{prefix}.weight4": (6, 4, 0.0),
+        f"{prefix}.weight5": (6, 4, 1.0),
+        f"{prefix}.adapter.linear_in.weight4": (2, 4, 0.0),
+        f"{prefix}.adapter.linear_in.weight5": (2, 4, 0.0),
+        f"{prefix}.adapter.linear_out.weight4": (6, 2, 0.0),
+        f"{prefix}.adapter.linear_out.weight5": (6, 2, 1.0),
+    }

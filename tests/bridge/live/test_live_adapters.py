@@ -70,6 +70,19 @@ def test_the_checkpoint_gives_the_same(exports: Exports, kind: str, tmp_path: Pa
     same_tensors(tmp_path / "out", exports.out / kind)
 
 
+def test_quantized_in_one_go(exports: Exports, tmp_path: Path) -> None:
+    """The bytes of the checkpoint's export; that these are those of merging first is a test of checkpoints."""
+    if "pp" in exports.sizes:
+        assert not (exports.out / "nvfp4").exists()
+        return
+    bridge = AutoBridge.from_hf_pretrained(exports.hf)
+    how: Any = {"adapter": "merge", "adapter_alpha": ALPHA}
+    bridge.convert_checkpoint(exports.out / "nvfp4_checkpoint", tmp_path / "out", **how)
+    same_tensors(tmp_path / "out", exports.out / "nvfp4")
+    divisors = {tensor.item() for name, tensor in tensors_in(tmp_path / "out").items() if "weight_global" in name}
+    assert [*divisors] == [pytest.approx(2688 / 50)]
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "canonical"])
 def test_alone(exports: Exports, kind: str) -> None:
     if kind == "dora" and exports.hf.name == "qwen3_moe":

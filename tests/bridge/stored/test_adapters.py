@@ -184,3 +184,41 @@ def test_the_weights_of_a_directory_as_the_model(name: str, tmp_path: Path) -> N
     for source, hf, output in ((whole, road.hf, "one"), (alone, road.plain, "two")):
         AutoBridge.from_hf_pretrained(hf).convert_checkpoint(source, tmp_path / output, scheme="none", adapter="merge")
     same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+def in_one(adapted: Adapted, layers: range, experts: range) -> dict[str, torch.Tensor]:
+    """Adapters of grouped experts as one tensor of all layers and experts, and others as one of all layers."""
+    kinds: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
+    for name, tensor in adapted.megatron.items():
+        layer, expert = int(name.split(".")[2]), name.partition(".experts.experts.")[2].partition(".")[0]
+        kind = name.replace(f".layers.{layer}.", ".layers.").replace(f".experts.experts.{expert}.", ".experts.experts.")
+        kinds.setdefault(kind, {})[layer, int(expert or 0)] = tensor
+    made = {}
+    for kind, tensors in kinds.items():
+        among = experts if ".experts." in kind else range(1)
+        stacked = torch.stack([torch.stack([tensors[layer, each] for each in among]) for layer in layers])
+        made[kind] = stacked if ".experts." in kind else stacked[:, 0]
+    return made
+
+
+def test_experts_of_grouped_linears(tmp_path: Path) -> None:
+    """One tensor of all layers and experts, as Transformer Engine's grouped linears save them; sides that all share."""
+    road = Road("Qwen3-MoE", tmp_path)
+    adapted = adapters_for(road.model, "lora")
+    bridge = AutoBridge.from_hf_pretrained(road.hf)
+
+    def merged(name: str, megatron: dict[str, torch.Tensor]) -> Path:
+        checkpoint = road.write(tmp_path / f"{name}_ckpt", Adapted(megatron))
+        bridge.convert_checkpoint(checkpoint, tmp_path / name, scheme="none", adapter="merge")
+        return tmp_path / name
+
+    each = merged("each", adapted.megatron)
+    grouped = in_one(adapted, range(2), range(8))
+    assert len(grouped) == 8
+    same_tensors(merged("grouped", grouped), each)
+    a, b = (f"decoder.layers.mlp.experts.experts.linear_fc1.adapter.linear_{side}.weight" for side in ("in", "out"))
+    of_all = {**grouped, a: grouped[a][:, :1].expand(-1, 8, -1, -1).contiguous()}
+    same_tensors(merged("shared_side", {**grouped, a: grouped[a][:, 0]}), merged("copies", of_all))
+    both = {**grouped, a: grouped[a][:, 0], b: grouped[b][:, 0]}
+    message = refused(road, road.write(tmp_path / "older", Adapted(both)), tmp_path / "none")
+    assert "experts share them without an axis of experts" in message
