@@ -29,7 +29,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 import amaxbridge.configs
 from amaxbridge.build_version import build_version
 from amaxbridge.closed_pipe import quiet_on_closed_pipe
-from amaxbridge.configs.option_errors import REFUSED, explained
+from amaxbridge.configs.option_errors import REFUSED, as_typed, explained
 from amaxbridge.configs.schema import COMMANDS, register
 from amaxbridge.configs.words import flags_of, for_hydra, sweep_record, typed_again
 from amaxbridge.interrupts import INTERRUPTED, Stopped, stopped_by_signals
@@ -138,7 +138,7 @@ def _fail(error: BaseException, status: int) -> int:
     alone = getattr(error, "rank", None)
     if speaks() or alone == _rank():
         prefix = "" if alone is None else f"rank {alone}: "
-        lines = [f"{prefix}error: {error}", *getattr(error, "__notes__", ())]
+        lines = [f"{prefix}error: {as_typed(str(error))}", *getattr(error, "__notes__", ())]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status
 

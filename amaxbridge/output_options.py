@@ -4,8 +4,9 @@ A field has its type, its default, its meaning and its name on the command line.
 shows these meanings and must not wait for torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class OutputOptions:
         (),
         "ignore",
         "More modules to leave unquantized: full names, or re: patterns. Each must match a module.",
+    )
+    base_model: str | None = _option(
+        None,
+        "base_model",
+        "Name of the source on the Hub, for the model card; null for the one that the Hub's cache tells.",
     )
     missing_amax: str = _option(
         "error",
@@ -140,6 +146,7 @@ class OutputKeywords(TypedDict, total=False):
     """`OutputOptions` as keywords, for type checkers; scheme and ignore are arguments of their own."""
 
     format: str
+    base_model: str | None
     missing_amax: str
     mixed_groups: str
     nonfinite: str
@@ -178,6 +185,50 @@ class SaveKeywords(OutputKeywords, total=False):
     quant_state: bool
 
 
+def options_from[Options](kind: type[Options], keywords: Mapping[str, Any]) -> Options:
+    """The options that keyword arguments say.
+
+    Raises:
+        UsageError: an unknown keyword, or a value of another type. One line names the argument, as Python has it.
+    """
+    from amaxbridge.mappings.errors import UsageError  # late: its package imports torch
+
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    for name, value in keywords.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1) or get_close_matches(name, _COMMAND_LINE_NAMES, n=1)
+            hint = (
+                f"did you mean {_COMMAND_LINE_NAMES.get(near[0], near[0])}=?" if near else f"known: {', '.join(known)}"
+            )
+            raise UsageError(f"unknown argument {name}=; {hint}")
+        wanted = _WANTED.get(str(known[name].type))
+        if wanted and not wanted[0](value):
+            raise UsageError(f"{name}={value!r}: give {wanted[1]}, not {type(value).__name__}")
+    return kind(**keywords)
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
+
+
+_WANTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "<class 'bool'>": (lambda value: isinstance(value, bool), "True or False"),
+    "<class 'int'>": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a number"),
+    "<class 'str'>": (lambda value: isinstance(value, str), "a text"),
+    "collections.abc.Sequence[str]": (_is_list_of_text, "a list of names and patterns"),
+}
+"""An option's type → what tells a value of it, and how to say it. Others are judged where they are used."""
+
+
 def declared(name: str) -> "Field[Any]":
     """The declaration of an option."""
     return next(each for each in (*fields(SaveOptions), *fields(RepairOptions)) if each.name == name)
+
+
+def command_line_names() -> dict[str, str]:
+    """What Python calls an option → what the command line calls it."""
+    known = {each.name: each.metadata[COMMAND_LINE] for each in (*fields(SaveOptions), *fields(RepairOptions))}
+    return {name: said for name, said in known.items() if said is not None}
+
+
+_COMMAND_LINE_NAMES: Mapping[str, str] = {said: name for name, said in command_line_names().items()}

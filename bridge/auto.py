@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from amaxbridge.bridge.hf import OUTPUT_LAYER, HFModel, read_hf_model
@@ -50,6 +51,7 @@ from amaxbridge.bridge.stored.hf_weights import HFWeights
 from amaxbridge.bridge.stored.identification import check_described, check_kind, stored_model
 from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
+from amaxbridge.bridge.weight_dtypes import dtype_option
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint
@@ -57,19 +59,25 @@ from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.disk.staging import ALONE, Share
+from amaxbridge.export.hub import push_to_hub
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart, Together
 from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
 from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.adapters import AdaptedRegistry, is_adapter
-from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
+from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError, listing
+from amaxbridge.mappings.families import CLASSIFIERS, FAMILIES
 from amaxbridge.mappings.family_file import FamilySource
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import LOCAL, Axis, Ranks
 from amaxbridge.mappings.registry import MappingRegistry
-from amaxbridge.output_options import SaveKeywords, SaveOptions
+from amaxbridge.output_options import SaveKeywords, SaveOptions, options_from
+
+if TYPE_CHECKING:
+    from amaxbridge.bridge.import_hf import ImportReport
+    from amaxbridge.bridge.megatron.build_model import ModelClass
 
 _log = logging.getLogger("amaxbridge")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -88,6 +96,9 @@ class AutoBridge:
         self.hf = hf
         self._given_ranks = ranks
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.hf.family.architectures[0]}, {self.hf.source})"
+
     @classmethod
     def from_hf_pretrained(
         cls,
@@ -96,6 +107,7 @@ class AutoBridge:
         family: FamilySource | None = None,
         architecture: str | None = None,
         num_labels: int | None = None,
+        revision: str | None = None,
         ranks: Ranks | None = None,
     ) -> Self:
         """A bridge for the architecture of a Hugging Face directory or hub name. No weights are read.
@@ -105,13 +117,105 @@ class AutoBridge:
                 runs. See docs/custom-models.md.
             architecture, num_labels: for a reward model, a critic or a classifier of the model in config.json, its own
                 architecture (`Qwen3ForSequenceClassification`), and the rows of its head. See docs/reward-models.md.
+            revision: branch, tag or commit of a model on the Hub, which `OWNER/MODEL@REVISION` says, too.
             ranks: the ranks to communicate with; default: those of Megatron's parallel state, or none without it.
 
         Raises:
             UsageError: not a model directory, `family` is none that can be used, or `architecture` no classifier.
             UnknownArchitectureError: no family has its architecture.
         """
-        return cls(read_hf_model(path, family, architecture=architecture, num_labels=num_labels), ranks)
+        hf = read_hf_model(path, family, architecture=architecture, num_labels=num_labels, revision=revision)
+        return cls(hf, ranks)
+
+    @classmethod
+    def can_handle(cls, path: str | Path, *, revision: str | None = None, family: FamilySource | None = None) -> bool:
+        """True if a family has the architecture of a Hugging Face directory or hub name.
+
+        Raises:
+            UsageError: there is no such directory or model, or its config.json is damaged.
+        """
+        try:
+            read_hf_model(path, family, revision=revision)
+        except UnknownArchitectureError:
+            return False
+        return True
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """The architectures that some family has, as config.json names them."""
+        return sorted({name for family in (*FAMILIES, *CLASSIFIERS) for name in family.architectures})
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_path: str | Path,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        family: FamilySource | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        model_class: str | None = None,
+        overwrite: bool = False,
+        hash_source: bool = False,
+        **sizes: int | None,
+    ) -> "ImportReport":
+        """Writes a Megatron checkpoint of a Hugging Face directory or hub name, quantizers and amax included.
+
+        Collective. Parallel sizes are those of Megatron's parallel state; without one, it is set up for the time of
+        the import, in the processes of torchrun or in this one alone.
+
+        Args:
+            path: the directory to write.
+            dtype: of the parameters: bfloat16, float16 or float32.
+            model_class: `gpt` or `hybrid`; None for GPTModel if the family has one.
+            overwrite, hash_source: as in `SaveOptions`.
+            sizes: `tp`, `pp`, `vpp`, `ep`, `etp`, where there is no parallel state.
+
+        Raises:
+            UsageError, CheckpointError, MappingError: as `import_hf`.
+        """
+        from amaxbridge.bridge import megatron  # late: Megatron takes many seconds
+        from amaxbridge.bridge.import_hf import import_hf
+
+        hf = read_hf_model(hf_path, family, revision=revision)
+        with megatron.parallel_state_of(**sizes):
+            return import_hf(
+                hf,
+                Path(path),
+                dtype=dtype_option("dtype", dtype),
+                model_class=model_class,
+                overwrite=overwrite,
+                hash_source=hash_source,
+            )
+
+    def to_megatron_model(
+        self,
+        *,
+        load_weights: bool = True,
+        dtype: str | torch.dtype = "bfloat16",
+        model_class: "ModelClass | None" = None,
+    ) -> list[nn.Module]:
+        """A new Megatron model: this rank's chunks, more than one with a virtual pipeline. Collective.
+
+        Needs Megatron's parallel state. Layers are Megatron-Core's own, without Transformer Engine.
+
+        Args:
+            load_weights: False for random weights.
+            dtype: of the parameters: bfloat16, float16 or float32.
+            model_class: `gpt` or `hybrid`; None for GPTModel if the family has one.
+
+        Raises:
+            UsageError: Megatron does not compute the model, or refuses its sizes.
+            CheckpointError, MappingError: as `load_hf_weights`.
+        """
+        from amaxbridge.bridge import megatron  # late: Megatron takes many seconds
+
+        kind = dtype_option("dtype", dtype)
+        chunks: list[nn.Module] = []
+        chunks += megatron.build_chunks(self.hf, dtype=kind, initialize=not load_weights, model_class=model_class)
+        if load_weights:
+            self.load_hf_weights(chunks)
+        return chunks
 
     @classmethod
     def from_megatron_checkpoint(
@@ -231,6 +335,22 @@ class AutoBridge:
         enabled = [each for each in self._all_quantizers(chunks) if each.module.is_enabled]
         fill_quantizers(enabled, state, self.hf.registry, config, self._ranks())
 
+    def save_hf_weights(self, model: Model, path: str | Path, **options: Unpack[SaveKeywords]) -> ExportReport:
+        """As `save_hf_pretrained`, with plain weights unless `scheme` says otherwise: a whole directory."""
+        keywords: SaveKeywords = {"scheme": "none", **options}
+        return self.save_hf_pretrained(model, path, **keywords)
+
+    def export_ckpt(
+        self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveKeywords]
+    ) -> ExportReport:
+        """Another name of `convert_checkpoint`."""
+        return self.convert_checkpoint(checkpoint, path, share=share, **options)
+
+    @staticmethod
+    def push_to_hub(directory: str | Path, name: str, *, private: bool | None = None, overwrite: bool = False) -> str:
+        """Uploads what an export wrote as a model on the Hub, and returns its address; see `export.hub.push_to_hub`."""
+        return push_to_hub(directory, name, private=private, overwrite=overwrite)
+
     def save_hf_pretrained(self, model: Model, path: str | Path, **options: Unpack[SaveKeywords]) -> ExportReport:
         """Writes a Hugging Face checkpoint: compressed-tensors, or plain with `scheme="none"`.
 
@@ -245,7 +365,7 @@ class AutoBridge:
             MappingError: parameters have no mapping or do not fit; all are named.
             AmaxError: amax are missing, zero, negative or not finite; all are named.
         """
-        saver = Saver(self.hf, Together(self._ranks()), Path(path), SaveOptions(**options))
+        saver = Saver(self.hf, Together(self._ranks()), Path(path), options_from(SaveOptions, options))
         chunks, asked = unwrap(model), saver.options
         only = saver.adapters is AdapterMode.ONLY
         held, config = self._held(chunks, None if only else saver.recipe), self._model_config(chunks)
@@ -275,7 +395,7 @@ class AutoBridge:
         """
         checkpoint, path = given_path(checkpoint), resolved_output(path)
         check_spared(checkpoint, path)
-        saver = Saver(self.hf, Apart(share), path, SaveOptions(**options))
+        saver = Saver(self.hf, Apart(share), path, options_from(SaveOptions, options))
         files = files_of(checkpoint, hashed=saver.options.hash_source)
         opened = open_checkpoint(files.directory)  # training may have saved a later iteration by now
         if share.rank == 0:

@@ -26,7 +26,7 @@ from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import changed_meanwhile, explaining_reads
 from amaxbridge.export.disk.packed_experts import found_in
 from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
-from amaxbridge.export.model_free.input_directory import model_directory
+from amaxbridge.export.hub import model_directory, with_weights
 from amaxbridge.export.output.config_and_index import CONFIG_FILE, read_config_json
 from amaxbridge.mappings.config_fields import OF_FAMILIES, check_fields
 from amaxbridge.mappings.errors import AmaxbridgeError, UnknownArchitectureError, UsageError, listing
@@ -90,9 +90,9 @@ class HFModel:
     """
 
     directory: Path | None
-    written: Mapping[str, Any]
-    filled: Mapping[str, Any]
-    family: ModelFamily
+    written: Mapping[str, Any] = field(repr=False)
+    filled: Mapping[str, Any] = field(repr=False)
+    family: ModelFamily = field(repr=False)
     notes: tuple[str, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,14 +113,14 @@ class HFModel:
 
     @property
     def weights_directory(self) -> Path:
-        """The directory of its weights.
+        """The directory of its weights. Those of a model on the Hub are downloaded now.
 
         Raises:
-            UsageError: the model is only known from a Megatron checkpoint.
+            UsageError: the model is only known from a Megatron checkpoint, or the Hub does not give its weights.
         """
         if self.directory is None:
             raise UsageError("a model described by saved arguments has no Hugging Face weights: give hf=")
-        return self.directory
+        return with_weights(self.directory)
 
     @property
     def tied(self) -> bool:
@@ -214,6 +214,7 @@ def read_hf_model(
     *,
     architecture: str | None = None,
     num_labels: int | None = None,
+    revision: str | None = None,
 ) -> HFModel:
     """Reads a local directory, or fetches everything but the weights of a model on the Hub.
 
@@ -221,6 +222,7 @@ def read_hf_model(
         family: a family of the user's own: its file, or the family itself.
         architecture: a classifier of the model in config.json: …ForSequenceClassification, …ForTokenClassification.
         num_labels: the number of its labels.
+        revision: branch, tag or commit of a model on the Hub, which `OWNER/MODEL@REVISION` says, too.
 
     Raises:
         UsageError: the directory or its config.json is missing, or the file of `family` is none; see `own_family`. Or
@@ -228,7 +230,7 @@ def read_hf_model(
         UnknownArchitectureError: no family claims the model.
         MissingExtraError: config.json lacks fields that only transformers fills in, which is not installed.
     """
-    directory = model_directory(path, weights=False)
+    directory = model_directory(path, weights=False, revision=revision)
     with explaining_reads(directory):
         if not (directory / CONFIG_FILE).is_file() and is_training_output(directory):
             raise UsageError(

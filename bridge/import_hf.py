@@ -82,7 +82,7 @@ def import_hf(
     """
     target = resolved_output(target)
     check_output(target, overwrite=overwrite)
-    companions = Companions.of(hf.directory)
+    companions = Companions.of(hf.directory and hf.weights_directory)
     read = [*companions.read, *companions.weights]
     files = None if companions.source is None else SourceFiles.of(companions.source, read, hashed=hash_source)
 
@@ -96,7 +96,7 @@ def import_hf(
     bridge = AutoBridge(hf, ranks)
     with bridge.open_weights() as weights:
         if weights.schemes and dtype == torch.float16:
-            raise UsageError("model.dtype=float16 has too small a range for dequantized weights: use bfloat16")
+            raise UsageError("dtype=float16 has too small a range for dequantized weights: use bfloat16")
         chunks = megatron.build_chunks(hf, dtype=dtype, initialize=False, model_class=_model_class(model_class))
         any_quantized = bool(weights.schemes or weights.cache_scales)
         quantized = _insert(chunks, hf, weights) if any_quantized else set[str]()
@@ -118,7 +118,7 @@ def import_hf(
 
 def _model_class(name: str | None) -> ModelClass | None:
     if name not in (None, "gpt", "hybrid"):
-        raise UsageError(f"unknown model.model_class={name}; known: gpt, hybrid")
+        raise UsageError(f"unknown model_class={name}; known: gpt, hybrid")
     return name  # type: ignore[return-value]  # mypy does not narrow by a tuple
 
 

@@ -1,7 +1,7 @@
 """Saving: everything that an export does once it has a plan, for bundles of a live model or of files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from amaxbridge.bridge.hf import HFModel
@@ -18,6 +18,7 @@ from amaxbridge.export.disk.output_place import resolved_output
 from amaxbridge.export.disk.packed_experts import ExpertPacker
 from amaxbridge.export.disk.shard_layout import Layout, Shard, plan_layout
 from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
+from amaxbridge.export.hub import check_name
 from amaxbridge.export.model_free.input_directory import check_apart, check_ignored
 from amaxbridge.export.output.config_and_index import Companions
 from amaxbridge.export.output.finalizer import Bundle
@@ -49,13 +50,13 @@ class ExportReport:
     """
 
     scheme: str
-    bundles: Sequence[BundlePlan]
-    written: Mapping[str, TensorSpec]
-    layout: Layout
-    quantized: Mapping[str, str]
-    ignored: Sequence[str]
-    state: QuantState
-    filled: Mapping[str, str]
+    bundles: Sequence[BundlePlan] = field(repr=False)
+    written: Mapping[str, TensorSpec] = field(repr=False)
+    layout: Layout = field(repr=False)
+    quantized: Mapping[str, str] = field(repr=False)
+    ignored: Sequence[str] = field(repr=False)
+    state: QuantState = field(repr=False)
+    filled: Mapping[str, str] = field(repr=False)
     ended: bool
 
     @property
@@ -72,6 +73,7 @@ class Saver:
     """
 
     def __init__(self, hf: HFModel, writers: Writers, target: Path, options: SaveOptions) -> None:
+        check_name("base_model", options.base_model)
         self._hf, self.writers, self.options = hf, writers, options
         self._described_by = hf
         self.target = resolved_output(target)
@@ -143,6 +145,7 @@ class Saver:
                 sum(spec.nbytes for spec in (*weights.values(), *carried.values())),
                 state,
                 {**(options.record or {}), **({"notes": notes} if notes else {})},
+                options.base_model,
             ),
             keys=[bundle.key for bundle in plan],
             sizes={bundle.key: BundleSize.of(bundle.specs) for bundle in plan if bundle.owner == self.writers.me},
@@ -180,11 +183,11 @@ class Saver:
 
     def _state_shards(self, state: QuantState, specs: Mapping[str, TensorSpec]) -> tuple[Shard]:
         if any(name.endswith(STORED_SCALES) for name in specs):
-            raise UsageError("quant_state=true: FP8 parameters that are written unchanged have no amax to keep")
+            raise UsageError("quant_state=True: FP8 parameters that are written unchanged have no amax to keep")
         folded = [name for name in {*specs, *state.amax} if name.endswith(PRE_QUANT_SCALE)]
         if folded:
             raise UsageError(
-                f"quant_state=true: the state would not fit weights with {len(folded)} input scales folded into them:"
+                f"quant_state=True: the state would not fit weights with {len(folded)} input scales folded into them:"
                 f"{listing(sorted(folded))}\nExport without it, or disable AWQ and SmoothQuant and calibrate again"
             )
         return (plan_quant_state(state, specs, ModelIdentity.of(self._hf.written, specs)),)

@@ -10,8 +10,8 @@ from amaxbridge.bridge.plan.tensor_specs import hf_tensors
 from amaxbridge.bridge.save import ExportReport, Saver, Stream
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.disk.source_files import SeveralSources
+from amaxbridge.export.hub import hub_name
 from amaxbridge.export.output.finished_directory import BundleWriter, write_directory
-from amaxbridge.export.output.model_card import hub_name
 from amaxbridge.export.output.peft_directory import (
     NAMES_OF_EXPERTS,
     PACKED_BY_PEFT,

@@ -18,12 +18,13 @@ DTYPE_FIELDS = ("dtype", "torch_dtype")
 """The fields of config.json that name a dtype, in any part of it: the newer first."""
 
 
-def dtype_option(option: str, name: str) -> torch.dtype:
-    """The dtype that an option names.
+def dtype_option(option: str, name: "str | torch.dtype") -> torch.dtype:
+    """The dtype that an option names; torch's own is one, too.
 
     Raises:
         UsageError: unknown name. The message lists the known ones.
     """
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise UsageError(f"unknown {option}={name}; known: {', '.join(DTYPES)}")
     return DTYPES[name]

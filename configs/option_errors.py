@@ -1,5 +1,6 @@
 """Hydra's errors about the command line, in this package's words: the option, what is wrong, and the next step."""
 
+import re
 from collections.abc import Iterator
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -8,6 +9,7 @@ from yaml import YAMLError
 
 from amaxbridge.configs.options import nearest
 from amaxbridge.configs.words import WrongWord
+from amaxbridge.output_options import command_line_names
 
 REFUSED = (HydraException, OmegaConfBaseException, YAMLError, WrongWord)
 """What is raised before the command starts."""
@@ -39,6 +41,16 @@ def explained(error: BaseException, schema: type) -> str:
     if isinstance(error, YAMLError):  # of a file in --config-dir
         return f"Not YAML: {' '.join(str(error).split())}"
     return f"{_first_line(error)}. --help shows all options"
+
+
+def as_typed(message: str) -> str:
+    """A message of the library, which speaks of Python's arguments, in words of the command line."""
+    names = command_line_names()
+
+    def typed(found: re.Match[str]) -> str:
+        return f"{names[found[1]]}={(found[2] or '').lower()}"
+
+    return re.sub(rf"(?<![\w.])({'|'.join(names)})=(True|False)?", typed, message)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -132,6 +132,9 @@ class ExportConfig(CommonConfig):
         None,
     )
     num_labels: int | None = option("With hf= and architecture=: the rows of the head; 1 for a reward model.", None)
+    revision: str | None = option("Branch, tag or commit of a model on the Hub, as NAME@REVISION says, too.", None)
+    base_model: str | None = shared("base_model")
+    push_to_hub: str | None = option("Name of a model on the Hub to upload the finished output to.", None)
     vocab_size: int | None = option(
         "Without hf=: the tokenizer's vocabulary size, if only Megatron's padded one was saved.", None
     )
@@ -159,7 +162,8 @@ class ImportConfig(CommonConfig):
     torchrun --nproc-per-node 4 -m amaxbridge import hf=HF_DIR output=CKPT parallel.tp=2 parallel.pp=2
     """
 
-    hf: str = option("Hugging Face directory.")
+    hf: str = option("Hugging Face directory or Hub name.")
+    revision: str | None = option("Branch, tag or commit of a model on the Hub, as NAME@REVISION says, too.", None)
     family: str | None = option(
         "Python file with a model family of your own, for a model that is not known here. The file runs.", None
     )
@@ -191,6 +195,9 @@ class QuantizeConfig(CommonConfig):
         "gpt_oss; null to detect it from the source's config.json and tensors.",
         None,
     )
+    revision: str | None = option("Branch, tag or commit of a model on the Hub, as NAME@REVISION says, too.", None)
+    base_model: str | None = shared("base_model")
+    push_to_hub: str | None = option("Name of a model on the Hub to upload the finished output to.", None)
     architecture: str | None = option(
         "Null for the one in config.json; the name of a known one with the same tensors; or guess, to go by usual "
         "tensor names.",
@@ -233,7 +240,8 @@ class VerifyConfig(CommonConfig):
 
     input: str = option("Directory to check.")
     reference: str | None = option(
-        "What the checkpoint was made from: a Hugging Face directory, to measure errors, or quant_state.safetensors.",
+        "What the checkpoint was made from: a Hugging Face directory or Hub name, to measure errors, or "
+        "quant_state.safetensors.",
         None,
     )
     json: str | None = option("File for the findings as JSON.", None)
@@ -254,7 +262,9 @@ class ReportConfig(CommonConfig):
     """
 
     input: str = option("Directory to report on.")
-    reference: str | None = option("Hugging Face directory that the checkpoint was made from, to measure errors.", None)
+    reference: str | None = option(
+        "Hugging Face directory or Hub name that the checkpoint was made from, to measure errors.", None
+    )
     quant_state: str | None = option("quant_state.safetensors of the training run; null for the one in input.", None)
     output: str | None = option("Directory for the report; null for input.", None)
     card: bool = option("Write the signal-to-noise ratio into the model card of input; needs reference.", False)

@@ -27,6 +27,7 @@ def export(options: ExportConfig) -> None:
     from amaxbridge.mappings.errors import UsageError
     from amaxbridge.scripts.mesh_tables import mesh_table
     from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.pushing import prepare, push
     from amaxbridge.scripts.recipes import output_keywords, recipe_of
     from amaxbridge.scripts.tables import export_table
 
@@ -37,6 +38,8 @@ def export(options: ExportConfig) -> None:
     if options.dry_run and share.rank:
         return
     hf = _described_model(options)
+    if not share.rank:
+        prepare(options)
     how: SaveKeywords = {
         **output_keywords(options, "export"),
         "scheme": recipe_of(options.scheme),
@@ -57,6 +60,7 @@ def export(options: ExportConfig) -> None:
         how["progress"] = shown
         report = AutoBridge(hf).convert_checkpoint(options.checkpoint, options.output, share=share, **how)
     if report.ended:
+        push(options)
         export_table(report, options, time.monotonic() - began)
 
 
@@ -78,7 +82,11 @@ def _described_model(options: ExportConfig) -> "HFModel":
         raise UsageError("vocab_size= is for a checkpoint without hf=, whose config.json says it")
     try:
         return read_hf_model(
-            options.hf, options.family, architecture=options.architecture, num_labels=options.num_labels
+            options.hf,
+            options.family,
+            architecture=options.architecture,
+            num_labels=options.num_labels,
+            revision=options.revision,
         )
     except UnknownArchitectureError:
         raise

@@ -22,7 +22,7 @@ def import_hf(options: ImportConfig) -> None:
     from amaxbridge.scripts.mesh_tables import import_plan_table, import_table
 
     began = time.monotonic()
-    hf, sizes = read_hf_model(options.hf, options.family), asdict(options.parallel)
+    hf, sizes = read_hf_model(options.hf, options.family, revision=options.revision), asdict(options.parallel)
     output = resolved_output(options.output)
     check_output(output, overwrite=options.io.overwrite)
     if options.dry_run:

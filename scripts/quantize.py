@@ -14,9 +14,11 @@ def quantize(options: QuantizeConfig) -> None:
     from amaxbridge.export.model_free.pipeline import default_workers
     from amaxbridge.export.model_free.whole_directory import model_free_ptq
     from amaxbridge.scripts.progress_bar import progress
+    from amaxbridge.scripts.pushing import prepare, push
     from amaxbridge.scripts.recipes import output_keywords, recipe_of
     from amaxbridge.scripts.tables import quantize_table
 
+    prepare(options)
     began = time.monotonic()
     with progress(f"quantizing to {options.output}") as shown:
         report = model_free_ptq(
@@ -29,8 +31,10 @@ def quantize(options: QuantizeConfig) -> None:
             converter=options.converter,
             quant_state=options.quant_state,
             architecture=options.architecture,
+            revision=options.revision,
             **output_keywords(options, "quantize", shown),
         )
+    push(options)
     quantize_table(report, options, time.monotonic() - began)
 
 

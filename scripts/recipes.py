@@ -27,6 +27,7 @@ def output_keywords(
     """What every export takes, from the options of a command; they are kept as its record."""
     return {
         "format": options.format,
+        "base_model": options.base_model,
         "missing_amax": options.amax.missing,
         "mixed_groups": options.mixed_groups,
         "nonfinite": options.nonfinite,

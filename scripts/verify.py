@@ -45,7 +45,7 @@ def verify(options: VerifyConfig) -> None:
 
 
 def _is_directory(reference: str | None) -> bool:
-    return reference is not None and Path(reference).is_dir()
+    return reference is not None and not reference.endswith(".safetensors")
 
 
 def main() -> None:

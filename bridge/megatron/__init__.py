@@ -11,7 +11,7 @@ need("A model in Megatron", *EXTRAS["megatron"])
 from amaxbridge.bridge.megatron.build_model import build_chunks, build_model
 from amaxbridge.bridge.megatron.insert_quantizers import cache_quantizers, enable_quantizer, insert_quantizers
 from amaxbridge.bridge.megatron.megatron_checkpoint import load_checkpoint, save_checkpoint
-from amaxbridge.bridge.megatron.process_groups import distributed, process_ranks
+from amaxbridge.bridge.megatron.process_groups import distributed, parallel_state_of, process_ranks
 
 __all__ = [
     "build_chunks",
@@ -21,6 +21,7 @@ __all__ = [
     "enable_quantizer",
     "insert_quantizers",
     "load_checkpoint",
+    "parallel_state_of",
     "process_ranks",
     "save_checkpoint",
 ]

@@ -8,6 +8,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from amaxbridge.bridge.live.process_ranks import ProcessRanks, process_group
 from amaxbridge.bridge.megatron.without_cuda import without_cuda
+from amaxbridge.mappings.errors import UsageError
 from amaxbridge.mappings.ranks import Axis
 
 
@@ -47,3 +48,25 @@ def distributed(
             yield
         finally:
             parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def parallel_state_of(**sizes: int | None) -> Iterator[None]:
+    """The parallel state that there is, or one that is opened for a while.
+
+    Args:
+        sizes: those of `distributed`, which are 1 where they are not given.
+
+    Raises:
+        UsageError: there is a parallel state, which has sizes already, or a name is no size.
+    """
+    known = {"tp", "pp", "vpp", "ep", "etp"}
+    if unknown := sizes.keys() - known:
+        raise UsageError(f"unknown argument {', '.join(sorted(unknown))}=; sizes are {', '.join(sorted(known))}")
+    if not parallel_state.model_parallel_is_initialized():
+        with distributed(**{"tp": 1, **sizes}):  # type: ignore[arg-type]
+            yield
+    elif sizes:
+        raise UsageError(f"Megatron's parallel state has its sizes: leave out {', '.join(sizes)}=")
+    else:
+        yield

@@ -28,7 +28,7 @@ from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import CheckpointError, listing
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.ranks import Axis
-from amaxbridge.output_options import SaveKeywords, SaveOptions
+from amaxbridge.output_options import SaveKeywords, SaveOptions, options_from
 
 _NEVER_QUANTIZED = ("embedding.", "output_layer.", ".router.", "eh_proj.")  # by ModelOpt's presets
 
@@ -96,7 +96,7 @@ def plan_on_mesh(hf: HFModel, mesh: Mesh, target: Path, **options: Unpack[SaveKe
     config = hf.model_config.padded_to(mesh.tp)
     reports = list(_reports(MegatronSpecs(hf, config), mesh))
     bundles = plan_reports(reports, hf.registry, config, skip=hf.without_tensor)
-    asked = replace(SaveOptions(**options), dry_run=True)
+    asked = replace(options_from(SaveOptions, options), dry_run=True)
     state = _supposed_state(bundles, find_scheme(asked.scheme))
     report = Saver(hf, Apart(ALONE), target, asked).save(bundles, _nothing, lambda: state)
     held = [sum(spec.nbytes for spec in rank.specs.values()) for rank in reports]

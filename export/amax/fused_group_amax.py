@@ -44,7 +44,7 @@ def missing_policy(name: str) -> MissingAmax:
     Raises:
         UsageError: unknown name. The message lists the known ones.
     """
-    return _policy(MissingAmax, "amax.missing", name)
+    return _policy(MissingAmax, "missing_amax", name)
 
 
 def mixed_policy(name: str) -> MixedGroups:
@@ -142,8 +142,8 @@ def share_amax(
         raise AmaxError(
             f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
             "Calibrate the model (mtq.calibrate) or train it with these quantizers enabled, then export again; "
-            "amax.missing=from_weights (missing_amax= in Python) fills weight amax from the weights; input amax "
-            "come from data, or with group_max from the same fused group"
+            "missing_amax=from_weights fills weight amax from the weights; input amax come from data, or with "
+            "group_max from the same fused group"
         )
     return shared
 

@@ -40,7 +40,7 @@ _FORM: dict[str, Any] = {
         "architectures": [str], "layers": (int, None), "hidden_size": (int, None), "experts": int, "modules": str
     },
 }  # fmt: skip
-_HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=true"
+_HOW = f"an export writes {QUANT_STATE_FILE} with quant_state=True"
 
 _log = logging.getLogger("amaxbridge")
 

@@ -59,7 +59,7 @@ def move_into_place(staging: Path, target: Path, *, overwrite: bool) -> None:
     except OSError as error:
         if error.errno in _NOT_EMPTY and contents(target):
             raise OutputExistsError(
-                f"output {target} was empty at the start and is not any more: io.overwrite=true replaces it"
+                f"output {target} was empty at the start and is not any more: overwrite=True replaces it"
             ) from error
         if error.errno not in _MUST_STAY or not target.is_dir():
             raise
@@ -103,7 +103,7 @@ def _move_files(staging: Path, target: Path, *, overwrite: bool) -> None:
         old = contents(target)
         if old and not overwrite:
             raise OutputExistsError(
-                f"output {target} was empty at the start and is not any more: io.overwrite=true replaces it"
+                f"output {target} was empty at the start and is not any more: overwrite=True replaces it"
             )
         listed.write_text(json.dumps(old))
         sync_file(listed)

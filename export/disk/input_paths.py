@@ -6,6 +6,7 @@ absolute path would overwrite files of the user, and a link to `~/.ssh/id_ed2551
 """
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -106,6 +107,8 @@ def given_path(path: str | Path) -> Path:
         UsageError: it cannot be followed: its links lead in a circle, a name is too long or is none, a directory may
             not be looked into, there is no such user's home.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"{path!r} is no path: give the name of a directory, not {type(path).__name__}")
     try:
         given = Path(path).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -93,7 +93,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if output.is_dir() and not os.access(output, os.R_OK | os.W_OK | os.X_OK):
         raise UsageError(f"output {output} is not writable for this user: make it so, or choose another output")
     if not overwrite and contents(output) and not is_moving(staging):
-        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give io.overwrite=true")
+        raise OutputExistsError(f"output {output} exists and is not empty; choose another or give overwrite=True")
 
 
 def check_room(directory: Path, nbytes: int) -> None:

@@ -5,42 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
-from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.output.config_and_index import fused_layers, read_config_json
 from amaxbridge.export.schemes.recipe import Groups, Recipe
 from amaxbridge.export.schemes.targets import EVERY_LINEAR, HEAD, is_named
 from amaxbridge.mappings.errors import UsageError, listing
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their linears are transformers' Conv1D
-
-
-def model_directory(name: str | Path, *, weights: bool) -> Path:
-    """Returns a local directory, or the directory to which the Hub's model of this name is downloaded.
-
-    Args:
-        path: a directory, or a name on the Hub.
-        weights: True to download the weights, too.
-
-    Raises:
-        UsageError: there is no such directory and no such model.
-    """
-    path = given_path(name)
-    if path.is_dir():
-        return path
-    here = path.absolute()
-    if path.exists():
-        raise UsageError(f"{path} is a file: give the directory that it lies in")
-    if path.is_absolute() or len(path.parts) != 2:
-        raise UsageError(
-            f"{here} is not there: give a directory, or the name of a model on the Hub (ORGANIZATION/MODEL)"
-        )
-    try:
-        return Path(snapshot_download(str(name), ignore_patterns=None if weights else list(_WEIGHTS)))
-    except (OSError, ValueError) as error:  # no network, no such model, or no permission to read it
-        raise UsageError(f"{here} is not there, and the Hub does not give a model {name}: {error}") from error
 
 
 def check_spared(source: Path, target: Path) -> None:

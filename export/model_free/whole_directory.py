@@ -7,7 +7,7 @@ Each output file corresponds to a source file; `inverse_weight_maps` says which 
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,6 +23,7 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.disk.staging import ALONE, check_output
+from amaxbridge.export.hub import check_name, model_directory
 from amaxbridge.export.model_free.architecture_of_input import knowledge_of, noted, unknown_architecture
 from amaxbridge.export.model_free.converters.chain import ConverterChain
 from amaxbridge.export.model_free.converters.protocol import Converter
@@ -31,7 +32,6 @@ from amaxbridge.export.model_free.input_directory import (
     check_apart,
     check_ignored,
     check_targets,
-    model_directory,
     read_config,
 )
 from amaxbridge.export.model_free.inverse_weight_maps import InverseWeightMap, build_microscale_inverse_weight_maps
@@ -47,7 +47,7 @@ from amaxbridge.export.quantization_declared import declared_quantization
 from amaxbridge.export.schemes import Recipe, find_scheme
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
-from amaxbridge.output_options import OutputKeywords, OutputOptions
+from amaxbridge.output_options import OutputKeywords, OutputOptions, options_from
 
 _log = logging.getLogger("amaxbridge")
 
@@ -71,15 +71,15 @@ class ModelFreeReport:
         resumed: number of bundles that an interrupted run had finished.
     """
 
-    layout: Layout
+    layout: Layout = field(repr=False)
     source_bytes: int
-    sources: Mapping[str, TensorSpec]
-    written: Mapping[str, TensorSpec]
-    quantized: Mapping[str, str]
-    left: Sequence[str]
-    filled: Mapping[str, str]
+    sources: Mapping[str, TensorSpec] = field(repr=False)
+    written: Mapping[str, TensorSpec] = field(repr=False)
+    quantized: Mapping[str, str] = field(repr=False)
+    left: Sequence[str] = field(repr=False)
+    filled: Mapping[str, str] = field(repr=False)
     bundles: int
-    kept: Sequence[str] = ()
+    kept: Sequence[str] = field(default=(), repr=False)
     formats: Sequence[str] = ()
     resumed: int = 0
 
@@ -95,6 +95,7 @@ def model_free_ptq(
     *,
     quant_state: QuantState | str | Path | None = None,
     architecture: str | None = None,
+    revision: str | None = None,
     **options: Unpack[OutputKeywords],
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
@@ -114,8 +115,9 @@ def model_free_ptq(
         quant_state: amax and formats from training, or a file of them; quantizes the modules that they cover.
         architecture: None for that of config.json; the name of a known one that has the same tensors; or `guess`, to
             take tensors by the names that most models use. The model card then says so.
-        options: `missing_amax`, `mixed_groups`, `nonfinite`, `overwrite`, `hash_source`, `dry_run`, `verify`,
-            `progress`, `record`; see `OutputOptions`.
+        revision: branch, tag or commit of a model on the Hub, which `OWNER/MODEL@REVISION` says, too.
+        options: `format`, `base_model`, `missing_amax`, `mixed_groups`, `nonfinite`, `overwrite`, `hash_source`,
+            `dry_run`, `verify`, `progress`, `record`; see `OutputOptions`.
 
     Raises:
         UsageError: the arguments cannot work.
@@ -124,11 +126,13 @@ def model_free_ptq(
         AmaxError: amax are missing, zero, negative or not finite; all are named.
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
-    asked = OutputOptions(scheme=scheme, ignore=tuple(ignore), **options)
+    names = ignore if isinstance(ignore, str) else tuple(ignore)
+    asked = options_from(OutputOptions, {"scheme": scheme, "ignore": names, **options})
     recipe, missing = find_scheme(scheme, asked.ignore, asked.format), missing_policy(asked.missing_amax)
     mixed = mixed_policy(asked.mixed_groups)
     finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
-    source = model_directory(model_stub, weights=True).absolute()
+    check_name("base_model", asked.base_model)
+    source = model_directory(model_stub, weights=True, revision=revision).absolute()
     target = resolved_output(save_directory)
     check_apart(source, target)
     check_output(target, overwrite=asked.overwrite)
@@ -168,6 +172,7 @@ def model_free_ptq(
                 report.source_bytes,
                 quant_state or QuantState(),
                 {**(asked.record or {}), **noted(knowledge, config)},
+                asked.base_model,
             ),
             keys=[bundle.key for bundle in plan.bundles],
             sizes=plan.sizes,

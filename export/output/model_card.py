@@ -11,7 +11,6 @@ no date, no host and no full path, so the same export writes the same card, and 
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.staging import Content
 from amaxbridge.export.disk.strict_json import misfit
+from amaxbridge.export.hub import hub_name
 from amaxbridge.export.modelopt_config import HF_QUANT_CONFIG_FILE
 from amaxbridge.export.output.config_and_index import (
     CARD_FILE,
@@ -48,7 +48,6 @@ _log = logging.getLogger("amaxbridge")
 _NOT_OF_THE_OUTPUT = ("base_model", "base_model_relation", "model-index", "new_version", "quantized_by")
 _BEGIN, _END = "<!-- amaxbridge -->", "<!-- /amaxbridge -->"
 _SHOWN = ("scheme", "formats", "kv_cache", "bytes", "quantized", "ignored", "amax", "versions")  # facts of every card
-_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # of a directory in the cache of the Hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,7 @@ class Conversion:
         layout: the files of weights.
         source_bytes: of all weights before.
         state: what training calibrated.
+        base_model: the source's name on the Hub; None for the one that its place in the Hub's cache tells.
         record: how it was asked for; its `command_line` and its `notes` to users are shown in the card.
     """
 
@@ -68,6 +68,7 @@ class Conversion:
     source_bytes: int
     state: QuantState = field(default_factory=QuantState, repr=False)
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    base_model: str | None = None
 
 
 def files_beside(
@@ -151,7 +152,7 @@ def _without_ours(text: str) -> str:
 def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
     finalizer, layout, state = conversion.finalizer, conversion.layout, conversion.state
     return {
-        "base_model": hub_name(source),
+        "base_model": conversion.base_model or hub_name(source),
         "scheme": "+".join(sorted(set(finalizer.scheme_names.values()))) or "none",
         "formats": _formats(finalizer),
         "format": finalizer.format,
@@ -178,12 +179,6 @@ def _facts(source: Path | None, conversion: Conversion) -> dict[str, Any]:
 def _formats(finalizer: Finalizer) -> list[str]:
     """The formats of the config's groups, or ModelOpt's algorithms."""
     return list(dict.fromkeys(scheme.stored_as for scheme in finalizer.written.values()))
-
-
-def hub_name(source: Path | None) -> str | None:
-    """`owner/name` of a snapshot in the cache of the Hub; None for another directory."""
-    found = _SNAPSHOT.search(source.absolute().as_posix() + "/") if source else None
-    return f"{found[1]}/{found[2]}" if found else None
 
 
 def _parsed(original: str) -> tuple[CardData, str]:

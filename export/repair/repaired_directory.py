@@ -39,7 +39,7 @@ from amaxbridge.export.verify.fact_rules import architecture
 from amaxbridge.export.verify.reference_weights import one_by_one
 from amaxbridge.mappings.errors import CheckpointError, UsageError, listing
 from amaxbridge.mappings.tensors import TensorSpec
-from amaxbridge.output_options import RepairKeywords, RepairOptions
+from amaxbridge.output_options import RepairKeywords, RepairOptions, options_from
 
 
 def repair(
@@ -67,7 +67,7 @@ def repair(
             it was read.
         WriteError: the disk is full or fails; what is written is kept for the next run.
     """
-    asked = RepairOptions(**options)
+    asked = options_from(RepairOptions, options)
     unseen = unseen_policy(asked.unseen)
     directory, target = given_path(source), resolved_output(output)
     if not directory.is_dir():
@@ -102,8 +102,8 @@ def _hopeless(report: RepairReport) -> str:
     why = f"\nNothing in the checkpoint says what would be right of:{listing(refused)}" if refused else ""
     can = f"{len(report.changes)} other things can be mended. " if report.changes else ""
     return (
-        f"{report.source} cannot be made to serve by a repair:{listing(left)}{why}\n{can}dry_run=true shows all of it, "
-        "verify=false writes what can be mended all the same; otherwise export or quantize again"
+        f"{report.source} cannot be made to serve by a repair:{listing(left)}{why}\n{can}dry_run=True shows all of it, "
+        "verify=False writes what can be mended all the same; otherwise export or quantize again"
     )
 
 

@@ -38,7 +38,7 @@ def write_report(
         WriteError: the file system refuses.
     """
     if card and reference is None:
-        raise UsageError("card=true needs reference=: the signal-to-noise ratio compares the weights with it")
+        raise UsageError("card=True needs reference=: the signal-to-noise ratio compares the weights with it")
     facts = gather(directory, reference, quant_state, progress)
     if card:
         note_snr(directory, facts.serving.errors)

@@ -19,6 +19,7 @@ from amaxbridge.export.amax.quant_state_file import read_quant_state
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.io_errors import explaining_reads
 from amaxbridge.export.disk.source_files import SourceFiles
+from amaxbridge.export.hub import reference_path
 from amaxbridge.export.output.config_and_index import QUANT_STATE_FILE, read_config_json
 from amaxbridge.export.output.module_schemes import unquantized_kinds
 from amaxbridge.export.output.provenance import read_record
@@ -149,7 +150,8 @@ def gather(
         names = [name for name in os.listdir(directory) if name.endswith((".json", ".safetensors"))]
     noted = SourceFiles.of(directory, names)  # the directory is read three times
     config = read_config_json(directory)
-    if reference is not None and not given_path(reference).is_dir():
+    reference = reference and reference_path(reference)
+    if reference is not None and not reference.is_dir():
         raise UsageError(f"reference={reference} is not a directory")
     kept = quant_state or directory / QUANT_STATE_FILE
     state = read_quant_state(kept, config) if quant_state or os.path.lexists(kept) else None

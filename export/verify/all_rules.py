@@ -8,6 +8,7 @@ from pathlib import Path
 from amaxbridge.export.architectures.engines import ENGINES, Engine
 from amaxbridge.export.architectures.facts import GUESS
 from amaxbridge.export.disk.input_paths import given_path
+from amaxbridge.export.hub import reference_path
 from amaxbridge.export.progress import NoProgress, Progress
 from amaxbridge.export.verify import (
     config_rules,
@@ -70,7 +71,7 @@ def verify(
     """
     if engine not in (EVERY, *NAMES):
         raise UsageError(f"Unknown engine {engine!r}. Use {', '.join(NAMES)} or {EVERY}")
-    directory, reference = given_path(directory), reference and given_path(reference)
+    directory, reference = given_path(directory), reference and reference_path(reference)
     for path in (directory, reference):
         if path and not path.exists():
             raise UsageError(f"{path} does not exist: give a local directory")

@@ -127,7 +127,7 @@ def _weight_shapes(view: CheckpointView) -> Iterator[Problem]:
             yield Problem(f"{module.name}.weight_shape", f"says {list(found)}, the codes {list(module.shape)}")
 
 
-_CALIBRATE = "Find why training has no usable amax there; amax.missing says how to fill it"
+_CALIBRATE = "Find why training has no usable amax there; missing_amax= says how to fill it"
 _INVERT = "Divide 1 by the scale: a divisor was taken for a factor, or the other way around"
 
 RULES = (

@@ -150,7 +150,7 @@ class VerifyReport:
             raise CheckpointError(
                 f"{target} would not serve right, and was not written:\n"
                 + "\n".join(map(text, self.failures))
-                + "\nverify=false writes it all the same"
+                + "\nverify=False writes it all the same"
             )
         for engine in ENGINES:
             verdict = self.verdict_of(engine.key)

@@ -185,7 +185,7 @@ def test_a_refit_has_the_same_tensors(blocks: LiveRanks) -> None:
 
 
 def test_a_state_of_quantizers_is_refused(blocks: LiveRanks) -> None:
-    assert "quant_state=true" in outcomes(blocks.at(tp=2))["state"]
+    assert "quant_state=True" in outcomes(blocks.at(tp=2))["state"]
 
 
 def test_weights_are_imported_into_codes(blocks: LiveRanks) -> None:

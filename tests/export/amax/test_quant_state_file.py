@@ -103,7 +103,7 @@ def test_sizes_of_a_model_inside_another(file: Path) -> None:
 
 
 def test_no_such_file_and_another_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.safetensors: no such file.*quant_state=true"):
+    with pytest.raises(UsageError, match=r"none\.safetensors: no such file.*quant_state=True"):
         read_quant_state(tmp_path / "none.safetensors", CONFIG)
     other = tmp_path / "model.safetensors"
     save_file({"w": torch.ones(1)}, other)

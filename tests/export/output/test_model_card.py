@@ -81,7 +81,7 @@ def test_a_report_adds_what_it_measured(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     model_free_ptq(source, output, "nvfp4a16")
     before = (output / "README.md").read_text()
-    with pytest.raises(UsageError, match="card=true needs reference="):
+    with pytest.raises(UsageError, match="card=True needs reference="):
         write_report(output, output=tmp_path / "report", card=True)
     for _ in range(2):
         write_report(output, reference=source, output=tmp_path / "report", card=True)
