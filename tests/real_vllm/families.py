@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tests.support.paths import ROOT
@@ -22,6 +23,8 @@ from tests.support.tiny_models import TINY_MODELS, TinyModel, save_tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from amaxbridge.export.schemes import Recipe
 
 SERVE = Path(__file__).with_name("serve_families.py")
 TABLE = ROOT / "docs" / "in-vllm.md"
@@ -68,13 +71,13 @@ def prepare(
     tiny: TinyModel,
     made: Path,
     *,
-    schemes: Sequence[str] = SCHEMES,
+    recipes: "Mapping[str, str | Recipe]" = MappingProxyType({scheme: scheme for scheme in SCHEMES[1:]}),
     fit: "Callable[[PreTrainedConfig], PreTrainedConfig] | None" = None,
 ) -> None:
     """Makes the plain model and the quantized ones, and the logits of their weights: vLLM does not emulate inputs.
 
     Args:
-        schemes: `none`, then others.
+        recipes: directory → what `model_free_ptq` takes as its scheme.
         fit: changes the configuration to what the build of vLLM can run; by default `fitted`.
     """
     import torch
@@ -91,9 +94,9 @@ def prepare(
     plain = made / "none"
     save_tiny_model(replace(tiny, make=lambda: (fit or fitted)(tiny.make())), plain)
     note("none", torch.load(plain / "logits.pt"))
-    for scheme in schemes[1:]:
+    for scheme, recipe in recipes.items():
         try:
-            model_free_ptq(plain, made / scheme, scheme)
+            model_free_ptq(plain, made / scheme, recipe)
             model_free_ptq(made / scheme, made / f"{scheme} as it is", "none")
         except AmaxbridgeError as error:
             (made / f"{scheme}.txt").write_text(str(error))

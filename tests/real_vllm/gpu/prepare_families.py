@@ -2,20 +2,28 @@
 
     python -m tests.real_vllm.gpu.prepare_families OUT_DIR [NAME …]
 
-Runs in our environment, without a GPU. Rows of tests/support/tiny_models.py, without those that carry images.
+Runs in our environment, without a GPU. Rows of tests/support/tiny_models.py, without those that carry images. Qwen3 and
+Qwen3-MoE are quantized in FP8 blocks, too, with each kind of scales.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amaxbridge.export.schemes import Groups, Recipe, named_scheme
 from tests.real_vllm.families import AS_PUBLISHED, prepare
 from tests.support.tiny_models import TINY_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SCHEMES = ("none", "fp8_dynamic", "nvfp4a16", "w4a16")
+RECIPES: Mapping[str, str | Recipe] = {scheme: scheme for scheme in ("fp8_dynamic", "nvfp4a16", "w4a16")}
+BLOCKS: Mapping[str, str | Recipe] = {
+    "fp8_block": "fp8_block",
+    "fp8_block_ue8m0": Groups.of(named_scheme("fp8_block", scales="ue8m0")),
+}
+IN_BLOCKS = ("Qwen3", "Qwen3-MoE")
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -42,7 +50,7 @@ def main(out: Path, names: list[str]) -> None:
         directory = out / name.replace(" ", "_").replace(",", "")
         directory.mkdir(parents=True)
         try:
-            prepare(tiny, directory, schemes=SCHEMES, fit=wide)
+            prepare(tiny, directory, recipes={**RECIPES, **(BLOCKS if name in IN_BLOCKS else {})}, fit=wide)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         else:
