@@ -45,7 +45,7 @@ from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver, Stream
 from amaxbridge.bridge.save_adapters import save_adapters
 from amaxbridge.bridge.stored.adapted_checkpoint import adapted_model, holds_model
-from amaxbridge.bridge.stored.adapter_settings import AdapterSettings, adapter_settings
+from amaxbridge.bridge.stored.adapter_settings import AdapterSettings, ModelOptSettings, adapter_settings
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.hf_weights import HFWeights
 from amaxbridge.bridge.stored.identification import check_described, check_kind, stored_model
@@ -420,7 +420,12 @@ class AutoBridge:
             return self._save_stored(saver, plan, model, quantizers, share, several, merge)
 
     def _save_stored_adapters(
-        self, saver: Saver, stored: StoredModel, settings: AdapterSettings, share: Share, files: SourceFiles
+        self,
+        saver: Saver,
+        stored: StoredModel,
+        settings: AdapterSettings | ModelOptSettings,
+        share: Share,
+        files: SourceFiles,
     ) -> ExportReport:
         if holds_model(stored):
             check_described(stored, self.hf, adapters=True)

@@ -22,6 +22,7 @@ from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
 from amaxbridge.export.schemes import SCHEMES
 from amaxbridge.export.schemes.scheme import quantize_tensors
+from tests.support.adapters import ALPHA, RANK, adapters_for
 from tests.support.checkpoints import dense_model, write_checkpoint
 from tests.support.launcher import Launcher, LiveRanks
 from tests.support.paths import ROOT
@@ -58,6 +59,7 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "CKPT": trained / "checkpoint",
         "PLAIN_CKPT": plain_checkpoint(live.hf, tmp_path_factory.mktemp("plain")),
         "REWARD_CKPT": reward_checkpoint(live.hf, tmp_path_factory.mktemp("reward")),
+        "LORA_CKPT": lora_checkpoint(live.hf, tmp_path_factory.mktemp("lora")),
         "SERVED": trained / "nvfp4",
         "BAD": served_wrong(trained / "nvfp4", tmp_path_factory.mktemp("bad") / "BAD"),
         "examples": ROOT / "examples",
@@ -84,6 +86,14 @@ def reward_checkpoint(hf: Path, directory: Path) -> Path:
     state = megatron_state(read_hf_model(hf))
     head = torch.ones(1, state["output_layer.weight"].shape[1], dtype=torch.bfloat16)
     return write_state(directory / "checkpoint", {**state, "output_layer.weight": head})
+
+
+def lora_checkpoint(hf: Path, directory: Path) -> Path:
+    """Adapters alone, as Megatron-Bridge saves them."""
+    write_state(directory / "checkpoint", adapters_for(read_hf_model(hf), "lora").megatron)
+    config = f"peft: {{_target_: megatron.bridge.peft.lora.LoRA, alpha: {ALPHA:g}, dim: {RANK}}}"
+    (directory / "checkpoint" / "iter_0000005" / "run_config.yaml").write_text(config)
+    return directory / "checkpoint"
 
 
 def block_quantized(directory: Path) -> Path:

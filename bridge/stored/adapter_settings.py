@@ -1,22 +1,27 @@
 """How strongly adapters act: alpha, as training saved it beside a checkpoint, or as the user says.
 
 Megatron-Bridge saves its configuration as `run_config.yaml` in every iteration; its section `peft` has the kind of
-adapter, alpha and rank (`dim`). The rank is in the shapes, too. Nothing in the tensors tells alpha.
+adapter, alpha and rank (`dim`). ModelOpt saves its own in `modelopt_state`: patterns of module names with rank and
+scale, which is alpha / rank. The rank is in the shapes, too. Nothing in the tensors tells alpha.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from amaxbridge.bridge.stored.inert_pickle import NotReadable, read_archive
+from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.export.disk.input_files import read_input
 from amaxbridge.mappings.adapters import AdapterTensor
 from amaxbridge.mappings.errors import CheckpointError, UsageError
-from amaxbridge.mappings.names import is_routed_expert
+from amaxbridge.mappings.names import is_routed_expert, module_of
 
 RUN_CONFIG = "run_config.yaml"
+_MODELOPT_STATE, _COMMON, _COMMON_FILE = "modelopt_state", "common_state/", "common.pt"
 _MOST = 16 * 2**20  # bytes
 _KINDS = ("LoRA", "VLMLoRA", "DoRA", "CanonicalLoRA")
 
@@ -52,7 +57,46 @@ class AdapterSettings:
         return self.alpha / rank
 
 
-def adapter_settings(directory: Path, alpha: float | None) -> AdapterSettings:
+@dataclass(frozen=True, slots=True)
+class ModelOptSettings:
+    """What ModelOpt's configuration says of its adapters.
+
+    Args:
+        name: the adapter that it is for.
+        patterns: pattern of module names → rank and scale; later ones win.
+        alpha: what the user says, to be compared.
+        source: where it is said.
+    """
+
+    name: str
+    patterns: Mapping[str, Mapping[str, Any]]
+    alpha: float | None
+    source: str
+
+    def scale_of(self, tensor: AdapterTensor, rank: int) -> float:
+        """As `AdapterSettings.scale_of`.
+
+        Raises:
+            CheckpointError: the configuration is for another adapter or rank, or contradicts the user.
+        """
+        module, said = module_of(tensor.weight), dict[str, Any]()
+        for pattern, settings in self.patterns.items():
+            if fnmatchcase(module, pattern):
+                said |= settings
+        scale = said.get("scale", 1.0)
+        if tensor.label != self.name or not said:
+            raise CheckpointError(f"{tensor.adapter} is not in {self.source}, so nothing says how strongly it acts")
+        if not isinstance(scale, int | float) or said.get("rank", rank) != rank:
+            raise CheckpointError(f"{tensor.adapter} has rank {rank}, but {self.source} says {said}")
+        if self.alpha is not None and self.alpha / rank != scale:
+            raise CheckpointError(
+                f"{tensor.adapter}: adapter.alpha={self.alpha:g} at rank {rank} contradicts {self.source}, where its "
+                f"scale is {scale:g}: leave it out"
+            )
+        return float(scale)
+
+
+def adapter_settings(directory: Path, alpha: float | None) -> AdapterSettings | ModelOptSettings:
     """The settings of the adapters in an iteration of a checkpoint.
 
     Args:
@@ -62,6 +106,8 @@ def adapter_settings(directory: Path, alpha: float | None) -> AdapterSettings:
         UsageError: nothing says alpha, or `alpha` is another than the configuration's.
         CheckpointError: the configuration cannot be read, or its kind of adapter is not known.
     """
+    if (of_modelopt := _modelopt_settings(directory / _MODELOPT_STATE, alpha)) is not None:
+        return of_modelopt
     file = directory / RUN_CONFIG
     section = _peft(file)
     found = section.get("alpha")
@@ -88,6 +134,29 @@ def pretrained_checkpoint(directory: Path) -> str | None:
     checkpoint = _run_config(directory / RUN_CONFIG).get("checkpoint")
     found = checkpoint.get("pretrained_checkpoint") if isinstance(checkpoint, Mapping) else None
     return found if isinstance(found, str) and found else None
+
+
+def _modelopt_settings(directory: Path, alpha: float | None) -> ModelOptSettings | None:
+    """ModelOpt's configuration of adapters, None if it has none."""
+    if not directory.is_dir():
+        return None
+    data = read_input(directory / _COMMON_FILE, directory)
+    if data is None:
+        opened = open_checkpoint(directory)
+        data = next((opened.state(key) for key in opened.states if key.startswith(_COMMON)), None)
+    try:
+        found = read_archive(data) if isinstance(data, bytes) else data
+    except NotReadable as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+    found = found[0] if isinstance(found, list) and found else found
+    modes = found.get("modelopt_state_dict") if isinstance(found, Mapping) else None
+    for each in modes if isinstance(modes, list) else ():
+        match each:
+            case ("peft", {"config": {"adapter_name": str() as name, "adapter_cfg": dict() as patterns}}):
+                if not all(isinstance(pattern, str) and isinstance(its, dict) for pattern, its in patterns.items()):
+                    raise CheckpointError(f"{directory}: the configuration of adapters is not one of patterns")
+                return ModelOptSettings(name, patterns, alpha, str(directory))
+    return None
 
 
 def _peft(file: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import read_hf_model
+from amaxbridge.mappings.errors import CheckpointError
 from tests.support.adapters import ALPHA, adapters_for, merged_by_peft
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import label, same_tensors
@@ -65,7 +66,12 @@ def test_the_checkpoint_gives_the_same(exports: Exports, kind: str, tmp_path: Pa
         assert not (exports.out / f"{kind}_checkpoint").exists()
         return
     bridge, checkpoint = AutoBridge.from_hf_pretrained(exports.hf), exports.out / f"{kind}_checkpoint"
-    how: Any = {"scheme": "none", "adapter": "merge", "adapter_alpha": ALPHA}
+    how: Any = {"scheme": "none", "adapter": "merge"}
+    if kind == "modelopt":
+        with pytest.raises(CheckpointError, match=r"adapter.alpha=5 at rank 4 contradicts .*, where its scale is 1.5"):
+            bridge.convert_checkpoint(checkpoint, tmp_path / "out", adapter_alpha=5.0, **how)
+    else:
+        how["adapter_alpha"] = ALPHA
     bridge.convert_checkpoint(checkpoint, tmp_path / "out", **how)
     same_tensors(tmp_path / "out", exports.out / kind)
 
