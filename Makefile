@@ -18,7 +18,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-vllm-families test-browser fuzz real-model family parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels clean
+.PHONY: setup demo test test-fast slow-tests test-core test-lowest test-newest resolve test-faults test-peer test-gpu test-vllm test-vllm-families test-browser fuzz real-model family parity architectures engines sweep presets lint golden peer vllm bench bench-traffic bench-kernels bench-refit clean
 
 setup: $(READY)
 
@@ -131,6 +131,11 @@ parity: setup
 # What the ranks of an export move, beside the naive way: the table of benchmarks/README.md.
 bench-traffic: setup
 	$(BIN)/python benchmarks/traffic.py
+
+# A refit that is planned once, beside an export that plans every time: the table of benchmarks/README.md.
+bench-refit: setup
+	$(BIN)/python benchmarks/refit.py
+	$(BIN)/python benchmarks/refit.py dense --layers 8
 
 # How fast one core quantizes, beside llm-compressor: the table of benchmarks/README.md.
 bench-kernels: peer

@@ -54,8 +54,13 @@ class CountingRanks:
         return getattr(self._ranks, name)
 
     def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        return self.begin_all_to_all(axis, data, sent, received)()
+
+    def begin_all_to_all(
+        self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Callable[[], list[Tensor]]:
         self.received += sum(received) - received[self._ranks.rank(axis)]
-        return self._ranks.all_to_all(axis, data, sent, received)
+        return self._ranks.begin_all_to_all(axis, data, sent, received, into)
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         self.received += (self._ranks.size(axis) - 1) * tensor.nbytes

@@ -35,13 +35,12 @@ from amaxbridge.bridge.live.model_walk import (
 )
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
-from amaxbridge.bridge.plan.adapters import AdapterMode, Merge, adapter_mode, adapters_of, is_remeasured, merging
-from amaxbridge.bridge.plan.casting import Casting
+from amaxbridge.bridge.live.refit import RefitOptions, tensors_once
+from amaxbridge.bridge.plan.adapters import AdapterMode, Merge, adapters_of, merging
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
 from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
 from amaxbridge.bridge.plan.stored_blocks import check_blocks, stored_formats
-from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
 from amaxbridge.bridge.save import ExportReport, Saver, Stream
 from amaxbridge.bridge.save_adapters import save_adapters
 from amaxbridge.bridge.stored.adapted_checkpoint import adapted_model, holds_model
@@ -52,7 +51,6 @@ from amaxbridge.bridge.stored.identification import check_described, check_kind,
 from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.weight_dtypes import dtype_option
-from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.input_paths import given_path
@@ -63,7 +61,7 @@ from amaxbridge.export.hub import push_to_hub
 from amaxbridge.export.model_free.input_directory import check_spared
 from amaxbridge.export.output.finalizer import Bundle
 from amaxbridge.export.output.writing_processes import Apart, Together
-from amaxbridge.export.schemes import SCHEMES, Recipe, find_scheme
+from amaxbridge.export.schemes import SCHEMES, Recipe
 from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.adapters import AdaptedRegistry, is_adapter
 from amaxbridge.mappings.errors import CheckpointError, UnknownArchitectureError, UsageError, listing
@@ -269,29 +267,19 @@ class AutoBridge:
         """Yields the Hugging Face tensors that this rank owns; together the ranks yield each tensor once.
 
         With a scheme these are, bit for bit, the tensors of the checkpoint that `save_hf_pretrained` would write,
-        without the disk: a serving engine can get new weights after every training step. Memory holds only the bundles
-        in exchange. A rank that stops iterating blocks the others. Experts come one by one, even for a family whose
-        files pack them; tensors beside the language model are not included. `examples/refit.py` shows the use.
+        without the disk. For a serving engine that gets new weights after every step of training, `Refit` plans this
+        once. Memory holds only the bundles in exchange, and what they are made into. A rank that stops iterating blocks
+        the others. Experts come one by one, even for a family whose files pack them; tensors beside the language model
+        are not included. `examples/refit.py` shows the use.
 
         Args:
             scheme, missing_amax, mixed_groups: as in `SaveOptions`; without a scheme, the weights are unquantized.
             adapter, weight_amax: as in `SaveOptions`; adapters are merged or refused.
         """
-        chunks = unwrap(model)
-        recipe, missing, mixed = find_scheme(scheme), missing_policy(missing_amax), mixed_policy(mixed_groups)
-        mode = adapter_mode(adapter)
-        if mode is AdapterMode.ONLY:
-            raise UsageError("adapter=only writes a directory (save_hf_pretrained); give adapter='merge' here")
-        remeasured = is_remeasured(weight_amax, mode)
-        held, config = self._held(chunks, recipe), self._model_config(chunks)
-        plan, merge = self._plan_merged(held, config, chunks, mode, None, remeasured)
-        state = self._collect_all(chunks, plan) if recipe else QuantState()
-        first = self._ranks().rank(Axis.WORLD) == 0
-        casting = Casting.of(self.hf, specs_of(plan), None)
-        changed = None if merge is None else merge.changed
-        finalizer = decide(self.hf, plan, casting, recipe, state, missing, mixed, warn=first, changed=changed)
-        for bundle in self._stream(held, config, plan):
-            yield from finalizer.finalize(casting.bundle(bundle if merge is None else merge(bundle)))
+        options = RefitOptions.of(
+            scheme, missing_amax=missing_amax, mixed_groups=mixed_groups, adapter=adapter, weight_amax=weight_amax
+        )
+        yield from tensors_once(self, unwrap(model), options)
 
     def load_hf_weights(self, model: Model) -> None:
         """Fills this rank's shards of the model's parameters from the safetensors of the Hugging Face directory.
@@ -548,10 +536,12 @@ class AutoBridge:
     def _stream(self, held: Sequence[Parameter], config: ModelConfig, plan: Sequence[BundlePlan]) -> Iterator[Bundle]:
         return stream_bundles(plan, PlainTensors(held), config, self._ranks())
 
+    def _quantizers(self, chunks: Sequence[nn.Module]) -> list[Quantizer]:
+        """The quantizers of the model itself, whose state is collected."""
+        return _outside_adapters(self._all_quantizers(chunks))
+
     def _collect_scalars(self, chunks: Sequence[nn.Module]) -> QuantState:
-        return collect_scalars(
-            _outside_adapters(self._all_quantizers(chunks)), self.hf.registry, self.hf.model_config, self._ranks()
-        )
+        return collect_scalars(self._quantizers(chunks), self.hf.registry, self.hf.model_config, self._ranks())
 
     def _collect_all(self, chunks: Sequence[nn.Module], plan: Sequence[BundlePlan]) -> QuantState:
         """The per-tensor state, with the formats of weights that the plan moves as codes and scales.

@@ -5,13 +5,14 @@ In one terminal what stands for the engine, in another the training, each for tw
     python examples/refit.py serve /tmp/refit 2
     torchrun --nproc-per-node 2 examples/refit.py train HF_DIR /tmp/refit OUT
 
-The training is that of a reinforcement-learning loop, without the learning: every step changes the weights. A rank
-sends the tensors that it owns as it makes them; together the ranks send every tensor once. They are those of the
-checkpoint that `save_hf_pretrained` writes at the end, bit for bit. The engine here puts them into a dict. A real one
-would load them into its modules, and between GPUs they would go by CUDA IPC or NCCL, not through a socket.
+The training is that of a reinforcement-learning loop, without the learning: every step changes the weights. The refit
+is planned once, before the first step. A rank sends the tensors that it owns as it makes them; together the ranks send
+every tensor once. They are those of the checkpoint that `save_hf_pretrained` writes at the end, bit for bit. The engine
+here puts them into a dict. A real one would load them into its modules, and between GPUs they would go by CUDA IPC or
+NCCL, not through a socket.
 
-`export_hf_weights` is collective: a rank that waits for its engine holds up the others. So an engine must take from all
-ranks as they come, not from one after the other.
+A run is collective: a rank that waits for its engine holds up the others. So an engine must take from all ranks as they
+come, not from one after the other.
 """
 
 import os
@@ -55,15 +56,17 @@ def train(hf: str, address: str, output: str) -> None:
     import modelopt.torch.quantization as mtq
 
     from amaxbridge.bridge import AutoBridge, megatron
+    from amaxbridge.bridge.live.refit import Refit
 
     bridge = AutoBridge.from_hf_pretrained(hf)
     with megatron.distributed(tp=int(os.environ.get("WORLD_SIZE", "1"))), Client(address) as engine:
         model = megatron.build_model(bridge.hf)
         bridge.load_hf_weights(model)
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward)
+        refit = Refit(bridge, model, scheme="nvfp4")
         for _ in range(STEPS):
             change_weights(model)
-            for name, tensor in bridge.export_hf_weights(model, scheme="nvfp4"):
+            for name, tensor in refit.run():
                 engine.send_bytes(save({name: tensor.cpu().contiguous()}))
             engine.send_bytes(END_OF_STEP)
             engine.recv_bytes()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,15 @@ class Ranks(Protocol):
             received: length of the slice from each rank; the ranks must agree on it beforehand.
         """
 
+    def begin_all_to_all(
+        self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """Begins an `all_to_all`, and returns what waits for its end and returns the slices.
+
+        Args:
+            into: memory for the slices; None for new. `data` and `into` must be left alone meanwhile.
+        """
+
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         """The group's tensors in rank order, on every rank of the group. Shapes are equal."""
 
@@ -70,6 +80,11 @@ class LocalRanks:
 
     def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
         return [data]
+
+    def begin_all_to_all(
+        self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Callable[[], list[Tensor]]:
+        return lambda: [data]
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         return [tensor]
@@ -115,6 +130,15 @@ class ThreadRanks:
         if (lengths := [piece.numel() for piece in mine]) != list(received):
             raise ValueError(f"rank {self._world_rank} expects {list(received)} bytes and is sent {lengths}")
         return mine
+
+    def begin_all_to_all(
+        self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Callable[[], list[Tensor]]:
+        slices = self.all_to_all(axis, data, sent, received)
+        if into is not None:
+            torch.cat(slices, out=into[: sum(received)])
+            slices = list(into[: sum(received)].split(list(received)))
+        return lambda: slices
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         tensors: list[Tensor] = self.all_gather_object(axis, tensor)

@@ -78,8 +78,7 @@ def collect_scalars(
         UsageError: ranks have quantizers of different formats for one module.
         AmaxError: the amax of a key-value cache are not those of all heads.
     """
-    enabled = (each for each in quantizers if each.module.is_enabled and not each.chain)
-    local = _local_state(enabled, registry, ranks.rank(Axis.TP))
+    local = _local_state(_collected(quantizers), registry, ranks.rank(Axis.TP))
     names_only = local._replace(values=dict.fromkeys(local.values, 0.0))
     reports: list[_Local] = ranks.all_gather_object(Axis.WORLD, names_only)
     unmapped = sorted({name for report in reports for name in report.unmapped}, key=natural_key)
@@ -104,6 +103,103 @@ def collect_scalars(
             if name in whole and least[name] != greatest[name]
         },
     )
+
+
+class ScalarsAgain:
+    """The values of `collect_scalars` once more, by the names that it found: one vector, in one collective.
+
+    The quantizers must be the same, with the same settings and shapes; a `Watch` notices others.
+
+    Args:
+        state: what `collect_scalars` returned for these quantizers.
+    """
+
+    def __init__(
+        self, quantizers: Iterable[Quantizer], state: QuantState, registry: MappingRegistry, ranks: Ranks
+    ) -> None:
+        self._ranks, self._tp_rank = ranks, ranks.rank(Axis.TP)
+        names = (name for name, amax in state.amax.items() for name in _with_numbers(name, amax))
+        self.names = [*names, *sorted(state.missing, key=natural_key)]
+        self.position = {name: at for at, name in enumerate(self.names)}
+        self._buffers = list[tuple[Mapping[str, Any], str]]()
+        self._others = list[tuple[Quantizer, Sequence[str]]]()
+        where: dict[int, int] = {}  # position of a name → that of the buffer
+        for quantizer in _collected(quantizers):
+            mapping = quantizer_mapping(quantizer, registry)
+            assert mapping is not None, f"{quantizer.name} was collected"
+            for buffer, holder in _plain_scalars(quantizer):
+                names_of_buffer = (target.removesuffix("_amax") + buffer for target in mapping.targets)
+                where |= {self.position[name]: len(self._buffers) for name in names_of_buffer}
+                self._buffers.append((holder, buffer))
+            if not _is_plain(quantizer):
+                self._others.append((quantizer, mapping.targets))
+        self._to, self._from = torch.tensor(list(where), dtype=torch.long), torch.tensor(list(where.values()))
+        self._values = torch.empty(len(self._buffers))
+        self._vector = torch.empty(len(self.names) + 1)
+        self._slots: list[Tensor] | None = None
+
+    def positions(self, name: str, amax: Tensor) -> int | list[int]:
+        """Where the value of an amax, or of each head of a key-value cache, is among those collected."""
+        found = [self.position[each] for each in _with_numbers(name, amax)]
+        return found if amax.ndim else found[0]
+
+    def values_of(self, state: QuantState) -> Tensor:
+        """What `collect` would return for a state: fp32 `[names]`."""
+        values = torch.full((len(self.names),), _NO_VALUE)
+        for name, amax in state.amax.items():
+            values[self.positions(name, amax)] = amax
+        return values
+
+    def collect(self, flag: bool) -> tuple[Tensor, bool]:
+        """The maximum of each name over all ranks, fp32 `[names]` on the CPU; and if the flag of any rank is True.
+
+        Collective. A rank whose flag is True reads nothing.
+        """
+        self._vector.fill_(_NO_VALUE)
+        self._vector[-1] = float(flag)
+        if not flag and self.names:
+            self._read()
+        greatest = self._ranks.all_reduce_max(Axis.WORLD, self._vector)
+        return greatest[:-1], bool(greatest[-1] > 0)
+
+    def _read(self) -> None:
+        tensors = [holder[name] for holder, name in self._buffers]
+        if tensors:
+            if self._slots is None:
+                self._values = self._values.to(tensors[0].device)
+                self._slots = [self._values[at].view(tensor.shape) for at, tensor in enumerate(tensors)]
+            torch._foreach_copy_(self._slots, [tensor.detach() for tensor in tensors])
+            values = self._values.cpu()[self._from]
+            self._vector[self._to] = torch.where(values.isnan(), float("inf"), values)
+        for quantizer, targets in self._others:
+            for name, value in _values_of(quantizer, targets, self._tp_rank):
+                self._vector[self.position[name]] = value
+
+
+def _collected(quantizers: Iterable[Quantizer]) -> Iterator[Quantizer]:
+    """Those whose per-tensor state is collected."""
+    return (each for each in quantizers if each.module.is_enabled and not each.chain)
+
+
+def _is_plain(quantizer: Quantizer) -> bool:
+    """True if every value of its per-tensor state is that of a buffer or parameter of its own."""
+    constant = bool(getattr(quantizer.module, "_use_constant_amax", False))
+    if constant or is_per_head(quantizer) or packing_of(quantizer) is not None:
+        return False
+    return all(tensor.numel() == 1 for _, tensor in _buffers(quantizer))
+
+
+def _plain_scalars(quantizer: Quantizer) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The buffers that hold the per-tensor state of a plain quantizer, and where the module keeps them."""
+    if _is_plain(quantizer):
+        module = quantizer.module
+        for buffer, _ in _buffers(quantizer):
+            yield buffer, next(held for held in (module._buffers, module._parameters, vars(module)) if buffer in held)
+
+
+def _with_numbers(name: str, amax: Tensor) -> Iterable[str]:
+    """The names under which an amax is collected: one for each head of a key-value cache."""
+    return (f"{name}{_HEAD}{head}" for head in range(len(amax))) if amax.ndim else (name,)
 
 
 def _agreed(what: str, reports: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -169,15 +265,21 @@ def _local_state(quantizers: Iterable[Quantizer], registry: MappingRegistry, tp_
                 local.inputs[target.removesuffix(INPUT_QUANTIZER)] = input_format_name(quantizer.module)
             elif target.removesuffix("._amax").endswith(CACHE_QUANTIZERS):
                 local.formats[target.removesuffix("._amax")] = cache_format_name(quantizer.module)
-        if is_per_head(quantizer):
-            local.values.update(_heads(quantizer, mapping.targets, tp_rank))
-            continue
-        for buffer, value in _scalars(quantizer):
-            names = [target.removesuffix("_amax") + buffer for target in mapping.targets]
-            local.values.update(dict.fromkeys(names, value))
-            if buffer == _GLOBAL and _GLOBAL not in dict(_buffers(quantizer)):
-                local.of_parts.update(names)
+        local.values.update(_values_of(quantizer, mapping.targets, tp_rank))
+        if not is_per_head(quantizer) and _GLOBAL not in dict(_buffers(quantizer)):
+            local.of_parts.update(
+                name for target in mapping.targets if (name := target.removesuffix("_amax") + _GLOBAL) in local.values
+            )
     return local
+
+
+def _values_of(quantizer: Quantizer, targets: Sequence[str], tp_rank: int) -> Iterator[tuple[str, float]]:
+    """The per-tensor state of one quantizer under its Hugging Face names."""
+    if is_per_head(quantizer):
+        yield from _heads(quantizer, targets, tp_rank)
+        return
+    for buffer, value in _scalars(quantizer):
+        yield from ((target.removesuffix("_amax") + buffer, value) for target in targets)
 
 
 def quantizer_mapping(quantizer: Quantizer, registry: MappingRegistry) -> MegatronParamMapping | None:

@@ -5,7 +5,7 @@ Gathered tensors travel as bytes, so every dtype passes through every backend.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,27 @@ class ProcessRanks:
         return len(self.members(axis))
 
     def all_to_all(self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> list[Tensor]:
+        return self.begin_all_to_all(axis, data, sent, received)()
+
+    def begin_all_to_all(
+        self, axis: Axis, data: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Callable[[], list[Tensor]]:
         if self.size(axis) == 1:
-            return [data]
-        arrived = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
-        group = self._groups[axis]
-        dist.all_to_all_single(arrived, data.to(self._device), list(received), list(sent), group=group)
-        return list(arrived.split(list(received)))
+            return lambda: [data]
+        if into is None or into.device.type != self._device.type:
+            into = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
+        arrived, group = into[: sum(received)], self._groups[axis]
+        work = dist.all_to_all_single(
+            arrived, data.to(self._device), list(received), list(sent), group=group, async_op=True
+        )
+
+        assert work is not None, "asynchronous"
+
+        def wait() -> list[Tensor]:
+            work.wait()
+            return list(arrived.split(list(received)))
+
+        return wait
 
     def all_gather(self, axis: Axis, tensor: Tensor) -> list[Tensor]:
         if self.size(axis) == 1:

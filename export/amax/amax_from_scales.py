@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amaxbridge.export.kernels.nvfp4 import SCALE_RANGE, input_global_scale
+from amaxbridge.export.kernels.nvfp4 import SCALE_RANGE
+from amaxbridge.export.kernels.nvfp4_scales import input_global_scales
 from amaxbridge.export.kernels.scaled import usable
 
 _ULPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # the two divisions are off by three ulps at most
@@ -35,10 +36,14 @@ class SharedScale:
 
     def stored(self, amax: Tensor) -> Tensor:
         """fp32, in ModelOpt's arithmetic, where a divisor is the reciprocal of a multiplier."""
+        return self.stored_of_groups(amax.reshape(1))[0]
+
+    def stored_of_groups(self, amax: Tensor) -> Tensor:
+        """As `stored`, for several fused groups: fp32 `[n, …]` from `[n]`."""
         if self.is_divisor:
-            return input_global_scale(amax).reshape(self.shape)
+            return input_global_scales(amax).reshape(-1, *self.shape)
         span = torch.full_like(amax, self.span, dtype=torch.float32)
-        return (usable(amax.float(), span) / span).reshape(self.shape)
+        return (usable(amax.float(), span) / span).reshape(-1, *self.shape)
 
     def amax(self, stored: Tensor) -> Tensor:
         """fp32, 0-d, that `stored` is made from."""

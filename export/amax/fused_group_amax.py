@@ -74,6 +74,21 @@ class GroupAmax(NamedTuple):
     arithmetic: Arithmetic = Arithmetic.MODELOPT
 
 
+class StackAmax(NamedTuple):
+    """As `GroupAmax`, for `length` weights that are quantized at once: fp32 `[length]` on the CPU."""
+
+    length: int
+    weight: Tensor | None
+    input: Tensor | None
+    arithmetic: Arithmetic = Arithmetic.MODELOPT
+
+    def each(self) -> list[GroupAmax]:
+        """The amax of each weight's group."""
+        weights = [None] * self.length if self.weight is None else self.weight.unbind()
+        inputs = [None] * self.length if self.input is None else self.input.unbind()
+        return [GroupAmax(*amax, self.arithmetic) for amax in zip(weights, inputs, strict=True)]
+
+
 class BlockAmax(NamedTuple):
     """The amax of each block of a weight, `[blocks down, blocks across]`, as training kept them.
 
@@ -99,10 +114,14 @@ DATA_FREE = GroupAmax(None, None, Arithmetic.COMPRESSED_TENSORS)
 
 @dataclass(slots=True)
 class SharedAmax:
-    """The shared amax by module, and the amax that were filled: quantizer name → what filled it."""
+    """The shared amax by module, and the amax that were filled: quantizer name → what filled it.
+
+    `made_of` has, by the first module of a group, the buffers whose maximum its amax are: of weights, of inputs.
+    """
 
     by_module: dict[str, GroupAmax] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
+    made_of: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
 
 
 def share_amax(
@@ -121,23 +140,25 @@ def share_amax(
     """
     shared, problems = SharedAmax(), list[str]()
 
-    def combine(group: FusedGroup, suffix: str, amax: Callable[[str], Tensor | None]) -> Tensor | None:
-        found = {member: amax(member) for member in group.members}
-        good = [value for value in found.values() if value is not None and _usable(value)]
+    def combine(group: FusedGroup, suffix: str, name_of: Callable[[str], str]) -> tuple[str, ...]:
+        found = {member: state.amax.get(name_of(member)) for member in group.members}
+        good = tuple(name_of(member) for member, value in found.items() if _usable(value))
         bad = {member + suffix: _shown(value) for member, value in found.items() if not _usable(value)}
         if missing == MissingAmax.FROM_WEIGHTS and suffix == WEIGHT_QUANTIZER and bad:
             shared.filled |= dict.fromkeys(bad, "the weights")
-            return None
+            return ()
         if bad and missing == MissingAmax.GROUP_MAX and good:
             shared.filled |= dict.fromkeys(bad, "the largest of its fused group")
         else:
             problems.extend(f"{name}: {value}" for name, value in bad.items())
-        return max_of(good) if good else None
+        return good
 
     for group in groups_among([*weights, *inputs]):
-        of_weights = combine(group, WEIGHT_QUANTIZER, state.weight_amax) if group.primary in weights else None
-        of_inputs = combine(group, INPUT_QUANTIZER, state.input_amax) if group.primary in inputs else None
-        shared.by_module |= dict.fromkeys(group.members, GroupAmax(of_weights, of_inputs))
+        of_weights = combine(group, WEIGHT_QUANTIZER, state.weight_amax_name) if group.primary in weights else ()
+        of_inputs = combine(group, INPUT_QUANTIZER, _input_amax_name) if group.primary in inputs else ()
+        made_of = shared.made_of[group.primary] = of_weights, of_inputs
+        largest = [max_of([state.amax[name] for name in names]) if names else None for names in made_of]
+        shared.by_module |= dict.fromkeys(group.members, GroupAmax(largest[0], largest[1]))
     if problems:
         raise AmaxError(
             f"{len(problems)} amax are missing, zero, negative or not finite:{listing(problems)}\n"
@@ -177,6 +198,10 @@ def mixed_groups(treatment: Mapping[str, str]) -> list[MixedGroup]:
     for module, word in treatment.items():
         groups.setdefault(layer_of(module), {})[module] = word
     return [MixedGroup(group) for group in groups.values() if len(set(group.values())) > 1]
+
+
+def _input_amax_name(module: str) -> str:
+    return module + INPUT_QUANTIZER
 
 
 def _usable(amax: Tensor | None) -> bool:

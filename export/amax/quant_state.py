@@ -48,7 +48,11 @@ class QuantState:
 
     def weight_amax(self, module: str) -> Tensor | None:
         """The per-tensor amax of a weight; for a per-block one, training's global amax or the blocks' own."""
-        return self.amax.get(module + GLOBAL_AMAX, self.amax.get(module + WEIGHT_QUANTIZER))
+        return self.amax.get(self.weight_amax_name(module))
+
+    def weight_amax_name(self, module: str) -> str:
+        """The name of the buffer that `weight_amax` takes."""
+        return module + (GLOBAL_AMAX if module + GLOBAL_AMAX in self.amax else WEIGHT_QUANTIZER)
 
     def input_amax(self, module: str) -> Tensor | None:
         """The per-tensor amax of a module's input."""

@@ -111,21 +111,31 @@ def largest_magnitude(weight: Tensor) -> Tensor:
     return torch.tensor(found << 16, dtype=torch.int32).view(torch.float32)
 
 
-def quantize_by_tables(weight: Tensor, width: int, tables: Tables) -> tuple[Tensor, Tensor]:
+def quantize_by_tables(
+    weight: Tensor, width: int, tables: Tables, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Packed codes uint8 `[out, in/2]` and scale bytes uint8 `[out, in/width]` of a bf16 weight `[out, in]` on the CPU.
+
+    Args:
+        into: the tensors that are filled and returned; None for new ones.
 
     Raises:
         ValueError: the weight holds NaN or Inf.
     """
-    rows, columns = weight.shape
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    scales = torch.empty(rows, columns // width, dtype=torch.uint8)
+    packed, scales = empty_codes(weight, width) if into is None else into
     bits = weight.contiguous().view(torch.uint16).numpy()
-    codes, scale_bytes = packed.numpy(), scales.reshape(-1).numpy()
+    codes, scale_bytes = packed.numpy(), scales.view(-1).numpy()
     largest = _quantize_blocks(bits, width, tables.scale_of, tables.bounds, codes, scale_bytes)
     if largest > 0x7F7F:
         raise ValueError(NOT_FINITE)
     return packed, scales
+
+
+def empty_codes(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Memory for packed codes uint8 `[out, in/2]` and the scale bytes uint8 `[out, in/width]` of blocks."""
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    return packed, torch.empty(rows, columns // width, dtype=torch.uint8, device=weight.device)
 
 
 NOT_FINITE = "the weight holds NaN or Inf"

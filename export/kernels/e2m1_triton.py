@@ -20,12 +20,15 @@ of a lane for four elements. Where they go:
 A thread takes a whole block of NVFP4: two reads of 16 bytes, a write of 8, no exchange with its neighbours.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from amaxbridge.export.kernels.arithmetic import Arithmetic
+from amaxbridge.export.kernels.e2m1 import empty_codes
 from amaxbridge.export.kernels.floats_triton import (
     amax_of,
     from_e4m3,
@@ -59,11 +62,59 @@ def quantize_nvfp4(
         amax, divisor, factor_2: of the fused group; fp32 numbers.
         block_amax: `[out, in/16]`, calibrated.
     """
-    rows, columns = weight.shape
-    codes, scales, bad = _outputs(weight, 16)
     six = torch.tensor([6.0])
     divisor_of_amax = six * torch.tensor([factor_2]) if block_amax is None else torch.tensor([amax]) / six
-    fast = weight.dtype != torch.float32 and block_amax is None and 2.0**-20 <= amax <= 2.0**16
+    numbers = _Numbers(divisor_of_amax.item(), factor_2, divisor, _is_usual(amax))
+    return _quantize_nvfp4(weight, arithmetic, numbers, None, block_amax, None)
+
+
+def quantize_nvfp4_stack(
+    weights: Tensor,
+    *,
+    arithmetic: Arithmetic,
+    amax: Tensor,
+    divisors: Tensor,
+    factors_2: Tensor,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantize_nvfp4`, in one launch for equal weights one below the other, each under its own scales.
+
+    Args:
+        weights: `[n · out, in]`.
+        amax, divisors, factors_2: fp32 `[n]`, on the CPU.
+        into: uint8 tensors for codes and scales; None for new ones.
+    """
+    of_weights = torch.stack([torch.full_like(factors_2, 6.0) * factors_2, factors_2, divisors])
+    usual = _is_usual(amax.min().item()) and _is_usual(amax.max().item())
+    of_weights = of_weights.to(weights.device, non_blocking=True)
+    return _quantize_nvfp4(weights, arithmetic, _Numbers(0.0, 0.0, 0.0, usual), of_weights, None, into)
+
+
+class _Numbers(NamedTuple):
+    """The numbers of a fused group; `usual` allows the fast division."""
+
+    divisor_of_amax: float
+    factor_2: float
+    divisor: float
+    usual: bool
+
+
+def _is_usual(amax: float) -> bool:
+    return 2.0**-20 <= amax <= 2.0**16
+
+
+def _quantize_nvfp4(
+    weight: Tensor,
+    arithmetic: Arithmetic,
+    numbers: _Numbers,
+    of_weights: Tensor | None,
+    block_amax: Tensor | None,
+    into: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The launch. `of_weights` `[3, n]` replaces `numbers` for a stack of weights."""
+    rows, columns = weight.shape
+    codes, scales, bad = _outputs(weight, 16, into)
+    fast = weight.dtype != torch.float32 and block_amax is None and numbers.usual
     arguments = options(weight)
     blocks = rows * columns // 16
     threads = 32 * _WARPS
@@ -76,9 +127,13 @@ def quantize_nvfp4(
                 scales if block_amax is None else block_amax.to(weight.device, torch.float32).contiguous(),
                 bad,
                 blocks,
-                divisor_of_amax.item(),
-                factor_2,
-                divisor,
+                numbers.divisor_of_amax,
+                numbers.factor_2,
+                numbers.divisor,
+                scales if of_weights is None else of_weights,
+                1 if of_weights is None else of_weights.shape[1],
+                1 if of_weights is None else blocks // of_weights.shape[1],
+                STACKED=of_weights is not None,
                 MODELOPT=arithmetic is Arithmetic.MODELOPT,
                 STATIC=block_amax is not None,
                 FAST=fast and not arguments["INTERPRETED"],
@@ -109,10 +164,8 @@ def quantize_mxfp4(weight: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tens
     return codes, scales, bad
 
 
-def _outputs(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = weight.shape
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(rows, columns // width, dtype=torch.uint8, device=weight.device)
+def _outputs(weight: Tensor, width: int, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = empty_codes(weight, width) if into is None else into
     return codes, scales, torch.zeros(1, dtype=torch.int32, device=weight.device)
 
 
@@ -127,6 +180,10 @@ def _nvfp4(
     divisor_of_amax,
     factor_2,
     divisor,
+    of_weights,
+    count,
+    blocks_each,
+    STACKED: tl.constexpr,
     MODELOPT: tl.constexpr,
     STATIC: tl.constexpr,
     FAST: tl.constexpr,
@@ -141,6 +198,11 @@ def _nvfp4(
     even_2, odd_2 = halves(tl.load(words + at + 4, mask=inside[:, None], other=0), dtype)
     amax = larger(amax_of(even, odd), amax_of(even_2, odd_2))
     report(bad, amax, inside)
+    if STACKED:
+        of_weight = of_weights + block // blocks_each
+        divisor_of_amax = tl.load(of_weight, mask=inside, other=1.0)
+        factor_2 = tl.load(of_weight + count, mask=inside, other=1.0)
+        divisor = tl.load(of_weight + 2 * count, mask=inside, other=1.0)
 
     if STATIC:
         scale = tl.div_rn(tl.load(block_amax + block, mask=inside, other=1.0), 6.0)

@@ -139,6 +139,52 @@ def quantize(
     return NVFP4Weight(packed, block_scale, scaling.divisor)
 
 
+def quantize_stack(
+    weights: Tensor, amax: Tensor, *, arithmetic: Arithmetic, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize equal weights that lie one below the other, each as `quantize` does.
+
+    Args:
+        weights: ``[n * out, in]``.
+        amax: fp32 ``[n]``, that of each weight's fused group, on the CPU.
+        arithmetic: whose rounding.
+        into: uint8 tensors for packed codes and block scales; None for new ones.
+
+    Returns:
+        Packed codes ``[n * out, in/2]``, block scales ``[n * out, in/16]`` and the stored divisors ``[n]``.
+
+    Raises:
+        ValueError: as `quantize`.
+    """
+    _check(weights, None)
+    scaling = Scaling.of_groups(amax, arithmetic, weights.dtype)
+    codes, scales = e2m1.empty_codes(weights, BLOCK) if into is None else into
+    if e2m1.fits_triton(weights):
+        from amaxbridge.export.kernels import e2m1_triton
+
+        *_, bad = e2m1_triton.quantize_nvfp4_stack(
+            weights,
+            arithmetic=arithmetic,
+            amax=amax,
+            divisors=scaling.divisor,
+            factors_2=scaling.factor_2,
+            into=(codes, scales),
+        )
+        e2m1.check_finite(bad)
+    else:
+        each = len(weights) // len(amax)
+        shares = zip(weights.split(each), codes.split(each), scales.split(each), strict=True)
+        keys = zip(scaling.divisor.tolist(), scaling.factor_2.tolist(), strict=True)
+        for (rows, codes_of_rows, scales_of_rows), of_group, key in zip(shares, amax.split(1), keys, strict=True):
+            if e2m1.fits_loops(rows):
+                e2m1.quantize_by_tables(rows, BLOCK, _tables((arithmetic, *key)), (codes_of_rows, scales_of_rows))
+            else:
+                quantized = quantize(rows, of_group, arithmetic=arithmetic)
+                codes_of_rows.copy_(quantized.packed)
+                scales_of_rows.copy_(quantized.block_scale.view(torch.uint8))
+    return codes, scales.view(torch.float8_e4m3fn), scaling.divisor
+
+
 def quantize_learned(weight: Tensor, amax: Tensor, post: Tensor, pre: Tensor, *, rounds_pre: bool) -> NVFP4Weight:
     """Quantize a weight whose block amax were learned (LSQ, Dual-LSQ), as ModelOpt's fake quantizer does.
 

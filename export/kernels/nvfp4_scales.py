@@ -82,11 +82,16 @@ def global_scale(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype, la
     Raises:
         ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
     """
+    return global_scales(_one_element(amax), arithmetic=arithmetic, dtype=dtype, largest=largest)
+
+
+def global_scales(amax: Tensor, *, arithmetic: Arithmetic, dtype: torch.dtype, largest: float = FP8_MAX) -> Tensor:
+    """As `global_scale`, for several fused groups: fp32 `[n]` from `[n]`."""
     if arithmetic == Arithmetic.MODELOPT:
-        return _checked_divisor(_scaling_factor_2(_one_element(amax), largest).reciprocal(), amax)
-    rounded = _one_element(amax).to(_rounding_dtype(dtype))
+        return _checked_divisors(_scaling_factor_2(amax, largest).reciprocal(), amax)
+    rounded = amax.to(_rounding_dtype(dtype))
     divisor = torch.nan_to_num(rounded.reciprocal() * SCALE_RANGE, nan=1.0, posinf=1.0, neginf=1.0)
-    return _checked_divisor(divisor.float(), amax)
+    return _checked_divisors(divisor.float(), amax)
 
 
 def input_global_scale(amax: Tensor) -> Tensor:
@@ -98,7 +103,12 @@ def input_global_scale(amax: Tensor) -> Tensor:
     Raises:
         ValueError: ``amax`` has more than one element, or gives a divisor that is not finite and positive.
     """
-    return _checked_divisor(_scaling_factor_2(_one_element(amax), FP8_MAX).reciprocal(), amax)
+    return input_global_scales(_one_element(amax))
+
+
+def input_global_scales(amax: Tensor) -> Tensor:
+    """As `input_global_scale`, for several fused groups: fp32 `[n]` from `[n]`."""
+    return _checked_divisors(_scaling_factor_2(amax, FP8_MAX).reciprocal(), amax)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +121,13 @@ class Scaling:
 
     @classmethod
     def of(cls, amax: Tensor, arithmetic: Arithmetic, dtype: torch.dtype, largest: float = FP8_MAX) -> "Scaling":
-        divisor = global_scale(amax, arithmetic=arithmetic, dtype=dtype, largest=largest)
-        return cls(arithmetic, divisor, _scaling_factor_2(_one_element(amax), largest))
+        return cls.of_groups(_one_element(amax), arithmetic, dtype, largest)
+
+    @classmethod
+    def of_groups(cls, amax: Tensor, arithmetic: Arithmetic, dtype: torch.dtype, largest: float = FP8_MAX) -> "Scaling":
+        """Those of several groups with amax ``[n]``; all fields are ``(n,)`` then."""
+        divisors = global_scales(amax, arithmetic=arithmetic, dtype=dtype, largest=largest)
+        return cls(arithmetic, divisors, _scaling_factor_2(amax, largest))
 
     @property
     def key(self) -> tuple[Arithmetic, float, float]:
@@ -183,10 +198,12 @@ def _one_element(amax: Tensor) -> Tensor:
     return amax.reshape(1)
 
 
-def _checked_divisor(divisor: Tensor, amax: Tensor) -> Tensor:
-    if not 0.0 < divisor.item() < float("inf"):
-        raise ValueError(f"NVFP4 amax {amax.item()} gives scale {divisor.item()}: not positive and finite")
-    return divisor
+def _checked_divisors(divisors: Tensor, amax: Tensor) -> Tensor:
+    fits = (divisors > 0.0) & (divisors < float("inf"))
+    if not bool(fits.all()):
+        at = int(fits.logical_not().nonzero()[0])
+        raise ValueError(f"NVFP4 amax {amax[at].item()} gives scale {divisors[at].item()}: not positive and finite")
+    return divisors
 
 
 def _rounding_dtype(dtype: torch.dtype) -> torch.dtype:

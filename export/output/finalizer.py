@@ -6,7 +6,7 @@ that comes one call for each bundle, in any order, on any rank.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -198,7 +198,7 @@ class Finalizer:
         changed: ChangedWeights = _UNCHANGED,
     ) -> None:
         self._changed = changed
-        self._vectors = vectors
+        self._vectors, self._specs = vectors, specs
         self._of_rows: dict[str, str] = {}  # module → the vector that its rows take
         self._knowledge = knowledge
         self.format = COMPRESSED_TENSORS if recipe is None else recipe.format
@@ -210,6 +210,7 @@ class Finalizer:
         self._kept_cache = _kept_cache(self.format, tensors)
         self._schemes: dict[str, Scheme] = {}
         self._amax: dict[str, GroupAmax] = {}
+        self.amax_made_of: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._cache = CacheScales(None, {})
         self.filled: dict[str, str] = {}
         self.finite = FiniteCheck(NonFinite.WARN)
@@ -394,7 +395,42 @@ class Finalizer:
         check_no_state_is_lost(known - written - vectors)
         shared = share_amax(state, self._changed.keep(weights), inputs, missing=missing)
         self._amax = {module: shared.by_module.get(module, GroupAmax(None, None)) for module in self._schemes}
-        self.filled = shared.filled
+        self.filled, self.amax_made_of = shared.filled, shared.made_of
+
+    def renew(self, amax: Mapping[str, GroupAmax], caches: QuantState) -> None:
+        """Takes other amax for the same quantizers, as after a step of training.
+
+        Args:
+            amax: by module, for all members of fused groups.
+            caches: the amax and formats of the key-value cache's quantizers.
+        """
+        self._amax |= {module: each for module, each in amax.items() if module in self._schemes}
+        self._cache = cache_scales(caches, self._specs, files=self.format)
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme that a module is quantized with; None if it is written unquantized, or kept."""
+        return self._schemes.get(module)
+
+    def amax_of(self, module: str) -> GroupAmax:
+        """The amax that a quantized module is written with."""
+        return self._amax.get(module, DATA_FREE)
+
+    def cache_scale_of(self, name: str) -> tuple[str, Tensor] | None:
+        """Name and tensor of the scale of the key-value cache that is written with a weight."""
+        return self._cache.tensors.get(name)
+
+    def changes_values(self, name: str, state: Collection[str]) -> bool:
+        """True if a tensor takes a vector of an input quantizer, or is stored as codes already.
+
+        Args:
+            state: the names of the quantizer state in its bundle.
+        """
+        module = module_of(name)
+        return (
+            self._vector_of_norm(name) is not None
+            or module in self._of_rows
+            or any(module + each in state for each in (PRE_QUANT_SCALE, STORED_SCALES))
+        )
 
     def _plan(self, specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
         """Tensor → what is written for it."""

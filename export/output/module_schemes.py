@@ -177,7 +177,9 @@ def choose_schemes(
             f"{len(left)} modules have quantizers, and scheme={name} does not target them:{listing(left)}\n"
             "Target them, or ignore them"
         )
-    suited = {module: scheme.suited(state.formats[module]) for module, scheme in chosen.items()}
+    kinds = {(id(scheme), state.formats[module]): scheme for module, scheme in chosen.items()}
+    of_kind = {kind: scheme.suited(kind[1]) for kind, scheme in kinds.items()}  # one object for all alike
+    suited = {module: of_kind[id(scheme), state.formats[module]] for module, scheme in chosen.items()}
     fitting = {module: scheme for module, scheme in suited.items() if scheme is not None}
     others = {module: scheme for module, scheme in chosen.items() if module not in fitting}
     if others:

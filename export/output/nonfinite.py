@@ -4,8 +4,10 @@ A weight that is quantized must be finite in any case: its codes and scales coul
 """
 
 import logging
+from collections.abc import Mapping
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from amaxbridge.mappings.errors import MappingError, UsageError
@@ -49,7 +51,7 @@ class FiniteCheck:
         Raises:
             MappingError: they hold NaN or Inf, and the policy is `error`.
         """
-        if not rows.is_floating_point() or rows.itemsize == 1 or not rows.numel() or name in self.found:
+        if not _can_be(rows) or name in self.found:
             return
         least, greatest = rows.aminmax()  # one pass; NaN is passed on
         if least.isfinite() and greatest.isfinite():
@@ -59,3 +61,24 @@ class FiniteCheck:
         if self.policy is NonFinite.ERROR:
             raise MappingError(f"{what}. Mend the source, or give nonfinite=warn")
         _log.warning("%s: engines will compute NaN from it", what)
+
+    def look_at_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Checks many tensors and waits for a GPU once.
+
+        Raises:
+            MappingError: one holds NaN or Inf, and the policy is `error`.
+        """
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for tensor in filter(_can_be, tensors.values()):
+            by_device.setdefault(tensor.device, []).append(tensor)
+        for found in by_device.values():
+            largest = torch._foreach_norm(found, torch.inf)
+            if not torch.stack([each.float() for each in largest]).isfinite().all():
+                for name, tensor in tensors.items():
+                    self.look_at(name, tensor)
+                return
+
+
+def _can_be(tensor: Tensor) -> bool:
+    """True for a tensor that may hold NaN or Inf."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() > 0

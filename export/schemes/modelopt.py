@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax, StackAmax
 from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.scaled import Blocks
@@ -132,6 +132,10 @@ class ModelOptScheme(Scheme):
 
     def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor | None:
         return self.base.measure(rows, arithmetic)
+
+    def constants_of_stack(self, weight: TensorSpec, amax: StackAmax) -> dict[str, Tensor]:
+        made = [self.constants(weight, of_group) for of_group in amax.each()]
+        return {name: torch.stack([each[name] for each in made]) for name in made[0]}
 
     def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
         made = self.renamed(self.base.constants(weight, amax))

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax, StackAmax
 from amaxbridge.export.kernels import e2m1, mx
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.mx import BLOCK
 from amaxbridge.export.kernels.restore import restore_mx
 from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.export.schemes.quantizer_settings import QuantizerSettings
-from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
+from amaxbridge.export.schemes.scheme import NO_TENSORS, Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
 _NAN = 255  # in E8M0
@@ -50,6 +50,15 @@ class MXScheme(Scheme):
         quantize = mx.quantize_mxfp4 if self.bits == 4 else mx.quantize_mxfp8
         codes, exponents = quantize(rows, amax.arithmetic)
         return {self.codes: codes, "weight_scale": exponents}
+
+    def quantize_stack(
+        self,
+        rows: Tensor,
+        amax: StackAmax,
+        block_amax: BlockAmax | None = None,
+        into: Mapping[str, Tensor] = NO_TENSORS,
+    ) -> dict[str, Tensor]:
+        return self.quantize_rows(rows, GroupAmax(None, None, amax.arithmetic))  # no block knows of another
 
     def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         codes = specs.get(self.codes)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax, StackAmax
 from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels import nvfp4
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.common_scale import energies_of_blocks
 from amaxbridge.export.kernels.nvfp4 import BLOCK, FP4_MAX, FP8_MAX, SCALE_RANGE, NVFP4Weight
-from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX
+from amaxbridge.export.kernels.nvfp4_scales import FOUR_OVER_SIX_MAX, global_scales
 from amaxbridge.export.kernels.restore import restore_nvfp4
 from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.export.schemes.quantizer_settings import (
@@ -36,7 +36,7 @@ from amaxbridge.export.schemes.quantizer_settings import (
     LEARNED,
     LEARNED_UNROUNDED,
 )
-from amaxbridge.export.schemes.scheme import Scheme, ShardMultiple, arguments
+from amaxbridge.export.schemes.scheme import NO_TENSORS, Scheme, ShardMultiple, arguments
 from amaxbridge.mappings.tensors import TensorSpec
 
 WEIGHTS = arguments(4, "float", "tensor_group", group_size=BLOCK)
@@ -98,12 +98,12 @@ class NVFP4Scheme(Scheme):
     def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor:
         return nvfp4.tensor_amax([rows], arithmetic=arithmetic)
 
-    def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+    def constants_of_stack(self, weight: TensorSpec, amax: StackAmax) -> dict[str, Tensor]:
         assert amax.weight is not None, "not measured"
-        divisor = nvfp4.global_scale(
+        divisors = global_scales(
             amax.weight, arithmetic=amax.arithmetic, dtype=weight.dtype, largest=_CALIBRATIONS[self.calibration]
         )
-        return {_GLOBAL.tensor: divisor, **super().constants(weight, amax)}
+        return {_GLOBAL.tensor: divisors[:, None], **super().constants_of_stack(weight, amax)}
 
     def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         assert amax.weight is not None, "not measured"
@@ -122,6 +122,20 @@ class NVFP4Scheme(Scheme):
                 largest=_CALIBRATIONS[self.calibration],
             )
         return {"weight_packed": quantized.packed, "weight_scale": quantized.block_scale}
+
+    def quantize_stack(
+        self,
+        rows: Tensor,
+        amax: StackAmax,
+        block_amax: BlockAmax | None = None,
+        into: Mapping[str, Tensor] = NO_TENSORS,
+    ) -> dict[str, Tensor]:
+        if self.calibration or block_amax is not None:
+            return super().quantize_stack(rows, amax, block_amax, into)
+        assert amax.weight is not None, "not measured"
+        memory = (into["weight_packed"], into["weight_scale"].view(torch.uint8)) if into else None
+        codes, scales, _ = nvfp4.quantize_stack(rows, amax.weight, arithmetic=amax.arithmetic, into=memory)
+        return {"weight_packed": codes, "weight_scale": scales}
 
     def weight_shape(self, specs: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         packed = specs.get("weight_packed")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale
-from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import BlockAmax, GroupAmax, StackAmax
 from amaxbridge.export.disk.row_chunks import Rows
 from amaxbridge.export.kernels import scaled
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.common_scale import energies_of_codes
 from amaxbridge.export.kernels.scaled import Blocks, Code, ScaledWeight
-from amaxbridge.export.schemes.scheme import UE8M0, Scheme
+from amaxbridge.export.schemes.scheme import NO_TENSORS, UE8M0, Scheme
 from amaxbridge.mappings.tensors import TensorSpec
 
 _WORD = 32  # bits
@@ -103,14 +103,14 @@ class Scaled(Scheme):
     def measure(self, rows: Tensor, arithmetic: Arithmetic) -> Tensor | None:
         return scaled.largest(rows, self.share).squeeze().float() if self.group_scale else None
 
-    def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
+    def constants_of_stack(self, weight: TensorSpec, amax: StackAmax) -> dict[str, Tensor]:
         constants = {}
         if self.group_scale is not None:
             assert amax.weight is not None, "not measured"
-            constants[self.group_scale.tensor] = self.group_scale.stored(amax.weight)
+            constants[self.group_scale.tensor] = self.group_scale.stored_of_groups(amax.weight)
         if self._is_packed:
-            constants["weight_shape"] = torch.tensor(weight.shape)
-        return {**constants, **super().constants(weight, amax)}
+            constants["weight_shape"] = torch.tensor(weight.shape).expand(amax.length, -1)
+        return {**constants, **super().constants_of_stack(weight, amax)}
 
     def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
         calibrated = None
@@ -128,6 +128,22 @@ class Scaled(Scheme):
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = scaled.pack_codes(quantized.zero_point.T, self.bits).T.contiguous()
         return tensors
+
+    def quantize_stack(
+        self,
+        rows: Tensor,
+        amax: StackAmax,
+        block_amax: BlockAmax | None = None,
+        into: Mapping[str, Tensor] = NO_TENSORS,
+    ) -> dict[str, Tensor]:
+        each = len(rows) // amax.length
+        if self.group_scale is None and amax.weight is None and each % self.row_step == 0:  # no block knows of another
+            return self.quantize_rows(rows, GroupAmax(None, None, amax.arithmetic), block_amax)
+        calibrated = block_amax is None and amax.arithmetic is Arithmetic.MODELOPT
+        if self.group_scale is None or self._is_packed or not calibrated or amax.weight is None:
+            return super().quantize_stack(rows, amax, block_amax, into)
+        quantized = scaled.quantize(rows, self.code, Blocks(each, None), amax=amax.weight[:, None])
+        return {self.codes: quantized.codes}
 
     @property
     def levels(self) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amaxbridge.export.amax.amax_from_scales import SharedScale, amax_of_scale
-from amaxbridge.export.amax.fused_group_amax import DATA_FREE, BlockAmax, GroupAmax
+from amaxbridge.export.amax.fused_group_amax import DATA_FREE, BlockAmax, GroupAmax, StackAmax
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor, Written
 from amaxbridge.export.kernels.arithmetic import Arithmetic
 from amaxbridge.export.kernels.e2m1 import NOT_FINITE
@@ -34,6 +34,7 @@ MODELOPT_FORMAT = "modelopt"
 
 _KEPT = 32 << 20  # bytes of a fused group that stay mapped between measuring and quantizing
 NO_AMAX: Mapping[str, BlockAmax] = MappingProxyType({})
+NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +234,16 @@ class Scheme(ABC):
 
     def constants(self, weight: TensorSpec, amax: GroupAmax) -> dict[str, Tensor]:
         """The tensors that do not grow with a weight's rows: global scales, input scales, shapes."""
+        of_weight, of_input = (None if each is None else each.reshape(1) for each in (amax.weight, amax.input))
+        made = self.constants_of_stack(weight, StackAmax(1, of_weight, of_input, amax.arithmetic))
+        return {name: tensor[0] for name, tensor in made.items()}
+
+    def constants_of_stack(self, weight: TensorSpec, amax: StackAmax) -> dict[str, Tensor]:
+        """As `constants`, for equal weights: `[n, …]`, those of each."""
         if self.input_scale is None:
             return {}
         assert amax.input is not None, f"{self.name} needs an input amax"
-        return {self.input_scale.tensor: self.input_scale.stored(amax.input)}
+        return {self.input_scale.tensor: self.input_scale.stored_of_groups(amax.input)}
 
     @abstractmethod
     def quantize_rows(self, rows: Tensor, amax: GroupAmax, block_amax: BlockAmax | None = None) -> dict[str, Tensor]:
@@ -250,6 +257,29 @@ class Scheme(ABC):
         Raises:
             ValueError: the rows hold NaN or Inf.
         """
+
+    def quantize_stack(
+        self,
+        rows: Tensor,
+        amax: StackAmax,
+        block_amax: BlockAmax | None = None,
+        into: Mapping[str, Tensor] = NO_TENSORS,
+    ) -> dict[str, Tensor]:
+        """As `quantize_rows`, for equal weights one below the other: in one call of a kernel, where the format can.
+
+        Args:
+            rows: `[n · out, in]`.
+            amax: those of the weights' fused groups.
+            block_amax: those of all rows.
+            into: memory for the results, by local name, with which a format may fill it.
+        """
+        each = len(rows) // amax.length
+        blocks = -(-each // self.row_step)
+        parts = [
+            self.quantize_rows(part, of_group, block_amax and block_amax.rows(at * blocks, (at + 1) * blocks))
+            for at, (part, of_group) in enumerate(zip(rows.split(each), amax.each(), strict=True))
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def adopt(self, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """The tensors of a weight whose codes and scales exist already, as training keeps FP8 parameters.

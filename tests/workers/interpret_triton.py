@@ -15,6 +15,7 @@ from amaxbridge.export.kernels import (
     e4m3_triton,
     mx,
     nvfp4,
+    nvfp4_scales,
     scaled,
 )
 from amaxbridge.export.kernels.arithmetic import Arithmetic
@@ -33,6 +34,7 @@ def main() -> None:
         check_amax(weight)
         for arithmetic in Arithmetic:
             check_nvfp4(weight, arithmetic, nvfp4.tensor_amax([weight], arithmetic=arithmetic) * 0.01)
+            check_stack(weight, arithmetic, nvfp4.tensor_amax([weight], arithmetic=arithmetic) * 0.01)
             check_mx(weight, arithmetic)
         check_nvfp4(weight, MODELOPT, torch.tensor(0.3), weight.float().abs().unflatten(1, (-1, 16)).amax(-1) * 1.3)
         for blocks in (Blocks(), Blocks(None, None), Blocks(3, 384)):
@@ -52,6 +54,20 @@ def check_nvfp4(weight: Tensor, arithmetic: Arithmetic, amax: Tensor, block_amax
     found = nvfp4.quantize_by_triton(weight, amax, arithmetic, block_amax)
     for name in ("packed", "block_scale", "global_scale"):
         assert same_bytes(getattr(found, name), getattr(expected, name)), (name, weight.dtype, arithmetic)
+
+
+def check_stack(weight: Tensor, arithmetic: Arithmetic, amax: Tensor) -> None:
+    """Rows as weights of their own."""
+    of_rows = torch.stack([amax * factor for factor in (0.5, 1.0, 2.0, 0.01)])
+    scaling = nvfp4_scales.Scaling.of_groups(of_rows, arithmetic, weight.dtype)
+    codes, scales, bad = e2m1_triton.quantize_nvfp4_stack(
+        weight, arithmetic=arithmetic, amax=of_rows, divisors=scaling.divisor, factors_2=scaling.factor_2
+    )
+    assert not bad.item()
+    for row, of_row in enumerate(of_rows):
+        expected = nvfp4.quantize(weight[row : row + 1], of_row, arithmetic=arithmetic)
+        assert same_bytes(codes[row : row + 1], expected.packed), (row, weight.dtype, arithmetic)
+        assert same_bytes(scales[row : row + 1], expected.block_scale), (row, weight.dtype, arithmetic)
 
 
 def check_mx(weight: Tensor, arithmetic: Arithmetic) -> None:

@@ -53,8 +53,8 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
             bridge.save_hf_pretrained(chunks, out / "calibrated")
 
 
-def insert_quantizers(chunk: Any) -> None:
-    """ModelOpt's NVFP4 quantizers, without a calibration.
+def insert_quantizers(chunk: Any, settings: Any = mtq.NVFP4_DEFAULT_CFG) -> None:
+    """ModelOpt's quantizers, without a calibration; NVFP4's if not told otherwise.
 
     ModelOpt refuses sequential experts at TP × EP, because of how it calibrates and saves them. It asks the experts'
     configuration, so that says EP=1 meanwhile: the quantizers are the same.
@@ -63,7 +63,7 @@ def insert_quantizers(chunk: Any) -> None:
     sizes = [config.expert_model_parallel_size for config in configs]
     for config in configs:
         config.expert_model_parallel_size = 1
-    mtq.quantize(chunk, mtq.NVFP4_DEFAULT_CFG)
+    mtq.quantize(chunk, settings)
     for config, size in zip(configs, sizes, strict=True):
         config.expert_model_parallel_size = size
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.process_ranks import world_rank
+from amaxbridge.bridge.live.refit import Refit
 from tests.workers.live_moe import insert_quantizers, set_amax_from_names
 
 
@@ -35,7 +36,8 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
         set_amax_from_names(chunks)
         alive = {}
         for kind, scheme in (("plain", None), ("nvfp4", "nvfp4"), ("auto", "auto")):
-            tensors, alive[kind] = consume(bridge.export_hf_weights(chunks, scheme=scheme))
+            small = Refit(bridge, chunks, scheme=scheme, keep_memory=False, bucket_bytes=1)
+            tensors, alive[kind] = consume(small.run())
             save_file(tensors, out / f"{kind}_{world_rank()}.safetensors")
         bridge.save_hf_pretrained(chunks, out / "plain", scheme="none")
         bridge.save_hf_pretrained(chunks, out / "nvfp4", max_shard_bytes=30_000)

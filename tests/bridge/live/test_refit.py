@@ -42,10 +42,10 @@ def test_the_stream_is_the_checkpoint(streamed: dict[str, Path], model: str, kin
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
-def test_a_stream_holds_no_more_than_a_fused_group(streamed: dict[str, Path], model: str) -> None:
+def test_a_stream_holds_no_more_than_a_bucket(streamed: dict[str, Path], model: str) -> None:
     for rank in range(2):
         alive = json.loads((streamed[model] / f"alive_{rank}.json").read_text())
-        assert max(alive.values()) <= 8, "of 67 and more"
+        assert max(alive.values()) <= 12, "of 67 and more: the bucket is a fused group, q, k and v with 4 tensors each"
 
 
 def test_the_example(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
