@@ -12,6 +12,8 @@ COMMANDS = {
     "verify": ("verify", "check a checkpoint before it is served"),
     "repair": ("repair", "mend a checkpoint that engines read wrong, without the original weights"),
     "report": ("report", "a page and JSON about a checkpoint"),
+    "delta": ("delta", "what changed between two checkpoints of one training, in one file"),
+    "apply": ("apply", "a checkpoint and a delta to the checkpoint that the delta was written for"),
 }
 """The name of each command: its module in `amaxbridge.scripts`, and what it does."""
 

@@ -271,6 +271,33 @@ class ReportConfig(CommonConfig):
 
 
 @dataclass
+class DeltaConfig(CommonConfig):
+    """What changed between two checkpoints of one training, in one file.
+
+    amaxbridge delta base=STEP_1 new=STEP_2 output=DELTA
+    """
+
+    base: str = option("Directory that is there already where the delta will be applied.")
+    new: str = option("Directory to make of it.")
+    output: str = option("File to write, NAME.safetensors; or a directory, in which it is delta.safetensors.")
+    io: IoConfig = option("What to do with an existing output.", IoConfig)
+    json: str | None = option("File for the figures as JSON.", None)
+
+
+@dataclass
+class ApplyConfig(CommonConfig):
+    """Makes the checkpoint that a delta was written for, byte for byte, or nothing.
+
+    amaxbridge apply base=STEP_1 delta=DELTA output=OUT
+    """
+
+    base: str = option("Directory that the delta was made from; it stays as it is.")
+    delta: str = option("What `amaxbridge delta` wrote: the file, or its directory.")
+    output: str = option("Directory to write.")
+    io: IoConfig = option("What to do with an existing output.", IoConfig)
+
+
+@dataclass
 class DemoConfig(CommonConfig):
     """The whole way with a tiny model: trained in Megatron, quantized, exported, loaded and compared.
 
@@ -288,6 +315,8 @@ COMMANDS: dict[str, type[CommonConfig]] = {
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "report": ReportConfig,
+    "delta": DeltaConfig,
+    "apply": ApplyConfig,
     "demo": DemoConfig,
 }
 

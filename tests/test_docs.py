@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.export.amax.fused_group_amax import GroupAmax
@@ -61,10 +62,22 @@ def places(live: LiveRanks, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFa
         "REWARD_CKPT": reward_checkpoint(live.hf, tmp_path_factory.mktemp("reward")),
         "LORA_CKPT": lora_checkpoint(live.hf, tmp_path_factory.mktemp("lora")),
         "SERVED": trained / "nvfp4",
+        "STEP_1": trained / "nvfp4",
+        "STEP_2": a_step_later(trained / "nvfp4", tmp_path_factory.mktemp("step") / "STEP_2"),
         "BAD": served_wrong(trained / "nvfp4", tmp_path_factory.mktemp("bad") / "BAD"),
         "examples": ROOT / "examples",
         "FP8_DIR": block_quantized(tmp_path_factory.mktemp("fp8")),
     }
+
+
+def a_step_later(served: Path, directory: Path) -> Path:
+    """A checkpoint with other bytes in one tensor."""
+    shutil.copytree(served, directory)
+    file = next(directory.glob("*.safetensors"))
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if name.endswith("weight_packed"))[0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
 
 
 def served_wrong(served: Path, directory: Path) -> Path:

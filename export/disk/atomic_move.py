@@ -16,6 +16,7 @@ import ctypes
 import errno
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from amaxbridge.export.disk.io_errors import explaining
@@ -69,8 +70,11 @@ def move_into_place(staging: Path, target: Path, *, overwrite: bool) -> None:
         sync_directory(staging)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file in one move. A link of this name is replaced, not followed.
+
+    Args:
+        content: the whole, or parts of it; if they end in an error, nothing is replaced.
 
     Raises:
         WriteError: the file system refuses.
@@ -80,7 +84,7 @@ def replace_file(path: Path, content: bytes) -> None:
         try:
             unfinished.unlink(missing_ok=True)
             with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
-                file.write(content)
+                file.writelines([content] if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)

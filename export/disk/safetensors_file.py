@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -177,18 +177,38 @@ class SafetensorsFile:
             if os.pread(file, len(_LFS_POINTER), 0) == _LFS_POINTER:
                 raise ValueError("a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
             raise ValueError(f"{size:,} bytes, with a header of {length:,}: truncated, or not safetensors")
-        entries = parse_json_object(os.pread(file, length, 8))
-        self.metadata = _texts(entries.pop("__metadata__", None) or {})
-        specs = {name: _entry(name, entry) for name, entry in entries.items()}
-        begin, tensors = 8 + length, {}
-        for name, (spec, start, end) in sorted(specs.items(), key=lambda item: item[1][1:]):
-            if 8 + length + start != begin or end - start != spec.nbytes:
-                raise ValueError(f"{name}: {spec} does not lie at bytes {start:,} to {end:,}")
-            tensors[name] = StoredTensor(self, begin, spec)
-            begin += spec.nbytes
-        if begin != size:
-            raise ValueError(f"{size:,} bytes, and its header says {begin:,}: truncated, or written to twice")
-        return tensors
+        header = read_header(os.pread(file, length, 8))
+        self.metadata = header.metadata
+        if header.end != size:
+            raise ValueError(f"{size:,} bytes, and its header says {header.end:,}: truncated, or written to twice")
+        return {name: StoredTensor(self, header.begins[name], spec) for name, spec in header.specs.items()}
+
+
+class Header(NamedTuple):
+    """What a header says: of each tensor its spec and where it begins in the file, and where the file ends."""
+
+    metadata: dict[str, str]
+    specs: dict[str, TensorSpec]
+    begins: dict[str, int]
+    end: int
+
+
+def read_header(text: bytes) -> Header:
+    """Reads a header, without the length before it.
+
+    Raises:
+        ValueError: it is none, or its tensors do not lie one after the other.
+    """
+    entries = parse_json_object(text)
+    header = Header(_texts(entries.pop("__metadata__", None) or {}), {}, {}, 0)
+    first = begin = 8 + len(text)
+    specs = {name: _entry(name, entry) for name, entry in entries.items()}
+    for name, (spec, start, end) in sorted(specs.items(), key=lambda item: item[1][1:]):
+        if first + start != begin or end - start != spec.nbytes:
+            raise ValueError(f"{name}: {spec} does not lie at bytes {start:,} to {end:,}")
+        header.specs[name], header.begins[name] = spec, begin
+        begin += spec.nbytes
+    return header._replace(end=begin)
 
 
 def _texts(metadata: Any) -> dict[str, str]:
