@@ -106,10 +106,9 @@ def measure(rank: int, arguments: argparse.Namespace, directory: str, results: A
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(arguments.tp)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.port), "TORCHELASTIC_RUN_ID": "bench"}
     torch.set_num_threads(1)
-    from amaxbridge.export.delta.stream import Sender
-
     from amaxbridge.bridge import megatron
     from amaxbridge.bridge.live.refit import Refit
+    from amaxbridge.export.delta.stream import Sender
 
     wall = torch.cuda.is_available()
     scheme = None if arguments.scheme == "none" else arguments.scheme
