@@ -62,6 +62,9 @@ class Engine:
         caches: the formats of key-value caches whose scales it reads, as `cache_scales` names them.
         heads: classifiers that it has a class for → what is wrong with their heads there, "" if nothing is; None if it
             makes any language model a classifier.
+        unquantized: architecture → pattern of layers that it builds in 16 bits from compressed-tensors, which its table
+            does not have: a condition on the format decides, or a router is a bare parameter.
+        bare_routers: routers that are bare parameters in transformers are so here.
         unread_experts: architectures whose experts it reads in one packed tensor only → what becomes of single ones.
         misplaces_single_groups: gives gate and up of 4-bit integer experts the scales of other rows where a rank has
             as many of their outputs as a group has columns; says in which releases.
@@ -86,6 +89,8 @@ class Engine:
     mixed_needs: tuple[str, ...] = ()
     caches: tuple[str, ...] = ("fp8",)
     heads: Mapping[str, str] | None = None
+    unquantized: Mapping[str, str] = field(default_factory=dict)
+    bare_routers: bool = False
     unread_experts: Mapping[str, str] = field(default_factory=dict)
     misplaces_single_groups: str = ""
 
@@ -107,10 +112,16 @@ class Engine:
         return f"{self.name} {self.facts.version}" if self.facts else self.name
 
 
+_TOWER_OF_KIMI = r"(vision_tower|mm_projector)\..*"
+_ROUTERS_OF_SGLANG = (
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Ernie4_5_MoeForCausalLM",
+    "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM",
+)  # fmt: skip
 _RANDOM_BIAS = "adds a bias to its head, which no file has and which stays random"
 VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
     cuts=True, cuts_wildcards=True, caches=("fp8", "fp8 per head", "nvfp4"),
+    unquantized=MappingProxyType({"KimiK25ForConditionalGeneration": _TOWER_OF_KIMI}),
     unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
     misplaces_single_groups="0.26 to 0.33",
 )  # fmt: skip
@@ -120,13 +131,16 @@ SGLANG = Engine(
     mixed_needs=("NVFP4", "W4A16_NVFP4"), heads=MappingProxyType({
         "LlamaForSequenceClassification": "", "Gemma2ForSequenceClassification": "",
         "Qwen2ForSequenceClassification": _RANDOM_BIAS, "Qwen3ForSequenceClassification": _RANDOM_BIAS,
+    }), unquantized=MappingProxyType({
+        **dict.fromkeys(_ROUTERS_OF_SGLANG, r"model\.layers\.\d+\.mlp\.gate"),
+        "KimiK25ForConditionalGeneration": rf"{_TOWER_OF_KIMI}|language_model\.model\.layers\.\d+\.mlp\.gate",
     }), unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
 )  # fmt: skip
 TRANSFORMERS = Engine(
     "transformers", "transformers", "transformers", fuses=False, ignores_classes=True, alphabetical=True,
-    head_is_linear=True, caches=("fp8", "fp8 per head"),
+    head_is_linear=True, bare_routers=True, caches=("fp8", "fp8 per head"),
 )  # fmt: skip
-RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True)
+RUNTIME = Engine("runtime", "amaxbridge.export.runtime", ignores_classes=True, head_is_linear=True, bare_routers=True)
 """Our own, which loads models of transformers."""
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
 """The engines that serve checkpoints."""

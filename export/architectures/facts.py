@@ -76,6 +76,7 @@ class Fact:
         holds: projections that a tensor of packed experts holds.
         inputs_first: packed experts with inputs before outputs; None if files have either, and sizes decide.
         interleaved: gate and up rows alternate.
+        bare: a router that is a parameter in transformers, and no linear layer.
         numbers: how many experts the files of a layer number here, where it is not how many the model routes to: those
             of two kinds in one row, or more than are used.
     """
@@ -86,6 +87,7 @@ class Fact:
     holds: tuple[str, ...] = ()
     inputs_first: bool | None = False
     interleaved: bool = False
+    bare: bool = False
     numbers: str | None = None
 
 
@@ -476,5 +478,6 @@ def _fact(role: Role, pattern: str, entry: Mapping[str, Any]) -> Fact:
         tuple(entry.get("holds", ())),
         None if inputs_first == "either" else inputs_first,
         entry.get("interleaved", False),
+        entry.get("bare", False),
         entry.get("numbers"),
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from amaxbridge.export.architectures.engine_tables import GENERIC, Build
+from amaxbridge.export.architectures.engine_tables import GENERIC, Build, architectures_of
 from amaxbridge.export.architectures.engines import (
     ENGINES,
     RUNTIME,
@@ -72,7 +72,12 @@ def readings(view: CheckpointView) -> list[EngineReading]:
         build = build_of(view, engine) or GENERIC
         config = as_named_by(engine, build, view.quantization)
         found += [
-            EngineReading(engine, at, _read(engine, at.layer, config), _in_16_bits(build, at.path))
+            EngineReading(
+                engine,
+                at,
+                _read(engine, at.layer, config),
+                _in_16_bits(build, at.path) or _is_hidden(view, engine, at),
+            )
             for at in layers_of(view, engine, build)
         ]
     return found
@@ -95,6 +100,18 @@ def _in_transformers(known: Architecture, module: str) -> str:
 def _in_16_bits(build: Build, path: str) -> bool:
     """True if a layer, or the fused layer that it would be part of, is built without quantization."""
     return build.builds_unquantized(path) or build.builds_unquantized(build.fused(path))
+
+
+def _is_hidden(view: CheckpointView, engine: Engine, at: EngineLayer) -> bool:
+    """True for a layer in 16 bits whatever config.json says, which the engine's table does not have."""
+    known = view.known_architecture
+    if engine.bare_routers and known is not None:
+        facts = [known.fact(f"{module}.weight") for module in at.modules]
+        if any(fact is not None and fact.bare for fact in facts):
+            return True
+    patterns = [each for name in architectures_of(view.config) if (each := engine.unquantized.get(name)) is not None]
+    in_compressed_tensors = view.quantization.method != MODELOPT_FORMAT
+    return in_compressed_tensors and any(re.fullmatch(pattern, at.path) for pattern in patterns)
 
 
 def layers_of(view: CheckpointView, engine: Engine, build: Build) -> Iterator[EngineLayer]:

@@ -88,7 +88,8 @@ class TensorFact:
         role: `linear`, `experts`, or why the tensor stays unquantized.
         shapes: the shape in each model where there is one; None where layers differ.
         module: the module's pattern in transformers, if it is spelled in another way.
-        layout: of packed experts: which projections, the order of axes, if gate and up alternate, as in the table.
+        layout: of packed experts: which projections, the order of axes, if gate and up alternate, as in the table; of
+            a router that is no linear layer: that it is a bare parameter.
         numbers: of experts one by one: how many a layer has in each model.
     """
 
@@ -138,6 +139,8 @@ def derive(model: PreTrainedModel, variant: str, facts: dict[str, TensorFact]) -
             role, layout = roles[target], {}
             if role == "experts":
                 role, layout = _packed(model, stored, target, shape, shapes[target])
+            if role == "router" and not isinstance(modules[target.rpartition(".")[0]], nn.Linear | Conv1D):
+                layout = {"bare": True}
             module = pattern_of(target)
             if pairs and LayerPairCollapse.pattern.search(stored):
                 module = module.replace("*", "*/2", 1)
