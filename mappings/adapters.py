@@ -38,7 +38,7 @@ from amaxbridge.mappings.mapping import MegatronParamMapping
 from amaxbridge.mappings.model_config import ModelConfig
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.registry import MappingRegistry
-from amaxbridge.mappings.tensors import join_dim
+from amaxbridge.mappings.tensors import join_dim, shard_of
 
 _OF_BRIDGE = re.compile(
     r"(?P<module>.+)\.(?P<adapter>adapter(?:\.adapter_(?P<role>q|k|v|gate|up))?)\."
@@ -156,7 +156,12 @@ class AdapterMapping(MegatronParamMapping):
         return dict(zip(self.targets, self.follows._join(rows, config).values(), strict=True))
 
     def _split(self, tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> Tensor:
-        raise ValueError("adapters are exported only")
+        if self.tensor.side is Side.A or self.tensor.role:
+            return shard_of(tensors[self.targets[0]], self.shard_dim, rank, size)
+        rows = {weight: tensors[adapter_name(weight, self.tensor.side)] for weight in self.follows.targets}
+        if self.follows.shard_dim == 0:
+            return self.follows._split(rows, config, rank, size)
+        return shard_of(self.follows._split(rows, config, 0, 1), self.shard_dim, rank, size)
 
 
 class AdaptedRegistry(MappingRegistry):

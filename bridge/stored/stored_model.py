@@ -196,6 +196,7 @@ class StoredModel(Mapping[str, Tensor]):
         for key, spec in self.checkpoint.tensors.items():
             if is_of_model(key):
                 for name, region in _one_by_one(key, spec):
+                    name = name.replace(".to_wrap.", ".")  # of a linear beside its adapter
                     piece = _PIECE.fullmatch(name)
                     name, part = filter(None, piece.groups()) if piece else (name, "")
                     regions.setdefault(self._spelling(name), {})[part] = region

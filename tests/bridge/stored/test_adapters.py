@@ -222,3 +222,25 @@ def test_experts_of_grouped_linears(tmp_path: Path) -> None:
     both = {**grouped, a: grouped[a][:, 0], b: grouped[b][:, 0]}
     message = refused(road, road.write(tmp_path / "older", Adapted(both)), tmp_path / "none")
     assert "experts share them without an axis of experts" in message
+
+
+def test_a_checkpoint_of_fsdp(qwen3: Road, tmp_path: Path) -> None:
+    """Gate and up apart, the module's own names, and the wrapper's before them."""
+    adapted = adapters_for(qwen3.model, "lora")
+    state = {}
+    for name, tensor in qwen3.state.items():
+        wrapped = name.replace(".linear_qkv.", ".linear_qkv.to_wrap.").replace(".linear_fc1.", ".linear_fc1.to_wrap.")
+        if "linear_fc1" in name:
+            gate, up = tensor.float().chunk(2)
+            state |= {f"{wrapped}_w": gate, f"{wrapped}_v": up}
+        else:
+            state[wrapped] = tensor.float()
+    named = {f"model.module.{name}": tensor for name, tensor in {**state, **adapted.megatron}.items()}
+    write_state(tmp_path / "fsdp", named)
+    checkpoint = qwen3.write(tmp_path / "torch_dist", adapted)
+    bridge = AutoBridge.from_hf_pretrained(qwen3.hf)
+    for source, output in ((tmp_path / "fsdp", "one"), (checkpoint, "two")):
+        how = {"scheme": "none", "dtype": "bfloat16", "adapter": "merge"}
+        alpha = ALPHA if output == "one" else None
+        bridge.convert_checkpoint(source, tmp_path / output, adapter_alpha=alpha, **how)  # type: ignore[arg-type]
+    same_tensors(tmp_path / "one", tmp_path / "two")
