@@ -117,6 +117,12 @@ class SaveOptions(OutputOptions):
         "Dtype of the weights: bfloat16, float16 or float32; null for the one in config.json if the weights are fp32, "
         "and their own otherwise.",
     )
+    weights: str = _option(
+        "model",
+        "weights",
+        "Which weights of a checkpoint: model, those that training computed with; or fp32_main, the fp32 main "
+        "parameters of its optimizer, of which those are roundings.",
+    )
     adapter: str | None = _option(
         None,
         "adapter.mode",
@@ -178,6 +184,7 @@ class SaveKeywords(OutputKeywords, total=False):
     ignore: Sequence[str]
     max_shard_bytes: int
     dtype: str | None
+    weights: str
     adapter: str | None
     adapter_alpha: float | None
     adapter_base: str | None

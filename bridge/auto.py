@@ -48,6 +48,7 @@ from amaxbridge.bridge.stored.adapter_settings import AdapterSettings, ModelOptS
 from amaxbridge.bridge.stored.config_from_arguments import model_of_arguments
 from amaxbridge.bridge.stored.hf_weights import HFWeights
 from amaxbridge.bridge.stored.identification import check_described, check_kind, stored_model
+from amaxbridge.bridge.stored.main_parameters import FP32_MAIN, main_parameters
 from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.weight_dtypes import dtype_option
@@ -354,6 +355,10 @@ class AutoBridge:
             AmaxError: amax are missing, zero, negative or not finite; all are named.
         """
         saver = Saver(self.hf, Together(self._ranks()), Path(path), options_from(SaveOptions, options))
+        if saver.takes_main_parameters:
+            raise UsageError(
+                "weights=fp32_main is for checkpoints: save one with its optimizer, and give it to convert_checkpoint"
+            )
         chunks, asked = unwrap(model), saver.options
         only = saver.adapters is AdapterMode.ONLY
         held, config = self._held(chunks, None if only else saver.recipe), self._model_config(chunks)
@@ -389,11 +394,15 @@ class AutoBridge:
         if share.rank == 0:
             for note in self.hf.notes:
                 _log.warning("%s", note)
+        source: SourceFiles | SeveralSources = files
+        if saver.takes_main_parameters:
+            check_kind(opened)
+            opened, source = main_parameters(opened), SeveralSources((files,), FP32_MAIN)
         stored, asked = stored_model(opened, self.hf), saver.options
         if saver.adapters is None:
             quantizers = self._described(stored, saver.recipe)
             plan = self._plan_stored([*stored.parameters(), *state_parameters(quantizers)], self.hf.registry, share)
-            return self._save_stored(saver, plan, stored, quantizers, share, files)
+            return self._save_stored(saver, plan, stored, quantizers, share, source)
         check_kind(opened, adapters=True)
         settings = adapter_settings(opened.directory, asked.adapter_alpha)
         if saver.adapters is AdapterMode.ONLY:

@@ -10,6 +10,7 @@ from amaxbridge.bridge.plan.carried_tensors import carried_specs, carried_tensor
 from amaxbridge.bridge.plan.casting import Casting
 from amaxbridge.bridge.plan.export_plan import BundlePlan
 from amaxbridge.bridge.plan.tensor_decisions import decide, specs_of
+from amaxbridge.bridge.stored.main_parameters import takes_main_parameters
 from amaxbridge.export.amax.fused_group_amax import missing_policy, mixed_policy
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.amax.quant_state_file import ModelIdentity, plan_quant_state
@@ -21,7 +22,7 @@ from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.hub import check_name
 from amaxbridge.export.model_free.input_directory import check_apart, check_ignored
 from amaxbridge.export.output.config_and_index import Companions
-from amaxbridge.export.output.finalizer import Bundle
+from amaxbridge.export.output.finalizer import Bundle, Finalizer
 from amaxbridge.export.output.finished_directory import BundleSize, BundleWriter, DirectoryPlan, write_directory
 from amaxbridge.export.output.model_card import Conversion
 from amaxbridge.export.output.nonfinite import FiniteCheck, nonfinite_policy
@@ -82,6 +83,11 @@ class Saver:
         writers.check_output(self.target, overwrite=options.overwrite)
         self.adapters = adapter_mode(options.adapter, options.adapter_alpha, options.adapter_base)
         self.remeasured = is_remeasured(options.weight_amax, self.adapters)
+        self.takes_main_parameters = takes_main_parameters(options.weights)
+        if self.takes_main_parameters and self.adapters is not None:
+            raise UsageError(
+                "weights=fp32_main and adapter.mode= exclude each other: the frozen weights have no main parameters"
+            )
         self._companions = Companions.of(hf.directory)
         self.recipe = find_scheme(options.scheme, options.ignore, options.format)
         self._missing = missing_policy(options.missing_amax)
@@ -110,17 +116,16 @@ class Saver:
         state = collect() if self.recipe or options.quant_state else QuantState()
         casting = Casting.of(self._hf, specs, options.dtype)
         self._hf = casting.described(self._hf)
-        finalizer = decide(
-            self._hf,
-            plan,
-            casting,
-            self.recipe,
-            state,
-            self._missing,
-            self._mixed,
-            warn=self.writers.first,
-            changed=None if merge is None else merge.changed,
-        )
+
+        def decided(casting: Casting, *, warn: bool) -> Finalizer:
+            changed = None if merge is None else merge.changed
+            parts = self._hf, plan, casting, self.recipe, state, self._missing, self._mixed
+            return decide(*parts, warn=warn, changed=changed)
+
+        finalizer = decided(casting, warn=self.writers.first)
+        if self.takes_main_parameters:
+            casting = casting.sparing(finalizer.written)
+            finalizer = decided(casting, warn=False)
         finalizer.finite = self._finite
         carried = carried_specs(self._hf, required=not options.dry_run)
         files = self._files(bool(carried))

@@ -146,6 +146,7 @@ class ExportConfig(CommonConfig):
     adapter: AdapterConfig = option("What to do with adapters (LoRA, DoRA).", AdapterConfig)
     io: ShardsConfig = option("What to do with an existing output.", ShardsConfig)
     dtype: str | None = shared("dtype")
+    weights: str = shared("weights")
     quant_state: bool = shared("quant_state")
     parallel: ParallelConfig = option("Megatron's mesh, for a dry run without a checkpoint.", ParallelConfig)
     mixed_groups: str = shared("mixed_groups")

@@ -47,6 +47,7 @@ def export(options: ExportConfig) -> None:
         "max_shard_bytes": int(options.io.max_shard_gb * 1e9),
         "quant_state": options.quant_state,
         "dtype": options.dtype,
+        "weights": options.weights,
         "adapter": options.adapter.mode,
         "adapter_alpha": options.adapter.alpha,
         "adapter_base": options.adapter.base,

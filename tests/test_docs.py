@@ -90,8 +90,10 @@ def served_wrong(served: Path, directory: Path) -> Path:
 
 
 def plain_checkpoint(hf: Path, directory: Path) -> Path:
-    """A Megatron checkpoint of a training without quantizers."""
-    return write_state(directory / "checkpoint", megatron_state(read_hf_model(hf)))
+    """A Megatron checkpoint of a training without quantizers, and its optimizer's fp32 main parameters."""
+    state = megatron_state(read_hf_model(hf))
+    main = {f"optimizer.state.param.{name}": tensor.float() for name, tensor in state.items()}
+    return write_state(directory / "checkpoint", {**state, **main})
 
 
 def reward_checkpoint(hf: Path, directory: Path) -> Path:

@@ -18,7 +18,8 @@ from amaxbridge.bridge.hf import HFModel
 from amaxbridge.bridge.weight_dtypes import DTYPE_FIELDS, DTYPES, dtype_option, stated_dtype
 from amaxbridge.export.disk.row_chunks import Rows, WholeTensor
 from amaxbridge.export.output.finalizer import Bundle
-from amaxbridge.mappings.errors import MappingError
+from amaxbridge.export.schemes import Scheme
+from amaxbridge.mappings.errors import MappingError, UsageError
 from amaxbridge.mappings.names import is_quantizer_state
 from amaxbridge.mappings.tensors import TensorSpec
 
@@ -35,12 +36,14 @@ class Casting:
         kept: name suffixes of the tensors that stay in fp32.
         written: the dtype of most weights in the output; None without weights.
         note: message for users, "" for none.
+        uncast: names of weights that are quantized as they are, in fp32.
     """
 
     target: torch.dtype | None
     kept: tuple[str, ...] = ()
     written: torch.dtype | None = None
     note: str = ""
+    uncast: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, hf: HFModel, specs: Mapping[str, TensorSpec], wanted: str | None) -> Self:
@@ -85,6 +88,20 @@ class Casting:
             return bundle
         return replace(bundle, tensors={name: self._cast(name, rows) for name, rows in bundle.tensors.items()})
 
+    def sparing(self, quantized: Mapping[str, Scheme]) -> "Casting":
+        """The casting that leaves the weights of quantized modules in fp32.
+
+        Raises:
+            UsageError: a scheme needs scales in the dtype that the others are cast to.
+        """
+        bound = sorted({scheme.name for scheme in quantized.values() if scheme.scales_in_model_dtype})
+        if bound and self.target not in (None, torch.float32):
+            raise UsageError(
+                f"weights=fp32_main: engines hold the scales of {', '.join(bound)} in the dtype of the model, so that "
+                "fp32 weights gain nothing: give dtype=float32, or leave weights= out"
+            )
+        return replace(self, uncast=frozenset(f"{module}.weight" for module in quantized))
+
     def described(self, hf: HFModel) -> HFModel:
         """The model with a config.json that names the written dtype, in the fields it already has."""
         if self.written is None:
@@ -101,7 +118,7 @@ class Casting:
             _log.warning("%s", self.note)
 
     def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        casts = self.target is not None and dtype in _NAMES and not is_quantizer_state(name)
+        casts = dtype in _NAMES and not is_quantizer_state(name) and name not in self.uncast
         return self.target if self.target is not None and casts and not name.endswith(self.kept) else dtype
 
     def _cast(self, name: str, rows: Rows) -> Rows:

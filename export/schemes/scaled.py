@@ -74,6 +74,10 @@ class Scaled(Scheme):
         return bool(self.config_group["format"] == "pack-quantized")
 
     @property
+    def scales_in_model_dtype(self) -> bool:
+        return self._is_packed
+
+    @property
     def _is_symmetric(self) -> bool:
         return bool(self.config_group["weights"]["symmetric"])
 

@@ -118,6 +118,11 @@ class Scheme(ABC):
         """The block of a weight that shares a stored scale."""
 
     @property
+    def scales_in_model_dtype(self) -> bool:
+        """True if engines hold weight scales in the dtype of the model, whatever is stored."""
+        return False
+
+    @property
     def group_scale(self) -> SharedScale | None:
         """The weight scale that all members of a fused group share; None if the format has none."""
         return None

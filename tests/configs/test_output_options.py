@@ -33,7 +33,7 @@ def test_the_keywords_are_the_options() -> None:
     """TypedDicts say to type checkers what the dataclasses declare: the same names and types."""
     declared = {each.name: each.type for each in OPTIONS}
     common = {each.name for each in dataclasses.fields(OutputOptions)}
-    assert len(declared) == 20
+    assert len(declared) == 21
     assert SaveKeywords.__annotations__.keys() == declared.keys()
     assert OutputKeywords.__annotations__.keys() == common - {"scheme", "ignore"}
     for name, kind in SaveKeywords.__annotations__.items():
@@ -68,7 +68,7 @@ def test_python_takes_the_options_of_the_command_line() -> None:
             assert on_command_line[name].metadata[MEANING] == each.metadata[MEANING]
             if each.name not in ("scheme", "ignore"):
                 assert OmegaConf.select(defaults, name) == each.default
-        assert seen == (17 if kind is SaveOptions else 11)
+        assert seen == (18 if kind is SaveOptions else 11)
     assert SaveOptions().max_shard_bytes == ExportConfig.__dataclass_fields__["io"].default_factory().max_shard_gb * 1e9
 
 
