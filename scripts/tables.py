@@ -3,22 +3,24 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from amaxbridge.bridge.save import ExportReport
 from amaxbridge.configs.schema import ExportConfig, QuantizeConfig
 from amaxbridge.export.model_free.whole_directory import ModelFreeReport
 from amaxbridge.export.output.model_card import size_text
 from amaxbridge.export.output.module_schemes import unquantized_kinds
-from amaxbridge.scripts.demo_check import Findings
 from amaxbridge.scripts.plan_table import plan_json, plan_rows, plan_table
 from amaxbridge.scripts.showing import show, show_end, show_rows, show_unquantized, size_change
 
+if TYPE_CHECKING:
+    from amaxbridge.bridge.save import ExportReport
+    from amaxbridge.scripts.demo_check import Findings
 
-def export_table(report: ExportReport, options: ExportConfig, seconds: float) -> None:
+
+def export_table(report: "ExportReport", options: ExportConfig, seconds: float) -> None:
     """Prints the result of an export, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.ignored, options)
     before = sum(bundle.nbytes for bundle in report.bundles)
@@ -44,7 +46,7 @@ def quantize_table(report: ModelFreeReport, options: QuantizeConfig, seconds: fl
     _show_result(report, options, rows, "quantized", seconds, f"reference={options.input}")
 
 
-def _written(report: ExportReport | ModelFreeReport, before: int) -> dict[str, int | str]:
+def _written(report: "ExportReport | ModelFreeReport", before: int) -> dict[str, int | str]:
     return {
         "tensors": len(report.layout.places),
         "files": len(report.layout.shards),
@@ -54,7 +56,7 @@ def _written(report: ExportReport | ModelFreeReport, before: int) -> dict[str, i
 
 
 def _show_result(
-    report: ExportReport | ModelFreeReport,
+    report: "ExportReport | ModelFreeReport",
     options: ExportConfig | QuantizeConfig,
     rows: Mapping[str, int | str],
     done: str,
@@ -74,7 +76,7 @@ def _show_result(
 
 
 def _show_plan(
-    report: ExportReport | ModelFreeReport, left: Sequence[str], options: ExportConfig | QuantizeConfig
+    report: "ExportReport | ModelFreeReport", left: Sequence[str], options: ExportConfig | QuantizeConfig
 ) -> None:
     rows = plan_rows(report.sources, report.written, report.quantized)
     if options.dry_run:
@@ -85,7 +87,7 @@ def _show_plan(
         Path(options.json).write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
 
 
-def demo_table(results: dict[str, Any], findings: Findings) -> None:
+def demo_table(results: dict[str, Any], findings: "Findings") -> None:
     """Prints the demo's measurements and checks."""
     perplexity, counts, seconds = results["perplexity"], results["counts"], results["seconds"]
     table = Table(title="held-back text: perplexity per byte", title_justify="left")
