@@ -122,6 +122,15 @@ class HFModel:
             raise UsageError("a model described by saved arguments has no Hugging Face weights: give hf=")
         return with_weights(self.directory)
 
+    def open_files(self, layout: PackedExperts | None = None) -> SafetensorsCheckpoint:
+        """The tensors of its weights' files, under the names that mappings have.
+
+        Those of a quantized directory keep their own names, by which its config.json says what is quantized.
+        """
+        others = {} if "quantization_config" in self.written else self.family.respelled
+        spelling = partial(_respelled, others=others) if others else None
+        return SafetensorsCheckpoint(self.weights_directory, found_in(layout), spelling)
+
     @property
     def tied(self) -> bool:
         """True if the output layer is the embedding; the last pipeline stage has a copy of it nevertheless."""
@@ -177,9 +186,9 @@ class HFModel:
         """Opens the tensors of the directory, with experts in whichever order of axes it has them."""
         layout = self.family.packed_experts
         if layout is not None and layout.either:
-            with SafetensorsCheckpoint(self.weights_directory) as checkpoint:
+            with self.open_files() as checkpoint:
                 layout = self.packed_experts({name: each.spec for name, each in checkpoint.tensors.items()})
-        with SafetensorsCheckpoint(self.weights_directory, found_in(layout)) as checkpoint:
+        with self.open_files(layout) as checkpoint:
             yield open_dequantized(checkpoint, self.written)
 
     def packed_experts(self, tensors: Mapping[str, HasShape]) -> PackedExperts | None:
@@ -206,6 +215,11 @@ class HFModel:
                 kind = getattr(transformers, architecture).config_class
                 tensors = _file_tensors(lambda: kind.from_dict({**self.config, "architectures": [architecture]}))
         return tensors and {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _respelled(name: str, *, others: Mapping[str, str]) -> str:
+    prefix = next((each for each in others if name.startswith(each)), None)
+    return name if prefix is None else others[prefix] + name.removeprefix(prefix)
 
 
 def read_hf_model(

@@ -260,7 +260,7 @@ def open_dequantized(checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any
         if each.method == COMPRESSED_TENSORS or (each.method == MODELOPT and _is_in_our_schemes(checkpoint, said)):
             return DequantizedCheckpoint(checkpoint, said)
     places = checkpoint.weight_map.items()
-    stored = {name: found for name, file in places if (found := checkpoint.file(file).tensors.get(name)) is not None}
+    stored = {name: found for name, file in places if (found := checkpoint.tensors_in(file).get(name)) is not None}
     source = recognize(stored, declared)
     if source is None or source.formats == (_GPT_OSS,):
         return DequantizedCheckpoint(checkpoint, None)

@@ -99,6 +99,7 @@ class ModelFamily:
         language_model: the architecture that the language model has by itself, and the prefix of its names in files, if
             transformers does not save the whole under the names of published files; None if it does.
         carried: name prefixes of the tensors beside the language model, which exports copy from the Hugging Face files.
+        respelled: prefix of tensor names in other files of the model → the prefix that `mappings` and `carried` have.
         hybrid_pattern: source of `hybrid_layer_pattern`, for a family that exists only as a HybridModel, with the same
             layers. None for transformers: a GPTModel, or a HybridModel with two layers for each.
         kept_in_fp32: name suffixes of the tensors that files hold in fp32, whatever the model's dtype.
@@ -131,6 +132,7 @@ class ModelFamily:
     language_part: str | None = None
     language_model: tuple[str, str] | None = None
     carried: tuple[str, ...] = ()
+    respelled: Mapping[str, str] = field(default_factory=dict)
     hybrid_pattern: Translation | None = None
     kept_in_fp32: tuple[str, ...] = ()
     layer: Callable[[Any, Any], Any] | None = None

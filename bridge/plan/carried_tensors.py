@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from amaxbridge.bridge.hf import HFModel
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -31,7 +30,7 @@ def carried_specs(hf: HFModel, *, required: bool) -> dict[str, TensorSpec]:
     if not prefixes:
         return {}
     try:
-        with SafetensorsCheckpoint(hf.weights_directory) as checkpoint:
+        with hf.open_files() as checkpoint:
             specs = {name: each.spec for name, each in checkpoint.tensors.items() if name.startswith(prefixes)}
     except CheckpointError:
         specs = {}
@@ -53,7 +52,7 @@ def carried_specs(hf: HFModel, *, required: bool) -> dict[str, TensorSpec]:
 def carried_tensors(hf: HFModel) -> Iterator[tuple[str, Tensor]]:
     """Reads the tensors of `carried_specs`, one by one."""
     if hf.family.carried:
-        with SafetensorsCheckpoint(hf.weights_directory) as checkpoint:
+        with hf.open_files() as checkpoint:
             for name in [name for name in checkpoint.tensors if name.startswith(hf.family.carried)]:
                 yield name, checkpoint.read(name)
 

@@ -19,8 +19,6 @@ from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.export.dequantized import open_dequantized
 from amaxbridge.export.disk.input_paths import given_path
-from amaxbridge.export.disk.packed_experts import found_in
-from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.adapters import is_adapter
 from amaxbridge.mappings.errors import UsageError
@@ -84,7 +82,7 @@ def adapted_model(hf: HFModel, stored: StoredModel, base: str | Path | None, *, 
         yield AdaptedModel(stored, stored_model(open_checkpoint(files.directory), hf), (files,))
     elif hf.directory is not None and (names := [each.name for each in hf.directory.glob("*.safetensors*")]):
         files = SourceFiles.of(hf.directory, names, hashed=hashed)
-        with SafetensorsCheckpoint(hf.directory, found_in(hf.family.packed_experts)) as checkpoint:
+        with hf.open_files(hf.family.packed_experts) as checkpoint:
             yield AdaptedModel(stored, HFWeights(hf, open_dequantized(checkpoint, hf.written)), (files,))
     else:
         trained_on = pretrained_checkpoint(stored.checkpoint.directory)

@@ -1,7 +1,7 @@
 """Reading a Hugging Face directory of safetensors, tensor by tensor."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +24,20 @@ class SafetensorsCheckpoint:
 
     Args:
         packed: finds the experts of packed tensors, where the files have them.
+        spelling: a tensor's name in files → its name here; None if they are the same.
 
     Raises:
         CheckpointError: there are no safetensors files, or the index names files that do not exist.
     """
 
-    def __init__(self, directory: Path, packed: FindPacked | None = None) -> None:
+    def __init__(
+        self, directory: Path, packed: FindPacked | None = None, spelling: Callable[[str], str] | None = None
+    ) -> None:
         self.directory = directory
+        self._spelling = spelling
         self._packed = packed or found_in(None)
         self._files: dict[str, SafetensorsFile] = {}
+        self._tensors_of: dict[str, Mapping[str, StoredTensor]] = {}
         self._open_files = OpenFiles()
 
     @cached_property
@@ -44,7 +49,7 @@ class SafetensorsCheckpoint:
             stated = content.get("weight_map")
             if not isinstance(stated, dict):
                 raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map")
-            weight_map = {name: weight_file_name(file, index) for name, file in stated.items()}
+            weight_map = {name: weight_file_name(file, index) for name, file in self._spelled(stated).items()}
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
@@ -55,7 +60,7 @@ class SafetensorsCheckpoint:
                 f"{self.directory} has {len(files)} safetensors files and no {INDEX_FILE}: "
                 + ("the index is missing" if files else self._without_files())
             )
-        return dict.fromkeys(self.file(files[0]).tensors, files[0])
+        return dict.fromkeys(self.tensors_in(files[0]), files[0])
 
     def _without_files(self) -> str:
         """The next step where there are no safetensors files."""
@@ -71,7 +76,7 @@ class SafetensorsCheckpoint:
             CheckpointError: index and files disagree, or a tensor is in two files; all of them are named.
         """
         names = sorted({*self.weight_map.values(), *self._files_of_weights()})
-        found = [(name, file, stored) for file in names for name, stored in self.file(file).tensors.items()]
+        found = [(name, file, stored) for file in names for name, stored in self.tensors_in(file).items()]
         tensors = {name: stored for name, file, stored in found if self.weight_map.get(name) == file}
         problems = [f"{name}: in {file}, not in the index" for name, file, _ in found if name not in self.weight_map]
         problems += [
@@ -95,11 +100,31 @@ class SafetensorsCheckpoint:
             self._files[name] = SafetensorsFile(self.directory / name, self._open_files, self.directory)
         return self._files[name]
 
+    def tensors_in(self, file: str) -> Mapping[str, StoredTensor]:
+        """The tensors of one file, under the names here."""
+        if file not in self._tensors_of:
+            self._tensors_of[file] = self._spelled(self.file(file).tensors)
+        return self._tensors_of[file]
+
+    def _spelled[T](self, named: Mapping[str, T]) -> Mapping[str, T]:
+        """The same under the names here.
+
+        Raises:
+            CheckpointError: files have one tensor under two names.
+        """
+        if self._spelling is None:
+            return named
+        found = {self._spelling(name): each for name, each in named.items()}
+        if len(found) < len(named):
+            raise CheckpointError(f"{self.directory} has tensors under both spellings of their names")
+        return found
+
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a file of weights changed since it was opened, or another index is there."""
         for file in self._files.values():
             file.check_unchanged()
-        if "weight_map" in self.__dict__ and SafetensorsCheckpoint(self.directory).weight_map != self.weight_map:
+        again = SafetensorsCheckpoint(self.directory, spelling=self._spelling)
+        if "weight_map" in self.__dict__ and again.weight_map != self.weight_map:
             raise changed_meanwhile(self.directory / INDEX_FILE)
 
     def has(self, name: str) -> bool:
@@ -139,13 +164,14 @@ class SafetensorsCheckpoint:
         file = self.weight_map.get(name)
         if file is None:
             return None
-        stored = self.file(file).tensors.get(name)
+        stored = self.tensors_in(file).get(name)
         if stored is None:
             raise CheckpointError(f"{self.directory / file} has no tensor {name}, though the index says so")
         return stored
 
     def close(self) -> None:
         self._files.clear()
+        self._tensors_of.clear()
         self._open_files.close()
 
     def __enter__(self) -> Self:

@@ -41,6 +41,10 @@ QWEN3_VL_MOE = replace(
     packed_experts=PackedExperts(transposed=True, either=True),
 )
 QWEN2_5_VL = replace(
-    QWEN2, architectures=("Qwen2_5_VLForConditionalGeneration",), language_part="text_config", carried=("visual.",)
+    QWEN2,
+    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    language_part="text_config",
+    carried=("visual.",),
+    respelled={"model.language_model.": "model.", "model.visual.": "visual."},
 )
-"""Its files call the language model and the tower what a language model alone and its tower were called."""
+"""Published files call the language model what it was called alone; newer ones have transformers' names of today."""

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.bridge.plan.carried_tensors import carried_specs
 from amaxbridge.export.disk.staging import Share
-from amaxbridge.mappings.errors import UsageError
+from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of
 from tests.support.checkpoints import tensors_in
 from tests.support.launcher import Launcher
@@ -156,3 +157,28 @@ def test_what_is_carried_over_must_be_there(cases: list[Case], tmp_path: Path) -
     assert carried_specs(hf, required=False) == {}
     with pytest.raises(UsageError, match=r"no weights of vision_tower\., multi_modal_projector\. which Megatron lacks"):
         carried_specs(hf, required=True)
+
+
+@pytest.mark.parametrize("model", ["Qwen2.5-VL with images"])
+def test_newer_names_of_the_same_model_are_read(cases: list[Case], model: str, tmp_path: Path) -> None:
+    """As transformers names its modules today: exported and imported as under the published names."""
+    case = of(cases, model)[0]
+    newer_names = {"visual.": "model.visual.", "model.": "model.language_model.", "lm_head.": "lm_head."}
+    renamed = {
+        newer_names[old] + name.removeprefix(old): tensor
+        for name, tensor in tensors_in(case.hf).items()
+        for old in newer_names
+        if name.startswith(old)
+    }
+    (newer := tmp_path / "newer").mkdir()
+    save_file(renamed, newer / "model.safetensors", metadata={"format": "pt"})
+    (newer / "config.json").write_text((case.hf / "config.json").read_text())
+    bridge = AutoBridge.from_hf_pretrained(newer)
+    bridge.convert_checkpoint(case.checkpoint, tmp_path / "out", scheme="none")
+    files = [directory / "model.safetensors" for directory in (case.back, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with bridge.hf.open_weights() as weights:
+        assert set(weights.checkpoint.weight_map) == tensors_in(case.hf).keys()
+    save_file(renamed | tensors_in(case.hf), newer / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="under both spellings"), bridge.hf.open_weights() as weights:
+        assert weights.checkpoint.weight_map
