@@ -235,7 +235,7 @@ class AutoBridge:
 
         Raises:
             UsageError: the arguments are missing, or fit no family, or fit several.
-            CheckpointError: not a distributed checkpoint.
+            CheckpointError: not a checkpoint of Megatron's training.
         """
         hf = model_of_arguments(given_path(checkpoint), architecture=architecture, vocab_size=vocab_size, family=family)
         return cls(hf, ranks)
@@ -374,7 +374,7 @@ class AutoBridge:
     def convert_checkpoint(
         self, checkpoint: str | Path, path: str | Path, *, share: Share = ALONE, **options: Unpack[SaveKeywords]
     ) -> ExportReport:
-        """As `save_hf_pretrained`, from a Megatron distributed checkpoint: without Megatron, a model or a GPU.
+        """As `save_hf_pretrained`, from a checkpoint of Megatron's training: without Megatron, a model or a GPU.
 
         Processes that share the bundles need not run at the same time: each reads the tensors of its bundles from the
         files, writes them, and returns; the last one moves everything into place. A process holds one bundle at a
@@ -384,7 +384,7 @@ class AutoBridge:
             share: the share of this process. All must see checkpoint and output on one file system.
 
         Raises:
-            CheckpointError: not a distributed checkpoint, a damaged one, or not the model of config.json.
+            CheckpointError: not a checkpoint of Megatron's training, a damaged one, or not the model of config.json.
         """
         checkpoint, path = given_path(checkpoint), resolved_output(path)
         check_spared(checkpoint, path)

@@ -114,7 +114,7 @@ class ExportConfig(CommonConfig):
     """
 
     checkpoint: str | None = option(
-        "Megatron distributed checkpoint: training's save directory, or one iter_NNNNNNN. Without it, dry_run=true "
+        "Megatron checkpoint: training's save directory, or one iter_NNNNNNN. Without it, dry_run=true "
         "plans the export of a model of this mesh from config.json alone.",
         None,
     )

@@ -174,7 +174,8 @@ def _own_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _has_own_mtp(hf: HFModel) -> bool:
     """True if the files have MTP layers under names of their own, not behind the decoder's."""
-    return any(not name.startswith("model.layers.") for name in _target(hf, "mtp.layers.0.eh_proj.weight"))
+    elsewhere = any(not name.startswith("model.layers.") for name in _target(hf, "mtp.layers.0.eh_proj.weight"))
+    return elsewhere and hf.family.hybrid_pattern is None  # those of hybrids are in `_hybrid_mtp_layers`
 
 
 def _target(hf: HFModel, megatron_param: str) -> tuple[str, ...]:

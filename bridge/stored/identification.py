@@ -147,7 +147,7 @@ def identify(checkpoint: Path) -> str:
     """Describes a checkpoint's model from tensors and saved arguments, for a person who must find its config.
 
     Raises:
-        CheckpointError: not a distributed checkpoint.
+        CheckpointError: not a checkpoint of Megatron's training.
     """
     opened = open_checkpoint(checkpoint)
     if kind := _kind_of(opened):

@@ -56,14 +56,22 @@ def test_saved_at_etp_2(moe: LiveRanks, tmp_path: Path, form: str) -> None:
     same_files(tmp_path / "out", saved / f"live_{form}")
 
 
-MESHES = {"vpp": {"processes": 2, "pp": 2, "vpp": 2}, "tp, ep and etp": {"processes": 2, "tp": 2, "ep": 2, "etp": 1}}
+MESHES = {
+    "vpp": ("qwen3_moe_mixed", {"processes": 2, "pp": 2, "vpp": 2}),
+    "tp, ep and etp": ("qwen3_moe_mixed", {"processes": 2, "tp": 2, "ep": 2, "etp": 1}),
+    "latent attention": ("deepseek_v3", {"processes": 2, "tp": 2}),
+    "mamba": ("nemotron_h", {"processes": 4, "tp": 2, "pp": 2}),
+}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_other_meshes(launch: Launcher, qwen3_moe_mixed: Path, shared: Path, tmp_path: Path, mesh: str) -> None:
+def test_other_meshes(
+    launch: Launcher, request: pytest.FixtureRequest, shared: Path, tmp_path: Path, mesh: str
+) -> None:
     """Chunks of a virtual pipeline count layers each from 0. At ETP below TP, a file has shards, but whole experts."""
-    live = LiveRanks(launch, "live_legacy.py", qwen3_moe_mixed, shared / "legacy")
-    saved = live.at(**MESHES[mesh])
+    name, sizes = MESHES[mesh]
+    live = LiveRanks(launch, "live_legacy.py", request.getfixturevalue(name), shared / f"legacy_{name}")
+    saved = live.at(**sizes)
     convert(live, saved / "legacy_plain", tmp_path / "out", "none")
     same_files(tmp_path / "out", saved / "live_plain")
 
