@@ -46,7 +46,7 @@ def model_of_arguments(
 ) -> HFModel:
     """The model of a checkpoint. Arguments and errors: see `AutoBridge.from_megatron_checkpoint`."""
     opened = open_checkpoint(checkpoint)
-    check_kind(opened)
+    check_kind(opened, adapters=True)  # an export without adapter= refuses them
     arguments, embedding = read_arguments(opened), opened.tensors.get(_EMBEDDING)
     if arguments is None or embedding is None:
         raise UsageError(

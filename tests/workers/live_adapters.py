@@ -26,6 +26,7 @@ from amaxbridge.mappings.ranks import Axis
 from amaxbridge.mappings.tensors import shard_of
 from tests.support.adapters import ALPHA, RANK, Adapted, adapters_for
 from tests.support.bridge_adapters import fill, wrap_linears
+from tests.workers.legacy_save import save_legacy
 
 KINDS = ("lora", "dora", "canonical", "modelopt")
 
@@ -54,6 +55,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
                     (out / f"{kind}_alone_{world_rank()}.txt").write_text(str(error))
             if "pp" not in sizes:
                 megatron.save_checkpoint(model, out / f"{kind}_checkpoint", iteration=3)
+            save_legacy(bridge.hf, [model], out / f"{kind}_legacy")
             if kind == "lora" and "pp" not in sizes:
                 insert_quantizers(model)
                 bridge.save_hf_pretrained(model, out / "nvfp4", adapter="merge")
