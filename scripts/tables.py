@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 def export_table(report: "ExportReport", options: ExportConfig, seconds: float) -> None:
     """Prints the result of an export, or the plan of a dry run; with `json`, also writes it to a file."""
     _show_plan(report, report.ignored, options)
+    if options.adapter.mode == "only":
+        _show_adapters(report, options, seconds)
+        return
     before = sum(bundle.nbytes for bundle in report.bundles)
     rows: dict[str, int | str] = {
         "scheme": report.scheme,
@@ -33,6 +36,14 @@ def export_table(report: "ExportReport", options: ExportConfig, seconds: float) 
         "amax that differed between ranks": len(report.state.divergent),
     }
     _show_result(report, options, rows, "exported", seconds)
+
+
+def _show_adapters(report: "ExportReport", options: ExportConfig, seconds: float) -> None:
+    """Prints the result of `adapter=only`, or its plan: the directory is for PEFT, and `verify` has no rules for it."""
+    rows = {"tensors": len(report.layout.places), "files": len(report.layout.shards)}
+    show_rows(f"{'plan for' if options.dry_run else 'exported'} {options.output}, adapters alone", rows)
+    would = " would have" if options.dry_run else ":"
+    show_end(f"{options.output}{would} {size_text(report.layout.total_size)}", seconds)
 
 
 def quantize_table(report: ModelFreeReport, options: QuantizeConfig, seconds: float) -> None:
