@@ -51,11 +51,12 @@ from amaxbridge.bridge.stored.identification import check_described, check_kind,
 from amaxbridge.bridge.stored.main_parameters import FP32_MAIN, main_parameters
 from amaxbridge.bridge.stored.open_checkpoint import files_of, open_checkpoint
 from amaxbridge.bridge.stored.stored_model import StoredModel
-from amaxbridge.bridge.weight_dtypes import dtype_option
+from amaxbridge.bridge.weight_dtypes import dtype_option, is_rounded
 from amaxbridge.export.amax.quant_state import QuantState
 from amaxbridge.export.dequantized import DequantizedCheckpoint
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.export.disk.output_place import resolved_output
+from amaxbridge.export.disk.shard_layout import DTYPE_NAMES
 from amaxbridge.export.disk.source_files import SeveralSources, SourceFiles
 from amaxbridge.export.disk.staging import ALONE, Share
 from amaxbridge.export.hub import push_to_hub
@@ -300,8 +301,12 @@ class AutoBridge:
         """Opens the tensors of the Hugging Face directory."""
         return self.hf.open_weights()
 
-    def load_from(self, weights: DequantizedCheckpoint, model: Model) -> None:
-        """As `load_hf_weights`, from opened tensors."""
+    def load_from(self, weights: DequantizedCheckpoint, model: Model) -> dict[str, str]:
+        """As `load_hf_weights`, from opened tensors.
+
+        Returns:
+            The tensors of this rank that are rounded to the dtype of their parameter → both dtypes.
+        """
         chunks = unwrap(model)
         self._check_computes(chunks)
         parameters = [
@@ -312,6 +317,13 @@ class AutoBridge:
         taken = ranks.all_gather_object(Axis.WORLD, [name for mapping in mappings for name in mapping.targets])
         check_nothing_is_left(self.hf, weights, chain.from_iterable(taken), warn=ranks.rank(Axis.WORLD) == 0)
         fill_parameters(parameters, mappings, weights.read, self._model_config(chunks), ranks)
+        held = weights.specs() or {}
+        return {
+            name: f"{DTYPE_NAMES[held[name].dtype]} to {DTYPE_NAMES[parameter.tensor.dtype]}"
+            for parameter, mapping in zip(parameters, mappings, strict=True)
+            for name in mapping.targets
+            if name in held and is_rounded(held[name].dtype, parameter.tensor.dtype)
+        }
 
     def load_quant_state(self, model: Model, state: QuantState) -> None:
         """Sets the amax of the model's enabled quantizers: the inverse of `collect_quant_state`.

@@ -4,8 +4,9 @@ Training can continue from it: the quantizers compute what a serving engine comp
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from amaxbridge.export.schemes import Scheme
 from amaxbridge.mappings.amax import INPUT_QUANTIZER, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.mapping import MegatronParamMapping
+from amaxbridge.mappings.names import kind_of
 from amaxbridge.mappings.ranks import Axis, Ranks
 
 _CACHE_SCALES = (".k_scale", ".v_scale")
@@ -49,6 +51,7 @@ class ImportReport:
         changed: module whose original bytes re-quantizing will not reproduce → the difference.
         cache_scales: key-value cache scales that are dropped: Megatron has no quantizers for them, or their format is
             unknown.
+        rounded: tensors that the model holds in a narrower dtype than the directory → both dtypes, `F32 to BF16`.
     """
 
     schemes: Mapping[str, int]
@@ -56,6 +59,7 @@ class ImportReport:
     left: Sequence[str]
     changed: Mapping[str, Changed]
     cache_scales: Sequence[str]
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
 
 def import_hf(
@@ -103,10 +107,10 @@ def import_hf(
         _check_blocks(
             chunks, hf, {module: weights.schemes[module] for module in quantized & weights.schemes.keys()}, ranks
         )
-        bridge.load_from(weights, chunks)
+        rounded = bridge.load_from(weights, chunks)
         if any_quantized:
             bridge.load_quant_state(chunks, weights.state)
-    report = _report(weights, quantized, ranks)
+    report = _report(weights, quantized, rounded, ranks)
     arguments = megatron_arguments(hf, chunks[0].config, layer_pattern(chunks))
     writers = Together(ranks)
     with StagedDirectory(target, overwrite=overwrite) as staged:
@@ -170,18 +174,21 @@ def _schemes(mapping: MegatronParamMapping, suffix: str, weights: DequantizedChe
     return {module: weights.schemes.get(module) for module in modules}
 
 
-def _report(weights: DequantizedCheckpoint, quantized: set[str], ranks: Ranks) -> ImportReport:
+def _report(
+    weights: DequantizedCheckpoint, quantized: set[str], rounded: Mapping[str, str], ranks: Ranks
+) -> ImportReport:
     """The report of all ranks; the first rank logs its warnings."""
-    gathered = ranks.all_gather_object(Axis.WORLD, (quantized, weights.changed))
-    found = {module for modules, _ in gathered for module in modules}
-    changed = {module: what for _, changes in gathered for module, what in sorted(changes.items())}
+    gathered = ranks.all_gather_object(Axis.WORLD, (quantized, weights.changed, rounded))
+    found = {module for modules, _, _ in gathered for module in modules}
+    changed = {module: what for _, changes, _ in gathered for module, what in sorted(changes.items())}
+    of_all = {name: what for _, _, each in gathered for name, what in sorted(each.items())}
     schemes: dict[str, int] = {}
     for scheme in weights.schemes.values():
         schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
     left = [*(module for module in weights.schemes if module not in found), *weights.dequantized]
     taken = {scale for amax, scale in weights.cache_scales.items() if amax in found}
     scales = [name for name in weights.checkpoint.weight_map if name.endswith(_CACHE_SCALES) and name not in taken]
-    report = ImportReport(schemes, len(found), left, changed, scales)
+    report = ImportReport(schemes, len(found), left, changed, scales, of_all)
     if ranks.rank(Axis.WORLD) == 0:
         _warn(report)
     return report
@@ -200,6 +207,13 @@ def _warn(report: ImportReport) -> None:
             "unknown:%s",
             len(report.cache_scales),
             listing(report.cache_scales),
+        )
+    if report.rounded:
+        kinds = Counter(f"{kind_of(name)}: {what}" for name, what in report.rounded.items())
+        _log.warning(
+            "%d tensors are rounded, since the model is in a narrower dtype (model.dtype=float32 keeps them):%s",
+            len(report.rounded),
+            listing(f"{kind} ({count})" for kind, count in kinds.items()),
         )
     if report.changed:
         rows = [f"{module}: {what}" for module, what in report.changed.items()]

@@ -30,6 +30,11 @@ def dtype_option(option: str, name: "str | torch.dtype") -> torch.dtype:
     return DTYPES[name]
 
 
+def is_rounded(source: torch.dtype, target: torch.dtype) -> bool:
+    """True if values of one float dtype may change in another."""
+    return source.is_floating_point and target.is_floating_point and torch.promote_types(source, target) != target
+
+
 def stated_dtype(config: Mapping[str, Any], part: str | None) -> torch.dtype | None:
     """The dtype that config.json states for the language model, None if it states none.
 

@@ -57,6 +57,7 @@ def import_table(report: "ImportReport", options: ImportConfig, seconds: float) 
     rows |= {
         "quantized modules without a quantizer": len(report.left),
         "weights whose bytes will not all come back": len(report.changed),
+        "tensors rounded to the model's dtype": len(report.rounded),
     }
     show_rows(f"imported to {options.output}", rows)
     size = sum(file.stat().st_size for file in Path(options.output).rglob("*") if file.is_file())

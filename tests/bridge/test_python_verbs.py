@@ -1,10 +1,12 @@
 """What people who know Megatron-Bridge call, and what they are told when they call it wrong."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from amaxbridge import AutoBridge, model_free_ptq, verify
 from amaxbridge.bridge.hf import read_hf_model
@@ -14,6 +16,7 @@ from tests.support.launcher import Launcher
 
 THERE_AND_BACK = """
 import sys
+import shutil
 from pathlib import Path
 
 from amaxbridge import AutoBridge
@@ -101,3 +104,23 @@ def test_errors_speak_of_python_s_arguments(tmp_path: Path) -> None:
     model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
     with pytest.raises(OutputExistsError, match=r"give overwrite=True$"):
         model_free_ptq(source, tmp_path / "out", "fp8_dynamic")
+
+
+def test_import_says_what_it_rounds(launch: Launcher, qwen3: Path, tmp_path: Path) -> None:
+    """Norms in fp32, as some files have them: in a model in bf16 they are rounded, in one in fp32 nothing is."""
+    source = tmp_path / "hf"
+    shutil.copytree(qwen3, source)
+    tensors = tensors_in(qwen3)
+    norms = [name for name in tensors if "norm" in name]
+    save_file(tensors | {name: tensors[name].float() for name in norms}, source / "model.safetensors")
+    script = tmp_path / "bring_in.py"
+    script.write_text(
+        "import sys\n"
+        "from amaxbridge import AutoBridge\n"
+        "for dtype in ('bfloat16', 'float32'):\n"
+        "    report = AutoBridge.import_ckpt(sys.argv[1], sys.argv[2] + dtype, dtype=dtype)\n"
+        "    print(dtype, len(report.rounded), set(report.rounded.values()) or '')\n"
+    )
+    printed = launch(script, source, tmp_path / "out")
+    assert f"bfloat16 {len(norms)} {{'F32 to BF16'}}" in printed
+    assert "float32 0" in printed
