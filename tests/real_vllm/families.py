@@ -34,6 +34,8 @@ AS_PUBLISHED = {  # fields that vLLM reads, and that transformers' classes do no
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
     "Glm4MoeLiteForCausalLM": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
     "HYV3ForCausalLM": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
+    "HunYuanDenseV1ForCausalLM": {"use_qk_norm": True},
+    "HunYuanMoEV1ForCausalLM": {"use_qk_norm": True, "moe_intermediate_size": 32},
     "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 NOT_LOADED = {  # architecture → what this build of vLLM says

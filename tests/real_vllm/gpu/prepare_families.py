@@ -27,6 +27,9 @@ IN_BLOCKS = ("Qwen3", "Qwen3-MoE")
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 512,
+    "expert_hidden_dim": 256,
+    "moe_latent_size": 128,
+    "attention_chunk_size": 16,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
     "moe_shared_expert_intermediate_size": 256,
@@ -58,13 +61,13 @@ def main(out: Path, names: list[str]) -> None:
 
 
 def wide(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    text = config.get_text_config()
-    latent = getattr(text, "kv_lora_rank", None)
-    for field, value in WIDE.items():
-        if getattr(text, field, None) and not (latent and field == "head_dim"):
-            setattr(text, field, value)
+    """The configuration at these sizes, with the fields of published ones. MLA's `head_dim` is that of its rope."""
     for field, value in AS_PUBLISHED.get(config.architectures[0], {}).items():
-        setattr(config, field, getattr(text, field, value) if field in WIDE else value)
+        setattr(config, field, value)
+    text = config.get_text_config()
+    for field, value in WIDE.items():
+        if getattr(text, field, None):
+            setattr(text, field, value)
     return config
 
 

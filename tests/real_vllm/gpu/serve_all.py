@@ -11,14 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import batched, chain
+from itertools import batched, chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SERVE = Path(__file__).with_name("serve_some.py")
-A_PROCESS = 4  # checkpoints: it takes longer to start than to load one
+A_PROCESS = 4  # checkpoints of a model: it takes longer to start than to load one
 MODELOPT = ".modelopt"
 type Found = Mapping[tuple[str, str], dict[str, Any]]
 
@@ -38,8 +38,10 @@ def main() -> int:
         if checkpoint.is_dir()
     ]
     command = (sys.executable, SERVE, options.out)
+    models = [list(found) for _, found in groupby(work, lambda pair: pair[0].parent)]
+    some = [part for found in models for part in batched(found, A_PROCESS)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda some: subprocess.run([*command, *chain(*some)], check=False), batched(work, A_PROCESS)))
+        list(pool.map(lambda pairs: subprocess.run([*command, *chain(*pairs)], check=False), some))
     found = {(each["model"], each["name"]): each for each in map(torch.load, sorted(options.out.glob("*.pt")))}
     crashed = {(checkpoint.parent.name, checkpoint.name) for checkpoint, _ in work} - found.keys()
     found |= {each: {"error": "the process ended"} for each in crashed}

@@ -61,6 +61,7 @@ def serve(checkpoint: Path, tokens: Tensor, vocabulary: int) -> dict[str, Any]:
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 28,
         gpu_memory_utilization=0.05,
+        **({"gdn_prefill_backend": "triton"} if "linear_num_key_heads" in config else {}),
     )
     prompts = [{"prompt_token_ids": row.tolist()} for row in tokens]
     sampling = SamplingParams(temperature=0, max_tokens=GENERATED, prompt_logprobs=-1, detokenize=False)
