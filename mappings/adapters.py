@@ -45,7 +45,7 @@ _OF_BRIDGE = re.compile(
     r"(?P<side>linear_in\.weight|linear_out\.weight|weight_magnitude)(?P<expert>\d*)"
 )
 _OF_MODELOPT = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])_(?P<adapter>\w+)\.weight(?P<expert>\d*)")
-_ANY = re.compile(r"\.adapter\w*\.|\.lora_[ab]_\w+\.")
+_ANY = re.compile(r"\.adapter\w*\.|\.lora_[abAB]\w*\.")
 _OF_PEFT = re.compile(r"\.(?:lora_A|lora_B|lora_magnitude_vector)$")
 
 

@@ -27,10 +27,17 @@ class LiveScales:
 
     by_adapter: Mapping[str, float]
 
-    def scale_of(self, tensor: AdapterTensor, rank: int) -> float:
-        """What the product of an adapter is multiplied by."""
-        del rank
-        return self.by_adapter.get(tensor.adapter, self.by_adapter.get(tensor.of_all_experts, 0.0))
+    def scale_of(self, tensor: AdapterTensor, rank: int, *, has_lengths: bool) -> float:
+        """What the product of an adapter is multiplied by.
+
+        Raises:
+            UsageError: no module of any rank says it.
+        """
+        del rank, has_lengths
+        for name in (tensor.adapter, tensor.of_all_experts):
+            if name in self.by_adapter:
+                return self.by_adapter[name]
+        raise UsageError(f"{tensor.adapter}: no module of any rank says how strongly it acts")
 
 
 def live_scales(

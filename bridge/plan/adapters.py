@@ -7,9 +7,10 @@ PEFT. Everything after the merge, from the names that are written to the journal
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ from amaxbridge.export.disk.row_chunks import WholeTensor
 from amaxbridge.export.kernels.low_rank import merged
 from amaxbridge.export.output.finalizer import Bundle, ChangedWeights
 from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, without_side
-from amaxbridge.mappings.amax import LEARNED_POST, WEIGHT_QUANTIZER
+from amaxbridge.mappings.amax import LEARNED_POST, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.names import module_of
 from amaxbridge.mappings.tensors import TensorSpec
@@ -40,8 +41,16 @@ class AdapterMode(StrEnum):
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-type ScaleOf = Callable[[AdapterTensor, int], float]
-"""An adapter, its rank → what its product is multiplied by."""
+
+class ScaleOf(Protocol):
+    """What says how strongly adapters act."""
+
+    def __call__(self, tensor: AdapterTensor, rank: int, *, has_lengths: bool) -> float:
+        """What the product of an adapter is multiplied by.
+
+        Args:
+            has_lengths: True for DoRA.
+        """
 
 
 def adapter_mode(name: str | None, *others: object) -> AdapterMode | None:
@@ -193,8 +202,9 @@ def adapters_of(plan: Iterable[BundlePlan], scale_of: ScaleOf) -> dict[str, Adap
             problems.append(f"{tensor.adapter}: has no {' and no '.join(missing)}, or parts of several adapters")
             continue
         tensor, spec = parts[Side.A]
-        rank = spec.shape[0]
-        found[module] = Adapter(rank, scale_of(tensor, rank), Side.LENGTHS in parts, tensor.adapter)
+        rank, has_lengths = spec.shape[0], Side.LENGTHS in parts
+        scale = scale_of(tensor, rank, has_lengths=has_lengths)
+        found[module] = Adapter(rank, scale, has_lengths, tensor.adapter)
     if problems:
         raise MappingError(f"{len(problems)} adapters are incomplete:{listing(problems)}")
     return found
@@ -207,6 +217,11 @@ def _misfits(plan: Iterable[BundlePlan], adapters: Mapping[str, Adapter]) -> Ite
         weight = specs.get(name := f"{module}.weight")
         if weight is None:
             yield f"{adapter.adapter}: the weight that it changes, {name}, is not there"
+        elif module + PRE_QUANT_SCALE in specs:
+            yield (
+                f"{adapter.adapter}: the inputs of {module} are multiplied by a vector (AWQ, SmoothQuant), those of "
+                "the adapter are not; calibrate without"
+            )
         elif len(weight.shape) != 2 or weight.dtype not in _FLOATS:
             yield f"{adapter.adapter}: changes {name} {weight}, which is no matrix of floats"
         else:

@@ -34,20 +34,28 @@ class AdapterSettings:
         alpha: what B · A is multiplied by, times the rank.
         rank: the rank that the configuration says; None if it says none.
         experts_differ: True if the adapters of experts may have another rank (`normalize_moe_lora`).
+        is_dora: True for DoRA, None if nothing says it.
         source: where it is said.
     """
 
     alpha: float
     rank: int | None
     experts_differ: bool
+    is_dora: bool | None
     source: str
 
-    def scale_of(self, tensor: AdapterTensor, rank: int) -> float:
+    def scale_of(self, tensor: AdapterTensor, rank: int, *, has_lengths: bool) -> float:
         """What the product of an adapter is multiplied by.
 
         Raises:
-            CheckpointError: it has another rank than its configuration says.
+            CheckpointError: it has another rank or form than its configuration says.
         """
+        if self.is_dora is not None and has_lengths != self.is_dora:
+            raise CheckpointError(
+                f"{tensor.adapter} has {'' if has_lengths else 'no '}lengths (weight_magnitude), but {self.source} "
+                f"says {'DoRA' if self.is_dora else 'LoRA'}: they are of two trainings; give the checkpoint "
+                f"with its own {RUN_CONFIG}"
+            )
         differs = self.rank is not None and rank != self.rank
         if differs and not (self.experts_differ and is_routed_expert(tensor.weight)):
             raise CheckpointError(
@@ -73,12 +81,13 @@ class ModelOptSettings:
     alpha: float | None
     source: str
 
-    def scale_of(self, tensor: AdapterTensor, rank: int) -> float:
+    def scale_of(self, tensor: AdapterTensor, rank: int, *, has_lengths: bool) -> float:
         """As `AdapterSettings.scale_of`.
 
         Raises:
             CheckpointError: the configuration is for another adapter or rank, or contradicts the user.
         """
+        del has_lengths
         module, said = module_of(tensor.weight), dict[str, Any]()
         for pattern, settings in self.patterns.items():
             if fnmatchcase(module, pattern):
@@ -121,12 +130,8 @@ def adapter_settings(directory: Path, alpha: float | None) -> AdapterSettings | 
     said = found if alpha is None else alpha
     if not isinstance(said, int | float) or isinstance(said, bool) or not 0 < said < float("inf"):
         raise UsageError(f"alpha of adapters is {said!r}: it must be a positive number")
-    return AdapterSettings(
-        float(said),
-        section.get("dim"),
-        bool(section.get("normalize_moe_lora")),
-        str(file if found else "adapter.alpha"),
-    )
+    source, dora = (str(file), _kind(section) == "DoRA") if section else ("adapter.alpha", None)
+    return AdapterSettings(float(said), section.get("dim"), bool(section.get("normalize_moe_lora")), dora, source)
 
 
 def pretrained_checkpoint(directory: Path) -> str | None:
@@ -164,7 +169,7 @@ def _peft(file: Path) -> Mapping[str, Any]:
     section = _run_config(file).get("peft")
     if section is None:
         return {}
-    kind = str(section.get("_target_", "")).rpartition(".")[2] if isinstance(section, Mapping) else repr(section)
+    kind = _kind(section) if isinstance(section, Mapping) else repr(section)
     if not isinstance(section, Mapping) or kind not in _KINDS:
         raise CheckpointError(f"{file}: peft is {kind or 'of no kind'}; known are {', '.join(_KINDS)}")
     for name, wanted in (("alpha", int | float), ("dim", int)):
@@ -172,6 +177,10 @@ def _peft(file: Path) -> Mapping[str, Any]:
         if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise CheckpointError(f"{file}: peft.{name} is {value!r}, not a number")
     return section
+
+
+def _kind(section: Mapping[str, Any]) -> str:
+    return str(section.get("_target_", "")).rpartition(".")[2]
 
 
 def _run_config(file: Path) -> Mapping[str, Any]:

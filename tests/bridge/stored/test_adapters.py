@@ -62,7 +62,8 @@ def road(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_as_by_peft(road: Road, kind: str, tmp_path: Path) -> None:
     adapted = adapters_for(road.model, kind)
-    checkpoint = road.write(tmp_path / "checkpoint", adapted)
+    config = RUN_CONFIG.replace("lora.LoRA", "dora.DoRA") if kind == "dora" else RUN_CONFIG
+    checkpoint = road.write(tmp_path / "checkpoint", adapted, config=config)
     bridge = AutoBridge.from_hf_pretrained(road.hf)
     bridge.convert_checkpoint(checkpoint, tmp_path / "out", scheme="none", adapter="merge")
     plain, written = one_by_one(road.plain), one_by_one(tmp_path / "out")
@@ -148,6 +149,8 @@ def test_what_is_refused(qwen3: Road, tmp_path: Path) -> None:
         f"{fc1}: has no lora_B": (changed("no_b", {f"{fc1}.linear_out.weight": None}), {}),
         "are those of adapters (LoRA)": (changed("odd", {f"{fc1}.linear_in.bias": torch.ones(4)}), {}),
         "has rank 4, but": (changed("rank", {}, "peft: {_target_: a.LoRA, alpha: 2, dim: 8}"), {}),
+        "has no lengths (weight_magnitude), but": (changed("dora", {}, "peft: {_target_: a.DoRA, alpha: 2}"), {}),
+        "are of an unknown kind": (changed("peft", {f"{fc1[:-8]}.lora_A.x.weight": torch.ones(4)}), {}),
         "peft is Prefix; known are LoRA": (changed("kind", {}, "peft: {_target_: a.Prefix, alpha: 2}"), {}),
         "peft.alpha is 'x', not a number": (changed("alpha", {}, "peft: {_target_: a.LoRA, alpha: x}"), {}),
         "nothing says how strongly": (changed("silent", {}, "peft:"), {}),

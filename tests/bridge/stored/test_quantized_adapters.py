@@ -13,7 +13,7 @@ from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import read_hf_model
 from amaxbridge.bridge.plan.tensor_specs import MegatronSpecs
 from amaxbridge.export.model_free.whole_directory import model_free_ptq
-from amaxbridge.mappings.errors import AmaxError, UsageError
+from amaxbridge.mappings.errors import AmaxError, MappingError, UsageError
 from tests.support.adapters import ALPHA, LINEARS, adapters_for, merged_by_peft
 from tests.support.checkpoints import tensors_in
 from tests.support.comparing import same_tensors
@@ -137,6 +137,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=expected):
             export(road, checkpoint, tmp_path / "out", "nvfp4", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_multiplied(tmp_path: Path) -> None:
+    """AWQ multiplies the inputs of the linear, not those of its adapter: one merged weight cannot do both."""
+    road = Road("Qwen3", "lora", tmp_path)
+    checkpoint = {**road.state, **road.adapted.megatron}
+    fc1 = "decoder.layers.0.mlp.linear_fc1"
+    saved = io.BytesIO()
+    vector = {"_disabled": True, "_enable_pre_quant_scale": True}
+    torch.save(
+        {"modelopt_quantizer_state": {"weight_quantizer": {"_disabled": True}, "input_quantizer": vector}}, saved
+    )
+    state: dict[str, Any] = {**checkpoint, f"{fc1}._extra_state/shard_0_1": saved}
+    state[f"{fc1}.input_quantizer._pre_quant_scale"] = torch.full((64,), 2.0)
+    write_state(tmp_path / "awq", state)
+    with pytest.raises(MappingError, match=r"the inputs of .* are multiplied by a vector"):
+        export(road, tmp_path / "awq", tmp_path / "out", "none", adapter="merge", adapter_alpha=ALPHA)
 
 
 def test_quantizers_inside_adapters(tmp_path: Path) -> None:
