@@ -1,13 +1,17 @@
 """Legacy checkpoints, saved by real ranks as Megatron-LM does: the bytes of the live export, and clear refusals."""
 
+import io
 import os
 import shutil
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.hf import read_hf_model
@@ -16,6 +20,7 @@ from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.comparing import same_files, same_tensors
 from tests.support.launcher import Launcher, LiveRanks
+from tests.support.stored_checkpoints import megatron_state, write_state
 
 SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
 
@@ -201,3 +206,70 @@ class TestRefused:
         convert(dense, saved.parent, tmp_path / "out", "nvfp4")
         assert not (tmp_path / "run").exists()
         same_files(tmp_path / "out", dense.at(tp=2, pp=2) / "live_nvfp4")
+
+
+class TestGroupedExperts:
+    """Transformer Engine's grouped linears, and Megatron's own before them: names by hand, since neither runs here."""
+
+    EXPERTS, RANKS = 8, 2
+
+    def write(self, hf: Path, directory: Path, name: str, *, quantized: bool = False) -> dict[str, Tensor]:
+        """Files of two EP ranks; returns all tensors as one rank's checkpoint names them."""
+        whole = megatron_state(read_hf_model(hf))
+        arguments = Namespace(tensor_model_parallel_size=1, expert_model_parallel_size=2, num_experts=self.EXPERTS)
+        for rank in range(self.RANKS):
+            model = {key: tensor for key, tensor in whole.items() if ".experts." not in key}
+            for layer, linear in product(range(2), ("linear_fc1", "linear_fc2")):
+                module = f"decoder.layers.{layer}.mlp.experts"
+                mine = range(rank * 4, rank * 4 + 4)
+                weights = [whole[f"{module}.experts.{expert}.{linear}.weight"] for expert in mine]
+                if name == "weights":
+                    packed = torch.stack([weight.t() for weight in weights])
+                    rows = packed.shape[1] if linear == "linear_fc1" else -1
+                    shape = (rows, packed.numel() // rows) if rows > 0 else (4 * packed.shape[1], -1)
+                    model[f"{module}.weight{linear[-1]}"] = packed.reshape(shape)
+                    continue
+                model |= {f"{module}.{linear}.weight{local}": weight for local, weight in enumerate(weights)}
+                model |= quantizers(f"{module}.{linear}", mine) if quantized else {}
+            place = directory / "iter_0000007" / f"mp_rank_00_{rank:03d}"
+            place.mkdir(parents=True)
+            state = {"args": arguments, "checkpoint_version": 3.0, "model": model}
+            torch.save(state, place / "model_optim_rng.pt")
+        (directory / "latest_checkpointed_iteration.txt").write_text("7")
+        return whole
+
+    @pytest.mark.parametrize("name", ["linears", "weights"])
+    def test_weights(self, qwen3_moe: Path, tmp_path: Path, name: str) -> None:
+        whole = self.write(qwen3_moe, tmp_path / "legacy", name)
+        write_state(tmp_path / "dist", whole)
+        for form in ("legacy", "dist"):
+            AutoBridge.from_hf_pretrained(qwen3_moe).convert_checkpoint(
+                tmp_path / form, tmp_path / f"{form}_out", scheme="fp8_dynamic"
+            )
+        same_files(tmp_path / "legacy_out", tmp_path / "dist_out")
+
+    def test_quantizers(self, qwen3_moe: Path, tmp_path: Path) -> None:
+        """Each expert has its weight quantizer; a rank's experts share the input quantizer, and ranks its maximum."""
+        self.write(qwen3_moe, tmp_path / "legacy", "linears", quantized=True)
+        stored = stored_model(open_checkpoint(tmp_path / "legacy"), read_hf_model(qwen3_moe))
+        found = {each.name: each for each in stored.quantizers()}
+        assert len(found) == 2 * 2 * (self.EXPERTS + 1)
+        for layer, linear in product(range(2), ("linear_fc1", "linear_fc2")):
+            module = f"decoder.layers.{layer}.mlp.experts.{linear}"
+            assert found[f"{module}.input_quantizer"].attributes["_amax"] == 3.0 + 7
+            for expert in range(self.EXPERTS):
+                assert found[f"{module}.weight_quantizer.{expert}"].attributes["_amax"] == 1.0 + expert
+
+
+def quantizers(module: str, experts: Sequence[int]) -> dict[str, Tensor]:
+    """What ModelOpt keeps of a grouped linear in a rank's own state: buffers, and settings under local numbers."""
+    enabled = {"_disabled": False, "_num_bits": (4, 3), "_axis": None, "_block_sizes": None}
+    settings = {f"weight_quantizer.{local}": enabled for local in range(len(experts))}
+    settings |= {"input_quantizer": enabled, "output_quantizer": {"_disabled": True}}
+    stream = io.BytesIO()
+    torch.save({"modelopt_quantizer_state": settings}, stream)
+    made = {f"{module}._extra_state": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)}
+    made |= {
+        f"{module}.weight_quantizer.{local}._amax": torch.tensor(1.0 + expert) for local, expert in enumerate(experts)
+    }
+    return {**made, f"{module}.input_quantizer._amax": torch.tensor(3.0 + max(experts))}
