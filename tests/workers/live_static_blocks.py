@@ -22,6 +22,7 @@ from torch import Tensor
 
 from amaxbridge.bridge import AutoBridge, megatron
 from amaxbridge.bridge.live.model_walk import walk_quantizers
+from tests.workers.legacy_save import save_legacy
 from tests.workers.model import forward
 
 BLOCK = 16
@@ -107,6 +108,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
             if alone:
                 save_file(oracle, out / f"{case}.safetensors")
             megatron.save_checkpoint(model, out / f"checkpoint_{case}", iteration=1)
+            save_legacy(bridge.hf, [model], out / f"legacy_{case}")
             bridge.save_hf_pretrained(model, out / case, scheme="auto")
 
 

@@ -86,6 +86,15 @@ def test_a_checkpoint_gives_the_same_bytes(ranks: LiveRanks, tmp_path: Path, cas
     assert_same(tmp_path / "out", live)
 
 
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_a_legacy_checkpoint_gives_the_same_bytes(ranks: LiveRanks, tmp_path: Path, case: str) -> None:
+    """Ranks' blocks are joined as rows and columns of the weight, also where a rank has one block of a row."""
+    AutoBridge.from_hf_pretrained(ranks.hf).convert_checkpoint(
+        ranks.at(tp=2) / f"legacy_{case}", tmp_path / "out", scheme="auto"
+    )
+    assert_same(tmp_path / "out", ranks.at(tp=2) / case)
+
+
 def test_a_scheme_by_name_takes_every_calibration(ranks: LiveRanks, tmp_path: Path) -> None:
     bridge, checkpoint = AutoBridge.from_hf_pretrained(ranks.hf), ranks.at(tp=1) / "checkpoint_dual_lsq"
     bridge.convert_checkpoint(checkpoint, tmp_path / "out", scheme="nvfp4")
