@@ -102,6 +102,7 @@ class ModelFamily:
         respelled: prefix of tensor names in other files of the model → the prefix that `mappings` and `carried` have.
         hybrid_pattern: source of `hybrid_layer_pattern`, for a family that exists only as a HybridModel, with the same
             layers. None for transformers: a GPTModel, or a HybridModel with two layers for each.
+        paired: layers of `hybrid_pattern` pair up into the files' decoder layers: a mixer, then MLP or experts.
         kept_in_fp32: name suffixes of the tensors that files hold in fp32, whatever the model's dtype.
         layer: (Megatron's own spec of a decoder layer, its TransformerConfig) → the spec of the model's layer, for a
             model whose layers Megatron-Core lacks. The spec given may be changed. Only called when a model is built.
@@ -134,6 +135,7 @@ class ModelFamily:
     carried: tuple[str, ...] = ()
     respelled: Mapping[str, str] = field(default_factory=dict)
     hybrid_pattern: Translation | None = None
+    paired: bool = False
     kept_in_fp32: tuple[str, ...] = ()
     layer: Callable[[Any, Any], Any] | None = None
     file: str | None = None
@@ -225,7 +227,7 @@ class ModelFamily:
         """
         if pattern is None:
             return canonical
-        return partial(transformer_name if self.hybrid_pattern is None else hybrid_name, pattern=pattern)
+        return partial(transformer_name if self.hybrid_pattern is None or self.paired else hybrid_name, pattern=pattern)
 
     def model_arguments(self, hf_config: HFConfig) -> dict[str, Any]:
         """Keyword arguments for Megatron's model class: vocabulary, rotary base, tied embeddings."""

@@ -6,10 +6,12 @@ Letters and layout: megatron.core.models.hybrid.hybrid_layer_allocation.
 
 Mappings use Hugging Face's layer numbers, so names are converted to them, in one of two ways:
 
-- `transformer_name`: each Hugging Face decoder layer is two HybridModel layers; names become those of a GPTModel.
+- `transformer_name`: each Hugging Face decoder layer is two HybridModel layers; names become those of a GPTModel, and
+  the norm of a Mamba layer is an input norm, too.
 
       decoder.layers.2.self_attention.linear_qkv.weight               decoder.layers.1.self_attention.linear_qkv.weight
       decoder.layers.3.mlp.linear_fc1.weight                          decoder.layers.1.mlp.linear_fc1.weight
+      decoder.layers.4.norm.weight                                    decoder.layers.2.input_layernorm.weight
       mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc1.weight     mtp.layers.0.mtp_model_layer.mlp.linear_fc1.weight
 
 - `hybrid_name`: layers are the same on both sides (Nemotron-H), with one norm each; MTP layers are renumbered.
@@ -39,6 +41,7 @@ _IN_TURN = re.compile(rf"([*G][{FEED_FORWARD}])+|(\+[{FEED_FORWARD}])+")
 _DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _MTP_INNER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.")
 _MTP_OUTER_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.(?=(enorm|hnorm|eh_proj|final_layernorm)\.)")
+_MAMBA_NORM = re.compile(r"^(decoder\.layers\.\d+)\.norm\.")
 _LAYER_NORM = re.compile(r"^((?:decoder|mtp)\.layers\.\d+)\.(?:input|pre_mlp)_layernorm\.")
 
 
@@ -138,6 +141,7 @@ def transformer_name(megatron_name: str, pattern: str) -> str:
     inner = _MTP_INNER_LAYER.match(name)
     if inner and _decoder_layer(int(inner[2]), layers.mtp, megatron_name):
         raise MappingError(f"{megatron_name}: the MTP layer {layers.mtp!r} is more than one layer of a transformer")
+    name = _MAMBA_NORM.sub(r"\1.input_layernorm.", name)
     return _MTP_INNER_LAYER.sub(r"mtp.layers.\1.mtp_model_layer.", name)
 
 

@@ -188,6 +188,8 @@ def _hybrid_mtp_layers(hf: HFModel, tensors: Mapping[str, Tensor]) -> dict[str, 
     if hf.family.hybrid_pattern is None:
         return {}
     decoder, kinds, depths = read_pattern(hf.family.layer_pattern(hf.config))
+    if not depths:
+        return {}
     norm, hidden = tensors["backbone.norm_f.weight"], hf.config["hidden_size"]
     first = {"enorm.weight": norm, "hnorm.weight": norm, "eh_proj.weight": norm.new_empty(hidden, 2 * hidden)}
     made: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from amaxbridge.mappings.families.glm4_moe import DOTS1, GLM4_MOE
 from amaxbridge.mappings.families.glm4_moe_lite import GLM4_MOE_LITE
 from amaxbridge.mappings.families.gpt_oss import GPT_OSS
 from amaxbridge.mappings.families.granite import GRANITE, GRANITE_MOE
+from amaxbridge.mappings.families.granite_hybrid import GRANITE_HYBRID
 from amaxbridge.mappings.families.hunyuan_v1 import HUNYUAN_DENSE_V1, HUNYUAN_MOE_V1
 from amaxbridge.mappings.families.hy_v3 import HY_V3
 from amaxbridge.mappings.families.kimi_k25 import KIMI_K25
@@ -89,6 +90,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     OLMO3,
     GRANITE,
     GRANITE_MOE,
+    GRANITE_HYBRID,
     MINIMAX_M2,
     HY_V3,
     LLAMA4,

@@ -30,6 +30,17 @@ GRANITE = replace(LLAMA, architectures=("GraniteForCausalLM",), layers=MULTIPLIE
 
 _MOE, _HF_MOE = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.block_sparse_moe"
 
+EXPERTS = (
+    ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.router.layer.weight"),
+    GatedMLPMapping(
+        f"{_MOE}.experts.linear_fc1.weight*",
+        gate=f"{_HF_MOE}.experts.*.gate_proj.weight",
+        up=f"{_HF_MOE}.experts.*.up_proj.weight",
+    ),
+    RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.down_proj.weight"),
+)
+PACKED_EXPERTS = PackedExperts(names=("input_linear.weight", "output_linear.weight"))
+
 GRANITE_MOE = replace(
     MIXTRAL,
     architectures=("GraniteMoeForCausalLM",),
@@ -38,16 +49,10 @@ GRANITE_MOE = replace(
         *decoder.QKV,
         decoder.ATTENTION_OUTPUT,
         decoder.MLP_NORM,
-        ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.router.layer.weight"),
-        GatedMLPMapping(
-            f"{_MOE}.experts.linear_fc1.weight*",
-            gate=f"{_HF_MOE}.experts.*.gate_proj.weight",
-            up=f"{_HF_MOE}.experts.*.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.down_proj.weight"),
+        *EXPERTS,
         *decoder.HEAD,
     ),
     transformer={name: source for name, source in MIXTRAL.transformer.items() if name != "window_size"},
     layers=MULTIPLIERS,
-    packed_experts=PackedExperts(names=("input_linear.weight", "output_linear.weight")),
+    packed_experts=PACKED_EXPERTS,
 )

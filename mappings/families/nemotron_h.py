@@ -60,7 +60,7 @@ def _layers(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
     yield RowParallelMapping(f"{mlp}.experts.linear_fc2.weight*", f"{mixer}.experts.*.down_proj.weight")
 
 
-def _mamba(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
+def mamba_mixer(megatron: str, hf: str) -> Iterator[MegatronParamMapping]:
     """The mixer of a Mamba layer."""
     yield MambaProjectionMapping(f"{megatron}.in_proj.weight", f"{hf}.in_proj.weight")
     yield MambaConvolutionMapping(f"{megatron}.conv1d.weight", f"{hf}.conv1d.weight")
@@ -123,7 +123,7 @@ NEMOTRON_H = ModelFamily(
     mappings=(
         VocabParallelMapping("embedding.word_embeddings.weight", "backbone.embeddings.weight"),
         *_layers("decoder.layers.*", "backbone.layers.*"),
-        *_mamba("decoder.layers.*.mixer", "backbone.layers.*.mixer"),
+        *mamba_mixer("decoder.layers.*.mixer", "backbone.layers.*.mixer"),
         ReplicatedMapping("decoder.final_layernorm.weight", "backbone.norm_f.weight"),
         VocabParallelMapping("output_layer.weight", "lm_head.weight"),
         *_layers("mtp.layers.*", "mtp.layers.*"),

@@ -30,6 +30,7 @@ PARAMETERS = {  # as published: to the last one, or in billions; without MTP lay
     "GPT-OSS-20B": "21B",
     "GLM-4-9B-chat": 9_399_951_360,
     "Granite-defaults": 6_738_415_616,
+    "Granite-4-defaults": 38_601_064_448,
     "Granite-MoE-defaults": 37_039_116_288,
     "Gemma-2-9B": 9_241_705_984,
     "Gemma-3-1B": 999_885_952,
@@ -83,6 +84,7 @@ NOT_BUILT = {  # what Megatron lacks, of models whose names and shapes alone are
     "DeepSeek-V2.5": "ranks a group of experts by its best 2 (num_experts_per_tok=6 divided by topk_group=3)",
     "Devstral-2-123B": "scales only as rope_type 'llama3'",
     "ERNIE-4.5-21B-A3B": "adds a bias to softmax scores",
+    "Granite-4-defaults": "lacks Granite's multipliers",
     "Llama-4-Scout-text": "scales only as rope_type 'llama3'",
     "Olmo-3.1-32B": "the same in all layers",
 }

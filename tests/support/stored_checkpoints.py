@@ -46,6 +46,11 @@ def spelling(hf: HFModel) -> Callable[[str], str]:
             name = f"{experts}.experts.experts.{index}.linear_fc{number}.{kind}"
         if decoder and name == "decoder.final_layernorm.weight":
             return "decoder.final_norm.weight"
+        if hf.family.paired and name.startswith("decoder.layers."):
+            _, _, layer, module, *rest = name.split(".")
+            number = 2 * int(layer) + (module in ("mlp", "pre_mlp_layernorm"))
+            module = "norm" if module == "input_layernorm" and decoder[number] == "M" else module
+            return ".".join(["decoder.layers", str(number), module, *rest])
         if decoder and name.startswith("decoder.layers.") and name.endswith(".norm.weight") and "mixer" not in name:
             letter = decoder[int(name.split(".")[2])]
             norm = {"M": "norm", "*": "input_layernorm"}.get(letter, "pre_mlp_layernorm")

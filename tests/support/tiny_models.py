@@ -195,6 +195,20 @@ def _qwen_with_images(
 
 DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 
+GRANITE4: Mapping[str, Any] = {
+    "layer_types": ["mamba", "attention"],
+    "shared_intermediate_size": 48,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+_NO_MULTIPLIERS = "Megatron's HybridModel lacks Granite's multipliers"
+
 TINY_MODELS: dict[str, TinyModel] = {
     "Llama 2": TinyModel(config("LlamaForCausalLM", num_key_value_heads=4)),
     "Llama 3, tied": TinyModel(
@@ -484,6 +498,20 @@ TINY_MODELS: dict[str, TinyModel] = {
             logits_scaling=8.0,
         ),
         MOE,
+    ),
+    "Granite 4, MoE": TinyModel(
+        config(
+            "GraniteMoeHybridForCausalLM",
+            **GRANITE4,
+            intermediate_size=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        unbuildable=_NO_MULTIPLIERS,
+    ),
+    "Granite 4, dense": TinyModel(
+        config("GraniteMoeHybridForCausalLM", **GRANITE4, num_local_experts=0, position_embedding_type="rope"),
+        unbuildable=_NO_MULTIPLIERS,
     ),
     "MiniMax-M2": TinyModel(
         config(
