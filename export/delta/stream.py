@@ -9,17 +9,18 @@ is applied then, and the tensor is sent whole.
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amaxbridge.export.delta.tensor_delta import TensorDelta, apply, delta_of, flat
+from amaxbridge.export.delta.tensor_delta import TensorDelta, apply, delta_of, deltas_of, flat
 from amaxbridge.mappings.errors import CheckpointError
 from amaxbridge.mappings.tensors import TensorSpec
 
 _NOTHING = ""
+_BATCH = 64 << 20  # bytes that are compared at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,39 +71,50 @@ class Sender:
     def __init__(self) -> None:
         self._session = uuid.uuid4().hex
         self._step = -1
-        self._held: dict[str, tuple[Tensor, str]] = {}  # tensor and chain
+        self._held: dict[str, Tensor] = {}
+        self._chains: dict[str, str] = {}
         self.last = Sent()
 
     def step(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Message]:
-        """Yields a message for every tensor, in the order in which they come. That of an unchanged one is empty.
+        """Yields a message for every tensor, in the order in which they come. That of an unchanged one is empty. That of a
+        whole one holds the tensor itself, not a copy.
 
         A step that is not read to its end leaves the receiver without some tensors, as if they were lost.
         """
         self.last = Sent()
         self._step += 1
-        for name, tensor in tensors:
-            message = self._message(name, tensor.detach())
-            self.last.sent += message.delta.nbytes
-            self.last.whole += tensor.nbytes
-            self.last.tensors += 1
-            self.last.tensors_whole += message.delta.gaps is None
-            yield message
+        for batch in _in_batches(tensors):
+            for name, delta in self._deltas(batch).items():
+                before = _NOTHING if delta.gaps is None else self._chains[name]
+                after = self._chains[name] = chained(before, self._session, self._step, name, delta)
+                self.last.sent += delta.nbytes
+                self.last.whole += delta.spec.nbytes
+                self.last.tensors += 1
+                self.last.tensors_whole += delta.gaps is None
+                yield Message(name, self._session, self._step, before, after, delta)
 
     def forget(self, names: Iterable[str] | None = None) -> None:
         """Sends these tensors whole in the next step, as to a receiver for which they are stale; None for all."""
         for name in list(self._held) if names is None else names:
             self._held.pop(name, None)
 
-    def _message(self, name: str, tensor: Tensor) -> Message:
-        base, before = self._held.get(name, (None, _NOTHING))
-        if base is not None and TensorSpec.of(base) != TensorSpec.of(tensor):
-            base = None
-        delta = delta_of(base, tensor)
-        before = _NOTHING if delta.gaps is None else before
-        after = chained(before, self._session, self._step, name, delta)
-        copy = tensor.clone(memory_format=torch.contiguous_format) if base is None else apply(delta, base)
-        self._held[name] = copy, after
-        return Message(name, self._session, self._step, before, after, delta)
+    def _deltas(self, batch: Mapping[str, Tensor]) -> dict[str, TensorDelta]:
+        """What changed of some tensors, which are held from now on."""
+        deltas = dict[str, TensorDelta]()
+        alike: dict[tuple[int, torch.device], list[str]] = {}
+        for name, new in batch.items():
+            held = self._held.get(name)
+            if held is None or TensorSpec.of(held) != TensorSpec.of(new) or held.device != new.device:
+                deltas[name] = delta_of(None, new)
+                self._held[name] = new.clone(memory_format=torch.contiguous_format)
+            else:
+                alike.setdefault((new.itemsize, new.device), []).append(name)
+        for names in alike.values():
+            deltas |= zip(names, deltas_of([self._held[n] for n in names], [batch[n] for n in names]), strict=True)
+            changed = [name for name in names if deltas[name].values.numel()]
+            if changed:
+                torch._foreach_copy_([self._held[name] for name in changed], [batch[name] for name in changed])
+        return {name: deltas[name] for name in batch}
 
 
 class Receiver:
@@ -162,6 +174,19 @@ def chained(before: str, session: str, step: int, name: str, delta: TensorDelta)
         if tensor is not None:
             digest.update(flat(tensor).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def _in_batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors by name, some megabytes at a time."""
+    batch, nbytes = dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        batch[name] = tensor.detach()
+        nbytes += tensor.nbytes
+        if nbytes >= _BATCH:
+            yield batch
+            batch, nbytes = {}, 0
+    if batch:
+        yield batch
 
 
 def _is_other(held: Tensor | None, delta: TensorDelta) -> bool:

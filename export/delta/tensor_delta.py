@@ -5,6 +5,7 @@ integers are a word. Codes of few bits change far less often than the weights th
 a fused group moves far, so many codes move with it that the whole tensor is smaller.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +57,38 @@ def delta_of(base: Tensor | None, new: Tensor) -> TensorDelta:
         return TensorDelta(spec, None, new)
     assert TensorSpec.of(base) == spec, f"{TensorSpec.of(base)} became {spec}"
     positions = (bits(base) != bits(new)).nonzero().view(-1)
+    return in_places(spec, positions, flat(new)[positions]) or TensorDelta(spec, None, new)
+
+
+def deltas_of(bases: Sequence[Tensor], news: Sequence[Tensor]) -> list[TensorDelta]:
+    """As `delta_of`, for tensors of one item size on one device, which are compared at once.
+
+    What changed in places lies in CPU memory: a GPU is waited for twice, however many tensors there are.
+    """
+    before, after = (torch.cat([bits(tensor) for tensor in tensors]) for tensors in (bases, news))
+    changed = (before != after).nonzero().view(-1)
+    positions, values = changed.cpu(), after[changed].cpu()
+    ends = torch.tensor([tensor.numel() for tensor in news]).cumsum(0)
+    counts = torch.searchsorted(positions, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+    begins = (ends - torch.tensor([tensor.numel() for tensor in news])).tolist()
+    found = []
+    for new, begin, at, value in zip(news, begins, positions.split(counts), values.split(counts), strict=True):
+        spec = TensorSpec.of(new)
+        found.append(in_places(spec, at - begin, value.view(spec.dtype)) or TensorDelta(spec, None, new))
+    return found
+
+
+def in_places(spec: TensorSpec, positions: Tensor, values: Tensor) -> TensorDelta | None:
+    """The delta with these elements of a tensor; None if the whole tensor is not larger.
+
+    Args:
+        positions: int64 `[n]`, flat, ascending.
+        values: `[n]`.
+    """
+    if not len(positions):
+        return TensorDelta(spec, torch.empty(0, dtype=torch.uint8, device=values.device), values)
     gaps = _packed(positions.diff(prepend=positions.new_full((1,), -1)) - 1)
-    if positions.numel() * new.itemsize + gaps.nbytes >= new.nbytes > 0:
-        return TensorDelta(spec, None, new)
-    return TensorDelta(spec, gaps, flat(new)[positions])
+    return TensorDelta(spec, gaps, values) if values.nbytes + gaps.nbytes < spec.nbytes else None
 
 
 def apply(delta: TensorDelta, base: Tensor | None) -> Tensor:
@@ -81,7 +110,7 @@ def apply(delta: TensorDelta, base: Tensor | None) -> Tensor:
     gaps = delta.gaps.long()
     if bool((gaps < 0).any()) or int(gaps.sum()) + len(gaps) > base.numel():
         raise CheckpointError(f"a delta of {delta.spec} has positions outside of it: it is damaged")
-    bits(base)[delta.positions] = bits(delta.values)
+    bits(base)[delta.positions.to(base.device)] = bits(delta.values).to(base.device)
     return base
 
 
@@ -97,6 +126,6 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _packed(gaps: Tensor) -> Tensor:
     """The gaps in the smallest integers that hold them all."""
-    greatest = int(gaps.max()) if gaps.numel() else 0
+    greatest = int(gaps.max())
     dtype = next(dtype for dtype in _GAPS if greatest <= torch.iinfo(dtype).max)
     return gaps.to(dtype)
