@@ -76,8 +76,9 @@ class Sender:
         self.last = Sent()
 
     def step(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Message]:
-        """Yields a message for every tensor, in the order in which they come. That of an unchanged one is empty. That of a
-        whole one holds the tensor itself, not a copy.
+        """Yields a message for every tensor, in the order in which they come.
+
+        That of an unchanged tensor is empty; that of a whole one holds the tensor itself, not a copy.
 
         A step that is not read to its end leaves the receiver without some tensors, as if they were lost.
         """

@@ -63,20 +63,17 @@ class FiniteCheck:
         _log.warning("%s: engines will compute NaN from it", what)
 
     def look_at_all(self, tensors: Mapping[str, Tensor]) -> None:
-        """Checks many tensors and waits for a GPU once.
+        """Checks many tensors, all GPU ones on one device, and waits for it once.
 
         Raises:
             MappingError: one holds NaN or Inf, and the policy is `error`.
         """
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for tensor in filter(_can_be, tensors.values()):
-            by_device.setdefault(tensor.device, []).append(tensor)
-        for found in by_device.values():
-            largest = torch._foreach_norm(found, torch.inf)
-            if not torch.stack([each.float() for each in largest]).isfinite().all():
-                for name, tensor in tensors.items():
-                    self.look_at(name, tensor)
-                return
+        on_gpu = [tensor for tensor in tensors.values() if tensor.is_cuda and _can_be(tensor)]
+        extremes = [each.float() for tensor in on_gpu for each in tensor.aminmax()]
+        are_finite = not extremes or bool(torch.stack(extremes).isfinite().all())
+        for name, tensor in tensors.items():
+            if not (are_finite and tensor.is_cuda):
+                self.look_at(name, tensor)
 
 
 def _can_be(tensor: Tensor) -> bool:
