@@ -134,9 +134,7 @@ class ScalarsAgain:
             if not _is_plain(quantizer):
                 self._others.append((quantizer, mapping.targets))
         self._to, self._from = torch.tensor(list(where), dtype=torch.long), torch.tensor(list(where.values()))
-        self._values = torch.empty(len(self._buffers))
         self._vector = torch.empty(len(self.names) + 1)
-        self._slots: list[Tensor] | None = None
 
     def positions(self, name: str, amax: Tensor) -> int | list[int]:
         """Where the value of an amax, or of each head of a key-value cache, is among those collected."""
@@ -163,13 +161,11 @@ class ScalarsAgain:
         return greatest[:-1], bool(greatest[-1] > 0)
 
     def _read(self) -> None:
-        tensors = [holder[name] for holder, name in self._buffers]
+        tensors = [holder[name].detach().reshape(1) for holder, name in self._buffers]
+        if len({tensor.device for tensor in tensors}) > 1:
+            tensors = [tensor.cpu() for tensor in tensors]
         if tensors:
-            if self._slots is None:
-                self._values = self._values.to(tensors[0].device)
-                self._slots = [self._values[at].view(tensor.shape) for at, tensor in enumerate(tensors)]
-            torch._foreach_copy_(self._slots, [tensor.detach() for tensor in tensors])
-            values = self._values.cpu()[self._from]
+            values = torch.cat(tensors).float().cpu()[self._from]  # a GPU is waited for once
             self._vector[self._to] = torch.where(values.isnan(), float("inf"), values)
         for quantizer, targets in self._others:
             for name, value in _values_of(quantizer, targets, self._tp_rank):
