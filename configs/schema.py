@@ -74,6 +74,15 @@ class IoConfig:
 
 
 @dataclass
+class QuantizeIoConfig(IoConfig):
+    """Input and output directories."""
+
+    stream: bool = option(
+        "Fetch the weights of a model on the Hub part by part while they are quantized, and keep none of them.", False
+    )
+
+
+@dataclass
 class ShardsConfig(IoConfig):
     """The output directory, of safetensors."""
 
@@ -190,7 +199,7 @@ class QuantizeConfig(CommonConfig):
     ignore: list[str] = shared("ignore")
     quant_state: str | None = option("quant_state.safetensors of a trained model; without it, no calibration.", None)
     amax: AmaxConfig = option("What to do if quant_state lacks an amax.", AmaxConfig)
-    io: IoConfig = option("What to do with an existing output.", IoConfig)
+    io: QuantizeIoConfig = option("What to do with an existing output.", QuantizeIoConfig)
     converter: str | None = option(
         "Format of a source that is already quantized: fp8_block, compressed_tensors, kimi_int4, modelopt, awq, gptq, "
         "gpt_oss; null to detect it from the source's config.json and tensors.",

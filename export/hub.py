@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from amaxbridge.export.disk.input_paths import given_path
 from amaxbridge.mappings.errors import OutputExistsError, UsageError, WriteError, listing
@@ -59,6 +59,12 @@ def hub_name(directory: Path | None) -> str | None:
     """`OWNER/MODEL` of a snapshot in the cache of the Hub; None for another directory."""
     found = _SNAPSHOT.search(directory.absolute().as_posix()) if directory else None
     return f"{found[1]}/{found[2]}" if found else None
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit of a snapshot in the cache of the Hub; None for another directory."""
+    found = _SNAPSHOT.search(directory.absolute().as_posix())
+    return found[3] if found else None
 
 
 def check_name(option: str, name: str | None) -> None:

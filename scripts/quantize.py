@@ -32,6 +32,7 @@ def quantize(options: QuantizeConfig) -> None:
             quant_state=options.quant_state,
             architecture=options.architecture,
             revision=options.revision,
+            stream=options.io.stream,
             **output_keywords(options, "quantize", shown),
         )
     push(options)

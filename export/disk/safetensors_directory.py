@@ -50,7 +50,7 @@ class SafetensorsCheckpoint:
             if not isinstance(stated, dict):
                 raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map")
             weight_map = {name: weight_file_name(file, index) for name, file in self._spelled(stated).items()}
-            missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
+            missing = sorted({file for file in weight_map.values() if not self._is_there(file)})
             if missing:
                 raise CheckpointError(f"{index} names files that are not there:{listing(missing)}")
             return weight_map
@@ -154,6 +154,9 @@ class SafetensorsCheckpoint:
             if scales is not None:
                 return source.cut_mxfp4(blocks.row(source.expert).read(), scales.row(source.expert).read())
         raise CheckpointError(f"{self.directory} has no tensor {name}")
+
+    def _is_there(self, file: str) -> bool:
+        return (self.directory / file).is_file()
 
     def _files_of_weights(self) -> list[str]:
         with explaining_reads(self.directory):

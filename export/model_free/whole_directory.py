@@ -23,7 +23,7 @@ from amaxbridge.export.disk.safetensors_directory import SafetensorsCheckpoint
 from amaxbridge.export.disk.shard_layout import Layout
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.export.disk.staging import ALONE, check_output
-from amaxbridge.export.hub import check_name, model_directory
+from amaxbridge.export.hub import check_name, commit_of, hub_name, model_directory
 from amaxbridge.export.model_free.architecture_of_input import knowledge_of, noted, unknown_architecture
 from amaxbridge.export.model_free.converters.chain import ConverterChain
 from amaxbridge.export.model_free.converters.protocol import Converter
@@ -96,6 +96,7 @@ def model_free_ptq(
     quant_state: QuantState | str | Path | None = None,
     architecture: str | None = None,
     revision: str | None = None,
+    stream: bool = False,
     **options: Unpack[OutputKeywords],
 ) -> ModelFreeReport:
     """Quantizes a checkpoint.
@@ -116,6 +117,8 @@ def model_free_ptq(
         architecture: None for that of config.json; the name of a known one that has the same tensors; or `guess`, to
             take tensors by the names that most models use. The model card then says so.
         revision: branch, tag or commit of a model on the Hub, which `OWNER/MODEL@REVISION` says, too.
+        stream: True to fetch the weights of a model on the Hub part by part, and to keep none of them: the disk holds
+            the output alone.
         options: `format`, `base_model`, `missing_amax`, `mixed_groups`, `nonfinite`, `overwrite`, `hash_source`,
             `dry_run`, `verify`, `progress`, `record`; see `OutputOptions`.
 
@@ -132,7 +135,7 @@ def model_free_ptq(
     mixed = mixed_policy(asked.mixed_groups)
     finite = FiniteCheck(nonfinite_policy(asked.nonfinite))
     check_name("base_model", asked.base_model)
-    source = model_directory(model_stub, weights=True, revision=revision).absolute()
+    source = model_directory(model_stub, weights=not stream, revision=revision).absolute()
     target = resolved_output(save_directory)
     check_apart(source, target)
     check_output(target, overwrite=asked.overwrite)
@@ -142,7 +145,7 @@ def model_free_ptq(
     files = SourceFiles.of(source, [*companions.read, *companions.weights], hashed=asked.hash_source)
     config = read_config(source)
     knowledge = knowledge_of(config, architecture)
-    with SafetensorsCheckpoint(source) as checkpoint:
+    with _opened(source, stream=stream) as checkpoint:
         declared = declared_quantization(config, source)
         quantized = None if chain else recognize(checkpoint.tensors, declared, wanted=named)
         check_cache(checkpoint.tensors, declared)
@@ -185,6 +188,22 @@ def model_free_ptq(
             asked,
         )
     return replace(report, resumed=outcome.resumed)
+
+
+def _opened(source: Path, *, stream: bool) -> SafetensorsCheckpoint:
+    """The checkpoint of a directory, or of the model on the Hub that the directory is a snapshot of.
+
+    Raises:
+        UsageError: it is to be streamed, and is no such snapshot.
+    """
+    if not stream:
+        return SafetensorsCheckpoint(source)
+    from amaxbridge.export.model_free.streamed_checkpoint import StreamedCheckpoint  # late: what nobody else needs
+
+    name, commit = hub_name(source), commit_of(source)
+    if name is None or commit is None:
+        raise UsageError(f"stream= is for a model on the Hub, and {source} is a directory: leave it out")
+    return StreamedCheckpoint(source, name, commit)
 
 
 def _tell(plan: ShardPlan, report: ModelFreeReport, quantized: QuantizedSource | None) -> None:

@@ -116,3 +116,22 @@ def test_a_directory_is_taken_before_a_name(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
     assert model_directory("owner/tiny", weights=True) == Path("owner/tiny")
+
+
+def test_streamed(hub: Hub, tmp_path: Path) -> None:
+    """The same bytes as from a directory, and no weights in the cache. Broken connections are tried again."""
+    directory = source(tmp_path / "tiny", 2)
+    hub.add("owner/tiny", directory)
+    hub.unsteady = 3
+    words = ("input=owner/tiny", "output=streamed", "scheme=nvfp4a16", "io.stream=true", "base_model=owner/tiny")
+    status, _, error = amaxbridge(hub, tmp_path, "quantize", *words)
+    assert status == 0, error
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert hub.unsteady == 0
+    assert amaxbridge(hub, tmp_path, "quantize", "input=tiny", "output=local", "scheme=nvfp4a16")[0] == 0
+    name = "model.safetensors"
+    assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    fetched = sum(end - begin for begin, end in hub.ranges)
+    assert fetched <= 1.01 * (directory / name).stat().st_size, "nothing is fetched twice"
+    status, _, error = amaxbridge(hub, tmp_path, "quantize", "input=tiny", "output=other", "io.stream=true")
+    assert status == 2 and "stream= is for a model on the Hub" in error

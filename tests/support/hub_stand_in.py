@@ -24,6 +24,9 @@ class Hub:
         repos: `OWNER/MODEL` → commit → path → content. The last commit is `main`.
         tags: other names of commits.
         fetched: the paths of files that were downloaded, in order.
+        ranges: begin and end of the parts of weights that were delivered.
+        broken: True to refuse commits.
+        unsteady: number of parts that will not be delivered.
     """
 
     def __init__(self, address: str) -> None:
@@ -32,7 +35,9 @@ class Hub:
         self.tags: dict[str, str] = {}
         self.fetched: list[str] = []
         self.large: dict[str, bytes] = {}
+        self.ranges: list[tuple[int, int]] = []
         self.broken = False
+        self.unsteady = 0
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
         """Adds a commit, and returns its number."""
@@ -180,6 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
         begin, end, status = 0, len(content), 200
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             begin, end, status = int(asked[1]), min(int(asked[2] or end) + 1, end), 206
+        if status == 206 and self.hub.unsteady:
+            self.hub.unsteady -= 1
+            self.close_connection = True
+            return
+        if status == 206:
+            self.hub.ranges.append((begin, end))
         if self.command == "GET":
             self.hub.fetched.append(path)
         self.send_response(status)
