@@ -36,7 +36,13 @@ from amaxbridge.bridge.live.model_walk import (
 from amaxbridge.bridge.live.process_ranks import current_ranks
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors, as_stored
 from amaxbridge.bridge.live.refit import RefitOptions, tensors_once
-from amaxbridge.bridge.plan.adapters import AdapterMode, Merge, adapters_of, merging
+from amaxbridge.bridge.plan.adapters import (
+    AdapterMode,
+    Merge,
+    adapters_of,
+    merging,
+    packed_with_adapters,
+)
 from amaxbridge.bridge.plan.export_plan import BundlePlan, plan_export, plan_stored
 from amaxbridge.bridge.plan.left_behind import check_nothing_is_left
 from amaxbridge.bridge.plan.quantizer_gate import check_quantizers, refusals
@@ -373,8 +379,8 @@ class AutoBridge:
             )
         chunks, asked = unwrap(model), saver.options
         only = saver.adapters is AdapterMode.ONLY
-        held, config = self._held(chunks, None if only else saver.recipe), self._model_config(chunks)
-        held = [each for each in held if is_adapter(each.name)] if only else held
+        held = self._held_adapters(chunks) if only else self._held(chunks, saver.recipe)
+        config = self._model_config(chunks)
         stream = partial(self._stream, held, config)
         if only:
             plan = self._plan(held, config, AdaptedRegistry(self.hf.registry))
@@ -421,7 +427,7 @@ class AutoBridge:
             return self._save_stored_adapters(saver, stored, settings, share, files)
         with adapted_model(self.hf, stored, asked.adapter_base, hashed=asked.hash_source) as model:
             base = model.base
-            quantizers = [] if isinstance(base, HFWeights) else self._described(base, saver.recipe, adapters=True)
+            quantizers = [] if isinstance(base, HFWeights) else self._described(base, saver.recipe, model.parameters())
             held = [*model.parameters(), *state_parameters(quantizers)]
             plan = self._plan_stored(held, AdaptedRegistry(self.hf.registry), share)
             plan, merge = merging(plan, settings.scale_of, remeasured=saver.remeasured)
@@ -438,17 +444,25 @@ class AutoBridge:
     ) -> ExportReport:
         if holds_model(stored):
             check_described(stored, self.hf, adapters=True)
+        self._check_quantizers([each for each in stored.all_quantizers() if is_adapter(each.name)], LOCAL, None)
         held = [each for each in stored.parameters() if is_adapter(each.name)]
         plan = self._plan_stored(held, AdaptedRegistry(self.hf.registry), share)
         adapters = adapters_of(plan, settings.scale_of)
         source = SeveralSources((files,), "adapters only")
         return save_adapters(self.hf, saver, plan, adapters, self._stored_stream(stored, share), source)
 
-    def _described(self, stored: StoredModel, recipe: Recipe | None, *, adapters: bool = False) -> list[Quantizer]:
-        """The quantizers of a checkpoint; refuses one that is not the model of config.json, or cannot be exported."""
+    def _described(
+        self, stored: StoredModel, recipe: Recipe | None, changed: Sequence[Parameter] = ()
+    ) -> list[Quantizer]:
+        """The quantizers of a checkpoint; refuses one that is not the model of config.json, or cannot be exported.
+
+        Args:
+            changed: the parameters, if some are those of adapters to be merged.
+        """
         quantizers = stored.all_quantizers()
-        check_unpackable([*stored.packing_faults, *faults_of_groups(stored.packings.items(), self.hf.registry)])
-        check_described(stored, self.hf, adapters=adapters)
+        faults = [*stored.packing_faults, *faults_of_groups(stored.packings.items(), self.hf.registry)]
+        check_unpackable(faults + packed_with_adapters(stored.packings, changed))
+        check_described(stored, self.hf, adapters=bool(changed))
         ignore = None if recipe is None else recipe.ignore
         self._check_quantizers(quantizers, LOCAL, ignore)
         stored.is_plain = partial(self._is_plain, ignore=ignore)
@@ -512,8 +526,8 @@ class AutoBridge:
         self._check_quantizers(quantizers, self._ranks(), ignore)
         parameters, faults = without_packing(parameters, quantizers, partial(self._is_plain, ignore=ignore))
         quantizers = _outside_adapters(quantizers)
-        packings = ((each.name, found) for each in quantizers if (found := packing_of(each)) is not None)
-        faults += faults_of_groups(packings, self.hf.registry)
+        packings = {each.name: found for each in quantizers if (found := packing_of(each)) is not None}
+        faults += [*faults_of_groups(packings.items(), self.hf.registry), *packed_with_adapters(packings, parameters)]
         own = faults, shared_scales(quantizers, self.hf.registry)
         reports = self._ranks().all_gather_object(Axis.WORLD, own)
         of_all = [fault for each, _ in reports for fault in each]
@@ -528,6 +542,12 @@ class AutoBridge:
                     "scheme=none writes them dequantized"
                 )
         return [*parameters, *state_parameters(quantizers)]
+
+    def _held_adapters(self, chunks: Sequence[nn.Module]) -> list[Parameter]:
+        """This rank's tensors of adapters."""
+        inside = [each for each in self._all_quantizers(chunks) if is_adapter(each.name)]
+        self._check_quantizers(inside, self._ranks(), None)
+        return [each for each in self._parameters(chunks) if is_adapter(each.name)]
 
     def _plan(
         self, held: Sequence[Parameter], config: ModelConfig, registry: MappingRegistry | None = None

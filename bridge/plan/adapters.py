@@ -14,11 +14,13 @@ from typing import Protocol
 
 import torch
 
+from amaxbridge.bridge.live.compressed_weights import weight_of
+from amaxbridge.bridge.live.model_walk import Parameter
 from amaxbridge.bridge.plan.export_plan import BundlePlan, Part
 from amaxbridge.export.disk.row_chunks import WholeTensor
 from amaxbridge.export.kernels.low_rank import merged
 from amaxbridge.export.output.finalizer import Bundle, ChangedWeights
-from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, without_side
+from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, adapter_tensor, without_side
 from amaxbridge.mappings.amax import LEARNED_POST, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.names import module_of
@@ -208,6 +210,19 @@ def adapters_of(plan: Iterable[BundlePlan], scale_of: ScaleOf) -> dict[str, Adap
     if problems:
         raise MappingError(f"{len(problems)} adapters are incomplete:{listing(problems)}")
     return found
+
+
+def packed_with_adapters(quantizers: Iterable[str], parameters: Iterable[Parameter]) -> list[str]:
+    """One line for each weight that `mtq.compress` packed and that an adapter changes.
+
+    Args:
+        quantizers: names of the quantizers of packed weights.
+    """
+    changed = {tensor.weight for each in parameters if (tensor := adapter_tensor(each.name)) is not None}
+    weights = map(weight_of, quantizers)
+    return [
+        f"{weight}: has an adapter, and the merged weight has no codes yet" for weight in weights if weight in changed
+    ]
 
 
 def _misfits(plan: Iterable[BundlePlan], adapters: Mapping[str, Adapter]) -> Iterable[str]:

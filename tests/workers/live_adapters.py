@@ -60,6 +60,7 @@ def main(hf: Path, out: Path, sizes: dict[str, int]) -> None:
                 insert_quantizers(model)
                 bridge.save_hf_pretrained(model, out / "nvfp4", adapter="merge")
                 megatron.save_checkpoint(model, out / "nvfp4_checkpoint", iteration=3)
+                note_packed(bridge, model, out)
 
 
 def add_modelopt_adapters(model: Any) -> None:
@@ -129,6 +130,16 @@ def note_refusals(bridge: AutoBridge, model: Any, out: Path) -> None:
     attempt("disabled", adapter="merge")
     wrapped._adapter_enabled = True
     (out / f"refusals_{world_rank()}.json").write_text(json.dumps(refusals))
+
+
+def note_packed(bridge: AutoBridge, model: Any, out: Path) -> None:
+    """Weights of codes beside adapters: no merge, but the adapters can be written."""
+    mtq.compress(model)
+    bridge.save_hf_pretrained(model, out / "packed_alone", adapter="only")
+    try:
+        bridge.save_hf_pretrained(model, out / "packed", adapter="merge")
+    except AmaxbridgeError as error:
+        (out / f"packed_{world_rank()}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,16 @@ def test_quantized_in_one_go(exports: Exports, tmp_path: Path) -> None:
     assert [*divisors] == [pytest.approx(2688 / 50)]
 
 
+def test_weights_that_are_packed(exports: Exports) -> None:
+    if "pp" in exports.sizes:
+        assert not (exports.out / "packed_alone").exists()
+        return
+    for rank in range(2):
+        message = (exports.out / f"packed_{rank}.txt").read_text()
+        assert "linear_qkv.weight: has an adapter, and the merged weight has no codes yet" in message
+    same_tensors(exports.out / "packed_alone", exports.out / "lora_alone")
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "canonical"])
 def test_alone(exports: Exports, kind: str) -> None:
     if kind == "dora" and exports.hf.name == "qwen3_moe":

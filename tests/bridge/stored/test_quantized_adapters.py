@@ -169,4 +169,6 @@ def test_quantizers_inside_adapters(tmp_path: Path) -> None:
         write_state(tmp_path / name, state)
     with pytest.raises(UsageError, match="weight_quantizer: enabled=True: rounds inside an adapter"):
         export(road, tmp_path / "enabled", tmp_path / "out", "none", adapter="merge", adapter_alpha=ALPHA)
+    with pytest.raises(UsageError, match="weight_quantizer: enabled=True: rounds inside an adapter"):
+        export(road, tmp_path / "enabled", tmp_path / "out", "none", adapter="only", adapter_alpha=ALPHA)
     export(road, tmp_path / "disabled", tmp_path / "out", "none", adapter="merge", adapter_alpha=ALPHA)
