@@ -31,11 +31,11 @@ TABLE = ROOT / "docs" / "in-vllm.md"
 _TABLE = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 SCHEMES = ("none", "mxfp8", "nvfp4a16")
 AS_PUBLISHED = {  # fields that vLLM reads, and that transformers' classes do not have
-    "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
+    "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "Glm4MoeLiteForCausalLM": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
     "HYV3ForCausalLM": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
     "HunYuanDenseV1ForCausalLM": {"use_qk_norm": True},
-    "HunYuanMoEV1ForCausalLM": {"use_qk_norm": True, "moe_intermediate_size": 32},
+    "HunYuanMoEV1ForCausalLM": {"use_qk_norm": True, "moe_intermediate_size": 32, "use_mixed_mlp_moe": True},
     "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 NOT_LOADED = {  # architecture → what this build of vLLM says
