@@ -28,6 +28,9 @@ def collectives(ranks: Ranks) -> Any:
         data = torch.cat([torch.full((mine + to,), 10 * mine + to, dtype=torch.uint8) for to in range(size)])
         received = ranks.all_to_all(axis, data, sent, [origin + mine for origin in range(size)])
         results.append([part.tolist() for part in received])
+        memory, expected = torch.full((64,), 99, dtype=torch.uint8), [origin + mine for origin in range(size)]
+        wait = ranks.begin_all_to_all(axis, data, sent, expected, memory)
+        results.append([part.tolist() for part in wait()] == results[-1])
         scalar = torch.tensor(float(me))
         results.append([part.shape for part in ranks.all_gather(axis, scalar)])
         results.append(ranks.all_reduce_max(axis, torch.tensor([me, -me], dtype=torch.float32)).tolist())
