@@ -221,7 +221,7 @@ def test_a_checkpoint_that_is_none_fails_with_1(
     words = (f"checkpoint={tmp_path}", f"hf={qwen3}", f"output={tmp_path / 'out'}")
     status, _, message = run(monkeypatch, capsys, *words)
     assert status == 1
-    assert "not a Megatron distributed checkpoint" in message
+    assert "is not a checkpoint of Megatron's training" in message
     assert list(tmp_path.iterdir()) == []
 
 
