@@ -118,7 +118,7 @@ def test_tensors_say_what_they_are(name: str, hf: Path, state: State, tmp_path: 
         lambda: AutoBridge.from_hf_pretrained(hf).convert_checkpoint(checkpoint, tmp_path / "out", scheme="none"),
         lambda: AutoBridge.from_megatron_checkpoint(checkpoint),
     ):
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises((CheckpointError, UsageError)) as error:  # arguments could describe a model with adapters
             attempt()
         assert message in str(error.value)
         assert "embedding.word_embeddings.weight: missing" not in str(error.value)
