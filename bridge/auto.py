@@ -378,6 +378,8 @@ class AutoBridge:
                 "weights=fp32_main is for checkpoints: save one with its optimizer, and give it to convert_checkpoint"
             )
         chunks, asked = unwrap(model), saver.options
+        if asked.adapter_base is not None:
+            raise UsageError("adapter.base= is for checkpoints of adapters alone: a live model has its weights")
         only = saver.adapters is AdapterMode.ONLY
         held = self._held_adapters(chunks) if only else self._held(chunks, saver.recipe)
         config = self._model_config(chunks)

@@ -13,6 +13,7 @@ from amaxbridge.export.disk.source_files import SeveralSources
 from amaxbridge.export.hub import hub_name
 from amaxbridge.export.output.finished_directory import BundleWriter, write_directory
 from amaxbridge.export.output.peft_directory import (
+    MAMBA_OF_PEFT,
     NAMES_OF_EXPERTS,
     PACKED_BY_PEFT,
     LowRank,
@@ -97,6 +98,8 @@ def _check_expressible(hf: HFModel, modules: Collection[str], adapters: Mapping[
             problems.append(f"{module}: experts have no DoRA in PEFT")
         elif module not in experts and has_experts and packs and module.rpartition(".")[2] in NAMES_OF_EXPERTS:
             problems.append(f"{module}: PEFT would take it for a module of experts, because of its name")
+        elif hf.config.get("model_type") in MAMBA_OF_PEFT and module.rpartition(".")[2] == "out_proj":
+            problems.append(f"{module}: PEFT takes no adapter of it, because kernels read its weight themselves")
         elif not each.has_lengths and any(other.has_lengths for other in adapters.values()):
             problems.append(f"{module}: LoRA beside DoRA")
     if experts and len(experts) < sum(map(is_routed_expert, modules)):

@@ -55,20 +55,23 @@ class ScaleOf(Protocol):
         """
 
 
-def adapter_mode(name: str | None, *others: object) -> AdapterMode | None:
+def adapter_mode(name: str | None, alpha: float | None = None, base: str | None = None) -> AdapterMode | None:
     """The mode of this name; None to refuse adapters.
 
     Args:
-        others: the other options of adapters, None where they are not given.
+        alpha, base: the other options of adapters, None where they are not given.
 
     Raises:
         UsageError: unknown name, or other options without one. The message lists the known ones.
     """
-    if name is not None and name in list(AdapterMode):
-        return AdapterMode(name)
-    if name is not None or any(each is not None for each in others):
-        raise UsageError(f"adapter={name}: give adapter={' or adapter='.join(AdapterMode)} (adapter.mode on its own)")
-    return None
+    known = f"adapter={' or adapter='.join(AdapterMode)}"
+    if name is None and alpha is None and base is None:
+        return None
+    if name is None or name not in list(AdapterMode):
+        raise UsageError(f"adapter={name}: give {known}")
+    if name == AdapterMode.ONLY and base is not None:
+        raise UsageError("adapter.base= is for adapter=merge: adapters alone need no model")
+    return AdapterMode(name)
 
 
 def is_remeasured(name: str, mode: AdapterMode | None) -> bool:

@@ -1,8 +1,8 @@
 """Adapters alone, as a directory that PEFT loads, and engines that take PEFT's: two files, and a card.
 
 Tensors have PEFT's names, `base_model.model.` before the module's. Modules are targeted by the last part of their names
-where all modules of that name have adapters, and else by their full names. Where ranks or alphas differ, PEFT's
-patterns say so.
+where all modules of that name have adapters, and else by their names from the layer on. Where ranks or alphas differ,
+PEFT's patterns say so.
 
 Source: peft.LoraConfig and peft.utils.save_and_load, 0.21.
 """
@@ -34,6 +34,9 @@ PACKED_BY_PEFT = frozenset({
     "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "solar_open",
 })  # fmt: skip
 """The `model_type` of models whose experts PEFT 0.21 packs: keys of `_MODEL_TO_CONVERSION_PATTERN`."""
+
+MAMBA_OF_PEFT = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""The `model_type` of models in which PEFT refuses `out_proj`: `_check_lora_target_modules_mamba`."""
 
 NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
 """Module names that PEFT takes for those of experts in these models: `_MOE_TARGET_MODULE_MAPPING`."""
@@ -70,8 +73,10 @@ def adapter_config(adapters: Mapping[str, LowRank], modules: Iterable[str], base
         "base_model_name_or_path": base,
         "r": usual,
         "lora_alpha": _number(alpha),
-        "rank_pattern": {module: each.rank for module, each in adapters.items() if each.rank != usual},
-        "alpha_pattern": {module: _number(each.alpha) for module, each in adapters.items() if each.alpha != alpha},
+        "rank_pattern": {_of_layer(module): each.rank for module, each in adapters.items() if each.rank != usual},
+        "alpha_pattern": {
+            _of_layer(module): _number(each.alpha) for module, each in adapters.items() if each.alpha != alpha
+        },
         "target_modules": _targets(adapters, modules),
         "use_dora": any(each.has_lengths for each in adapters.values()),
         "use_rslora": False,
@@ -85,7 +90,12 @@ def adapter_config(adapters: Mapping[str, LowRank], modules: Iterable[str], base
 def _targets(adapters: Mapping[str, LowRank], modules: Iterable[str]) -> list[str]:
     ends = {module.rpartition(".")[2] for module in adapters}
     plain = {module.rpartition(".")[2] for module in modules if module not in adapters}
-    return sorted(adapters) if ends & plain else sorted(ends)
+    return sorted(map(_of_layer, adapters)) if ends & plain else sorted(ends)
+
+
+def _of_layer(module: str) -> str:
+    """A module's name from its layer on: PEFT compares ends, and transformers may call the beginning otherwise."""
+    return module[max(module.find("layers."), 0) :]
 
 
 def _number(value: float) -> float:

@@ -143,6 +143,7 @@ def test_what_is_refused(qwen3: Road, tmp_path: Path) -> None:
         "adapter=merge writes the weights with them merged in": (good, {"adapter": None}),
         "adapter=only writes them alone": (good, {"adapter": None}),
         "adapter=both: give adapter=merge or adapter=only": (good, {"adapter": "both"}),
+        "adapter.base= is for adapter=merge": (good, {"adapter": "only", "adapter_base": str(qwen3.base)}),
         "adapter=None: give adapter=merge": (good, {"adapter": None, "adapter_alpha": 2.0}),
         "adapter.alpha=7 contradicts": (good, {"adapter_alpha": 7.0}),
         "adapter= is given, but there are no adapters": (qwen3.base, {"adapter_alpha": 7.0}),

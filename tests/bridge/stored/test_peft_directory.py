@@ -1,6 +1,7 @@
 """Adapters written alone: PEFT loads them, and the model computes what the merged weights compute."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def write(
     """Writes adapters of a tiny model alone; its config.json is in hf."""
     TINY_MODELS[name].make().save_pretrained(root / "hf")
     model = read_hf_model(root / "hf")
-    made = adapters_for(model, kind) if adapted is None else adapted
+    made = adapters_for(model, kind.replace("attention", "lora")) if adapted is None else adapted
+    if kind == "attention":
+        made.megatron = {key: each for key, each in made.megatron.items() if re.search("in_proj|self_attention", key)}
     write_state(root / "checkpoint", {**(megatron_state(model, torch.float32) if whole else {}), **made.megatron})
     AutoBridge(model).convert_checkpoint(
         root / "checkpoint", root / "adapters", **{"adapter": "only", "adapter_alpha": ALPHA, **more}
@@ -54,6 +57,8 @@ def logits(base: Path, adapters: Path | None) -> torch.Tensor:
         ("Qwen3", "canonical"),
         ("Phi-3", "lora"),
         ("Qwen3-MoE", "lora"),
+        ("Nemotron-H", "attention"),
+        ("Gemma 3", "lora"),
     ],
 )
 def test_peft_computes_what_merged_weights_compute(name: str, kind: str, tmp_path: Path) -> None:
@@ -89,6 +94,8 @@ def test_what_peft_cannot_express(tmp_path: Path) -> None:
     assert "adapter=merge writes the merged weights" in message
     for name in ("GPT-OSS", "Qwen1.5-MoE"):
         assert "PEFT has no adapters of single experts for this architecture" in refused(name, tmp_path / name)
+    message = refused("Nemotron-H", tmp_path / "mamba")
+    assert "backbone.layers.0.mixer.out_proj: PEFT takes no adapter of it" in message
     message = refused("DeepSeek-V3", tmp_path / "dense")
     assert "model.layers.0.mlp.gate_proj: PEFT would take it for a module of experts" in message
     assert "model.layers.1.mlp.shared_experts.up_proj: PEFT would take it" in message
@@ -121,16 +128,24 @@ def test_some_modules_and_another_rank(tmp_path: Path) -> None:
     adapters = write("Qwen3", tmp_path, Adapted(parts))
     config = json.loads((adapters / "adapter_config.json").read_text())
     assert config["target_modules"] == [
-        "model.layers.0.self_attn.o_proj",
-        "model.layers.1.mlp.down_proj",
-        "model.layers.1.self_attn.o_proj",
+        "layers.0.self_attn.o_proj",
+        "layers.1.mlp.down_proj",
+        "layers.1.self_attn.o_proj",
     ]
     assert (config["r"], config["lora_alpha"]) == (4, 6)
-    assert config["rank_pattern"] == {"model.layers.1.self_attn.o_proj": 2}
+    assert config["rank_pattern"] == {"layers.1.self_attn.o_proj": 2}
     assert config["alpha_pattern"] == {}
     tensors = tensors_in(adapters)
     assert len(tensors) == 6
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
+    how: Any = {"scheme": "none", "dtype": "float32", "adapter": "merge", "adapter_alpha": ALPHA}
+    bridge = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+    state = megatron_state(read_hf_model(tmp_path / "hf"), torch.float32)
+    write_state(tmp_path / "base", state)
+    write_state(tmp_path / "whole", {**state, **parts})
+    bridge.convert_checkpoint(tmp_path / "whole", tmp_path / "merged", **how)
+    bridge.convert_checkpoint(tmp_path / "base", tmp_path / "plain", scheme="none", dtype="float32")
+    assert (logits(tmp_path / "plain", adapters) - logits(tmp_path / "merged", None)).abs().max() < 1e-5
 
 
 def test_a_run_that_was_interrupted_continues(tmp_path: Path) -> None:
