@@ -130,8 +130,14 @@ class RankFiles:
         self.sizes = Sizes.of(arguments, names, directory)
         experts = (arguments or {}).get("num_experts")
         per_rank = experts // self.sizes.ep if type(experts) is int and 0 < experts < _MOST_EXPERTS else 0
+        places = {name: self._place(name) for name in names}
+        twice = [name for name in names if list(places.values()).count(places[name]) > 1]
+        if twice:
+            raise CheckpointError(
+                f"{directory} has several files of the same ranks:{listing(twice)}\nRemove one of them"
+            )
         chunks = [
-            _Chunk(number, *self._place(name), opened[name][1], _flat(model), per_rank)
+            _Chunk(number, *places[name], opened[name][1], _flat(model), per_rank)
             for name, content in contents.items()
             for number, model in _models(content, directory / name)
         ]
@@ -148,10 +154,9 @@ class RankFiles:
     def _check_complete(self, chunks: Sequence["_Chunk"]) -> None:
         held = {axis: {getattr(chunk, axis) for chunk in chunks} for axis in ("tp", "pp", "ep")}
         missing = [
-            f"no file of {axis.upper()} rank {number}"
+            f"files of {len(found)} of {getattr(self.sizes, axis)} {axis.upper()} ranks"
             for axis, found in held.items()
-            for number in range(getattr(self.sizes, axis))
-            if number not in found
+            if len(found) < getattr(self.sizes, axis)
         ]
         counts = {name: len({shard.index for shard in found}) for name, found in self.shards.items()}
         missing += [

@@ -137,11 +137,22 @@ class TestRefused:
     def test_a_stage_is_missing(self, dense: LiveRanks, saved: Path) -> None:
         for directory in saved.glob("mp_rank_*_001"):
             shutil.rmtree(directory)
-        assert "no file of PP rank 1" in self.refuse(dense, saved)
+        assert "files of 1 of 2 PP ranks" in self.refuse(dense, saved)
 
     def test_a_file_of_another_training(self, dense: LiveRanks, saved: Path) -> None:
         shutil.copytree(saved / "mp_rank_01_000", saved / "mp_rank_02_000")
         assert "mp_rank_02_000/model_optim_rng.pt is of no rank of TP=2, PP=2, EP=1" in self.refuse(dense, saved)
+
+    def test_two_files_of_one_rank(self, dense: LiveRanks, saved: Path) -> None:
+        shutil.copytree(saved / "mp_rank_01_000", saved / "mp_rank_001_000")
+        assert "has several files of the same ranks:\n  mp_rank_001_000/" in self.refuse(dense, saved)
+
+    def test_sizes_that_no_training_has(self, dense: LiveRanks, saved: Path) -> None:
+        self.change(
+            saved / "mp_rank_00_000/model_optim_rng.pt",
+            lambda state: setattr(state["args"], "tensor_model_parallel_size", 1 << 60),
+        )
+        assert f"files of 2 of {1 << 60} TP ranks" in self.refuse(dense, saved)
 
     def test_no_arguments(self, dense: LiveRanks, saved: Path) -> None:
         self.change(saved / "mp_rank_00_000/model_optim_rng.pt", lambda state: state.pop("args"))
