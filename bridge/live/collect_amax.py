@@ -121,16 +121,16 @@ class ScalarsAgain:
         names = (name for name, amax in state.amax.items() for name in _with_numbers(name, amax))
         self.names = [*names, *sorted(state.missing, key=natural_key)]
         self.position = {name: at for at, name in enumerate(self.names)}
-        self._buffers = list[tuple[Mapping[str, Any], str]]()
+        self._buffers = list[tuple[Any, str, str]]()  # module, where it keeps the buffer, name
         self._others = list[tuple[Quantizer, Sequence[str]]]()
         where: dict[int, int] = {}  # position of a name → that of the buffer
         for quantizer in _collected(quantizers):
             mapping = quantizer_mapping(quantizer, registry)
             assert mapping is not None, f"{quantizer.name} was collected"
-            for buffer, holder in _plain_scalars(quantizer):
+            for buffer, kept in _plain_scalars(quantizer):
                 names_of_buffer = (target.removesuffix("_amax") + buffer for target in mapping.targets)
                 where |= {self.position[name]: len(self._buffers) for name in names_of_buffer}
-                self._buffers.append((holder, buffer))
+                self._buffers.append((quantizer.module, kept, buffer))
             if not _is_plain(quantizer):
                 self._others.append((quantizer, mapping.targets))
         self._to, self._from = torch.tensor(list(where), dtype=torch.long), torch.tensor(list(where.values()))
@@ -161,7 +161,7 @@ class ScalarsAgain:
         return greatest[:-1], bool(greatest[-1] > 0)
 
     def _read(self) -> None:
-        tensors = [holder[name].detach().reshape(1) for holder, name in self._buffers]
+        tensors = [vars(module)[kept][name].detach().reshape(1) for module, kept, name in self._buffers]
         if len({tensor.device for tensor in tensors}) > 1:
             tensors = [tensor.cpu() for tensor in tensors]
         if tensors:
@@ -182,15 +182,17 @@ def _is_plain(quantizer: Quantizer) -> bool:
     constant = bool(getattr(quantizer.module, "_use_constant_amax", False))
     if constant or is_per_head(quantizer) or packing_of(quantizer) is not None:
         return False
-    return all(tensor.numel() == 1 for _, tensor in _buffers(quantizer))
+    held = vars(quantizer.module)
+    own = held["_buffers"].keys() | held["_parameters"].keys()
+    return all(tensor.numel() == 1 and name in own for name, tensor in _buffers(quantizer))
 
 
-def _plain_scalars(quantizer: Quantizer) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The buffers that hold the per-tensor state of a plain quantizer, and where the module keeps them."""
+def _plain_scalars(quantizer: Quantizer) -> Iterator[tuple[str, str]]:
+    """The buffers that hold the per-tensor state of a plain quantizer, and where its module keeps each."""
     if _is_plain(quantizer):
-        module = quantizer.module
+        held = vars(quantizer.module)
         for buffer, _ in _buffers(quantizer):
-            yield buffer, next(held for held in (module._buffers, module._parameters, vars(module)) if buffer in held)
+            yield buffer, next(kept for kept in ("_buffers", "_parameters") if buffer in held[kept])
 
 
 def _with_numbers(name: str, amax: Tensor) -> Iterable[str]:
