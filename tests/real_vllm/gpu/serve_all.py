@@ -1,6 +1,6 @@
 """Loads every checkpoint of a directory in vLLM on a GPU, and prints the tables of docs/in-vllm.md.
 
-    python serve_all.py MADE_DIR OUT_DIR [--jobs 14]
+    python serve_all.py MADE_DIR OUT_DIR [--jobs 14] [--families]
 
 MADE_DIR is what `prepare.py` or `prepare_families.py` made. Runs in vLLM's environment, several processes at a time on
 one GPU. Exit status 1 if both formats of a checkpoint load and differ although the kernels are the same.
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("made", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--jobs", type=int, default=14)
+    parser.add_argument("--families", action="store_true", help="the table of families: a row for each model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     references = sorted(file for file in options.made.glob("*/*.safetensors") if ".tp" not in file.name)
@@ -45,7 +46,7 @@ def main() -> int:
     found = {(each["model"], each["name"]): each for each in map(torch.load, sorted(options.out.glob("*.pt")))}
     crashed = {(checkpoint.parent.name, checkpoint.name) for checkpoint, _ in work} - found.keys()
     found |= {each: {"error": "the process ended"} for each in crashed}
-    print("\n".join(rows(found)))
+    print("\n".join(rows_of_families(found) if options.families else rows(found)))
     return any(difference(found, key) and not other_kernels(found, key) for key in found)
 
 
@@ -57,6 +58,22 @@ def rows(found: Found) -> Iterator[str]:
             figures = ("does not load", "–") if "error" in case else (f"{case['mean']:.3f}", f"{case['largest']:.2f}")
             kernels = ", ".join(kernels_of(case)) or "–"
             yield f"| {model} | {name} | {' | '.join(figures)} | {formats(found, (model, name))} | {kernels} |"
+
+
+def rows_of_families(found: Found) -> Iterator[str]:
+    """A row for each model: how far log-probabilities are, by scheme; then why something did not load."""
+    schemes = ("none", *dict.fromkeys(name for _, name in found if name != "none"))
+    yield f"| model | {' | '.join(schemes)} |"
+    yield f"|---|{'---:|' * len(schemes)}"
+    for model in dict.fromkeys(model for model, _ in found):
+        cases = [found.get((model, scheme), {}) for scheme in schemes]
+        cells = ["–" if not case else "no" if "error" in case else f"{case['mean']:.3f}" for case in cases]
+        yield f"| {model.replace('_', ' ')} | {' | '.join(cells)} |"
+    reasons: dict[str, list[str]] = {}
+    for (model, scheme), case in found.items():
+        if "error" in case:
+            reasons.setdefault(case["error"][:120], []).append(f"{model.replace('_', ' ')} {scheme}")
+    yield from ("", *(f"- {', '.join(who)}: `{why}`" for why, who in reasons.items()))
 
 
 def formats(found: Found, key: tuple[str, str]) -> str:
