@@ -122,7 +122,7 @@ VLLM = Engine(
     "vllm", "vLLM", "vllm", (Step.NAME, Step.MEMBERS, Step.CLASS), patterns_ignore_fused=True, asks_first_expert=True,
     cuts=True, cuts_wildcards=True, caches=("fp8", "fp8 per head", "nvfp4"),
     unquantized=MappingProxyType({"KimiK25ForConditionalGeneration": _TOWER_OF_KIMI}),
-    unread_experts=MappingProxyType({"GptOssForCausalLM": "skips it"}),
+    unread_experts=MappingProxyType(dict.fromkeys(("GptOssForCausalLM", "GraniteMoeForCausalLM"), "stops at its name")),
     misplaces_single_groups="0.26 to 0.33",
 )  # fmt: skip
 SGLANG = Engine(

@@ -446,5 +446,5 @@ class TestPackedReference:
         assert len([each for each in report.errors if ".experts." in each.module]) >= 12
         assert all(each.error < 0.04 for each in report.errors)
         assert {name: report.verdict_of(name).serves for name in NAMES} == {
-            "vllm": True, "sglang": True, "transformers": False, "runtime": True,
+            "vllm": model_type != "granitemoe", "sglang": True, "transformers": False, "runtime": True,
         }  # fmt: skip
