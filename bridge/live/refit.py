@@ -28,7 +28,8 @@ from amaxbridge.bridge.live.bundle_stream import (
     world_rank_of,
 )
 from amaxbridge.bridge.live.collect_amax import ScalarsAgain, state_parameters
-from amaxbridge.bridge.live.model_walk import Parameter, Quantizer, unwrap
+from amaxbridge.bridge.live.live_model import LiveModel
+from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.bridge.live.quantized_parameters import PlainTensors
 from amaxbridge.bridge.live.watch import Watch
 from amaxbridge.bridge.plan.adapters import AdapterMode, Merge, adapter_mode, is_remeasured
@@ -106,11 +107,9 @@ class RefitOptions:
         )
 
 
-def tensors_once(
-    bridge: "AutoBridge", chunks: Sequence[nn.Module], options: RefitOptions
-) -> Iterator[tuple[str, Tensor]]:
+def tensors_once(live: LiveModel, options: RefitOptions) -> Iterator[tuple[str, Tensor]]:
     """Plans, and yields the tensors that this rank owns, in memory of their own. Collective."""
-    yield from _planned(bridge, chunks, options, once=True).tensors(_New())
+    yield from _planned(live, options, once=True).tensors(_New())
 
 
 class Refit:
@@ -150,7 +149,7 @@ class Refit:
         keep_memory: bool = True,
         bucket_bytes: int | None = None,
     ) -> None:
-        self._bridge, self._chunks = bridge, unwrap(model)
+        self._live = bridge.live_model(model)
         self._options = RefitOptions.of(
             scheme,
             missing_amax=missing_amax,
@@ -162,7 +161,7 @@ class Refit:
         )
         self._memory = _Kept() if keep_memory else _New()
         self._is_running = False
-        self._plan: _Plan | None = _planned(self._bridge, self._chunks, self._options)
+        self._plan: _Plan | None = _planned(self._live, self._options)
         self.specs: Mapping[str, TensorSpec] = self._plan.finalizer.output_specs
         self.owned: Sequence[str] = self._plan.owned
         self.plans = 1
@@ -189,39 +188,37 @@ class Refit:
     def _current(self) -> "_Plan":
         """The plan, with the amax of now; a new one if the model of any rank is no longer the planned one."""
         plan = self._plan
-        if plan is not None and not self._options.merges and not plan.renew(self._bridge._ranks()):
+        if plan is not None and not self._options.merges and not plan.renew(self._live.ranks):
             return plan
         self._plan = None
-        plan = _planned(self._bridge, self._chunks, self._options)
+        plan = _planned(self._live, self._options)
         _refuse_other_specs(self.specs, plan.finalizer.output_specs)
         self._plan, self.plans, self.owned = plan, self.plans + 1, plan.owned
         return plan
 
 
-def _planned(
-    bridge: "AutoBridge", chunks: Sequence[nn.Module], options: RefitOptions, *, once: bool = False
-) -> "_Plan":
+def _planned(live: LiveModel, options: RefitOptions, *, once: bool = False) -> "_Plan":
     """Plans a model as it is now. Collective.
 
     Args:
         once: True for a plan that is not renewed.
     """
-    ranks, recipe = bridge._ranks(), options.recipe
-    watch = None if once else Watch(chunks)
-    held, config = bridge._held(chunks, recipe), bridge._model_config(chunks)
+    hf, ranks, recipe = live.hf, live.ranks, options.recipe
+    watch = None if once else Watch(live.chunks)
+    held, config = live.held(recipe), live.config()
     mode = AdapterMode.MERGE if options.merges else None
-    bundles, merge = bridge._plan_merged(held, config, chunks, mode, None, options.remeasured)
-    state = bridge._collect_all(chunks, bundles) if recipe else QuantState()
-    casting = Casting.of(bridge.hf, specs_of(bundles), None)
+    bundles, merge = live.plan_merged(held, config, mode, None, remeasured=options.remeasured)
+    state = live.collect_state(bundles) if recipe else QuantState()
+    casting = Casting.of(hf, specs_of(bundles), None)
     first = ranks.rank(Axis.WORLD) == 0
     changed = None if merge is None else merge.changed
     policies = options.missing, options.mixed
-    finalizer = decide(bridge.hf, bundles, casting, recipe, state, *policies, warn=first, changed=changed)
-    quantizers = bridge._quantizers(chunks) if recipe else []
+    finalizer = decide(hf, bundles, casting, recipe, state, *policies, warn=first, changed=changed)
+    quantizers = live.quantizers() if recipe else []
     again = None
     if recipe and not once and not options.frozen_amax:
-        again = ScalarsAgain(quantizers, state, bridge.hf.registry, ranks)
-    source = _Source(held, chunks, quantizers, lambda: bridge._held(chunks, recipe), ranks)
+        again = ScalarsAgain(quantizers, state, hf.registry, ranks)
+    source = _Source(held, live.chunks, quantizers, lambda: live.held(recipe), ranks)
     size = options.bucket_bytes or (BUCKET_BYTES if source.device.type == "cpu" else _GPU_BUCKET_BYTES)
     buckets = in_buckets(bundles, ranks, bucket_bytes=size, whole_bytes=_WHOLE * size)
     works = [_Work(bucket, casting, merge, finalizer, config, ranks, source.device) for bucket in buckets]

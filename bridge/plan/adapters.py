@@ -15,12 +15,20 @@ from typing import Protocol
 import torch
 
 from amaxbridge.bridge.live.compressed_weights import weight_of
-from amaxbridge.bridge.live.model_walk import Parameter
+from amaxbridge.bridge.live.model_walk import Parameter, Quantizer
 from amaxbridge.bridge.plan.export_plan import BundlePlan, Part
 from amaxbridge.export.disk.row_chunks import WholeTensor
 from amaxbridge.export.kernels.low_rank import merged
 from amaxbridge.export.output.finalizer import Bundle, ChangedWeights
-from amaxbridge.mappings.adapters import AdapterMapping, AdapterTensor, Side, adapter_name, adapter_tensor, without_side
+from amaxbridge.mappings.adapters import (
+    AdapterMapping,
+    AdapterTensor,
+    Side,
+    adapter_name,
+    adapter_tensor,
+    is_adapter,
+    without_side,
+)
 from amaxbridge.mappings.amax import LEARNED_POST, PRE_QUANT_SCALE, WEIGHT_QUANTIZER
 from amaxbridge.mappings.errors import MappingError, UsageError, listing
 from amaxbridge.mappings.names import module_of
@@ -213,6 +221,11 @@ def adapters_of(plan: Iterable[BundlePlan], scale_of: ScaleOf) -> dict[str, Adap
     if problems:
         raise MappingError(f"{len(problems)} adapters are incomplete:{listing(problems)}")
     return found
+
+
+def outside_adapters(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+    """Those that are not inside an adapter; there, the gate lets disabled ones pass alone."""
+    return [each for each in quantizers if not is_adapter(each.name)]
 
 
 def packed_with_adapters(quantizers: Iterable[str], parameters: Iterable[Parameter]) -> list[str]:

@@ -14,7 +14,7 @@ modules.
 Source: modelopt.torch.quantization, nn.modules.tensor_quantizer and nn.modules.quant_linear, 0.47.0.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -23,9 +23,12 @@ from torch import Tensor
 
 from amaxbridge.bridge.live.compressed_weights import packing_of
 from amaxbridge.bridge.live.model_walk import ABSENT, Quantizer
+from amaxbridge.export.schemes.targets import is_targeted
 from amaxbridge.mappings.adapters import is_adapter
 from amaxbridge.mappings.errors import UsageError
-from amaxbridge.mappings.names import kind_of
+from amaxbridge.mappings.names import kind_of, module_of
+from amaxbridge.mappings.ranks import Axis, Ranks
+from amaxbridge.mappings.registry import MappingRegistry
 
 READ = frozenset((
     "_amax", "_global_amax", "_amax_post", "_amax_pre", "_pre_quant_scale", "_enable_pre_quant_scale", "_num_bits",
@@ -262,6 +265,35 @@ def refusals(quantizers: Iterable[Quantizer]) -> Iterator[Refusal]:
             elif name not in READ and name not in WITHOUT_EFFECT:
                 remedy = "remove it if it has no effect, or update amaxbridge"
                 yield Refusal(quantizer.name, name, _shown(value), _UNKNOWN, remedy, in_weights=True)
+
+
+def check_quantizers_of_ranks(
+    found: Iterable[Quantizer], registry: MappingRegistry, ranks: Ranks, ignore: Sequence[str] | None
+) -> None:
+    """`check_quantizers` for the quantizers of all ranks. Collective.
+
+    Args:
+        found: those of this rank.
+        ignore: as in `written_plain`.
+    """
+    reports = ranks.all_gather_object(Axis.WORLD, list(refusals(found)))
+    check_quantizers([each for report in reports for each in report], written_plain(registry, ignore))
+
+
+def written_plain(registry: MappingRegistry, ignore: Sequence[str] | None) -> Callable[[str], bool]:
+    """True for the name of a quantizer whose weights are written unquantized.
+
+    Args:
+        ignore: modules that are written unquantized; None for all.
+    """
+
+    def plain(quantizer: str) -> bool:
+        if ignore is None:
+            return True
+        mapping = registry.megatron_to_hf_lookup(f"{quantizer}._amax")
+        return mapping is not None and all(is_targeted(module_of(module_of(name)), ignore) for name in mapping.targets)
+
+    return plain
 
 
 def check_quantizers(found: Iterable[Refusal], plain: Callable[[str], bool]) -> None:
