@@ -85,6 +85,7 @@ OF_FAMILIES: FieldTypes = MappingProxyType(
                 "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                 "index_n_heads", "index_head_dim", "index_topk",
                 "mamba_head_dim", "mamba_num_heads", "n_groups", "ssm_state_size",
+                "mamba_d_head", "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "shared_intermediate_size",
                 "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
                 "linear_conv_kernel_dim", "moe_layer_interval", "decoder_sparse_step", "max_position_embeddings",
                 "original_max_position_embeddings",

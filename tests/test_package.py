@@ -202,9 +202,8 @@ def test_beside_a_project_with_the_same_words(name: str, installed: Environment,
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     assert run(installed.python, *words, cwd=tmp_path) == "own\n"
-    options = run(installed.path / "bin" / "amaxbridge", "quantize", "--help", cwd=tmp_path)
-    assert options == run(installed.python, "-m", "amaxbridge", "quantize", "--help", cwd=tmp_path)
-    assert "scheme=" in options
+    words = (installed.path / "bin" / "amaxbridge",) if "configs" in name else (installed.python, "-m", "amaxbridge")
+    assert "scheme=" in run(*words, "quantize", "--help", cwd=tmp_path)
 
 
 def test_the_installed_command_quantizes(installed: Environment, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ ONLY_GPT = {  # model → what HybridModel lacks; the parity of the others is th
     "OLMo 2": "norms after attention and MLP",
     "OLMo 3": "norms after attention and MLP, window_attn_skip_freq by layer",
     "Granite": "embedding_multiplier, residual_multiplier, logits_scaling",
+    "Granite, MoE": "embedding_multiplier, residual_multiplier, logits_scaling",
     "Llama 4": "a rotary embedding of neighbouring columns (rotary_interleaved), no_rope_freq by layer",
     "dots.llm1": "window_attn_skip_freq by layer",
 }

@@ -16,7 +16,7 @@ from amaxbridge.mappings.errors import CheckpointError, UsageError
 from amaxbridge.mappings.names import module_of
 from tests.support.checkpoints import tensors_in
 from tests.support.launcher import Launcher
-from tests.support.parity import Case, run_parity
+from tests.support.parity import Case, meshes_of_ranks, run_parity
 from tests.support.tiny_models import TINY_MODELS, class_of
 from tests.workers.model import TOKENS
 
@@ -29,13 +29,13 @@ def cases(launch: Launcher, tmp_path_factory: pytest.TempPathFactory, request: p
     """Those of the models whose tests were selected, and the one with images."""
     selected = (getattr(item, "callspec", None) for item in request.session.items)
     models = {call.params["model"] for call in selected if call and isinstance(call.params.get("model"), str)}
-    return run_parity(launch, tmp_path_factory.mktemp("parity"), {*models, "Gemma 3 with images"})
+    return run_parity(launch, tmp_path_factory.mktemp("parity"), {*models, "Gemma 3 with images"}, one_rank=False)
 
 
 def of(cases: list[Case], model: str) -> list[Case]:
     """The cases of a model: one for each of its meshes."""
     found = [case for case in cases if case.model == model]
-    assert len(found) == len(TINY_MODELS[model].meshes) > 0
+    assert len(found) == len(meshes_of_ranks(TINY_MODELS[model])) > 0
     return found
 
 
@@ -43,7 +43,7 @@ def of(cases: list[Case], model: str) -> list[Case]:
 def test_megatron_computes_what_transformers_computes(cases: list[Case], model: str) -> None:
     """Both sides compute in fp32, so only the order of sums differs."""
     errors = {case.label: case.found["logits"]["relative"] for case in of(cases, model)}
-    assert len(errors) == len(TINY_MODELS[model].meshes)
+    assert len(errors) == len(meshes_of_ranks(TINY_MODELS[model]))
     assert all(error < 1e-5 for error in errors.values()), errors
 
 

@@ -101,7 +101,7 @@ def test_overwriting_replaces_the_directory_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    with pytest.raises(OutputExistsError, match="overwrite=true"):
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
         check_output(target, overwrite=False)
     check_output(target, overwrite=True)
     write(target, {"w": torch.ones(3)})

@@ -18,7 +18,7 @@ from tests.support.checkpoints import tensors_in
 from tests.support.launcher import Launcher
 from tests.support.one_family import tiny_models_of
 from tests.support.paths import ROOT, WORKERS
-from tests.support.tiny_models import TINY_MODELS, save_tiny_model
+from tests.support.tiny_models import TINY_MODELS, TinyModel, save_tiny_model
 
 A_LAUNCH = 10
 """Models in one launch: Megatron keeps the process groups of every mesh, and gloo two threads for each."""
@@ -57,13 +57,26 @@ def processes(sizes: dict[str, int]) -> int:
     return max(sizes["tp"] * sizes.get("pp", 1), sizes.get("ep", 1))
 
 
-def run_parity(launch: Launcher, root: Path, models: Collection[str] = TINY_MODELS.keys()) -> list[Case]:
-    """These models of the table at all their meshes: a launch for a few models that need as many processes."""
+def meshes_of_ranks(tiny: TinyModel) -> list[dict[str, int]]:
+    """The meshes of several ranks, or of one where there is no other."""
+    every = [dict(sizes) for sizes in tiny.meshes]
+    return [sizes for sizes in every if processes(sizes) > 1] or every
+
+
+def run_parity(
+    launch: Launcher, root: Path, models: Collection[str] = TINY_MODELS.keys(), *, one_rank: bool = True
+) -> list[Case]:
+    """These models of the table at their meshes: a launch for a few models that need as many processes.
+
+    Args:
+        one_rank: False to leave out one rank where there are meshes of several: they compute the same.
+    """
     planned: list[tuple[str, dict[str, int]]] = []
     for number, (name, tiny) in enumerate(TINY_MODELS.items()):
         if name in models and not tiny.unbuildable:
             save_tiny_model(tiny, root / str(number))
-            planned += [(name, dict(sizes)) for sizes in tiny.meshes]
+            meshes = [dict(sizes) for sizes in tiny.meshes] if one_rank else meshes_of_ranks(tiny)
+            planned += [(name, sizes) for sizes in meshes]
     directories = {name: root / str(number) for number, name in enumerate(TINY_MODELS)}
     cases: list[Case] = []
     for count in sorted({processes(sizes) for _, sizes in planned}):

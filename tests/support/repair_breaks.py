@@ -240,6 +240,7 @@ NOT_OURS = (
     "no norm", "one tensor more", "another shape", "swapped nibbles", "weights of another layer",
     "an amax below the weights", "another amax than training's", "heads that do not divide",
     "experts that do not divide", "a cache with scales for each head, for SGLang",
+    "a head with a bias of SGLang's own",
 )  # fmt: skip
 """Warnings, engines that do not serve them, and what a reference alone shows."""
 

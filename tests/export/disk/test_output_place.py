@@ -149,7 +149,7 @@ class TestAppeared:
         finish = StagedDirectory.commit
         with monkeypatch.context() as patch:
             patch.setattr(StagedDirectory, "commit", lambda staged: (fill(staged.target), finish(staged)))
-            with pytest.raises(OutputExistsError, match=r"io\.overwrite=true"):
+            with pytest.raises(OutputExistsError, match="overwrite=True"):
                 model_free_ptq(source, tmp_path / "out", "nvfp4a16")
         with pytest.raises(OutputExistsError, match="exists and is not empty"):
             model_free_ptq(source, tmp_path / "out", "nvfp4a16")
@@ -164,7 +164,7 @@ class TestAppeared:
         monkeypatch.chdir(out)
         with monkeypatch.context() as patch:
             patch.setattr(StagedDirectory, "commit", lambda staged: ((out / "x").write_text("mine"), finish(staged)))
-            with pytest.raises(OutputExistsError, match=r"io\.overwrite=true"):
+            with pytest.raises(OutputExistsError, match="overwrite=True"):
                 model_free_ptq(source, ".", "nvfp4a16")
         assert names(out) == [INSIDE, "x"]
         (out / "x").unlink()

@@ -191,7 +191,7 @@ class TestArguments:
         output = source.parent / "out"
         output.mkdir()
         (output / "precious").write_text("mine")
-        refuse(source, OutputExistsError, "overwrite=true")
+        refuse(source, OutputExistsError, "overwrite=True")
         model_free_ptq(source, output, "nvfp4a16", overwrite=True)
         assert not (output / "precious").exists()
 
