@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties
 
-from amaxbridge.bridge import auto
+from amaxbridge.bridge import export_checkpoint
 from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.stored.stored_model import StoredModel
@@ -265,7 +265,7 @@ class TestHostile:
         """The iteration is found once: what is noted and what is read are the same files."""
         checkpoint = tmp_path / "saved"
         shutil.copytree(dense.at(tp=2, pp=2) / "nvfp4", checkpoint)
-        real = auto.files_of
+        real = export_checkpoint.files_of
 
         def noted(path: Path, *, hashed: bool = False) -> SourceFiles:
             files = real(path, hashed=hashed)
@@ -273,7 +273,7 @@ class TestHostile:
             (checkpoint / "latest_checkpointed_iteration.txt").write_text("8")
             return files
 
-        monkeypatch.setattr(auto, "files_of", noted)
+        monkeypatch.setattr(export_checkpoint, "files_of", noted)
         convert(dense, checkpoint, tmp_path / "out", "nvfp4")
         assert (tmp_path / "out" / "config.json").is_file()
 
