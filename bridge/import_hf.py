@@ -162,7 +162,9 @@ def _check_blocks(chunks: Sequence[nn.Module], hf: HFModel, schemes: Mapping[str
     """Refuses parallel sizes that cut the blocks of modules with quantizers, on any rank."""
     parameters = list(walk_parameters(chunks, hf.family.spelling(layer_pattern(chunks))))
     sharded = (
-        ShardedWeight(mapping, tuple(parameter.tensor.shape), ranks.size(mapping.axis))
+        ShardedWeight(
+            mapping, tuple(parameter.tensor.shape), 1 if mapping.shard_dim is None else ranks.size(mapping.axis)
+        )
         for parameter, mapping in zip(parameters, mappings_of(parameters, hf.registry), strict=True)
     )
     check_quantizers_blocks(sharded, schemes, hf.model_config)

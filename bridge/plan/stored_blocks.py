@@ -1,11 +1,11 @@
 """Weights that training keeps as codes and scales, in a plan: their formats, and if their blocks survive the join."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from amaxbridge.bridge.plan.export_plan import BundlePlan
-from amaxbridge.bridge.plan.whole_blocks import ShardedWeight, cut_weights
+from amaxbridge.bridge.plan.whole_blocks import ShardedWeight, cut_blocks
 from amaxbridge.export.kernels.scaled import Blocks
 from amaxbridge.mappings.amax import STORED_SCALES, StoredScalesMapping
 from amaxbridge.mappings.errors import MappingError, listing
@@ -32,20 +32,19 @@ def check_blocks(plan: Iterable[BundlePlan], config: ModelConfig) -> None:
     Raises:
         MappingError: there are such weights; all of them are named.
     """
-    problems, known = list[str](), dict[tuple[object, ...], list[int]]()
-    for bundle in plan:
-        shapes = {part.name: part.shard.shape for part in bundle.parts}
-        for part in bundle.parts:
-            if not isinstance(part.mapping, StoredScalesMapping) or part.shard.dtype != torch.float32:
-                continue
-            mapping = part.mapping.follows
-            weight = ShardedWeight(mapping, shapes[mapping.megatron_param], bundle.ranks_of(part))
-            if weight.kind not in known:
-                known[weight.kind] = cut_weights(weight, Blocks(BLOCK, BLOCK), config)
-            problems += [weight.named(mapping.targets[index]) for index in known[weight.kind]]
-    if problems:
+    if problems := cut_blocks(_in_square_blocks(plan), config):
         raise MappingError(
             f"{len(problems)} weights have blocks of {BLOCK}×{BLOCK} that come from several Megatron "
             f"blocks, each with its own scale:{listing(problems)}\n"
             "scheme=fp8_block quantizes the dequantized weights to new blocks; scheme=none writes them in 16 bits"
         )
+
+
+def _in_square_blocks(plan: Iterable[BundlePlan]) -> Iterator[tuple[ShardedWeight, Blocks, str]]:
+    for bundle in plan:
+        shapes = {part.name: part.shard.shape for part in bundle.parts}
+        for part in bundle.parts:
+            if isinstance(part.mapping, StoredScalesMapping) and part.shard.dtype == torch.float32:
+                mapping = part.mapping.follows
+                weight = ShardedWeight(mapping, shapes[mapping.megatron_param], bundle.ranks_of(part))
+                yield weight, Blocks(BLOCK, BLOCK), ""

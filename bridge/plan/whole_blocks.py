@@ -47,23 +47,35 @@ def check_quantizers_blocks(
     Raises:
         MappingError: there are such weights; all of them are named.
     """
-    problems, known = list[str](), dict[tuple[object, ...], list[int]]()
-    for weight in weights:
-        scheme = next(filter(None, (schemes.get(module_of(target)) for target in weight.mapping.targets)), None)
-        if scheme is None or len(weight.shape) != 2 or scheme.blocks.height is scheme.blocks.width is None:
-            continue
-        kind = (*weight.kind, scheme.name, scheme.blocks)
-        if kind not in known:
-            known[kind] = cut_weights(weight, scheme.blocks, config)
-        targets = (weight.mapping.targets[index] for index in known[kind])
-        problems += [f"{weight.named(target)}: {scheme.name}" for target in targets]
-    if problems:
+    pairs = ((weight, _scheme_of(weight, schemes)) for weight in weights if len(weight.shape) == 2)
+    in_blocks = ((weight, scheme.blocks, f": {scheme.name}") for weight, scheme in pairs if scheme is not None)
+    if problems := cut_blocks(in_blocks, config):
         raise MappingError(
             f"{len(problems)} weights have blocks that Megatron's fused shards cut: training and engines compute "
             f"them with different scales:{listing(problems)}\n"
             "Choose a tensor-parallel size at which shards consist of whole blocks, a format with smaller blocks, or "
             "leave these modules unquantized"
         )
+
+
+def _scheme_of(weight: ShardedWeight, schemes: Mapping[str, Scheme]) -> Scheme | None:
+    """The scheme of the quantizer that its Hugging Face weights share; None without one."""
+    return next(filter(None, (schemes.get(module_of(target)) for target in weight.mapping.targets)), None)
+
+
+def cut_blocks(weights: Iterable[tuple[ShardedWeight, Blocks, str]], config: ModelConfig) -> list[str]:
+    """A line for each Hugging Face weight with a block that spans several blocks of the shards.
+
+    Args:
+        weights: each with its blocks, and what its lines end in.
+    """
+    lines, known = list[str](), dict[tuple[object, ...], list[int]]()
+    for weight, blocks, end in weights:
+        kind = (*weight.kind, blocks)
+        if kind not in known:
+            known[kind] = cut_weights(weight, blocks, config)
+        lines += [weight.named(weight.mapping.targets[index]) + end for index in known[kind]]
+    return lines
 
 
 def cut_weights(weight: ShardedWeight, blocks: Blocks, config: ModelConfig) -> list[int]:

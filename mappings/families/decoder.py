@@ -55,14 +55,20 @@ DOWN = RowParallelMapping(f"{MEGATRON}.mlp.linear_fc2.weight", f"{HF}.mlp.down_p
 MLP = (GATE_AND_UP, DOWN)
 
 ROUTER = ReplicatedMapping(f"{MEGATRON}.mlp.router.weight", f"{HF}.mlp.gate.weight")
-ROUTED_EXPERTS = (
-    GatedMLPMapping(
-        f"{MEGATRON}.mlp.experts.linear_fc1.weight*",
-        gate=f"{HF}.mlp.experts.*.gate_proj.weight",
-        up=f"{HF}.mlp.experts.*.up_proj.weight",
-    ),
-    RowParallelMapping(f"{MEGATRON}.mlp.experts.linear_fc2.weight*", f"{HF}.mlp.experts.*.down_proj.weight"),
-)
+
+
+def routed_experts(
+    module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[MegatronParamMapping, ...]:
+    """The mappings of routed experts, which are in this module of a layer of the Hugging Face files."""
+    megatron, hf = f"{MEGATRON}.mlp.experts", f"{HF}.{module}.*"
+    return (
+        GatedMLPMapping(f"{megatron}.linear_fc1.weight*", gate=f"{hf}.{gate}.weight", up=f"{hf}.{up}.weight"),
+        RowParallelMapping(f"{megatron}.linear_fc2.weight*", f"{hf}.{down}.weight"),
+    )
+
+
+ROUTED_EXPERTS = routed_experts("mlp.experts")
 
 
 def shared_experts(module: str) -> tuple[MegatronParamMapping, ...]:

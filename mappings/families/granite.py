@@ -6,7 +6,7 @@ from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.families.llama import LLAMA
 from amaxbridge.mappings.families.mixtral import MIXTRAL
 from amaxbridge.mappings.family import PackedExperts, Source, Translation, look_up
-from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 
 def _factor(field: str) -> Translation:
@@ -28,16 +28,9 @@ MULTIPLIERS: dict[str, Source] = {
 
 GRANITE = replace(LLAMA, architectures=("GraniteForCausalLM",), layers=MULTIPLIERS)
 
-_MOE, _HF_MOE = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.block_sparse_moe"
-
 EXPERTS = (
-    ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.router.layer.weight"),
-    GatedMLPMapping(
-        f"{_MOE}.experts.linear_fc1.weight*",
-        gate=f"{_HF_MOE}.experts.*.gate_proj.weight",
-        up=f"{_HF_MOE}.experts.*.up_proj.weight",
-    ),
-    RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.down_proj.weight"),
+    ReplicatedMapping(f"{decoder.MEGATRON}.mlp.router.weight", f"{decoder.HF}.block_sparse_moe.router.layer.weight"),
+    *decoder.routed_experts("block_sparse_moe.experts"),
 )
 PACKED_EXPERTS = PackedExperts(names=("input_linear.weight", "output_linear.weight"))
 

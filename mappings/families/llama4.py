@@ -52,12 +52,7 @@ LLAMA4 = ModelFamily(
         ),
         RowParallelMapping(f"{_MLP}.linear_fc2.weight", f"{_HF_MLP}.down_proj.weight"),
         ReplicatedMapping(f"{_MLP}.router.weight", f"{_HF_MLP}.router.weight"),
-        GatedMLPMapping(
-            f"{_MLP}.experts.linear_fc1.weight*",
-            gate=f"{_HF_MLP}.experts.*.gate_proj.weight",
-            up=f"{_HF_MLP}.experts.*.up_proj.weight",
-        ),
-        RowParallelMapping(f"{_MLP}.experts.linear_fc2.weight*", f"{_HF_MLP}.experts.*.down_proj.weight"),
+        *decoder.routed_experts("feed_forward.experts"),
         *decoder.shared_experts("feed_forward.shared_expert"),
         *decoder.HEAD,
     ),

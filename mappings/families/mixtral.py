@@ -2,18 +2,11 @@
 
 from amaxbridge.mappings.families import decoder
 from amaxbridge.mappings.family import ModelFamily
-from amaxbridge.mappings.weights import GatedMLPMapping, ReplicatedMapping, RowParallelMapping
-
-_MOE, _HF_MOE = f"{decoder.MEGATRON}.mlp", f"{decoder.HF}.block_sparse_moe"
+from amaxbridge.mappings.weights import ReplicatedMapping
 
 EXPERTS = (
-    ReplicatedMapping(f"{_MOE}.router.weight", f"{_HF_MOE}.gate.weight"),
-    GatedMLPMapping(
-        f"{_MOE}.experts.linear_fc1.weight*",
-        gate=f"{_HF_MOE}.experts.*.w1.weight",
-        up=f"{_HF_MOE}.experts.*.w3.weight",
-    ),
-    RowParallelMapping(f"{_MOE}.experts.linear_fc2.weight*", f"{_HF_MOE}.experts.*.w2.weight"),
+    ReplicatedMapping(f"{decoder.MEGATRON}.mlp.router.weight", f"{decoder.HF}.block_sparse_moe.gate.weight"),
+    *decoder.routed_experts("block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
 )
 
 MIXTRAL = ModelFamily(

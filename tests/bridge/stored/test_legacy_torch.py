@@ -20,24 +20,8 @@ from amaxbridge.bridge.stored.open_checkpoint import open_checkpoint
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.comparing import same_files, same_tensors
 from tests.support.launcher import Launcher, LiveRanks
+from tests.support.live_checkpoints import SCHEMES, convert
 from tests.support.stored_checkpoints import megatron_state, write_state
-
-SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
-
-
-@pytest.fixture(scope="module")
-def dense(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3, shared / "checkpoints")
-
-
-@pytest.fixture(scope="module")
-def moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, shared / "moe_checkpoints")
-
-
-def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> None:
-    bridge = AutoBridge.from_hf_pretrained(live.hf)
-    bridge.convert_checkpoint(checkpoint, output, scheme=scheme, max_shard_bytes=60_000)
 
 
 @pytest.mark.parametrize("form", SCHEMES)

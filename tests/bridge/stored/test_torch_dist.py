@@ -17,32 +17,15 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties
 
 from amaxbridge.bridge import export_checkpoint
-from amaxbridge.bridge.auto import AutoBridge
 from amaxbridge.bridge.stored.saved_arguments import read_arguments
 from amaxbridge.bridge.stored.stored_model import StoredModel
 from amaxbridge.bridge.stored.torch_dist import DistCheckpoint, Region
 from amaxbridge.export.disk.source_files import SourceFiles
 from amaxbridge.mappings.errors import CheckpointError
 from tests.support.comparing import same_files
-from tests.support.launcher import Launcher, LiveRanks
+from tests.support.launcher import LiveRanks
+from tests.support.live_checkpoints import SCHEMES, convert
 from tests.support.paths import ENVIRONMENT, ROOT
-
-SCHEMES = {"plain": "none", "nvfp4": "nvfp4", "channels": "fp8_dynamic"}
-
-
-@pytest.fixture(scope="module")
-def dense(launch: Launcher, qwen3: Path, shared: Path) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3, shared / "checkpoints")
-
-
-@pytest.fixture(scope="module")
-def moe(launch: Launcher, qwen3_moe: Path, shared: Path) -> LiveRanks:
-    return LiveRanks(launch, "live_checkpoint.py", qwen3_moe, shared / "moe_checkpoints")
-
-
-def convert(live: LiveRanks, checkpoint: Path, output: Path, scheme: str) -> None:
-    bridge = AutoBridge.from_hf_pretrained(live.hf)
-    bridge.convert_checkpoint(checkpoint, output, scheme=scheme, max_shard_bytes=60_000)
 
 
 @pytest.mark.parametrize("form", SCHEMES)
